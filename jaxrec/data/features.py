@@ -1,0 +1,115 @@
+"""From what a user did to the fixed-shape arrays that a model reads (NumPy; no model here).
+
+A record holds one user's events in order; a *cut* before a session turns the earlier part into a context and the session
+into targets. Storage grows with events, not with cuts.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+AGES = 24  # age buckets: half powers of two of days, up to 11 years
+HABITS = 4  # numbers told of each item of the past, and of the user
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """How much of the past a model reads, and how many targets it learns from at once."""
+
+    history_lengths: tuple[int, ...] = (500,)
+    """most recent events of each behavior that the Query-Formers read (OneMall: 500), weakest behavior first; the last
+    number also stands for those that follow"""
+    past_length: int = 256
+    """most recent distinct items of the past, for the uncompressed part and the habit head"""
+    targets: int = 16
+    """targets L per context"""
+    target_sessions: int = 1
+    """sessions after the cut whose items are targets in training; evaluation always takes the next one alone"""
+    buckets: tuple[int, ...] = (128, 256, 500)
+    """lengths that sequences are padded to; a batch holds contexts of one bucket"""
+
+    def length(self, behavior: int) -> int:
+        """The most events of a behavior that are read."""
+        return self.history_lengths[min(behavior, len(self.history_lengths) - 1)]
+
+
+def cut(record: dict, session: int, config: FeatureConfig, *, behaviors: int, wanted: np.ndarray) -> dict:
+    """The context before `session` of a record, as arrays; `wanted` bool [behaviors] marks the target behaviors.
+
+    Returns flat names (`history_0_item` int32 [S], ... `past_item`, `habit` float32 [S, 4], `user` float32 [4]) where S
+    is the cut's bucket (`bucket_of`) or the sequence's own limit, if that is smaller.
+    """
+    stop = int(np.searchsorted(record["session"], session))
+    size = bucket_of(record, session, config)
+    now = record["timestamp"][stop] if stop < len(record["timestamp"]) else record.get("now", _last_time(record))
+    out = {}
+    for behavior in range(behaviors):
+        length = min(size, config.length(behavior))
+        index = np.flatnonzero(record["behavior"][:stop] == behavior)[-length:]
+        out |= _sequence(f"history_{behavior}", record["item"][index], now - record["timestamp"][index], length)
+    out |= _past(record, stop, wanted, now, min(size, config.past_length))
+    return out
+
+
+def targets(record: dict, session: int, config: FeatureConfig, *, wanted: np.ndarray, rng: np.random.Generator) -> dict:
+    """The distinct target items of the session(s) from `session` on: target int32 [L], target_where bool [L].
+
+    More than L are thinned out at random.
+    """
+    start, stop = np.searchsorted(record["session"], [session, session + config.target_sessions])
+    taken = record["item"][start:stop][wanted[record["behavior"][start:stop]]]
+    items = np.unique(taken)
+    if len(items) > config.targets:
+        items = rng.permutation(items)[: config.targets]
+    padded = np.zeros(config.targets, np.int32)
+    padded[: len(items)] = items
+    return {"target": padded, "target_where": np.arange(config.targets) < len(items)}
+
+
+def bucket_of(record: dict, session: int, config: FeatureConfig) -> int:
+    """The length that a cut is padded to: the smallest bucket that holds what is read of every behavior."""
+    stop = int(np.searchsorted(record["session"], session))
+    counts = np.bincount(record["behavior"][:stop])
+    longest = max((min(count, config.length(behavior)) for behavior, count in enumerate(counts)), default=0)
+    return next((size for size in config.buckets if size >= longest), config.buckets[-1])
+
+
+def _past(record: dict, stop: int, wanted: np.ndarray, now: int, size: int) -> dict:
+    """The distinct target items before `stop`, the most recent first, with how habitual each is."""
+    index = np.flatnonzero(wanted[record["behavior"][:stop]])[::-1]
+    items, sessions, times = record["item"][index], record["session"][index], record["timestamp"][index]
+    distinct, first, inverse, counts = np.unique(items, return_index=True, return_inverse=True, return_counts=True)
+    oldest = np.zeros(len(distinct), np.int64)
+    oldest[inverse] = sessions  # written from the most recent to the oldest: the oldest stays
+    order = np.argsort(first, kind="stable")[:size]
+    last, counts = first[order], counts[order]
+    current = record["session"][stop] if stop < len(record["session"]) else (sessions[0] + 1 if len(sessions) else 0)
+    days = (now - times[last]) / 86400
+    habit = np.zeros((size, HABITS), np.float32)
+    habit[: len(order)] = np.stack(
+        [
+            np.log(np.maximum(counts, 1)),
+            np.log1p(np.maximum(days, 0)),
+            np.log1p(np.maximum(current - sessions[last], 0)),
+            counts / np.maximum(current - oldest[order], 1),
+        ],
+        axis=1,
+    )
+    visits = len(np.unique(sessions))
+    recency = (now - times[0]) / 86400 if len(times) else 0.0
+    repeats = 1 - len(distinct) / max(len(items), 1)
+    user = np.array([np.log1p(visits), np.log1p(len(distinct)), repeats, np.log1p(max(recency, 0))], np.float32)
+    return _sequence("past", items[last], now - times[last], size) | {"habit": habit, "user": user}
+
+
+def _sequence(name: str, items: np.ndarray, seconds: np.ndarray, size: int) -> dict:
+    """Left-aligned and padded to `size`."""
+    item, age = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    item[: len(items)] = items
+    days = np.maximum(seconds, 0) / 86400
+    age[: len(items)] = np.minimum(2 * np.log2(1 + days), AGES - 1)
+    return {f"{name}_item": item, f"{name}_age": age, f"{name}_mask": np.arange(size) < len(items)}
+
+
+def _last_time(record: dict) -> int:
+    return int(record["timestamp"][-1]) if len(record["timestamp"]) else 0

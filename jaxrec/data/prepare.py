@@ -1,0 +1,165 @@
+"""Preparation: a source's raw tables become the cleaned, indexed and split tables of a run directory."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ibis
+import pyarrow as pa
+import pyarrow.compute as pc
+from ibis import _
+
+from jaxrec.config import UserError
+from jaxrec.data.cleaning import KCore, drop_repeats, k_core
+from jaxrec.data.pairs import PairConfig, build_pairs
+from jaxrec.data.splits import TimeSplit, assign_splits, number_sessions
+from jaxrec.data.tables import RawTables, Source, count_rows, store, write_table
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How raw tables are cleaned, split and paired."""
+
+    k_core: KCore = field(default_factory=KCore)
+    """Limits on rare items and users, on top of what the source drops itself."""
+    time_split: TimeSplit = field(default_factory=TimeSplit)
+    """Boundaries, for sources that are split by time."""
+    pairs: PairConfig = field(default_factory=PairConfig)
+    """Item pairs."""
+
+
+def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, Any]:
+    """Writes the tables of `source` into an existing folder; see `jaxrec.data.tables` for the files.
+
+    Returns:
+      The content of statistics.json.
+
+    Raises:
+      UserError: the source can't be read, or nothing is left of it.
+    """
+    raw = source.load()
+    engine, dropped = raw.engine, dict(raw.dropped)
+    # Large tables are freed as soon as the next one is made, so that two of them are the most there ever are.
+    events = store(engine, _clean(raw, source, config, dropped), instead_of=raw.events)
+    events = store(engine, number_sessions(events, source), instead_of=events)
+    size = count_rows(events)
+    events = store(engine, assign_splits(engine, events, source, config.time_split), instead_of=events)
+    dropped["after the last target"] = size - count_rows(events)
+    items = _items(raw, events, source, config)
+    users = events.select("user_id").distinct().order_by("user_id").to_pyarrow()
+    events = store(engine, _index(raw, events, items, users), instead_of=events)
+    train = events.filter((_.split == "train") & _.behavior.isin(source.target_behaviors))
+    counts = train.group_by("item").agg(n=_.count()).to_pyarrow()
+    items = items.append_column("count", pa.array(_scatter(counts["item"], counts["n"], items.num_rows), pa.int64()))
+    pairs = build_pairs(engine, train, config.pairs)
+    statistics = _statistics(source, raw, events, items, users, pairs, {k: n for k, n in dropped.items() if n})
+    write_table(items, folder / "items.parquet")
+    write_table(users, folder / "users.parquet")
+    write_table(pairs, folder / "pairs.parquet")
+    write_table(_sorted_events(events), folder / "events.parquet")
+    if raw.queries is not None:
+        write_table(_known_users(raw.queries, events), folder / "queries.parquet")
+    for name, table in raw.extra.items():
+        write_table(table.order_by(table.columns[:2]).to_pyarrow(), folder / f"{name}.parquet")
+    (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    return statistics
+
+
+def _clean(raw: RawTables, source: Source, config: PrepareConfig, dropped: dict[str, int]) -> ibis.Table:
+    """The events that are used: of known items, without repeats, inside the k-core."""
+    size = count_rows(raw.events)
+    if size == 0:
+        raise UserError(f"{type(source).__name__} gave no events; check its path and its limits")
+    events = store(raw.engine, drop_repeats(raw.events.semi_join(raw.items, "item_id")))
+    known = count_rows(raw.events.semi_join(raw.items, "item_id"))
+    dropped["event of an unknown item"] = dropped.get("event of an unknown item", 0) + size - known
+    clean = count_rows(events)
+    dropped["repeat inside a session"] = known - clean
+    targets = events.filter(_.behavior.isin(source.target_behaviors))
+    if config.k_core != KCore():
+        items, users = k_core(raw.engine, targets, config.k_core)
+        left = events.semi_join(users, "user_id")
+        if config.k_core.min_users_per_item:
+            left = left.semi_join(items, "item_id")
+        events = store(raw.engine, left, instead_of=events)
+        dropped["rare item or user"] = clean - count_rows(events)
+    if count_rows(events.filter(_.behavior.isin(source.target_behaviors))) == 0:
+        raise UserError(
+            f"the log holds no event of the behaviors that are predicted ({', '.join(source.target_behaviors)})"
+        )
+    return events
+
+
+def _items(raw: RawTables, events: ibis.Table, source: Source, config: PrepareConfig) -> pa.Table:
+    """The catalogue in the order of its indices; without a limit on users per item, items nobody touched stay in it."""
+    items = raw.items
+    if config.k_core.min_users_per_item:
+        items = items.semi_join(events.filter(_.behavior.isin(source.target_behaviors)), "item_id")
+    return items.order_by("item_id").to_pyarrow()
+
+
+def _index(raw: RawTables, events: ibis.Table, items: pa.Table, users: pa.Table) -> ibis.Table:
+    """Adds the int32 columns user and item."""
+    engine = raw.engine
+    for key, name, table in (("user_id", "user", users), ("item_id", "item", items)):
+        index = pa.table({key: table[key], name: pa.array(range(table.num_rows), pa.int32())})
+        events = events.inner_join(store(engine, index), key)
+    return events
+
+
+def _sorted_events(events: ibis.Table) -> pa.Table:
+    columns = ["user", "item", "user_id", "item_id", "timestamp", "behavior", "session", "split"]
+    extra = sorted(set(events.columns) - {*columns, "session_id", "strength"})
+    order = ["user", "session", "timestamp", "strength", "item"]
+    table = events.order_by([*order, *extra]).select(*columns, *extra).to_pyarrow()
+    return table.set_column(columns.index("session"), "session", table["session"].cast(pa.int32()))
+
+
+def _known_users(queries: ibis.Table, events: ibis.Table) -> pa.Table:
+    return (
+        queries.semi_join(events, "user_id")
+        .order_by(list(dict.fromkeys(["user_id", "timestamp", *queries.columns])))
+        .to_pyarrow()
+    )
+
+
+def _scatter(index: pa.ChunkedArray, values: pa.ChunkedArray, size: int) -> list[int]:
+    result = [0] * size
+    for place, value in zip(index.to_pylist(), values.to_pylist(), strict=True):
+        result[place] = value
+    return result
+
+
+def _statistics(
+    source: Source,
+    raw: RawTables,
+    events: ibis.Table,
+    items: pa.Table,
+    users: pa.Table,
+    pairs: pa.Table,
+    dropped: dict[str, int],
+) -> dict[str, Any]:
+    def counts(column: str) -> dict[str, int]:
+        rows = events.group_by(column).agg(n=_.count()).to_pyarrow().to_pylist()
+        return {row[column]: row["n"] for row in rows}
+
+    targets = events.filter(_.behavior.isin(source.target_behaviors))
+    by_behavior, by_split = counts("behavior"), counts("split")
+    return {
+        "source": type(source).__name__,
+        "behaviors": list(source.behaviors),
+        "target_behaviors": list(source.target_behaviors),
+        "split": source.split,
+        "users": users.num_rows,
+        "items": items.num_rows,
+        "events": sum(by_behavior.values()),
+        "target_events": count_rows(targets),
+        "target_sessions": count_rows(targets.select("user", "session").distinct()),
+        "test_users": count_rows(targets.filter(_.split == "test").select("user").distinct()),
+        "events_by_behavior": {name: by_behavior.get(name, 0) for name in source.behaviors},
+        "events_by_split": {name: by_split.get(name, 0) for name in ("train", "valid", "test")},
+        "pairs_by_kind": {kind: pc.sum(pc.equal(pairs["kind"], kind)).as_py() or 0 for kind in ("itemcf", "swing")},
+        "dropped": dropped,
+        **raw.facts,
+    }

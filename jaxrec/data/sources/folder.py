@@ -1,0 +1,234 @@
+"""A user's own logs: a folder with `items.*`, `events.*` and, for query suggestion, `queries.*`.
+
+Each file is parquet, CSV or JSONL. Columns (a star marks what must be there):
+
+    items    item_id* title*, category, brand, price, text, scenario, product_ids, embedding, any further attributes
+    events   user_id* item_id* timestamp* behavior*, session_id, scenario, query, watch_seconds
+    queries  user_id* timestamp* prefix* query* feedback*
+
+In CSV, product_ids are separated by `|`. Rows are numbered from 1 in messages, a header not counted.
+"""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import ibis
+from ibis import _
+from ibis.backends import BaseBackend
+
+from jaxrec.config import UserError, fingerprint
+from jaxrec.data.sources.checks import Check, as_number, as_seconds, as_text, choice, not_null, refuse
+from jaxrec.data.sources.files import digest
+from jaxrec.data.tables import RawTables, Split, connect, count_rows, store
+
+SCENARIOS = ("product_card", "short_video", "live_stream")
+FEEDBACK = ("order", "item_click", "click", "show", "not_show", "random")
+SUFFIXES = ("parquet", "csv", "jsonl")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of tables. What is wrong in them is refused with its file, column and row; unknown items are counted."""
+
+    path: Path
+    """The folder with items.*, events.* and perhaps queries.*."""
+    behaviors: tuple[str, ...] = ("pseudo_exposure", "exposure", "click", "cart", "purchase")
+    """All behaviors in the log, from weak to strong."""
+    target_behaviors: tuple[str, ...] = ("purchase",)
+    """The behaviors that are to be predicted."""
+    split: Split = "last_session"
+    """How validation and test are held out."""
+    session_gap_seconds: int = 1800
+    """Without session_id, a pause longer than this begins a new session."""
+
+    def fingerprint(self) -> str:
+        """Of the files' contents and this configuration, the place of the folder left out."""
+        files = [digest(path) for name in ("items", "events", "queries") if (path := _find(Path(self.path), name))]
+        config = (self.behaviors, self.target_behaviors, self.split, self.session_gap_seconds)
+        return fingerprint("folder", files, *config)
+
+    def load(self) -> RawTables:
+        """Reads and checks the files.
+
+        Raises:
+          UserError: anything that is listed in the module's docstring is missing, mistyped or contradictory.
+        """
+        if not self.target_behaviors or set(self.target_behaviors) - set(self.behaviors):
+            raise UserError(
+                f"target_behaviors {list(self.target_behaviors)} must be some of behaviors {list(self.behaviors)}; "
+                "change either"
+            )
+        folder, engine = Path(self.path), connect()
+        if not folder.is_dir():
+            raise UserError(
+                f"there is no folder {folder}; give the folder with items.* and events.* as the source's path"
+            )
+        items = _items(engine, folder)
+        events, unknown = self._events(engine, folder, items)
+        queries = _queries(engine, folder) if _find(folder, "queries") else None
+        return RawTables(engine, items, events, queries, dropped={"event of an unknown item": unknown})
+
+    def _events(self, engine: BaseBackend, folder: Path, items: ibis.Table) -> tuple[ibis.Table, int]:
+        """The events of known items, and how many of unknown items there were."""
+        path, table = _read(engine, folder, "events", ("user_id", "item_id", "timestamp", "behavior"))
+        refuse(path, table, [
+            *not_null(table, "user_id"),
+            *not_null(table, "item_id"),
+            *as_seconds(table, "timestamp").checks,
+            *choice(table, "behavior", self.behaviors, "rename it, or list all in the source's `behaviors`"),
+            *(choice(table, "scenario", SCENARIOS, "use one of these") if "scenario" in table.columns else []),
+            *(as_number(table, "watch_seconds").checks if "watch_seconds" in table.columns else []),
+        ])  # fmt: skip
+        columns = {name: as_text(table[name]) for name in ("user_id", "item_id", "behavior")}
+        columns |= {name: as_text(table[name]) for name in ("scenario", "query") if name in table.columns}
+        if "watch_seconds" in table.columns:
+            columns["watch_seconds"] = as_number(table, "watch_seconds").value
+        session = as_text(table.session_id) if "session_id" in table.columns else ibis.null("string")
+        typed = table.select(
+            **columns, timestamp=as_seconds(table, "timestamp").value, session_id=session, _row=table._row
+        )
+        typed = store(engine, typed)
+        strangers = typed.anti_join(items, "item_id")
+        unknown, size = count_rows(strangers), count_rows(typed)
+        if 2 * unknown > size:
+            row = strangers.order_by("_row").limit(1).to_pyarrow().to_pylist()[0]
+            raise UserError(
+                f"{path}, column 'item_id': {unknown} of {size} events are of items that the items file lacks, "
+                f"the first in row {row['_row']} ({row['item_id']!r}); "
+                f"write the ids the same way in both files, or add the items"
+            )
+        known = typed.semi_join(items, "item_id")
+        return store(engine, _with_sessions(known, self.session_gap_seconds).drop("_row")), unknown
+
+
+def _with_sessions(events: ibis.Table, gap: int) -> ibis.Table:
+    """Fills session_id where it is null: a number that rises after every pause of more than `gap` seconds."""
+    in_order = ibis.window(group_by="user_id", order_by=["timestamp", "_row"])
+    so_far = ibis.window(group_by="user_id", order_by=["timestamp", "_row"], rows=(None, 0))
+    events = events.mutate(_pause=(_.timestamp - _.timestamp.lag().over(in_order)).fill_null(0) > gap)
+    events = events.mutate(_number=_._pause.cast("int64").sum().over(so_far).cast("string").lpad(9, "0"))
+    return events.mutate(session_id=_.session_id.coalesce(_._number)).drop("_pause", "_number")
+
+
+def _items(engine: BaseBackend, folder: Path) -> ibis.Table:
+    path, table = _read(engine, folder, "items", ("item_id", "title"))
+    copies = ibis.row_number().over(group_by=as_text(table.item_id), order_by=table._row)
+    table = store(engine, table.mutate(_copy=copies))
+    checks = [*not_null(table, "item_id"), Check("item_id", table._copy > 0, "occurs twice; give every item one row")]
+    checks += not_null(table, "title")
+    columns = {name: as_text(table[name]) for name in ("item_id", "title")}
+    for name in ("category", "brand"):
+        columns[name] = as_text(table[name]).fill_null("") if name in table.columns else ibis.literal("")
+    columns["price"] = ibis.null("float64")
+    if "price" in table.columns:
+        checks += as_number(table, "price").checks
+        columns["price"] = as_number(table, "price").value
+    if "scenario" in table.columns:
+        checks += choice(table, "scenario", SCENARIOS, "use one of these")
+        columns["scenario"] = as_text(table.scenario)
+    refuse(path, table, checks)
+    words = [columns[name] for name in ("title", "category", "brand")]
+    joined = ibis.literal(". ").join([word.nullif("") for word in words])
+    columns["text"] = as_text(table.text).coalesce(joined) if "text" in table.columns else joined
+    if "product_ids" in table.columns:
+        columns["product_ids"] = _product_ids(engine, path, table)
+    if "embedding" in table.columns:
+        columns["embedding"] = _embedding(path, table)
+    further = [name for name in table.columns if name not in columns and not name.startswith("_")]
+    order = ["item_id", "title", "text", "category", "brand", "price"]
+    order += [name for name in columns if name not in order]
+    return store(
+        engine, table.select(**{name: columns[name] for name in order}, **{name: table[name] for name in further})
+    )
+
+
+def _product_ids(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.expr.types.ArrayValue:
+    products = table.product_ids
+    if products.type().is_string():
+        products = products.nullif("").split("|")
+    if not products.type().is_array():
+        raise UserError(
+            f"{path}, column 'product_ids': holds {products.type()}; write a list of item ids (in CSV, split by |)"
+        )
+    products = products.cast("array<string>")
+    sold = table.select(product=products.unnest(), _row=table._row)
+    known = table.select(product=as_text(table.item_id))
+    missing = sold.anti_join(known, "product").order_by(["_row", "product"]).limit(1).to_pyarrow().to_pylist()
+    if missing:
+        raise UserError(
+            f"{path}, column 'product_ids', row {missing[0]['_row']}: there is no item {missing[0]['product']!r}; "
+            f"add it to {path.name}, or take it out of the list"
+        )
+    return products
+
+
+def _embedding(path: Path, table: ibis.Table) -> ibis.expr.types.ArrayValue:
+    if not (table.embedding.type().is_array() and table.embedding.type().value_type.is_numeric()):
+        raise UserError(
+            f"{path}, column 'embedding': holds {table.embedding.type()}; write lists of numbers, in parquet or JSONL"
+        )
+    width = table.filter(_._row == 1).embedding.length().to_pyarrow()[0].as_py()
+    if not width:
+        raise UserError(
+            f"{path}, column 'embedding', row 1: is empty; give every item an embedding, or drop the column"
+        )
+    differs = (table.embedding.length() != width) | table.embedding.isnull()
+    refuse(
+        path,
+        table,
+        [Check("embedding", differs, f"has not the width {width} of row 1; give all items one width", show=False)],
+    )
+    return table.embedding.cast("array<float32>")
+
+
+def _queries(engine: BaseBackend, folder: Path) -> ibis.Table:
+    names = ("user_id", "timestamp", "prefix", "query", "feedback")
+    path, table = _read(engine, folder, "queries", names)
+    checks = [*not_null(table, "user_id"), *as_seconds(table, "timestamp").checks, *not_null(table, "query")]
+    refuse(path, table, [*checks, *choice(table, "feedback", FEEDBACK, "use one of these")])
+    columns = {name: as_text(table[name]) for name in names if name != "timestamp"}
+    return store(engine, table.select(**columns, timestamp=as_seconds(table, "timestamp").value).select(*names))
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """The one file that holds the table `name`."""
+    found = [path for suffix in SUFFIXES if (path := folder / f"{name}.{suffix}").is_file()]
+    if len(found) > 1:
+        raise UserError(f"{folder} holds both {found[0].name} and {found[1].name}; keep one of them")
+    return found[0] if found else None
+
+
+def _read(engine: BaseBackend, folder: Path, name: str, required: tuple[str, ...]) -> tuple[Path, ibis.Table]:
+    """A file as a table with a column `_row`, numbered from 1.
+
+    Raises:
+      UserError: it is missing, empty or lacks a column.
+    """
+    path = _find(folder, name)
+    if path is None:
+        raise UserError(
+            f"{folder} has no {name}.parquet, {name}.csv or {name}.jsonl; "
+            f"add one with the columns {', '.join(required)}"
+        )
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; it needs the columns {', '.join(required)}")
+    readers = {
+        ".parquet": lambda: engine.read_parquet(path),
+        ".csv": lambda: engine.read_csv(path, all_varchar=True, header=True, sep=","),
+        ".jsonl": lambda: engine.read_json(path, format="newline_delimited", sample_size=-1),
+    }
+    try:
+        table = readers[path.suffix]()
+        table = store(engine, table.mutate(_row=ibis.row_number() + 1))
+    except duckdb.Error as error:
+        raise UserError(f"{path} can't be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+    for column in required:
+        if column not in table.columns:
+            near = difflib.get_close_matches(column, table.columns, n=1, cutoff=0.5)
+            hint = f"rename {near[0]!r}" if near else f"it has {', '.join(c for c in table.columns if c != '_row')}"
+            raise UserError(f"{path}: the column {column!r} is missing; {hint}")
+    if count_rows(table) == 0:
+        raise UserError(f"{path} has no rows; it needs at least one")
+    return path, table

@@ -1,0 +1,327 @@
+"""A synthetic mall: seeded logs with planted tastes, for which the best possible recall is known exactly.
+
+Every item belongs to one taste (a kind of goods), with a planted share inside it. A user has a few tastes. In each
+session the user buys from one taste and then browses the next: the extra clicks of a session announce the taste of the
+next one, which follows with probability `1 - surprise` and is otherwise drawn anew from the user's tastes. A basket of
+n items is n draws by share without replacement. So popularity and personal frequency know little, the last clicks know
+most, and the distribution of the next basket given everything before it has a closed form.
+
+The catalogue holds product cards, short videos that sell one product, and live streams that change what they sell.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from jaxrec.config import UserError, fingerprint
+from jaxrec.data.sources.mall_words import goods, item_title, query_of
+from jaxrec.data.tables import RawTables, Split, connect, store
+
+DAY = 86_400
+START = 1_700_006_400  # a midnight, UTC
+BASKET_SIZES = (1, 2, 3)
+SCENARIOS = ("product_card", "short_video", "live_stream")
+
+
+@dataclass(frozen=True)
+class SyntheticMall:
+    """Made-up shoppers with known tastes."""
+
+    behaviors: ClassVar[tuple[str, ...]] = ("pseudo_exposure", "exposure", "click", "cart", "purchase")
+    target_behaviors: ClassVar[tuple[str, ...]] = ("purchase",)
+
+    users: int = 400
+    """Number of shoppers."""
+    items: int = 300
+    """Size of the catalogue: 70% product cards, 20% short videos, 10% live streams."""
+    tastes: int = 20
+    """Number of tastes, each a kind of goods with about items / tastes items."""
+    tastes_per_user: int = 4
+    """How many tastes a shopper has."""
+    sessions_per_user: int = 12
+    """Visits, each with a purchase, about a day apart."""
+    browsed_per_session: int = 3
+    """Clicks that announce the taste of the next session."""
+    exposures_per_session: int = 8
+    """Items shown without a click; as many again are scrolled past (pseudo_exposure)."""
+    surprise: float = 0.1
+    """Probability that a session follows another taste than the one that was announced."""
+    skew: float = 0.8
+    """The r-th item of a taste has a share of r^-skew."""
+    split: Split = "last_session"
+    """How validation and test are held out."""
+    seed: int = 0
+    """Seed of everything."""
+
+    def fingerprint(self) -> str:
+        """Of this configuration, which is all that the logs depend on."""
+        return fingerprint("synthetic_mall", self)
+
+    def load(self) -> RawTables:
+        """Makes the logs. Raises UserError for sizes that can't be."""
+        self._check()
+        mall, engine = _plant(self), connect()
+        events, queries = _events(self, mall), _queries(self, mall)
+        best = {f"recall@{k}": best_possible_recall(self, mall, k) for k in (1, 5, 10, 50)}
+        return RawTables(
+            engine,
+            store(engine, _items(self, mall)),
+            store(engine, events),
+            store(engine, queries),
+            extra={"live_streams": store(engine, _live_streams(self, mall))},
+            facts={"best_possible": best},
+        )
+
+    def best_possible_recall(self, k: int) -> float:
+        """Exact expected recall@k, on each user's last basket, of an oracle who knows the planted shares and tastes."""
+        self._check()
+        return best_possible_recall(self, _plant(self), k)
+
+    def _check(self) -> None:
+        if self.items < 10 * self.tastes:
+            raise UserError(f"items={self.items} is too few for tastes={self.tastes}; give at least ten items a taste")
+        if not 1 <= self.tastes_per_user <= self.tastes:
+            raise UserError(f"tastes_per_user={self.tastes_per_user} must be between 1 and tastes={self.tastes}")
+        if self.users < 1 or self.sessions_per_user < 1:
+            raise UserError("users and sessions_per_user must be at least 1")
+        if not 0 <= self.surprise <= 1:
+            raise UserError(f"surprise={self.surprise} is a probability; give a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Mall:
+    """The planted truth and what the shoppers did. U users, T sessions, I items, J tastes of a user."""
+
+    taste_of_item: np.ndarray
+    """int64 [I]"""
+    share: np.ndarray
+    """float64 [I], sums to one in every taste."""
+    scenario: np.ndarray
+    """int64 [I], index in SCENARIOS."""
+    sells: np.ndarray
+    """int64 [I], the product of a short video; the item itself otherwise."""
+    user_tastes: np.ndarray
+    """int64 [U, J]"""
+    user_weights: np.ndarray
+    """float64 [U, J], the probability of each taste when a session is a surprise (and of each announcement)."""
+    announced: np.ndarray
+    """int64 [U, T], the taste that the clicks before the session point to."""
+    basket: np.ndarray
+    """int64 [U, T, 3], items bought, -1 where there are fewer."""
+    browsed: np.ndarray
+    """int64 [U, T, n], items of the taste announced for the session after."""
+    shown: np.ndarray
+    """int64 [U, T, 2 n], items at random: the first half exposure, the second pseudo_exposure."""
+
+
+def inclusion(share: np.ndarray, size: int) -> np.ndarray:
+    """The probability of each item to be among `size` draws by share without replacement, float64 [I].
+
+    By the first draw: it is the item, or it is another one and the item is among the rest.
+    """
+    if size == 1:
+        return share
+    total = share.copy()
+    for first in np.flatnonzero(share):
+        rest = np.where(np.arange(len(share)) == first, 0.0, share)
+        total += share[first] * inclusion(rest / rest.sum(), size - 1)
+    return total
+
+
+def best_possible_recall(config: SyntheticMall, mall: Mall, k: int) -> float:
+    """Expected recall@k on the last session of the k items that the planted probabilities favour, averaged over users.
+
+    Given all before the session, a basket has each of BASKET_SIZES with equal probability and is of taste z with
+    P(z) = (1 - surprise) [z announced] + surprise w(z). Recall is linear in the items, so item i is worth
+    P(taste of i) mean_n(inclusion_n(i) / n), and the k items worth most are the best list.
+    """
+    worth = np.zeros(config.items)
+    for taste in range(config.tastes):
+        inside = np.flatnonzero(mall.taste_of_item == taste)
+        worth[inside] = np.mean([inclusion(mall.share[inside], size) / size for size in BASKET_SIZES], axis=0)
+    rows = np.arange(config.users)
+    belief = np.zeros((config.users, config.tastes))
+    belief[rows[:, None], mall.user_tastes] = config.surprise * mall.user_weights
+    belief[rows, mall.announced[:, -1]] += 1 - config.surprise
+    total = 0.0
+    for user_belief in belief:  # a row at a time: [U, I] need not fit in memory
+        values = user_belief[mall.taste_of_item] * worth
+        total += np.sort(values)[::-1][:k].sum()
+    return float(total / config.users)
+
+
+@functools.lru_cache(maxsize=2)
+def _plant(config: SyntheticMall) -> Mall:
+    rng = np.random.default_rng(config.seed)
+    taste_of_item = rng.permutation(np.arange(config.items) % config.tastes)
+    share = _shares(rng, taste_of_item, config)
+    scenario, sells = _scenarios(rng, taste_of_item)
+    shape = (config.users, config.sessions_per_user)
+    order = np.argsort(rng.random((config.users, config.tastes)), axis=1)
+    user_tastes = order[:, : config.tastes_per_user]
+    user_weights = rng.dirichlet(np.full(config.tastes_per_user, 2.0), config.users)
+    # One more announcement than sessions: the clicks of the last session point to one that never comes.
+    announced = _draw_tastes(rng, user_tastes, user_weights, config.sessions_per_user + 1)
+    other = _draw_tastes(rng, user_tastes, user_weights, config.sessions_per_user)
+    actual = np.where(rng.random(shape) < config.surprise, other, announced[:, :-1])
+    basket = _draw_items(rng, taste_of_item, share, actual, max(BASKET_SIZES))
+    size = rng.choice(BASKET_SIZES, shape)
+    basket = np.where(np.arange(max(BASKET_SIZES)) < size[..., None], basket, -1)
+    browsed = _draw_items(rng, taste_of_item, share, announced[:, 1:], config.browsed_per_session)
+    shown = rng.integers(0, config.items, (*shape, 2 * config.exposures_per_session))
+    return Mall(
+        taste_of_item, share, scenario, sells, user_tastes, user_weights, announced[:, :-1], basket, browsed, shown
+    )
+
+
+def _shares(rng: np.random.Generator, taste_of_item: np.ndarray, config: SyntheticMall) -> np.ndarray:
+    share = np.zeros(config.items)
+    for taste in range(config.tastes):
+        inside = rng.permutation(np.flatnonzero(taste_of_item == taste))
+        weight = np.arange(1, len(inside) + 1) ** -config.skew
+        share[inside] = weight / weight.sum()
+    return share
+
+
+def _scenarios(rng: np.random.Generator, taste_of_item: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The scenario of every item, and for short videos a product of the same taste."""
+    scenario, sells = np.zeros(len(taste_of_item), np.int64), np.arange(len(taste_of_item))
+    for taste in np.unique(taste_of_item):
+        inside = rng.permutation(np.flatnonzero(taste_of_item == taste))
+        videos, streams = len(inside) // 5, len(inside) // 10
+        scenario[inside[:videos]] = 1
+        scenario[inside[videos : videos + streams]] = 2
+        sells[inside[:videos]] = rng.choice(inside[videos + streams :], videos)
+    return scenario, sells
+
+
+def _draw_tastes(rng: np.random.Generator, tastes: np.ndarray, weights: np.ndarray, sessions: int) -> np.ndarray:
+    """One of each user's tastes for every session, int64 [U, sessions]."""
+    place = (rng.random((len(tastes), sessions))[..., None] > np.cumsum(weights, axis=1)[:, None, :-1]).sum(-1)
+    return np.take_along_axis(tastes, place, axis=1)
+
+
+def _draw_items(
+    rng: np.random.Generator, taste_of_item: np.ndarray, share: np.ndarray, taste: np.ndarray, size: int
+) -> np.ndarray:
+    """`size` draws by share without replacement from the items of each taste, int64 [U, T, size] (Gumbel top-k)."""
+    drawn = np.empty((*taste.shape, size), np.int64)
+    for each in np.unique(taste):
+        inside = np.flatnonzero(taste_of_item == each)
+        where = np.nonzero(taste == each)
+        keys = np.log(share[inside]) + rng.gumbel(size=(len(where[0]), len(inside)))
+        drawn[where] = inside[np.argsort(-keys, axis=1)[:, :size]]
+    return drawn
+
+
+def _session_starts(config: SyntheticMall) -> np.ndarray:
+    """Unix seconds, int64 [U, T]: one session a day, in the morning hours."""
+    rng = np.random.default_rng([config.seed, 1])
+    return (
+        START
+        + DAY * np.arange(config.sessions_per_user)
+        + rng.integers(0, DAY // 4, (config.users, 1 + config.sessions_per_user))[:, 1:]
+    )
+
+
+def _events(config: SyntheticMall, mall: Mall) -> pa.Table:
+    """A session, ten seconds a step: scrolled past, shown, clicked, carted, bought; what is bought went through all."""
+    half = config.exposures_per_session
+    steps = [
+        ("pseudo_exposure", mall.shown[..., half:]),
+        ("exposure", np.concatenate([mall.shown[..., :half], mall.browsed, mall.basket], axis=-1)),
+        ("click", np.concatenate([mall.basket, mall.browsed], axis=-1)),
+        ("cart", mall.basket),
+        ("purchase", mall.basket),
+    ]
+    starts, parts, offset = _session_starts(config), [], 0
+    for behavior, items in steps:
+        user, session, place = np.nonzero(items >= 0)
+        item = items[user, session, place]
+        parts.append(
+            pa.table(
+                {
+                    "user_id": _names("u", user, config.users),
+                    "item_id": _names("i", item, config.items),
+                    "timestamp": starts[user, session] + 10 * (offset + place),
+                    "behavior": pa.array(np.full(len(user), behavior), pa.string()),
+                    "session_id": _names("s", session, config.sessions_per_user),
+                    "scenario": pa.array(np.array(SCENARIOS)[mall.scenario[item]], pa.string()),
+                }
+            )
+        )
+        offset += items.shape[-1]
+    return pa.concat_tables(parts)
+
+
+def _queries(config: SyntheticMall, mall: Mall) -> pa.Table:
+    """What was typed before each purchase (order) and each browsed item (item_click), and one query shown in vain."""
+    rng = np.random.default_rng([config.seed, 2])
+    starts, parts = _session_starts(config), []
+    queries = [query_of(goods(taste)) for taste in range(config.tastes)]
+    random_items = mall.shown[..., :1]
+    for feedback, items in (("order", mall.basket), ("item_click", mall.browsed), ("show", random_items)):
+        user, session, place = np.nonzero(items >= 0)
+        words = [queries[taste] for taste in mall.taste_of_item[items[user, session, place]]]
+        lengths = rng.integers(2, 8, len(words))
+        parts.append(
+            pa.table(
+                {
+                    "user_id": _names("u", user, config.users),
+                    "timestamp": starts[user, session] + place,
+                    "prefix": pa.array(
+                        [word[:length] for word, length in zip(words, lengths, strict=True)], pa.string()
+                    ),
+                    "query": pa.array(words, pa.string()),
+                    "feedback": pa.array([feedback] * len(words), pa.string()),
+                }
+            )
+        )
+    return pa.concat_tables(parts)
+
+
+def _items(config: SyntheticMall, mall: Mall) -> pa.Table:
+    names = _names("i", np.arange(config.items), config.items).to_pylist()
+    rng = np.random.default_rng([config.seed, 3])
+    kinds = [goods(taste) for taste in mall.taste_of_item]
+    titles = [
+        item_title(kind, index, SCENARIOS[s]) for index, (kind, s) in enumerate(zip(kinds, mall.scenario, strict=True))
+    ]
+    sold = [[names[mall.sells[i]]] if mall.scenario[i] == 1 else [] for i in range(config.items)]
+    return pa.table(
+        {
+            "item_id": names,
+            "title": titles,
+            "text": [f"{title}. {kind}" for title, kind in zip(titles, kinds, strict=True)],
+            "category": kinds,
+            "brand": [f"Maker {taste % 7}" for taste in mall.taste_of_item],
+            "price": pa.array(np.round(5 + 95 * rng.random(config.items), 2)),
+            "scenario": [SCENARIOS[s] for s in mall.scenario],
+            "product_ids": pa.array(sold, pa.list_(pa.string())),
+        }
+    )
+
+
+def _live_streams(config: SyntheticMall, mall: Mall) -> pa.Table:
+    """What every live stream sells from each midnight on: up to five product cards of its taste, drawn anew."""
+    rng = np.random.default_rng([config.seed, 4])
+    names = _names("i", np.arange(config.items), config.items).to_pylist()
+    columns: dict[str, list] = {"item_id": [], "timestamp": [], "product_ids": []}
+    for stream in np.flatnonzero(mall.scenario == 2):
+        cards = np.flatnonzero((mall.taste_of_item == mall.taste_of_item[stream]) & (mall.scenario == 0))
+        for day in range(config.sessions_per_user):
+            columns["item_id"].append(names[stream])
+            columns["timestamp"].append(START + DAY * day)
+            columns["product_ids"].append([names[i] for i in rng.permutation(cards)[:5]])
+    types = {"item_id": pa.string(), "timestamp": pa.int64(), "product_ids": pa.list_(pa.string())}
+    return pa.table({name: pa.array(columns[name], of) for name, of in types.items()})
+
+
+def _names(prefix: str, index: Sequence[int] | np.ndarray, size: int) -> pa.Array:
+    """Identifiers whose text order is their number order: i007."""
+    width = len(str(size - 1))
+    return pa.array([f"{prefix}{i:0{width}d}" for i in range(size)], pa.string()).take(pa.array(index))

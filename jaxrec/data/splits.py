@@ -1,0 +1,101 @@
+"""Sessions and splits: which part of a user's log is held out."""
+
+from dataclasses import dataclass
+
+import ibis
+from ibis import _
+from ibis.backends import BaseBackend
+
+from jaxrec.config import UserError
+from jaxrec.data.tables import Source, store
+
+
+@dataclass(frozen=True)
+class TimeSplit:
+    """Boundaries in time; those in seconds go before those in quantiles."""
+
+    valid_quantile: float = 0.8
+    """Validation begins after this share of the target events."""
+    test_quantile: float = 0.9
+    """Test begins after this share of the target events."""
+    valid_from: int | None = None
+    """Validation begins at this time (Unix seconds)."""
+    test_from: int | None = None
+    """Test begins at this time (Unix seconds)."""
+
+
+def number_sessions(events: ibis.Table, source: Source) -> ibis.Table:
+    """Adds `session` (0, 1, 2 .. inside a user, in time order) and `strength`, the rank of the behavior.
+
+    Leave-one-out holds out single events, so there a session is one target event with the weaker events that led to it.
+    """
+    strength = ibis.cases(*((_.behavior == name, rank) for rank, name in enumerate(source.behaviors)), else_=-1)
+    events = events.mutate(strength=strength.cast("int32"))
+    starts = events.group_by(["user_id", "session_id"]).agg(start=_.timestamp.min())
+    order = ["start", "session_id"]
+    starts = starts.mutate(session=ibis.row_number().over(group_by="user_id", order_by=order)).drop("start")
+    events = events.inner_join(starts, ["user_id", "session_id"])
+    if source.split != "leave_one_out":
+        return events
+    target = _.behavior.isin(source.target_behaviors).cast("int64")
+    order = ["session", "timestamp", "strength", "item_id"]
+    before = ibis.window(group_by="user_id", order_by=order, rows=(None, -1))
+    return events.mutate(session=target.sum().over(before).fill_null(0))
+
+
+def assign_splits(engine: BaseBackend, events: ibis.Table, source: Source, config: TimeSplit) -> ibis.Table:
+    """Adds `split` in {train, valid, test}, a function of (user, session) that never falls along a user's sessions.
+
+    - leave_one_out, last_session: the last session with a target event is test, the one before it valid. Sessions
+      without a target event belong to the split of the next one with; after the last they are dropped. Users with
+      fewer than three sessions with targets are all train.
+    - time: a session is valid or test when it, or one before it, ended at or after the boundary. So no event of train
+      happens after the boundary.
+
+    Args:
+      engine: where intermediate results are kept.
+      events: the result of `number_sessions`.
+      source: its target_behaviors and split are read.
+      config: the boundaries of a split by time.
+
+    Raises:
+      UserError: the boundaries are out of order.
+    """
+    sessions = events.mutate(target=_.behavior.isin(source.target_behaviors)).group_by(["user_id", "session"])
+    sessions = store(engine, sessions.agg(end=_.timestamp.max(), target=_.target.any().cast("int64")))
+    if source.split == "time":
+        sessions = _split_by_time(events.filter(_.behavior.isin(source.target_behaviors)), sessions, config)
+    else:
+        sessions = _split_last(sessions)
+    return events.inner_join(sessions.select("user_id", "session", "split"), ["user_id", "session"])
+
+
+def _split_last(sessions: ibis.Table) -> ibis.Table:
+    so_far = ibis.window(group_by="user_id", order_by="session", rows=(None, 0))
+    sessions = sessions.mutate(
+        before=_.target.sum().over(so_far) - _.target, total=_.target.sum().over(ibis.window(group_by="user_id"))
+    )
+    split = ibis.cases(
+        ((_.total < 3) | (_.before < _.total - 2), "train"),
+        (_.before == _.total - 2, "valid"),
+        (_.before == _.total - 1, "test"),
+        else_="",
+    )
+    return sessions.mutate(split=split).filter(_.split != "")
+
+
+def _split_by_time(targets: ibis.Table, sessions: ibis.Table, config: TimeSplit) -> ibis.Table:
+    valid_from, test_from = (
+        given if given is not None else int(targets.timestamp.quantile(quantile).to_pyarrow().as_py())
+        for given, quantile in ((config.valid_from, config.valid_quantile), (config.test_from, config.test_quantile))
+    )
+    if valid_from > test_from:
+        raise UserError(
+            f"time_split: validation begins at {valid_from}, after test at {test_from}; "
+            "lower valid_from or valid_quantile"
+        )
+    so_far = ibis.window(group_by="user_id", order_by="session", rows=(None, 0))
+    sessions = sessions.mutate(ended=_.end.max().over(so_far))
+    return sessions.mutate(
+        split=ibis.cases((_.ended >= test_from, "test"), (_.ended >= valid_from, "valid"), else_="train")
+    )

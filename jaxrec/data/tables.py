@@ -1,0 +1,146 @@
+"""Tables: what a source hands over, the engine that works on them, and the folder that everybody else reads.
+
+A source reads logs into a `RawTables`: ibis tables on one engine (DuckDB by default; nothing below is DuckDB's own
+except `connect`). `jaxrec.data.prepare` cleans, splits and indexes them and writes the folder that `Tables` reads:
+
+    items.parquet    sorted by item_id; the row number is the item index used everywhere later
+    events.parquet   sorted by (user, session, timestamp, strength of the behavior, item)
+    users.parquet    sorted by user_id; the row number is the user index
+    pairs.parquet    item pairs that belong together, see `jaxrec.data.pairs`
+    statistics.json  what is in the tables, and what was dropped and why
+    queries.parquet, live_streams.parquet ... where the source has them
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis.backends import BaseBackend
+
+from jaxrec.config import UserError
+
+Split = Literal["leave_one_out", "last_session", "time"]
+
+EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "behavior", "session_id")
+
+_PRIME = 2_147_483_647
+
+
+@dataclass(frozen=True)
+class RawTables:
+    """What a source hands over, before cleaning. All ibis tables live on `engine`."""
+
+    engine: BaseBackend
+    """The ibis backend that holds the tables."""
+    items: ibis.Table
+    """item_id str, title str, text str, category str, brand str, price float64 and any further attributes."""
+    events: ibis.Table
+    """user_id str, item_id str, timestamp int64 seconds, behavior str, session_id str; no nulls; or more."""
+    queries: ibis.Table | None = None
+    """user_id str, timestamp int64, prefix str, query str, feedback str."""
+    extra: dict[str, ibis.Table] = field(default_factory=dict)
+    """Further tables, by the name of the file that they become."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows that the source itself left out, by reason."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Entries for statistics.json that only the source knows."""
+
+
+class Source(Protocol):
+    """Where the logs come from: a frozen dataclass whose fields are its configuration."""
+
+    split: Split
+
+    @property
+    def behaviors(self) -> tuple[str, ...]:
+        """All behaviors, from weak to strong."""
+
+    @property
+    def target_behaviors(self) -> tuple[str, ...]:
+        """The behaviors that are to be predicted."""
+
+    def load(self) -> RawTables:
+        """Reads the logs. Raises UserError where they can't be used."""
+
+    def fingerprint(self) -> str:
+        """Changes when the logs or the configuration do."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of a run directory, in memory."""
+
+    items: pa.Table
+    events: pa.Table
+    users: pa.Table
+    pairs: pa.Table
+    statistics: dict[str, Any]
+    folder: Path
+
+    @classmethod
+    def read(cls, folder: Path, event_columns: Sequence[str] | None = None) -> "Tables":
+        """Reads a prepared folder; `event_columns` limits what is read of the largest file.
+
+        Raises:
+          UserError: the folder holds no prepared tables.
+        """
+        folder = Path(folder)
+        if not (folder / "statistics.json").is_file():
+            raise UserError(f"{folder} holds no prepared tables (no statistics.json); run train.py to prepare them")
+        names = ("items", "events", "users", "pairs")
+        columns = {"events": list(event_columns) if event_columns else None}
+        read = {name: pq.read_table(folder / f"{name}.parquet", columns=columns.get(name)) for name in names}
+        return cls(**read, statistics=json.loads((folder / "statistics.json").read_text()), folder=folder)
+
+
+def connect() -> BaseBackend:
+    """A fresh embedded DuckDB. Results don't depend on its threads: wherever order matters, it is explicit."""
+    engine = ibis.duckdb.connect()
+    engine.raw_sql("SET TimeZone = 'UTC'")
+    engine.raw_sql("SET memory_limit = '1500MB'")
+    engine.raw_sql("SET enable_progress_bar = false")
+    return engine
+
+
+def store(engine: BaseBackend, table: ibis.Table | pa.Table, instead_of: ibis.Table | None = None) -> ibis.Table:
+    """Computes a table once and keeps it in the engine under a fresh name; frees the stored table `instead_of`."""
+    if isinstance(table, pa.Table):
+        table = ibis.memtable(table)
+    stored = engine.create_table(ibis.util.gen_name("jaxrec"), table)
+    if instead_of is not None:
+        # Plain SQL: ibis 12's own drop_table renders no name with the sqlglot that it installs.
+        engine.raw_sql(f'DROP TABLE "{instead_of.op().name}"')
+    return stored
+
+
+def count_rows(table: ibis.Table) -> int:
+    """The number of rows of an ibis table."""
+    return int(table.count().to_pyarrow().as_py())
+
+
+def mix(seed: int, *columns: ibis.expr.types.IntegerValue) -> ibis.expr.types.IntegerValue:
+    """A pseudo-random integer in [0, 2^31 - 1) for every row, the same on every engine and version.
+
+    The square of a linear form modulo a prime: cheap, inside 64 bits, and unlike an engine's `hash`
+    never changed by an upgrade.
+
+    Args:
+      seed: another seed, another order.
+      columns: non-negative integers.
+    """
+    multipliers = (1_103_515_245, 1_299_709_327, 1_664_525_873, 1_812_433_253)
+    linear = (seed * 69_621 + 12_345) % _PRIME
+    for column, multiplier in zip(columns, multipliers, strict=False):
+        linear = column.cast("int64") % _PRIME * multiplier % _PRIME + linear
+    linear = linear % _PRIME
+    return linear * linear % _PRIME
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Writes parquet whose bytes depend on nothing but the rows."""
+    pq.write_table(table.combine_chunks(), path, compression="zstd", row_group_size=1 << 20)

@@ -1,0 +1,238 @@
+"""The baselines every model is printed beside: popularity, personal frequency, Markov chain, ItemKNN.
+
+Each is fitted on the train split's events of the target behaviors, and ranks from a user's history alone. All end in
+the same step: a dense row of scores per user, cut to the best k with ties broken by popularity, then by item index.
+So an item that a baseline knows nothing about (score 0) is ranked by popularity: the usual popularity fill.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from scipy import sparse
+
+from jaxrec.evaluation.cases import SPLITS, History, Record
+
+USERS_AT_ONCE = 256
+
+
+class Recommender(Protocol):
+    """Anything that ranks items for histories: a generative model, a baseline, a test's stub."""
+
+    def recommend(self, histories: list[History], k: int, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """items int32 [B, k] (-1 = none), scores f32 [B, k] (falling, -inf = none)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Log:
+    """Events of many users, flat: what baselines count."""
+
+    user: np.ndarray
+    """int64 [events], rising."""
+    item: np.ndarray
+    """int64 [events]."""
+    session: np.ndarray
+    """int64 [events]: numbered 0, 1, 2.. over all users without gaps, rising with (user, time)."""
+    num_users: int
+
+    @classmethod
+    def of(cls, histories: Sequence[History], target_behaviors: Sequence[int]) -> "Log":
+        """Flattens histories, keeping the events of the target behaviors; an empty history is a user without events."""
+        lengths = [len(history["item"]) for history in histories]
+        user = np.repeat(np.arange(len(histories)), lengths)
+        item, behavior, session = (
+            np.concatenate([np.zeros(0, np.int64), *(history[name] for history in histories)])
+            for name in ("item", "behavior", "session")
+        )
+        keep = np.isin(behavior, target_behaviors)
+        user, item, session = user[keep], item[keep].astype(np.int64), session[keep].astype(np.int64)
+        _, session = np.unique(user * (session.max(initial=0) + 1) + session, return_inverse=True)
+        return cls(user, item, session, len(histories))
+
+    def session_users(self) -> np.ndarray:
+        """int64 [sessions]: whose session it is."""
+        users = np.zeros(self.session.max(initial=-1) + 1, np.int64)
+        users[self.session] = self.user
+        return users
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """Ranks by the number of train events; also what every other baseline falls back on."""
+
+    counts: np.ndarray
+    """int64 [I]: events of the target behaviors in the train split."""
+    target_behaviors: tuple[int, ...]
+    order: np.ndarray = field(init=False)
+    """int64 [I]: items by falling count, then rising index; the tie order of every baseline."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "order", np.argsort(-self.counts, kind="stable"))
+
+    @classmethod
+    def fit(cls, log: Log, num_items: int, target_behaviors: Sequence[int]) -> "Popularity":
+        return cls(np.bincount(log.item, minlength=num_items), tuple(target_behaviors))
+
+    def recommend(self, histories, k, exclude_seen=False):
+        return _recommend(self, histories, k, exclude_seen, self.scores)
+
+    def scores(self, log: Log) -> np.ndarray:
+        return np.broadcast_to(self.counts.astype(np.float32), (log.num_users, len(self.counts)))
+
+
+@dataclass(frozen=True)
+class PersonalFrequency:
+    """Ranks by how often the user bought the item before; ties by how recently, then by popularity."""
+
+    popularity: Popularity
+
+    def recommend(self, histories, k, exclude_seen=False):
+        return _recommend(self.popularity, histories, k, exclude_seen, self.scores)
+
+    def scores(self, log: Log) -> np.ndarray:
+        """count + (last session that held it, from 1) / (sessions + 1): recency only ever breaks ties."""
+        shape = (log.num_users, len(self.popularity.counts))
+        sessions = np.bincount(log.session_users(), minlength=log.num_users)
+        start = np.cumsum(sessions) - sessions
+        recency = np.zeros(shape, np.float32)
+        # Events are in time order, so the latest of repeated writes is the one that stays.
+        recency[log.user, log.item] = (log.session - start[log.user] + 1) / (sessions + 1)[log.user]
+        return _count_matrix(log.user, log.item, shape).toarray() + recency
+
+
+@dataclass(frozen=True)
+class Markov:
+    """First-order chain over sessions: P(item in the next session | item in this one), averaged over this session.
+
+    With one item a session it is the plain chain from the last item to the next; with baskets the chain of FPMC
+    (Rendle et al. 2010, Eq. 3-5) without its factorisation.
+    """
+
+    popularity: Popularity
+    transitions: sparse.csr_array
+    """f32 [I, I]: row i holds P(j in the next session | i in this one)."""
+
+    @classmethod
+    def fit(cls, log: Log, popularity: Popularity) -> "Markov":
+        users = log.session_users()
+        baskets = _basket_matrix(log.session, log.item, (len(users), len(popularity.counts)))
+        before = np.flatnonzero(users[:-1] == users[1:])
+        followed = baskets[before]
+        pairs = (followed.T @ baskets[before + 1]).tocsr()
+        times = np.asarray(followed.sum(0)).ravel()
+        return cls(popularity, (sparse.diags_array(1.0 / np.maximum(times, 1)) @ pairs).tocsr().astype(np.float32))
+
+    def recommend(self, histories, k, exclude_seen=False):
+        return _recommend(self.popularity, histories, k, exclude_seen, self.scores)
+
+    def scores(self, log: Log) -> np.ndarray:
+        last = np.full(log.num_users, -1)
+        last[log.user] = log.session
+        now = last[log.user] == log.session
+        basket = _basket_matrix(log.user[now], log.item[now], (log.num_users, len(self.popularity.counts)))
+        sizes = np.maximum(np.asarray(basket.sum(1)).ravel(), 1)
+        return (basket @ self.transitions).toarray() / sizes[:, None].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ItemKNN:
+    """Item-based collaborative filtering: cosine of the items' user sets, summed over the user's distinct items.
+
+    Deshpande & Karypis 2004: binary user-item matrix, each item keeps its `neighbors` most similar items.
+    """
+
+    popularity: Popularity
+    similarity: sparse.csr_array
+    """f32 [I, I]: row i holds the cosines of i's nearest items; the diagonal is empty."""
+
+    @classmethod
+    def fit(cls, log: Log, popularity: Popularity, neighbors: int = 100) -> "ItemKNN":
+        num_items = len(popularity.counts)
+        seen = _basket_matrix(log.user, log.item, (log.num_users, num_items))
+        norms = np.sqrt(np.maximum(np.asarray(seen.sum(0)).ravel(), 1)).astype(np.float32)
+        items, unit = seen.T.tocsr(), seen @ sparse.diags_array(1.0 / norms)
+        rows = []
+        for start in range(0, num_items, USERS_AT_ONCE):
+            chosen = np.arange(start, min(start + USERS_AT_ONCE, num_items))
+            cosine = (items[chosen] @ unit).toarray() / norms[chosen, None]
+            cosine[np.arange(len(chosen)), chosen] = 0
+            best, values = best_items(cosine, popularity.order, min(neighbors, num_items))
+            rows.append(sparse.csr_array((values.ravel(), best.ravel(), np.arange(len(chosen) + 1) * best.shape[1]),
+                                         shape=(len(chosen), num_items)))  # fmt: skip
+        similarity = sparse.vstack(rows, format="csr")
+        similarity.eliminate_zeros()
+        return cls(popularity, similarity)
+
+    def recommend(self, histories, k, exclude_seen=False):
+        return _recommend(self.popularity, histories, k, exclude_seen, self.scores)
+
+    def scores(self, log: Log) -> np.ndarray:
+        seen = _basket_matrix(log.user, log.item, (log.num_users, len(self.popularity.counts)))
+        return (seen @ self.similarity).toarray()
+
+
+def fit_baselines(records: Iterable[Record], num_items: int, target_behaviors: Sequence[int]) -> dict[str, Recommender]:
+    """All baselines, fitted on the train-split events of `records` (whole records, with `split`), by printed name."""
+    train = SPLITS.index("train")
+    histories = [{key: record[key][record["split"] == train] for key in ("item", "behavior", "session")}
+                 for record in records]  # fmt: skip
+    log = Log.of(histories, target_behaviors)
+    popularity = Popularity.fit(log, num_items, target_behaviors)
+    return {
+        "popularity": popularity,
+        "personal frequency": PersonalFrequency(popularity),
+        "markov": Markov.fit(log, popularity),
+        "itemknn": ItemKNN.fit(log, popularity),
+    }
+
+
+def best_items(scores: np.ndarray, order: np.ndarray, k: int, excluded: np.ndarray | None = None):
+    """The k best of `scores` f32 [B, I] >= 0: (items int32 [B, k], scores f32 [B, k]), ties by position in `order`.
+
+    `excluded` bool [B, I] are never listed; where fewer than k are left, -1 and -inf.
+    """
+    num_items = scores.shape[1]
+    place = np.empty(num_items, np.uint64)
+    place[order] = np.arange(num_items, 0, -1, dtype=np.uint64)
+    # The bits of a float >= 0 sort as it does. Score above, place below make one distinct integer per item, so a plain
+    # partition is exact and has no ties left to break.
+    keys = np.ascontiguousarray(scores, np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32) | place
+    if excluded is not None:
+        keys[excluded] = 0
+    kept = min(k, num_items)
+    top = np.partition(keys, num_items - kept, axis=1)[:, num_items - kept :]
+    top = np.sort(top, axis=1)[:, ::-1]
+    items = np.full((len(scores), k), -1, np.int32)
+    values = np.full((len(scores), k), -np.inf, np.float32)
+    there = top > 0
+    items[:, :kept][there] = order[num_items - (top[there] & np.uint64(0xFFFFFFFF)).astype(np.int64)]
+    values[:, :kept][there] = (top[there] >> np.uint64(32)).astype(np.uint32).view(np.float32)
+    return items, values
+
+
+def _recommend(popularity: Popularity, histories: list[History], k: int, exclude_seen: bool, scores):
+    """`scores(log)` for a few users at a time, cut to the best k."""
+    items, values = np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
+    parts = [(items, values)]
+    for start in range(0, len(histories), USERS_AT_ONCE):
+        log = Log.of(histories[start : start + USERS_AT_ONCE], popularity.target_behaviors)
+        excluded = None
+        if exclude_seen:
+            excluded = np.zeros((log.num_users, len(popularity.counts)), bool)
+            excluded[log.user, log.item] = True
+        parts.append(best_items(scores(log), popularity.order, k, excluded))
+    return np.concatenate([items for items, _ in parts]), np.concatenate([values for _, values in parts])
+
+
+def _count_matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
+    return sparse.csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=shape)
+
+
+def _basket_matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
+    """0/1: whether row holds column, however often."""
+    matrix = _count_matrix(rows, columns, shape)
+    matrix.sum_duplicates()
+    matrix.data[:] = 1
+    return matrix

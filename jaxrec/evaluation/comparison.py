@@ -1,0 +1,137 @@
+"""The comparison: every model on the same cases, as rows for evaluation.json and as a table to look at.
+
+Three subsets answer three questions:
+
+- `all`: the full ranking against everything in the target session (repeat purchases count).
+- `new`: a shop that looks for something new. What the user already had is taken out of every model's ranking, and the
+  targets are those the user had not had.
+- `new_in_full_ranking`: the ranking of `all` against the new targets only: what a full ranking gives for discovery.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+from rich.table import Table
+
+from jaxrec.evaluation.baselines import Recommender, fit_baselines
+from jaxrec.evaluation.cases import Cases, Record, make_cases, shuffle_ties, tied_fraction
+from jaxrec.evaluation.metrics import CUTOFFS, add, mean, ranking_metrics
+from jaxrec.run import progress
+
+SUBSETS = ("all", "new", "new_in_full_ranking")
+TIES_SHUFFLED = " (ties shuffled)"
+
+Row = dict[str, str | float | int]
+
+
+def evaluate(
+    models: Mapping[str, Recommender],
+    cases: Cases,
+    *,
+    split: str = "test",
+    cutoffs: Sequence[int] = CUTOFFS,
+    batch_size: int = 512,
+) -> list[Row]:
+    """Rows `{model, split, subset, metric, value, count}`: the mean over `count` users, for every model and subset.
+
+    Each model ranks every case twice, with and without what the user already has, `batch_size` histories at a time.
+    """
+    rows = []
+    with progress() as bars:
+        task = bars.add_task("evaluate", total=2 * len(cases) * len(models))
+        for name, model in models.items():
+            bars.update(task, description=f"evaluate {name}")
+            sums = {subset: {} for subset in SUBSETS}
+            for start in range(0, len(cases), batch_size):
+                batch = cases.take(range(start, min(start + batch_size, len(cases))))
+                for subset, metrics in _evaluate_batch(model, batch, cutoffs).items():
+                    sums[subset] = add(sums[subset], metrics)
+                bars.advance(task, 2 * len(batch))
+            rows += [
+                {
+                    "model": name,
+                    "split": split,
+                    "subset": subset,
+                    "metric": metric,
+                    "value": mean(pair),
+                    "count": pair[1],
+                }
+                for subset in SUBSETS
+                for metric, pair in sums[subset].items()
+            ]
+    return rows
+
+
+def _evaluate_batch(model: Recommender, batch: Cases, cutoffs: Sequence[int]) -> dict[str, dict]:
+    depth = max(cutoffs)
+    full, _ = model.recommend(batch.histories, depth)
+    unseen, _ = model.recommend(batch.histories, depth, exclude_seen=True)
+    return {
+        "all": ranking_metrics(full, batch.targets, batch.where, cutoffs),
+        "new": ranking_metrics(unseen, batch.targets, batch.new, cutoffs),
+        "new_in_full_ranking": ranking_metrics(full, batch.targets, batch.new, cutoffs),
+    }
+
+
+def evaluate_ties_shuffled(
+    records: Sequence[Record],
+    num_items: int,
+    target_behaviors: Sequence[int],
+    *,
+    split: str = "test",
+    seed: int = 0,
+    cutoffs: Sequence[int] = CUTOFFS,
+) -> list[Row]:
+    """Rows of the baselines, named `markov (ties shuffled)` and so on, fitted and tested on data with shuffled ties.
+
+    Empty where no order is accidental: nothing ties, or sessions are baskets. Baselines only: a trained model may have
+    seen, as training data, the event that chance now makes the target.
+    """
+    if tied_fraction(records) == 0:
+        return []
+    shuffled = [shuffle_ties(record, seed) for record in records]
+    baselines = fit_baselines(shuffled, num_items, target_behaviors)
+    models = {f"{name}{TIES_SHUFFLED}": model for name, model in baselines.items()}
+    return evaluate(models, make_cases(shuffled, target_behaviors, split), split=split, cutoffs=cutoffs)
+
+
+def comparison_tables(
+    rows: Iterable[Row], metrics: Sequence[str] = ("recall@10", "ndcg@10", "hr@10", "mrr@10", "recall@50", "recall@500")
+) -> list[Table]:
+    """One rich table a split and subset, one row a model, the best of every column bold."""
+    tables = []
+    for (split, subset), group in groupby(sorted(rows, key=_split_and_subset), key=_split_and_subset):
+        values, counts = pivot(group)
+        shown = [metric for metric in metrics if any(metric in row for row in values.values())]
+        best = {metric: max(row.get(metric, 0.0) for row in values.values()) for metric in shown}
+        table = Table(
+            title=f"{split}, {subset.replace('_', ' ')} ({max(counts.values()):,} users)", title_justify="left"
+        )
+        table.add_column("model")
+        for metric in shown:
+            table.add_column(metric, justify="right")
+        for model, row in values.items():
+            cells = [row.get(metric) for metric in shown]
+            table.add_row(model, *(_cell(cell, best[metric]) for cell, metric in zip(cells, shown, strict=True)))
+        tables.append(table)
+    return tables
+
+
+def pivot(rows: Iterable[Row]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """({model: {metric: value}}, {model: count}) of rows of one split and subset, models in their first order."""
+    values: dict[str, dict[str, float]] = {}
+    counts: dict[str, int] = {}
+    for row in rows:
+        values.setdefault(row["model"], {})[row["metric"]] = row["value"]
+        counts[row["model"]] = row["count"]
+    return values, counts
+
+
+def _split_and_subset(row: Row) -> tuple[str, str]:
+    return row["split"], row["subset"]
+
+
+def _cell(value: float | None, best: float) -> str:
+    if value is None:
+        return "-"
+    return f"[bold]{value:.4f}[/bold]" if value == best and best > 0 else f"{value:.4f}"

@@ -1,0 +1,111 @@
+"""Ranking metrics over items: Recall, HR, NDCG and MRR at several cutoffs, all as (sum, count) pairs.
+
+A ranking is an array of item indices, best first, -1 where it has ended. Everything follows from one matrix: which
+positions of the ranking are hits. Sums and counts add up over batches and hosts; divide once, at the end (`mean`).
+Hits count items, never semantic IDs: an ID shared by several items is expanded to its items before it comes here.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+CUTOFFS = (5, 10, 50, 100, 500)
+METRICS = ("recall", "hr", "ndcg", "mrr")
+
+SumCount = tuple[float, int]
+
+
+def mean(pair: SumCount) -> float:
+    """sum / count, and 0 where nothing was counted."""
+    total, count = pair
+    return float(total) / float(count) if count else 0.0
+
+
+def hit_matrix(ranked: np.ndarray, targets: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """bool [U, k]: the positions of `ranked` int32 [U, k] that hold a target of int32 [U, L] where `where` bool [U, L].
+
+    An item that a ranking repeats hits once, at its first position; -1 never hits.
+    """
+    hits = np.zeros(ranked.shape, bool)
+    for target, keep in zip(targets.T, where.T, strict=True):
+        hits |= (ranked == target[:, None]) & keep[:, None]
+    hits &= ranked >= 0
+    rows, positions = np.nonzero(hits)
+    # nonzero is row-major, so the first index that unique returns is the best position of that item in that row.
+    _, first = np.unique(np.stack([rows, ranked[rows, positions]]), axis=1, return_index=True)
+    once = np.zeros_like(hits)
+    once[rows[first], positions[first]] = True
+    return once
+
+
+def recall_at(hits: np.ndarray, num_targets: np.ndarray, k: int) -> np.ndarray:
+    """f64 [U]: hits among the first k / number of targets; 0 where there is no target."""
+    return hits[:, :k].sum(1) / np.maximum(num_targets, 1)
+
+
+def hit_rate_at(hits: np.ndarray, num_targets: np.ndarray, k: int) -> np.ndarray:
+    """f64 [U]: 1 where any of the first k is a target (HR@k, OneMall Table 1)."""
+    return hits[:, :k].any(1).astype(np.float64)
+
+
+def ndcg_at(hits: np.ndarray, num_targets: np.ndarray, k: int) -> np.ndarray:
+    """f64 [U]: sum of 1/log2(1 + rank) over the hits, divided by that of the ideal ranking of min(k, targets) hits."""
+    discounts = 1.0 / np.log2(np.arange(k) + 2.0)
+    ideal = np.concatenate([[0.0], np.cumsum(discounts)])[np.minimum(num_targets, k)]
+    gains = hits[:, :k] @ discounts[: hits.shape[1]]
+    return np.divide(gains, ideal, out=np.zeros_like(gains), where=ideal > 0)
+
+
+def mrr_at(hits: np.ndarray, num_targets: np.ndarray, k: int) -> np.ndarray:
+    """f64 [U]: 1 / rank of the first hit among the first k, 0 without one."""
+    top = hits[:, :k]
+    return np.where(top.any(1), 1.0 / (top.argmax(1) + 1.0), 0.0) if top.shape[1] else np.zeros(len(hits))
+
+
+PER_USER = dict(zip(METRICS, (recall_at, hit_rate_at, ndcg_at, mrr_at), strict=True))
+
+
+def ranking_metrics(
+    ranked: np.ndarray, targets: np.ndarray, where: np.ndarray, cutoffs: Sequence[int] = CUTOFFS
+) -> dict[str, SumCount]:
+    """All metrics of METRICS at all cutoffs, e.g. `{"recall@10": (sum over users, number of users), ...}`.
+
+    `ranked` int32 [U, k] with -1 = none, `targets` int32 [U, L] distinct within a row, `where` bool [U, L]. A user
+    without a target (an all-masked row) counts 0 of 0. A cutoff beyond k sees the k that there are.
+    """
+    hits = hit_matrix(ranked, targets, where)
+    num_targets = where.sum(1)
+    count = int((num_targets > 0).sum())
+    return {
+        f"{name}@{k}": (float(per_user(hits, num_targets, k).sum()), count)
+        for name, per_user in PER_USER.items()
+        for k in cutoffs
+    }
+
+
+def add(left: dict[str, SumCount], right: dict[str, SumCount]) -> dict[str, SumCount]:
+    """Adds (sum, count) pairs key by key; a key that only one side has is kept."""
+    zero = (0.0, 0)
+    return {
+        key: (left.get(key, zero)[0] + right.get(key, zero)[0], left.get(key, zero)[1] + right.get(key, zero)[1])
+        for key in {**left, **right}
+    }
+
+
+def id_accuracy(log_probs: Sequence, codes, where) -> dict[str, tuple]:
+    """Teacher-forced accuracy@1 of every level of a semantic ID (Acc-SID1..M, OneMall Table 1), as (sum, count).
+
+    `log_probs`: one [..., K_m] array a level (logits will do), each computed given the true codes of the levels
+    before; `codes` int32 [..., M]; `where` bool [...]. Works on numpy and on traced jax arrays alike.
+    """
+    return {
+        f"acc_sid{level + 1}": (((scores.argmax(-1) == codes[..., level]) & where).sum(), where.sum())
+        for level, scores in enumerate(log_probs)
+    }
+
+
+def validity_rate(valid, where=None) -> tuple:
+    """(sum, count) of the generated IDs that name an item: `valid` bool [B, W], of those where `where` bool [B, W]."""
+    if where is None:
+        return valid.sum(), valid.size
+    return (valid & where).sum(), where.sum()

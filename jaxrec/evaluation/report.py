@@ -1,0 +1,251 @@
+"""report.html of a run: one page that opens without a server and needs nothing else.
+
+Every section is made from one or two files of the run directory, and left out where they are missing:
+
+    metrics.jsonl                                  training curves
+    evaluation.json                                the comparison with the baselines
+    semantic_ids/codes.parquet, tables/items.parquet   the tree of semantic IDs
+    semantic_ids/quality.json                      how good the IDs are
+    examples_shown.json                            what was generated for some users
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from jaxrec.evaluation.comparison import Row, pivot
+from jaxrec.evaluation.report_page import curve, facts, number, page, score_table, section, tiles
+from jaxrec.run import Run, read_json, writing
+
+SHOWN_METRICS = ("recall@5", "recall@10", "ndcg@10", "hr@10", "mrr@10", "recall@50", "recall@500")
+SUBSET_TITLES = {
+    "all": "Everything in the target session",
+    "new": "Looking for something new",
+    "new_in_full_ranking": "New items inside the full ranking",
+}
+SUBSET_NOTES = {
+    "all": "full ranking, repeat purchases count",
+    "new": "what the user already had is taken out of every ranking, and only new targets count",
+    "new_in_full_ranking": "the full ranking against new targets only",
+}
+BRANCHES_SHOWN = (40, 12, 10)
+"""Most branches shown below the root of the ID tree, below a first code, and items shown below a second."""
+CURVE_POINTS = 400
+
+
+def write_report(run_path: Path) -> Path:
+    """Writes <run>/report.html from what the run directory holds, and returns its path.
+
+    Raises:
+      UserError: there is no run at `run_path`, or one of its JSON files can't be read.
+    """
+    run, config = Run.load(Path(run_path))
+    system = str(config.get("system", "model"))
+    made = (
+        _comparison(run, system),
+        _examples(run),
+        _curves(run),
+        _quality(run),
+        _id_tree(run),
+    )
+    sections = [part for part in made if part]
+    links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _, _ in sections)
+    head = f"<header><h1>{escape(run.path.resolve().name)}</h1><p>{escape(system)}</p></header><nav>{links}</nav>"
+    body = "\n".join([head, _headline(run, system), *(section(*part) for part in sections)])
+    report, partial = run.path / "report.html", run.path / "report.html.partial"
+    with writing(run.path):
+        partial.write_text(page(f"{run.path.resolve().name} · jaxrec", body), encoding="utf-8")
+        partial.replace(report)
+    return report
+
+
+Section = tuple[str, str, str, str]
+"""anchor, title, how to read it, HTML."""
+
+
+def _headline(run: Run, system: str) -> str:
+    """The figures to see first: the size of the data, and the system against popularity."""
+    shown = []
+    statistics = run.tables / "statistics.json"
+    if statistics.exists():
+        counts = read_json(statistics)
+        shown += [
+            (number(counts[key]), key) for key in ("users", "items", "events") if isinstance(counts.get(key), int)
+        ]
+    rows = _evaluation_rows(run)
+    for subset, what in (("all", "recall@10"), ("new", "recall@10 on new items")):
+        values, _ = pivot(row for row in rows if row["split"] == "test" and row["subset"] == subset)
+        ours = next((values[model] for model in values if _is_system(model, system)), {}).get("recall@10")
+        popular = values.get("popularity", {}).get("recall@10")
+        if ours is not None:
+            factor = f", {ours / popular:.1f} times popularity" if popular else ""
+            shown.append((f"{ours:.4f}", what + factor))
+    return tiles(shown) if shown else ""
+
+
+def _comparison(run: Run, system: str) -> Section | None:
+    rows = _evaluation_rows(run)
+    if not rows:
+        return None
+    parts = []
+    for (split, subset), group in groupby(sorted(rows, key=_place), key=lambda row: (row["split"], row["subset"])):
+        values, counts = pivot(group)
+        metrics = [metric for metric in SHOWN_METRICS if any(metric in row for row in values.values())]
+        note = f"{split}, {max(counts.values()):,} users; {SUBSET_NOTES.get(subset, '')}".rstrip("; ")
+        parts.append(f"<h3>{escape(SUBSET_TITLES.get(subset, subset))} <small>{escape(note)}</small></h3>")
+        parts.append(score_table(values, metrics, [model for model in values if _is_system(model, system)]))
+    note = "Every model ranks the whole catalogue for the same users. The best of a column stands in color."
+    return "comparison", "Comparison", note, "\n".join(parts)
+
+
+def _curves(run: Run) -> Section | None:
+    series = defaultdict(list)
+    if run.metrics_file.exists():
+        for line in run.metrics_file.read_text().splitlines():
+            for name, point in _points(line):
+                series[name].append(point)
+    if not series:
+        return None
+    names = sorted(series, key=lambda name: ("loss" not in name, name))
+    figures = "".join(curve(name, _thinned(sorted(series[name]))) for name in names)
+    return "training", "Training", "As logged, over training steps.", f'<div class="curves">{figures}</div>'
+
+
+def _points(line: str) -> list[tuple[str, tuple[float, float]]]:
+    """(name, (step, value)) of every finite number on a line of metrics.jsonl; none of one cut short by a crash."""
+    try:
+        logged = json.loads(line)
+    except json.JSONDecodeError:
+        return []
+    if not isinstance(logged, dict) or "step" not in logged:
+        return []
+    kind = " ".join(str(logged[key]) for key in ("stage", "split", "kind") if isinstance(logged.get(key), str))
+    return [
+        (f"{kind} {key}".strip(), (logged["step"], value))
+        for key, value in logged.items()
+        if key not in ("step", "time", "wall_time", "timestamp")
+        and isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+    ]  # fmt: skip
+
+
+def _thinned(points: list) -> list:
+    """At most CURVE_POINTS of them, evenly, the last always: more can't be seen and only makes the page heavy."""
+    rows = np.unique(np.linspace(0, len(points) - 1, min(len(points), CURVE_POINTS)).round().astype(int))
+    return [points[row] for row in rows]
+
+
+def _quality(run: Run) -> Section | None:
+    path = run.semantic_ids / "quality.json"
+    if not path.exists():
+        return None
+    values = [(name.replace("_", " "), number(value)) for name, value in _flat(read_json(path))]
+    note = "Conflicts are items that share a whole ID with another; several items under one ID are all listed."
+    return "quality", "Quality of the semantic IDs", note, facts(values)
+
+
+def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Nested dicts as (dotted name, value) pairs; a short list on one line."""
+    if isinstance(value, dict):
+        return [pair for key, inner in value.items() for pair in _flat(inner, f"{name}.{key}" if name else str(key))]
+    if isinstance(value, list):
+        shown = ", ".join(number(inner) for inner in value[:8])
+        return [(name, shown + (f", … ({len(value)} values)" if len(value) > 8 else ""))]
+    return [(name, value)]
+
+
+def _id_tree(run: Run) -> Section | None:
+    codes_path, items_path = run.semantic_ids / "codes.parquet", run.tables / "items.parquet"
+    if not (codes_path.exists() and items_path.exists()):
+        return None
+    codes, items = pq.read_table(codes_path), pq.read_table(items_path)
+    levels = sorted(
+        (name for name in codes.column_names if re.fullmatch(r"c\d+", name)), key=lambda name: int(name[1:])
+    )
+    columns = [name for name in ("item_id", "title", "category", "count") if name in items.column_names]
+    about = {row["item_id"]: row for row in items.select(columns).to_pylist()}
+    ids = zip(*(codes[name].to_pylist() for name in levels), strict=True)
+    known = [(about[item], code) for item, code in zip(codes["item_id"].to_pylist(), ids, strict=True) if item in about]
+    known.sort(key=lambda pair: -(pair[0].get("count") or 0))
+    note = "Codes from coarse to fine; the fullest branches first, the most popular items of each. Open one to go down."
+    return "tree", "The tree of semantic IDs", note, f'<div class="card">{_branches(known, (), len(levels))}</div>'
+
+
+def _branches(items: list[tuple[dict, tuple[int, ...]]], prefix: tuple[int, ...], depth: int) -> str:
+    """The branches below `prefix` as nested details; at the second level (or the last) the items themselves."""
+    level = len(prefix)
+    if level == min(2, depth):
+        lines = "".join(f"<li><code>{'-'.join(map(str, code))}</code> {escape(item['title'] or '')}</li>"
+                        for item, code in items[: BRANCHES_SHOWN[level]])  # fmt: skip
+        return f'<ul class="plain">{lines}{_and_more(len(items) - BRANCHES_SHOWN[level], "li")}</ul>'
+    groups = defaultdict(list)
+    for item, code in items:
+        groups[code[level]].append((item, code))
+    fullest = sorted(groups.items(), key=lambda pair: (-len(pair[1]), pair[0]))
+    parts = []
+    for code, inside in fullest[: BRANCHES_SHOWN[level]]:
+        label = "-".join(map(str, (*prefix, code)))
+        summary = f"<code>{label}</code> {number(len(inside))} items <span class=more>{escape(_gist(inside))}</span>"
+        parts.append(f"<details><summary>{summary}</summary>{_branches(inside, (*prefix, code), depth)}</details>")
+    return "".join(parts) + _and_more(len(fullest) - BRANCHES_SHOWN[level], "p")
+
+
+def _gist(items: list[tuple[dict, tuple[int, ...]]]) -> str:
+    """What a branch is about: its most frequent category, and the titles of its most popular items."""
+    (category, count), = Counter(item.get("category") for item, _ in items).most_common(1)  # fmt: skip
+    titles = list(dict.fromkeys(item["title"] or "" for item, _ in items))[:3]
+    head = f"{category} {count / len(items):.0%} · " if category else ""
+    return head + " · ".join(title if len(title) <= 48 else f"{title[:47]}…" for title in titles)
+
+
+def _and_more(count: int, tag: str) -> str:
+    return f'<{tag} class="more">and {count:,} more</{tag}>' if count > 0 else ""
+
+
+def _examples(run: Run) -> Section | None:
+    path = run.path / "examples_shown.json"
+    if not path.exists():
+        return None
+    cards = "".join(_example(shown) for shown in read_json(path))
+    note = "What some users had, oldest first, and what the model generates next. A hit is what the user did take next."
+    return "examples", "Generated for some users", note, cards
+
+
+def _example(shown: dict[str, Any]) -> str:
+    history = shown["history"][-15:]
+    earlier = len(shown["history"]) - len(history)
+    past = "".join(f"<li>{escape(title)}</li>" for title in history)
+    before = f'<p class="more">{earlier:,} earlier</p>' if earlier else ""
+    actual = "".join(f"<li>{escape(title)}</li>" for title in shown["targets"])
+    return (
+        f'<div class="card"><h3>User {escape(str(shown["user"]))}</h3><div class="columns">'
+        f"<div><h4>History</h4>{before}<ul>{past}</ul></div>"
+        f"<div><h4>Generated next</h4><ol>{''.join(map(_generated, shown['generated']))}</ol></div>"
+        f"<div><h4>Then actually taken</h4><ul>{actual}</ul></div></div></div>"
+    )
+
+
+def _generated(item: dict[str, Any]) -> str:
+    chips = "".join(f' <span class="chip {kind}">{kind}</span>' for kind in ("hit", "new") if item.get(kind))
+    mark = ' class="is-hit"' if item.get("hit") else ""
+    return f'<li{mark}>{escape(item["title"])} <span class="score">{item["score"]:.2f}</span>{chips}</li>'
+
+
+def _evaluation_rows(run: Run) -> list[Row]:
+    path = run.path / "evaluation.json"
+    return read_json(path) if path.exists() else []
+
+
+def _place(row: Row) -> tuple[str, int, str]:
+    known = list(SUBSET_TITLES)
+    return row["split"], known.index(row["subset"]) if row["subset"] in known else len(known), row["subset"]
+
+
+def _is_system(model: str, system: str) -> bool:
+    return model.lower().startswith(system.lower())

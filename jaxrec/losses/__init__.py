@@ -1,0 +1,1 @@
+"""Losses: pure functions of scores or log-probabilities, one value per example; they never see a model."""

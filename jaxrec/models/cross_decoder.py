@@ -1,0 +1,393 @@
+"""OneMall's model (§3.2): Query-Formers over long histories, a cross-attention decoder with sparse experts.
+
+    features ──▶ prefill ──▶ Context: per layer K/V of {F_click, F_buy, ..., recent items}, BOS already decoded
+                                │
+                 targets ──▶ score:  [B, L, M] log-probabilities, all targets against the one context
+                 beams   ──▶ extend: one more level for every beam, its cache is [B, W, t, N, H]
+
+BOS is the same token in every target, so it belongs to the context: it is decoded once, and the first level's
+distribution is part of the context.
+
+Beside the decoder stands the *habit* distribution over the items of the user's own past (`HabitHead`): people buy again
+what they bought. The two are mixed as distributions over whole IDs, with a learned share per user, and every level's
+probability follows from the mixture by the chain rule, so that training, scoring and the beam stay exact.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from jaxrec.nn.attention import KeyValue, TargetAttention, masked_softmax
+from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
+from jaxrec.nn.moe import Dispatch, MixtureOfExperts
+from jaxrec.nn.qformer import QFormer
+
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class CrossDecoderConfig:
+    """Sizes and parts of OneMall's model."""
+
+    width: int = 128
+    """model width D"""
+    heads: int = 4
+    """attention heads N; head width is width / heads"""
+    layers: int = 2
+    """decoder layers"""
+    hidden: int = 256
+    """width F of one expert (of the feed-forward when experts is 1)"""
+    experts: int = 8
+    """experts E per layer; 1 for a dense feed-forward"""
+    experts_per_token: int = 2
+    """experts that a token goes through"""
+    dispatch: Dispatch = "auto"
+    """how experts are run; see jaxrec/nn/moe.py"""
+    balance_rate: float = 1e-3
+    """step of the router's bias, per training step (loss-free balancing)"""
+    queries: int = 16
+    """learned queries of each behavior's Query-Former (Eq. 3); 0 gives the decoder the uncompressed sequences"""
+    qformer_layers: int = 1
+    """layers of each Query-Former"""
+    recent: int = 64
+    """most recent distinct items that the decoder sees uncompressed"""
+    habit: bool = True
+    """mix in the distribution over the items of the user's own past"""
+    item_queries: int = 2
+    """learned queries of the item tower's Query-Former (Eq. 4)"""
+    item_embedding: bool = True
+    """an embedding per item beside its codes and attributes in the history; off for catalogues with many new items"""
+    dropout: float = 0.0
+    """dropout on history and on every block's input, in training"""
+    dtype: str = "float32"
+    """type of activations"""
+
+
+@struct.dataclass
+class Catalogue:
+    """What the model knows of items: codes int32 [I, M], attributes int32 [I, A], log_q float32 [I].
+
+    `log_q` is the log-probability that an item is drawn as a target.
+    """
+
+    codes: jax.Array
+    attributes: jax.Array
+    log_q: jax.Array
+
+
+@struct.dataclass
+class Sequence:
+    """Some of a user's events: item int32 [B, S], age int32 [B, S] (bucket), mask bool [B, S]."""
+
+    item: jax.Array
+    age: jax.Array
+    mask: jax.Array
+
+
+@struct.dataclass
+class Features:
+    """A context, as arrays: history {behavior: Sequence}, the distinct items of the past, and the moment.
+
+    past: the distinct target items, the most recent first; habit float32 [B, S, 4]: how often, how long ago, ... each was
+    taken (jaxrec/data/features.py); user float32 [B, 4]: how much is known of the user.
+    """
+
+    history: dict[str, Sequence]
+    past: Sequence
+    habit: jax.Array
+    user: jax.Array
+
+
+@struct.dataclass
+class Context:
+    """A prefilled context. Never copied per target.
+
+    cross, bos: per layer K/V [B, S, N, H] and [B, 1, N, H]; mask bool [B, S]; state [B, D] of BOS, from which the first
+    level is predicted; habit_codes int32 [B, S, M], habit_weights float32 [B, S], share float32 [B]: the distribution
+    over the past's distinct items, and its part in the mixture.
+    """
+
+    cross: tuple[KeyValue, ...]
+    bos: tuple[KeyValue, ...]
+    mask: jax.Array
+    state: jax.Array
+    habit_codes: jax.Array
+    habit_weights: jax.Array
+    share: jax.Array
+
+
+class ItemTower(nn.Module):
+    """f_item = MLP(Flatten(QFormer(features of the item))) (OneMall Eq. 4): [..., S, D] -> [..., D]."""
+
+    config: CrossDecoderConfig
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        cfg = self.config
+        flat = features.reshape(-1, *features.shape[-2:])
+        qformer = QFormer(cfg.item_queries, cfg.heads, cfg.width // cfg.heads, cfg.width, name="qformer")
+        read = qformer(flat, jnp.ones(flat.shape[:2], bool)).reshape(len(flat), -1)
+        hidden = nn.gelu(Projection(cfg.width, ("embed", "mlp"), name="up")(read))
+        return Projection(cfg.width, ("mlp", "embed"), name="down")(hidden).reshape(*features.shape[:-2], cfg.width)
+
+
+class HabitHead(nn.Module):
+    """Which item of the past comes again, and whether one does: weights [B, S] that sum to 1, and share [B]."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, tokens, habit, mask, state, user):
+        """tokens [B, S, D], habit [B, S, 4], mask [B, S], state [B, D] (BOS after the decoder), user [B, 4]."""
+        keys = Projection(self.width, ("embed", "mlp"), name="key")(tokens)
+        query = Projection(self.width, ("embed", "mlp"), name="query")(RMSNorm()(state))
+        match = jnp.einsum("BSD,BD->BS", keys, query) * self.width**-0.5
+        hidden = nn.gelu(nn.Dense(32, name="habit_in")(habit))
+        match += nn.Dense(1, name="habit_out", kernel_init=nn.initializers.normal(0.1))(hidden)[..., 0]
+        match += habit[..., 0]  # the log of the count: start out as the personal frequency
+        hidden = nn.gelu(nn.Dense(32, name="share_state")(state) + nn.Dense(32, name="share_user")(user))
+        share = 0.999 * nn.sigmoid(nn.Dense(1, name="share_out")(hidden)[..., 0])
+        return masked_softmax(match, mask), jnp.where(mask.any(-1), share, 0.0)
+
+
+class DecoderLayer(nn.Module):
+    """Cross-attention (Eq. 5), causal self-attention and sparse MoE (Eq. 6), each pre-norm with a residual.
+
+    The equations print no norm and one residual around all three; that does not train beyond a layer or two.
+    """
+
+    config: CrossDecoderConfig
+
+    def setup(self):
+        cfg = self.config
+        dtype = jnp.dtype(cfg.dtype)
+        self.cross = TargetAttention(cfg.heads, cfg.width // cfg.heads, dtype)
+        self.self_attention = TargetAttention(cfg.heads, cfg.width // cfg.heads, dtype)
+        self.norm = RMSNorm()
+        self.drop = nn.Dropout(cfg.dropout)
+        if cfg.experts > 1:
+            self.moe = MixtureOfExperts(cfg.experts, cfg.experts_per_token, cfg.hidden, cfg.dispatch, dtype)
+        else:
+            self.feed_forward = FeedForward(cfg.hidden, dtype)
+
+    def __call__(self, x, cross: KeyValue, mask, bos: KeyValue | None, past: KeyValue | None, where=None, train=False):
+        """x [B, L, M, D]; `past` K/V [B, L, t, N, H] of the earlier tokens of each target.
+
+        Returns x and the targets' own K/V, `past` included.
+        """
+        x = self.cross(x, cross, mask)
+        own = self.self_attention.own_kv(x)
+        if past is not None:
+            own = tuple(jnp.concatenate([p, o], axis=2) for p, o in zip(past, own, strict=True))
+        x = self.drop(self.self_attention(x, bos, None, own), deterministic=not train)
+        normed = self.norm(x)
+        if self.config.experts > 1:
+            where = None if where is None else jnp.broadcast_to(where[..., None], x.shape[:-1])
+            out = self.moe(normed, where, train)
+        else:
+            out = self.feed_forward(normed)
+        return x + self.drop(out, deterministic=not train), own
+
+
+class CrossDecoder(nn.Module):
+    """OneMall's model over semantic IDs with `codebook_sizes` and items with attributes of `attribute_sizes`."""
+
+    config: CrossDecoderConfig
+    behaviors: tuple[str, ...]
+    codebook_sizes: tuple[int, ...]
+    attribute_sizes: tuple[int, ...]
+    items: int
+    ages: int
+
+    def setup(self):
+        cfg = self.config
+        self.codes = [Embedding(size, cfg.width) for size in self.codebook_sizes]
+        self.heads = [Embedding(size, cfg.width) for size in self.codebook_sizes]
+        self.attributes = [Embedding(size, cfg.width) for size in self.attribute_sizes]
+        self.item = Embedding(self.items, cfg.width) if cfg.item_embedding else None
+        self.age = Embedding(self.ages, cfg.width)
+        self.kinds = Embedding(len(self.behaviors), cfg.width)
+        self.table_norm = RMSNorm()
+        self.habit_in = Projection(cfg.width, (None, "embed"))
+        self.user_in = Projection(cfg.width, (None, "embed"))
+        self.bos = self.param("bos", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)), (cfg.width,))
+        self.levels = Embedding(len(self.codebook_sizes), cfg.width)
+        if cfg.queries:
+            self.qformers = [
+                QFormer(cfg.queries, cfg.heads, cfg.width // cfg.heads, 2 * cfg.width, cfg.qformer_layers)
+                for _ in self.behaviors
+            ]
+        self.memory_norm = RMSNorm()
+        self.decoder = [DecoderLayer(cfg) for _ in range(cfg.layers)]
+        self.out_norm = RMSNorm()
+        self.habit = HabitHead(cfg.width) if cfg.habit else None
+        self.item_tower = ItemTower(cfg)
+        self.match = Projection(cfg.width, ("embed", "mlp"))
+        self.drop = nn.Dropout(cfg.dropout)
+
+    # ---- the context -------------------------------------------------------------------------------------------------
+
+    def prefill(self, features: Features, catalogue: Catalogue, train: bool = False) -> Context:
+        """Encode what is known of B users once (OneMall Eq. 3)."""
+        table = self._item_table(catalogue)
+        recent = slice(0, self.config.recent)
+        past = self._tokens(table, features.past) + self.habit_in(features.habit)
+        memory, mask = [past[:, recent]], [features.past.mask[:, recent]]
+        for index, behavior in enumerate(self.behaviors):
+            sequence = features.history[behavior]
+            tokens = self.drop(self._tokens(table, sequence) + self.kinds(jnp.array(index)), deterministic=not train)
+            if self.config.queries:
+                tokens = self.qformers[index](tokens, sequence.mask)
+                mask.append(jnp.broadcast_to(sequence.mask.any(1, keepdims=True), tokens.shape[:2]))
+            else:
+                mask.append(sequence.mask)
+            memory.append(tokens)
+        memory = self.memory_norm(jnp.concatenate(memory, axis=1)).astype(self.config.dtype)
+        mask = jnp.concatenate(mask, axis=1)
+        cross = tuple(layer.cross.context_kv(memory) for layer in self.decoder)
+        x = (self.bos + self.user_in(features.user)).astype(self.config.dtype)[:, None, None]
+        bos = []
+        for layer, kv in zip(self.decoder, cross, strict=True):
+            x, own = layer(x, kv, mask, None, None, train=train)
+            bos.append((own[0][:, 0], own[1][:, 0]))
+        state = self.out_norm(x[:, 0, 0])
+        codes, weights, share = self._habit(features, catalogue, past, state)
+        return Context(cross, tuple(bos), mask, state, codes, weights, share)
+
+    def _item_table(self, catalogue: Catalogue) -> jax.Array:
+        """One vector an item, [I, D]: the sum of what is known of it; made once, then gathered by every history."""
+        parts = [embed(catalogue.codes[:, level]) for level, embed in enumerate(self.codes)]
+        parts += [embed(catalogue.attributes[:, i]) for i, embed in enumerate(self.attributes)]
+        if self.item is not None:
+            parts.append(self.item(jnp.arange(len(catalogue.codes))))
+        return self.table_norm(sum(parts))
+
+    def _tokens(self, table: jax.Array, sequence: Sequence) -> jax.Array:
+        return jnp.take(table, sequence.item, axis=0) + self.age(sequence.age)
+
+    def _habit(self, features: Features, catalogue: Catalogue, past, state):
+        if self.habit is None:
+            codes = jnp.zeros((len(state), 1, len(self.codebook_sizes)), jnp.int32)
+            return codes, jnp.zeros((len(state), 1)), jnp.zeros(len(state))
+        weights, share = self.habit(past, features.habit, features.past.mask, state, features.user)
+        return catalogue.codes[features.past.item], weights, share
+
+    # ---- scoring given targets ---------------------------------------------------------------------------------------
+
+    def score(self, context: Context, targets: jax.Array, where=None, train: bool = False):
+        """Log-probabilities [B, L, M] of every token of targets int32 [B, L, M], and the last token's state [B, L, D].
+
+        The state is s_M of Eq. 7: it has read the whole ID. `where` [B, L] keeps padding out of the experts' load.
+        """
+        levels = range(targets.shape[-1])
+        x = jnp.stack([self._code_token(targets[..., level], level) for level in levels], axis=2)
+        x, _ = self._decode(x, context, None, where, train)
+        first = jnp.broadcast_to(context.state[:, None, None], (*targets.shape[:2], 1, x.shape[-1]))
+        states = jnp.concatenate([first, x[:, :, :-1]], axis=2)  # the state that predicts each level
+        generated = [_pick(self.level_log_probs(states[:, :, m], m), targets[..., m]) for m in levels]
+        return self._mix(jnp.stack(generated, -1), context, targets), x[:, :, -1]
+
+    def _mix(self, generated: jax.Array, context: Context, targets: jax.Array) -> jax.Array:
+        """Log-probabilities [B, L, M] of the mixture of decoder and habit, by the chain rule over levels."""
+        if self.habit is None:
+            return generated
+        same = context.habit_codes[:, None] == targets[:, :, None]  # [B, L, S, M]
+        prefix = jnp.cumprod(same.astype(jnp.float32), axis=-1)
+        habit = jnp.einsum("BLSM,BS->BLM", prefix, context.habit_weights)
+        joint = mixture(context.share[:, None, None], jnp.cumsum(generated, -1), habit)
+        return jnp.diff(joint, prepend=0.0, axis=-1)
+
+    def level_log_probs(self, state: jax.Array, level: int) -> jax.Array:
+        """The decoder's own distribution [..., K] over a level's codes, from the state [..., D] before it."""
+        return jax.nn.log_softmax(self.heads[level].attend(state))
+
+    def _code_token(self, codes: jax.Array, level: int) -> jax.Array:
+        return (self.codes[level](codes) + self.levels(jnp.array(level))).astype(self.config.dtype)
+
+    def _decode(self, x, context: Context, past, where=None, train: bool = False):
+        """x [B, L, M, D] through the layers -> (normed x, each layer's own K/V of every target)."""
+        own = []
+        for index, layer in enumerate(self.decoder):
+            earlier = None if past is None else past[index]
+            x, kv = layer(x, context.cross[index], context.mask, context.bos[index], earlier, where, train)
+            own.append(kv)
+        return self.out_norm(x), tuple(own)
+
+    # ---- decoding ----------------------------------------------------------------------------------------------------
+
+    def extend(self, context: Context, tokens: jax.Array | None, cache: dict | None, level: int):
+        """One more level for every beam: tokens int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
+
+        At level 0 there are no tokens and W is 1. The cache holds, per beam: `own`, the layers' K/V [B, W, t, N, H];
+        `state` [B, W, D] and `log_z` [B, W], from which the chosen token's probability follows; `generated` [B, W], the
+        prefix's log-probability under the decoder alone; `habit` [B, W, S], the weights of the past's items that begin
+        with the prefix.
+        """
+        if level == 0:
+            state = context.state[:, None]
+            cache = {"generated": jnp.zeros(state.shape[:2])}
+            if self.habit is not None:
+                cache["habit"] = context.habit_weights[:, None]
+        else:
+            chosen = jnp.einsum("BWD,BWD->BW", cache["state"], self.heads[level - 1](tokens)) - cache["log_z"]
+            x, own = self._decode(self._code_token(tokens, level - 1)[:, :, None], context, cache.get("own"))
+            state = x[:, :, 0]
+            cache = {**cache, "own": own, "generated": cache["generated"] + chosen}
+            if self.habit is not None:
+                begins = context.habit_codes[:, None, :, level - 1] == tokens[..., None]
+                cache["habit"] = cache["habit"] * begins
+        logits = self.heads[level].attend(state)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        cache = {**cache, "state": state, "log_z": log_z}
+        return self._next(context, logits - log_z[..., None], cache, level), cache
+
+    def _next(self, context: Context, log_probs: jax.Array, cache: dict, level: int) -> jax.Array:
+        """The mixture's distribution over the next code, given the decoder's [B, W, K] and the beams' cache."""
+        if self.habit is None:
+            return log_probs
+        codes = jax.nn.one_hot(context.habit_codes[..., level], log_probs.shape[-1])
+        habit = jnp.einsum("BWS,BSK->BWK", cache["habit"], codes)
+        share = context.share[:, None, None]
+        joint = mixture(share, cache["generated"][..., None] + log_probs, habit)
+        return joint - mixture(share[..., 0], cache["generated"], cache["habit"].sum(-1))[..., None]
+
+    # ---- the auxiliary task ------------------------------------------------------------------------------------------
+
+    def contrast(self, state: jax.Array, items: jax.Array, catalogue: Catalogue) -> jax.Array:
+        """Scores [R, C] of the states s_M [R, D] against the item tower's f_item of items int32 [C] (Eq. 4, 7).
+
+        Cosine over a temperature of 0.05.
+        """
+        wanted, tower = self.match(state), self.item_tower(self._item_features(items, catalogue))
+        return jnp.einsum("RD,CD->RC", _unit(wanted), _unit(tower)) / 0.05
+
+    def _item_features(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
+        """What the item tower reads: one token a code, an attribute and the item itself, [C, F, D]."""
+        parts = [embed(catalogue.codes[items, level]) for level, embed in enumerate(self.codes)]
+        parts += [embed(catalogue.attributes[items, i]) for i, embed in enumerate(self.attributes)]
+        if self.item is not None:
+            parts.append(self.item(items))
+        return jnp.stack(parts, axis=1)
+
+    def __call__(self, features: Features, targets: jax.Array, catalogue: Catalogue):
+        """Touches every part once; for `init`. features of B users, targets int32 [B, L] (items)."""
+        context = self.prefill(features, catalogue)
+        log_probs, state = self.score(context, catalogue.codes[targets])
+        flat = targets.reshape(-1)
+        return log_probs, self.contrast(state.reshape(len(flat), -1), flat, catalogue)
+
+
+def mixture(share: jax.Array, generated: jax.Array, habit: jax.Array) -> jax.Array:
+    """log((1 - share) * exp(generated) + share * habit): the decoder's and the habit's distribution over whole IDs."""
+    return jnp.logaddexp(jnp.log1p(-share) + generated, jnp.log(share * habit + TINY))
+
+
+def _pick(log_probs: jax.Array, codes: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(log_probs, codes[..., None], axis=-1)[..., 0]
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-8)

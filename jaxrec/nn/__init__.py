@@ -1,0 +1,1 @@
+"""Layers: what owns parameters and knows nothing of data, losses or systems."""

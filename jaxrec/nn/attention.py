@@ -1,0 +1,107 @@
+"""Attention of many short targets over one shared context.
+
+A token of a target sees the context and the earlier tokens of its own target, and nothing else (RankGR Eq. 7). That mask
+is never built: the two parts are scored by two einsums and share one softmax, so the cost is L*M*(S+M), not (S+L*M)^2.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxrec.nn.layers import Projection, RMSNorm
+
+KeyValue = tuple[jax.Array, jax.Array]
+NEVER = -1e30  # finite, so that a row with nothing to look at gives zeros and not NaN
+
+
+def packed_attention(
+    query: jax.Array,
+    *,
+    context: KeyValue | None = None,
+    context_mask: jax.Array | None = None,
+    own: KeyValue | None = None,
+) -> jax.Array:
+    """Attend from every token of every target to the shared context and, causally, to its own target.
+
+    query [B, L, M, N, H]; context: key and value [B, S, N, H] with mask [B, S]; own: key and value [B, L, T, N, H] with
+    T >= M, where the queries are the last M of the T positions. Either part may be missing. Softmax in float32.
+    Returns [B, L, M, N, H] in the dtype of `query`; zeros where a token has nothing to look at.
+    """
+    scale = query.shape[-1] ** -0.5
+    scores, masks = [], []
+    if context is not None:
+        scores.append(jnp.einsum("BLMNH,BSNH->BNLMS", query, context[0]))
+        mask = jnp.ones(context[0].shape[:2], bool) if context_mask is None else context_mask
+        masks.append(jnp.broadcast_to(mask[:, None, None, None, :], scores[-1].shape))
+    if own is not None:
+        scores.append(_own_scores(query, own[0]))
+        length, total = query.shape[2], own[0].shape[2]
+        causal = jnp.arange(total) <= jnp.arange(length)[:, None] + (total - length)
+        masks.append(jnp.broadcast_to(causal, scores[-1].shape))
+    weights = masked_softmax(jnp.concatenate(scores, -1) * scale, jnp.concatenate(masks, -1)).astype(query.dtype)
+    split = 0 if context is None else context[0].shape[1]
+    out = 0.0
+    if context is not None:
+        out += jnp.einsum("BNLMS,BSNH->BLMNH", weights[..., :split], context[1])
+    if own is not None:
+        out += _own_values(weights[..., split:], own[1])
+    return out
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis where `mask`, in float32; an all-masked row gives zeros."""
+    scores = jnp.where(mask, scores.astype(jnp.float32), NEVER)
+    weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))), 0.0)
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+
+
+# A target has a handful of tokens, so these products are too small for a matrix routine: thousands of 3x3 blocks. As
+# multiply-and-sum they fuse into one pass over memory.
+def _own_scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    return jnp.moveaxis((query[:, :, :, None] * key[:, :, None]).sum(-1), -1, 1)  # [B, L, M, T, N] -> [B, N, L, M, T]
+
+
+def _own_values(weights: jax.Array, value: jax.Array) -> jax.Array:
+    weights = jnp.moveaxis(weights, 1, -1)[..., None]  # [B, L, M, T, N, 1]
+    return (weights * value[:, :, None]).sum(3)
+
+
+class TargetAttention(nn.Module):
+    """Pre-norm attention block of packed targets, residual included.
+
+    Call with x [B, L, M, D] and what it may look at; `context_kv` makes the shared part once for a whole memory.
+    """
+
+    heads: int
+    head_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        shape, axes = (self.heads, self.head_dim), ("embed", "heads", "head_dim")
+        self.norm = RMSNorm()
+        self.query = Projection(shape, axes, self.dtype)
+        self.key = Projection(shape, axes, self.dtype)
+        self.value = Projection(shape, axes, self.dtype)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        context: KeyValue | None = None,
+        context_mask: jax.Array | None = None,
+        own: KeyValue | None = None,
+    ) -> jax.Array:
+        attended = packed_attention(
+            self.query(self.norm(x)), context=context, context_mask=context_mask, own=own
+        )
+        flat = attended.reshape(*attended.shape[:-2], -1)
+        return x + Projection(x.shape[-1], ("heads", "embed"), self.dtype, name="out")(flat)
+
+    def context_kv(self, memory: jax.Array) -> KeyValue:
+        """Key and value [B, S, N, H] of a memory [B, S, D] that every target shares."""
+        return self.key(memory), self.value(memory)
+
+    def own_kv(self, x: jax.Array) -> KeyValue:
+        """Key and value [B, L, M, N, H] of the targets' own tokens x [B, L, M, D]."""
+        normed = self.norm(x)
+        return self.key(normed), self.value(normed)

@@ -1,0 +1,79 @@
+"""The small layers everything else is made of: projection, norm, embedding, feed-forward.
+
+Every parameter names its axes (`embed`, `heads`, `head_dim`, `mlp`, `vocab`, `expert`, `queries`); `training/sharding.py`
+maps these names to the mesh. Nothing here knows of a mesh.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import initializers as init
+
+
+def partitioned(initializer, *axes: str | None):
+    """The initializer, with a logical name for each axis of what it makes."""
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+class Projection(nn.Module):
+    """A matrix over the last axis: [..., D] -> [..., *features]; no bias.
+
+    `axes` names the axes of the weight, the input's first.
+    """
+
+    features: int | Sequence[int]
+    axes: tuple[str | None, ...]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        fan_in = init.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=range(1, 1 + len(features)))
+        weight = self.param("weight", partitioned(fan_in, *self.axes), (x.shape[-1], *features))
+        return jnp.tensordot(x.astype(self.dtype), weight.astype(self.dtype), axes=1)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, computed in float32."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", partitioned(init.ones, "embed"), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (normed * scale).astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """A table [V, D]; call it with int ids of any shape, or `attend` with [..., D] for tied logits [..., V]."""
+
+    size: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+    scale: float = 0.02
+
+    def setup(self):
+        self.table = self.param("table", partitioned(init.normal(self.scale), "vocab", "embed"), (self.size, self.width))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.table, ids, axis=0).astype(self.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Logits in float32."""
+        return jnp.einsum("...D,VD->...V", x.astype(jnp.float32), self.table.astype(jnp.float32))
+
+
+class FeedForward(nn.Module):
+    """GELU feed-forward: [..., D] -> [..., D] through width F."""
+
+    hidden: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.gelu(Projection(self.hidden, ("embed", "mlp"), self.dtype, name="up")(x))
+        return Projection(x.shape[-1], ("mlp", "embed"), self.dtype, name="down")(hidden)

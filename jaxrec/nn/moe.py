@@ -1,0 +1,154 @@
+"""Sparse mixture of experts with loss-free load balancing (OneMall Eq. 6).
+
+The router's bias takes part in the *selection* of experts only, never in the gates; it is no parameter: after each step
+`balance` moves it against the measured load, outside the gradient (DeepSeek's auxiliary-loss-free rule).
+
+Four ways to run the chosen experts. The first three are equal up to rounding:
+
+- `dense`: every expert on every token; the oracle of the tests.
+- `ragged`: `jax.lax.ragged_dot` over tokens sorted by expert, for accelerators (on CPU it costs as much as all experts).
+- `blocked`: tokens are laid out by expert in blocks, each block multiplied by its expert's matrix. For CPU, where a score
+  must not depend on what else is in the batch.
+- `capacity`: at most C tokens an expert, the others pass by on the residual path alone. Half the time of `blocked` on
+  CPU, so that training uses it there.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import initializers as init
+
+from jaxrec.nn.layers import partitioned
+
+Dispatch = Literal["auto", "blocked", "ragged", "dense", "capacity"]
+
+
+def route(logits: jax.Array, bias: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
+    """Choose experts: logits [T, E] and bias [E] -> (experts int32 [T, k], gates float32 [T, k] that sum to 1).
+
+    Selection by score + bias, gates from the scores alone.
+    """
+    scores = jax.nn.sigmoid(logits.astype(jnp.float32))
+    _, experts = jax.lax.top_k(scores + jax.lax.stop_gradient(bias), experts_per_token)
+    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    return experts, gates / jnp.maximum(gates.sum(-1, keepdims=True), 1e-9)
+
+
+def balance(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
+    """The next bias [E] after a step with `load` [E] assignments: down where the load is above its mean, up below."""
+    return bias + rate * jnp.sign(load.mean() - load)
+
+
+def run_dense(x, up, down, experts, gates):
+    """x [T, D]; up [E, D, F]; down [E, F, D]; experts, gates [T, k] -> [T, D]. Every expert on every token."""
+    out = jnp.einsum("TEF,EFD->TED", nn.gelu(jnp.einsum("TD,EDF->TEF", x, up)), down)
+    weight = (jax.nn.one_hot(experts, len(up), dtype=gates.dtype) * gates[..., None]).sum(1)
+    return jnp.einsum("TED,TE->TD", out, weight.astype(x.dtype))
+
+
+def run_ragged(x, up, down, experts, gates):
+    """As `run_dense`, over tokens sorted by expert."""
+    k = experts.shape[1]
+    order = jnp.argsort(experts.reshape(-1), stable=True)
+    sizes = jnp.bincount(experts.reshape(-1), length=len(up)).astype(jnp.int32)
+    hidden = nn.gelu(jax.lax.ragged_dot(x[order // k], up, sizes))
+    out = jax.lax.ragged_dot(hidden, down, sizes)
+    return jnp.zeros_like(x).at[order // k].add(out * gates.reshape(-1)[order, None].astype(x.dtype))
+
+
+def _rank_in_expert(experts: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """For flat assignments int32 [A]: each one's rank among those of its expert, and the load [E]."""
+    chosen = jax.nn.one_hot(experts, count, dtype=jnp.int32)
+    ranks = jnp.cumsum(chosen, axis=0) - 1
+    return jnp.take_along_axis(ranks, experts[:, None], axis=1)[:, 0], chosen.sum(0)
+
+
+def _through(x, slots, total, gates, apply):
+    """Lay the tokens of x [T, D] out at `slots` int32 [T*k], apply [total, D] -> [total, D], and bring them home.
+
+    A slot of `total` or more is dropped.
+    """
+    k = gates.shape[1]
+    source = jnp.full((total,), len(x), jnp.int32).at[slots].set(jnp.arange(len(slots)) // k, mode="drop")
+    laid = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+    home = jnp.take(apply(laid), slots, axis=0, mode="fill", fill_value=0).reshape(len(x), k, -1)
+    return jnp.einsum("TkD,Tk->TD", home, gates.astype(x.dtype))
+
+
+def run_blocked(x, up, down, experts, gates, block: int | None = None):
+    """As `run_dense`: tokens laid out by expert, each expert's share padded to whole blocks, nothing dropped.
+
+    `block` is in tokens; by default an expert's fair share is about four blocks.
+    """
+    count, flat = len(up), experts.reshape(-1)
+    block = block or max(8, min(256, 2 ** round(math.log2(max(1, len(flat) / count / 4)))))
+    blocks = -(-len(flat) // block) + count
+    rank, load = _rank_in_expert(flat, count)
+    used = -(-load // block)  # blocks of each expert
+    first = jnp.cumsum(used) - used
+    owner = jnp.clip(jnp.searchsorted(jnp.cumsum(used), jnp.arange(blocks), side="right"), 0, count - 1)
+
+    def apply(laid):
+        hidden = nn.gelu(jnp.einsum("XTD,XDF->XTF", laid.reshape(blocks, block, -1), up[owner]))
+        return jnp.einsum("XTF,XFD->XTD", hidden, down[owner]).reshape(blocks * block, -1)
+
+    return _through(x, first[flat] * block + rank, blocks * block, gates, apply)
+
+
+def run_capacity(x, up, down, experts, gates, factor: float = 1.25):
+    """As `run_dense`, but an expert takes its first C = ceil(factor * T * k / E) tokens and drops the rest."""
+    count, flat = len(up), experts.reshape(-1)
+    capacity = min(len(x), math.ceil(factor * len(flat) / count))
+    rank, _ = _rank_in_expert(flat, count)
+    slots = jnp.where(rank < capacity, flat * capacity + rank, count * capacity)
+
+    def apply(laid):
+        hidden = nn.gelu(jnp.einsum("ECD,EDF->ECF", laid.reshape(count, capacity, -1), up))
+        return jnp.einsum("ECF,EFD->ECD", hidden, down).reshape(count * capacity, -1)
+
+    return _through(x, slots, count * capacity, gates, apply)
+
+
+RUN = {"dense": run_dense, "ragged": run_ragged, "blocked": run_blocked, "capacity": run_capacity}
+
+
+class MixtureOfExperts(nn.Module):
+    """[..., D] -> [..., D] through `experts_per_token` of E experts of width F (OneMall Eq. 6).
+
+    The bias of the selection is the variable `bias` [E] of the collection `balance`; the load [E] of a call is sown as
+    `load` into the same collection when it is mutable.
+    """
+
+    experts: int
+    experts_per_token: int
+    hidden: int
+    dispatch: Dispatch = "auto"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, where: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """`where` [...]: which tokens count in the load (padding does not); `train` picks the dispatch of `auto`."""
+        width = x.shape[-1]
+        fan_in = init.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
+        up = self.param("up", partitioned(fan_in, "expert", "embed", "mlp"), (self.experts, width, self.hidden))
+        down = self.param("down", partitioned(fan_in, "expert", "mlp", "embed"), (self.experts, self.hidden, width))
+        router = self.param("router", partitioned(init.normal(0.02), "embed", None), (width, self.experts))
+        bias = self.variable("balance", "bias", jnp.zeros, (self.experts,))
+        flat = x.reshape(-1, width).astype(self.dtype)
+        experts, gates = route(flat.astype(jnp.float32) @ router, bias.value, self.experts_per_token)
+        if self.is_mutable_collection("balance") and not self.is_initializing():
+            counted = 1.0 if where is None else where.reshape(-1, 1, 1).astype(jnp.float32)
+            load = (jax.nn.one_hot(experts, self.experts) * counted).sum((0, 1))
+            self.sow("balance", "load", load, reduce_fn=jnp.add, init_fn=lambda: 0.0)
+        out = RUN[self._dispatch(train)](flat, up.astype(self.dtype), down.astype(self.dtype), experts, gates)
+        return out.reshape(x.shape)
+
+    def _dispatch(self, train: bool) -> str:
+        if self.dispatch != "auto":
+            return self.dispatch
+        if jax.default_backend() != "cpu":
+            return "ragged"
+        return "capacity" if train else "blocked"

@@ -1,0 +1,146 @@
+"""The semantic IDs of a catalogue: which ID each item has, and which items an ID stands for."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxrec.config import UserError
+
+SIZES_KEY = b"codebook_sizes"
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticIdSpace:
+    """The IDs of a catalogue; several items may share one, and are listed in a stated order.
+
+    codes: int32 [I, M], row = item index. codebook_sizes: codes in each level. popularity: [I] or None; the items of an
+    ID are listed by falling popularity, then by index.
+    """
+
+    codes: np.ndarray
+    codebook_sizes: tuple[int, ...]
+    popularity: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.codes.ndim != 2 or self.codes.shape[1] != len(self.codebook_sizes):
+            raise UserError(f"codes of shape {self.codes.shape} do not fit {len(self.codebook_sizes)} levels "
+                            f"of {self.codebook_sizes} codes: tokenize again")
+        outside = (self.codes < 0) | (self.codes >= np.array(self.codebook_sizes))
+        if outside.any():
+            item, level = np.argwhere(outside)[0]
+            raise UserError(f"item {item} has code {self.codes[item, level]} at level {level + 1}, which has codes "
+                            f"0 to {self.codebook_sizes[level] - 1}: tokenize again")
+
+    @property
+    def levels(self) -> int:
+        """Codes in an ID, M."""
+        return len(self.codebook_sizes)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """The distinct IDs in rising order, int32 [distinct, M]."""
+        return self._grouped[0]
+
+    @cached_property
+    def leaf(self) -> np.ndarray:
+        """Which of `ids` each item has, int32 [I]."""
+        return self._grouped[1]
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """How many items share each of `ids`, int64 [distinct]."""
+        return np.bincount(self.leaf, minlength=len(self.ids))
+
+    def items(self, code: np.ndarray | tuple[int, ...]) -> np.ndarray:
+        """The items of one ID [M], int32, most popular first; none when no item has it."""
+        leaf = self._leaf_of.get(tuple(int(c) for c in code))
+        if leaf is None:
+            return np.zeros(0, np.int32)
+        end = np.cumsum(self.counts)[leaf]
+        return self._order[end - self.counts[leaf] : end]
+
+    def to_text(self, code: np.ndarray | tuple[int, ...]) -> str:
+        """An ID, or the prefix of one, as a reader sees it: <12,77,203>."""
+        return "<" + ",".join(str(int(c)) for c in code) + ">"
+
+    @cached_property
+    def _grouped(self) -> tuple[np.ndarray, np.ndarray]:
+        ids, leaf = np.unique(self.codes, axis=0, return_inverse=True)
+        return ids, leaf.reshape(-1).astype(np.int32)
+
+    @cached_property
+    def _leaf_of(self) -> dict[tuple[int, ...], int]:
+        return {tuple(row): leaf for leaf, row in enumerate(self.ids.tolist())}
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """Items sorted by leaf, then falling popularity, then index, int32 [I]."""
+        popularity = np.zeros(len(self.codes)) if self.popularity is None else np.asarray(self.popularity)
+        return np.lexsort((np.arange(len(self.codes)), -popularity, self.leaf)).astype(np.int32)
+
+
+def write_codes(path: Path, item_ids: list[str] | pa.Array, space: SemanticIdSpace) -> None:
+    """Write codes.parquet: item_id, c1..cM int32; the codebook sizes are in the schema's metadata."""
+    columns = {"item_id": pa.array(item_ids, pa.string())}
+    columns |= {f"c{level + 1}": pa.array(space.codes[:, level], pa.int32()) for level in range(space.levels)}
+    sizes = ",".join(str(size) for size in space.codebook_sizes).encode()
+    pq.write_table(pa.table(columns).replace_schema_metadata({SIZES_KEY: sizes}), path)
+
+
+def read_codes(path: Path, item_ids: list[str], popularity: np.ndarray | None = None) -> SemanticIdSpace:
+    """Read codes.parquet in the order of item_ids [I].
+
+    Without codebook sizes in its metadata (a table made elsewhere), each level is as large as its largest code needs.
+
+    Raises:
+      UserError: the file is no parquet file, a column is missing or mistyped, a code is missing, negative or too
+        large, an item is listed twice, is not in the catalogue, or has no row.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} cannot be read as parquet ({error}): run the tokenize phase again") from error
+    levels = sum(name[:1] == "c" and name[1:].isdigit() for name in table.column_names)
+    names = [f"c{level + 1}" for level in range(levels)]
+    if missing := [name for name in ["item_id", *(names or ["c1"])] if name not in table.column_names]:
+        raise UserError(f"{path} has no column {missing[0]!r}; it needs item_id and c1..cM (found "
+                        f"{', '.join(table.column_names)})")
+    codes = np.stack([_code_column(path, table, name) for name in names], axis=1)
+    rows = _rows_of(path, table["item_id"].cast(pa.string()).to_pylist(), item_ids)
+    sizes = (table.schema.metadata or {}).get(SIZES_KEY)
+    found = tuple(int(s) for s in sizes.split(b",")) if sizes else tuple(int(size) for size in codes.max(0) + 1)
+    try:
+        return SemanticIdSpace(codes[rows], found, popularity)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _code_column(path: Path, table: pa.Table, name: str) -> np.ndarray:
+    column = table[name]
+    if not pa.types.is_integer(column.type):
+        raise UserError(f"{path}: column {name!r} is {column.type}, but codes are int32")
+    for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
+        raise UserError(f"{path}: row {row} has no {name!r}; give each item a code at each level")
+    values = column.to_numpy()
+    for row in np.flatnonzero((values < 0) | (values >= 2**31))[:1]:
+        raise UserError(f"{path}: row {row} has {name}={values[row]}; codes are numbers from 0 that fit in int32")
+    return values.astype(np.int32)
+
+
+def _rows_of(path: Path, listed: list[str], item_ids: list[str]) -> np.ndarray:
+    """The row of each catalogue item, int64 [I]."""
+    row = {item: i for i, item in enumerate(listed)}
+    if len(row) < len(listed):
+        twice = next(item for i, item in enumerate(listed) if row[item] != i)
+        raise UserError(f"{path}: item_id {twice!r} is listed more than once; keep one row an item")
+    if unknown := set(listed).difference(item_ids):
+        raise UserError(f"{path}: item_id {min(unknown)!r} (row {row[min(unknown)]}) is not in items.parquet "
+                        f"({len(unknown)} such items): tokenize these tables again")
+    for item in item_ids:
+        if item not in row:
+            raise UserError(f"{path}: item_id {item!r} of items.parquet has no row: tokenize these tables again")
+    return np.array([row[item] for item in item_ids], np.int64)

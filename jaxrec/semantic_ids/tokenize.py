@@ -1,0 +1,79 @@
+"""The tokenize phase: tables in, semantic IDs out."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from jaxrec.config import UserError
+from jaxrec.semantic_ids import codebooks
+from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids.quality import quality
+from jaxrec.semantic_ids.space import SemanticIdSpace, write_codes
+from jaxrec.text.align import AlignConfig, align, apply_all
+from jaxrec.text.encoder import EncoderConfig, embed_texts
+
+
+def tokenize(
+    tables: Path, folder: Path, text_config: EncoderConfig, align_config: AlignConfig, id_config: SemanticIdConfig,
+    seed: int,
+) -> None:
+    """Encode, align and quantize the items of a tables folder (OneMall §3.1).
+
+    Writes codebooks.safetensors, codes.parquet, embeddings.safetensors (`embeddings`, aligned, f32 [I, D]),
+    alignment.safetensors (to encode new items) and quality.json into `folder`.
+
+    Raises:
+      UserError: a table cannot be used, or the configuration does not fit it.
+    """
+    text_key, align_key, id_key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(3))
+    del text_key  # the encoder draws nothing
+    items = pq.read_table(tables / "items.parquet")
+    text = read_embeddings(items, text_config)
+    pairs = read_pairs(tables / "pairs.parquet", align_config.kind)
+    categories = items["category"].to_numpy() if "category" in items.column_names else None
+    alignment = align(align_key, text, pairs, align_config, categories)
+    embeddings = apply_all(alignment.params, text)
+
+    books = codebooks.fit(id_key, embeddings, id_config)
+    popularity = items["count"].to_numpy() if "count" in items.column_names else None
+    space = SemanticIdSpace(codebooks.encode(books, embeddings), books.sizes, popularity)
+
+    figures = quality(space, books, embeddings, pairs) | {"alignment": alignment.metrics}
+    codebooks.save(books, folder / "codebooks.safetensors")
+    write_codes(folder / "codes.parquet", items["item_id"].to_pylist(), space)
+    save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
+    save_file({name: np.asarray(value) for name, value in flatten_dict(alignment.params, sep=".").items()},
+              folder / "alignment.safetensors")
+    (folder / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def read_embeddings(items: pa.Table, config: EncoderConfig) -> np.ndarray:
+    """The items' own `embedding` column where there is one, else their encoded `text`, f32 [I, D]."""
+    if "embedding" not in items.column_names:
+        if "text" not in items.column_names:
+            raise UserError("items.parquet has neither a column `text` nor a column `embedding`: prepare the tables again")
+        return embed_texts([text or "" for text in items["text"].to_pylist()], config)
+    widths = pc.list_value_length(items["embedding"]).to_numpy()
+    if len(odd := np.flatnonzero(~(widths == widths[0]))):
+        raise UserError(f"items.parquet: the embedding in row {odd[0]} is {widths[odd[0]]} wide, that in row 0 is "
+                        f"{widths[0]}: give every item an embedding of the same width")
+    return items["embedding"].combine_chunks().flatten().to_numpy().astype(np.float32).reshape(len(items), -1)
+
+
+def read_pairs(path: Path, kind: str) -> np.ndarray:
+    """Pairs of one kind from pairs.parquet, int32 [n, 2]; none when the file is not there."""
+    if not path.is_file():
+        return np.zeros((0, 2), np.int32)
+    pairs = pq.read_table(path)
+    kinds = pc.unique(pairs["kind"]).to_pylist()
+    if kinds and kind not in kinds:
+        raise UserError(f"{path} has no pairs of kind {kind!r} (it has {', '.join(map(repr, kinds))}): set align.kind")
+    pairs = pairs.filter(pc.equal(pairs["kind"], kind))
+    return np.stack([pairs["item"].to_numpy(), pairs["other"].to_numpy()], axis=1).astype(np.int32)

@@ -1,0 +1,6 @@
+"""Systems: each puts the parts together for one published system, from a source to an evaluated run."""
+
+from jaxrec.systems import onemall
+
+SYSTEMS = {"onemall": onemall}
+"""Name -> module with `train(run, config)` and `load_recommender(run)`."""

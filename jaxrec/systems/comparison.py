@@ -1,0 +1,94 @@
+"""The last phase of every system: the trained model beside the baselines, and the report."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from jaxrec.data.examples import Records
+from jaxrec.evaluation import Cases, comparison_tables, evaluate, evaluate_ties_shuffled, fit_baselines, make_cases
+from jaxrec.evaluation.metrics import mean
+from jaxrec.evaluation.report import write_report
+from jaxrec.run import Run, console, read_json, write_json
+from jaxrec.systems.recommender import GenerativeRecommender
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured at the end of a run."""
+
+    split: str = "test"
+    """test, or valid while choosing a configuration"""
+    max_users: int = 0
+    """measure this many users, drawn by the seed; 0 for all"""
+    seed: int = 0
+    """seed of that draw, and of shuffled ties"""
+    shown_users: int = 8
+    """users whose history and recommendations the report shows"""
+
+
+def compare(run: Run, model: GenerativeRecommender, config: EvaluationConfig, folder: Path) -> None:
+    """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`."""
+    assembly = model.assembly
+    records = list(Records(assembly.examples, config.split))
+    cases = _draw(make_cases(records, assembly.target_behaviors, config.split), config)
+    items, targets = len(assembly.catalogue.codes), assembly.target_behaviors
+    name = read_json(run.config_file)["system"]
+    rows = evaluate({**fit_baselines(records, items, targets), name: model}, cases, split=config.split)
+    rows += evaluate_ties_shuffled(records, items, targets, split=config.split, seed=config.seed)
+    rows += [
+        {"model": name, "split": config.split, "subset": "all", "metric": metric, "value": mean(pair), "count": pair[1]}
+        for metric, pair in model.diagnose(cases).items()
+    ]
+    write_json(folder / "evaluation.json", rows)
+    write_json(folder / "examples_shown.json", _shown(run, model, cases, config.shown_users))
+
+
+def present(run: Run) -> None:
+    """Puts the results where readers look first, writes report.html and prints the comparison."""
+    for name in ("evaluation.json", "examples_shown.json"):
+        shutil.copyfile(run.path / "evaluation" / name, run.path / name)
+    report = write_report(run.path)
+    for table in comparison_tables(read_json(run.path / "evaluation.json")):
+        console.print(table)
+    console.print(f"report: {report}", markup=False)
+
+
+def _draw(cases: Cases, config: EvaluationConfig) -> Cases:
+    if not 0 < config.max_users < len(cases):
+        return cases
+    return cases.take(np.sort(np.random.default_rng(config.seed).permutation(len(cases))[: config.max_users]))
+
+
+def _shown(run: Run, model: GenerativeRecommender, cases: Cases, count: int) -> list[dict]:
+    """A few users in readable text: what they had, what they took next, what was generated."""
+    titles = pq.read_table(run.tables / "items.parquet", columns=["title"])["title"].to_pylist()
+    users = pq.read_table(run.tables / "users.parquet")["user_id"].to_pylist()
+    rows = np.linspace(0, len(cases) - 1, min(count, len(cases))).astype(int)
+    some = cases.take(rows)
+    items, scores = model.recommend(some.histories, 10)
+    return [
+        _one(users[some.users[row]], some, row, items[row], scores[row], titles, model.assembly.wanted)
+        for row in range(len(some))
+    ]
+
+
+def _one(user: str, cases: Cases, row: int, items, scores, titles: Sequence[str], wanted: np.ndarray) -> dict:
+    history = cases.histories[row]
+    owned = history["item"][wanted[history["behavior"]]]
+    targets = cases.targets[row][cases.where[row]]
+    generated = [
+        {"title": titles[item], "score": float(score), "hit": bool(item in targets), "new": bool(item not in owned)}
+        for item, score in zip(items, scores, strict=True)
+        if item >= 0
+    ]
+    recent = list(dict.fromkeys(owned[::-1].tolist()))[:20]
+    return {
+        "user": user,
+        "history": [titles[item] for item in recent],
+        "targets": [titles[item] for item in targets],
+        "generated": generated,
+    }

@@ -1,0 +1,128 @@
+"""OneMall, from logs to an evaluated run: the story of a run, phase by phase.
+
+    source ─▶ tables ─▶ semantic IDs ─▶ examples ─▶ training ─▶ evaluation ─▶ report
+
+Every phase reads what the ones before it wrote into the run directory, is skipped when its inputs are unchanged, and can
+be killed and run again.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jaxrec.config import fingerprint, from_json
+from jaxrec.data.examples import write_examples
+from jaxrec.data.features import FeatureConfig
+from jaxrec.data.prepare import PrepareConfig, prepare
+from jaxrec.data.sources import CompleteJourney, Folder, SequenceText, SyntheticMall
+from jaxrec.models.cross_decoder import CrossDecoderConfig
+from jaxrec.run import Run, console
+from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids.tokenize import tokenize
+from jaxrec.systems.comparison import EvaluationConfig, compare, present
+from jaxrec.systems.onemall_model import Assembly, assemble
+from jaxrec.systems.onemall_training import train_model
+from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
+from jaxrec.text.align import AlignConfig
+from jaxrec.text.encoder import EncoderConfig
+from jaxrec.training import checkpoint
+from jaxrec.training.loop import LoopConfig
+from jaxrec.training.optim import OptimConfig
+from jaxrec.training.sharding import MeshConfig
+
+STAGE = "stages/pretrain"
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the model is trained for (OneMall Eq. 7)."""
+
+    contrastive_weight: float = 0.1
+    """Weight of the in-batch contrastive task beside next-token prediction."""
+
+
+@dataclass(frozen=True)
+class OneMallConfig:
+    """Everything that decides a OneMall run."""
+
+    data: CompleteJourney | SequenceText | Folder | SyntheticMall
+    """Where the logs come from."""
+    system: str = "onemall"
+    """Which system this configures."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    attributes: tuple[str, ...] = ("category", "brand")
+    """Columns of the items table that the model reads."""
+    batch_size: int = 64
+    """Contexts in a training step, over all hosts."""
+    min_history: int = 1
+    """Events that must come before a session for it to be trained on."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """Cleaning, splits and pair statistics."""
+    text: EncoderConfig = field(default_factory=EncoderConfig)
+    """Text encoder."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+    """Contrastive alignment of the embeddings."""
+    semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
+    """Quantizers."""
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    """How much of the past the model reads."""
+    model: CrossDecoderConfig = field(default_factory=CrossDecoderConfig)
+    """Sizes and parts of the model."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Losses."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    training: LoopConfig = field(default_factory=LoopConfig)
+    """Length of training, logging, checkpoints."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Layout of the devices."""
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    """Beam search."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured at the end."""
+
+
+def train(run: Run, config: OneMallConfig) -> None:
+    """Runs every phase that is not done yet, and prints the comparison table."""
+    source = config.data
+    tables = run.phase(
+        "tables", fingerprint(source.fingerprint(), config.prepare), lambda folder: prepare(source, config.prepare, folder)
+    )
+    ids = run.phase(
+        "semantic_ids",
+        fingerprint(tables, config.text.model, config.text.max_tokens, config.align, config.semantic_ids, config.seed),
+        lambda folder: tokenize(run.tables, folder, config.text, config.align, config.semantic_ids, config.seed),
+    )
+    examples = run.phase(
+        "examples", fingerprint(tables), lambda folder: write_examples(run.tables, folder, source.behaviors)
+    )
+    trained = run.stage(
+        STAGE,
+        fingerprint(ids, examples, *_training_inputs(config)),
+        lambda folder: train_model(assemble(run, config), config, folder, run.metrics_file),
+    )
+    run.phase(
+        "evaluation",
+        fingerprint(trained, config.decoding, config.evaluation),
+        lambda folder: compare(run, load_recommender(run), config.evaluation, folder),
+    )
+    present(run)
+
+
+def load_recommender(run: Run) -> GenerativeRecommender:
+    """The trained model of a run, ready to recommend.
+
+    Raises:
+      UserError: the run is not trained yet, or no checkpoint of it can be read.
+    """
+    config = from_json(OneMallConfig, Run.load(run.path)[1])
+    trained = checkpoint.load_parts(run.path / STAGE, "params", "extra")
+    variables = {"params": trained["params"], **trained["extra"]}
+    return GenerativeRecommender(assemble(run, config), variables, config.features, config.decoding)
+
+
+def _training_inputs(config: OneMallConfig) -> tuple:
+    return (
+        config.seed, config.attributes, config.batch_size, config.min_history, config.features, config.model,
+        config.objective, config.optim, config.training, config.mesh,
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""OneMall's model, fitted to one catalogue: what training, decoding and evaluation share."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+
+from jaxrec.data.attributes import attribute_indices
+from jaxrec.data.features import AGES, FeatureConfig, cut
+from jaxrec.models.cross_decoder import Catalogue, CrossDecoder, Features, Sequence
+from jaxrec.run import Run
+from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
+from jaxrec.training.sharding import init_sharded
+
+if TYPE_CHECKING:
+    from jaxrec.systems.onemall import OneMallConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """The model and the catalogue that it speaks of."""
+
+    model: CrossDecoder
+    catalogue: Catalogue
+    space: SemanticIdSpace
+    examples: Any
+    """folder of the example records"""
+    wanted: np.ndarray
+    """bool [behaviors]: the target behaviors"""
+
+    @property
+    def behaviors(self) -> tuple[str, ...]:
+        """Names, weakest first."""
+        return self.model.behaviors
+
+    @property
+    def target_behaviors(self) -> list[int]:
+        """Indices of the target behaviors."""
+        return np.flatnonzero(self.wanted).tolist()
+
+    def features(self, arrays: dict[str, jax.Array]) -> Features:
+        """The model's input from the flat arrays of `jaxrec.data.features.cut`, stacked to batches."""
+
+        def sequence(name: str) -> Sequence:
+            return Sequence(arrays[f"{name}_item"], arrays[f"{name}_age"], arrays[f"{name}_mask"])
+
+        history = {behavior: sequence(f"history_{index}") for index, behavior in enumerate(self.behaviors)}
+        return Features(history, sequence("past"), arrays["habit"], arrays["user"])
+
+    def init(self, seed: int, mesh: Mesh | None = None) -> dict:
+        """Fresh variables {"params", "balance"}: made on the devices where they stay, if there is a mesh."""
+
+        def make():
+            empty = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
+            shortest = FeatureConfig(buckets=(8,))
+            arrays = cut({**empty, "now": 0}, 0, shortest, behaviors=len(self.behaviors), wanted=self.wanted)
+            features = self.features(jax.tree.map(lambda x: jnp.asarray(x)[None], arrays))
+            return self.model.init(jax.random.key(seed), features, jnp.zeros((1, 1), jnp.int32), self.catalogue)
+
+        return nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
+
+
+def assemble(run: Run, config: "OneMallConfig") -> Assembly:
+    """Reads the catalogue of a run and shapes the model to it.
+
+    Raises:
+      UserError: a file is missing or doesn't fit, or an attribute is no column of the items table.
+    """
+    items = pq.read_table(run.tables / "items.parquet")
+    counts = items["count"].to_numpy()
+    space = read_codes(run.semantic_ids / "codes.parquet", items["item_id"].to_pylist(), counts)
+    attributes, sizes = attribute_indices(items, config.attributes)
+    # One event more for everybody, so that an item nobody took in training has a finite log-probability.
+    log_q = np.log((counts + 1) / (counts + 1).sum())
+    catalogue = Catalogue(
+        jnp.asarray(space.codes, jnp.int32), jnp.asarray(attributes, jnp.int32), jnp.asarray(log_q, jnp.float32)
+    )
+    behaviors = tuple(config.data.behaviors)
+    model = CrossDecoder(config.model, behaviors, space.codebook_sizes, sizes, len(items), AGES)
+    return Assembly(model, catalogue, space, run.examples, np.isin(behaviors, config.data.target_behaviors))

@@ -1,0 +1,128 @@
+"""A trained model that recommends: histories in, ranked items out, by beam search over the catalogue's trie."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrec.data import features
+from jaxrec.data.features import FeatureConfig
+from jaxrec.decoding.beam import beam_search, expand_items
+from jaxrec.decoding.trie import build_trie
+from jaxrec.evaluation.cases import Cases, History
+from jaxrec.evaluation.metrics import add, id_accuracy, validity_rate
+from jaxrec.systems.onemall_model import Assembly
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """Beam search."""
+
+    beam_width: int = 64
+    """beams; where more items are asked for, as many beams as items"""
+    batch_size: int = 32
+    """histories that are decoded together"""
+
+
+class GenerativeRecommender:
+    """Recommends with a trained model. Histories are padded to few shapes, so that nothing recompiles after a warm-up."""
+
+    def __init__(self, assembly: Assembly, variables: dict, feature_config: FeatureConfig, config: DecodingConfig):
+        self.assembly, self.variables, self.feature_config, self.config = assembly, variables, feature_config, config
+        space = assembly.space
+        self.trie = build_trie(space.codes, space.codebook_sizes, order=space.popularity)
+
+    def recommend(
+        self, histories: list[History], k: int, exclude_seen: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best items of each history: items int32 [B, k] (-1 = none) and log-probabilities float32 [B, k].
+
+        `exclude_seen` leaves out the target items of the history. Items that share an ID share its score and stand in
+        falling popularity.
+        """
+        items = np.full((len(histories), k), -1, np.int32)
+        scores = np.full((len(histories), k), -np.inf, np.float32)
+        width = max(self.config.beam_width, k)
+        for rows, arrays in self._batches(histories):
+            allowed = self._allowed([histories[row] for row in rows]) if exclude_seen else None
+            found = self._search(self.variables, arrays, allowed, width, k)
+            if bool(found[2].any()):
+                raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
+            items[rows], scores[rows] = found[0][: len(rows)], found[1][: len(rows)]
+        return items, scores
+
+    def diagnose(self, cases: Cases) -> dict[str, tuple[float, float]]:
+        """As (sum, count): accuracy of each level given the true ones before it (OneMall Table 1), and the validity rate.
+
+        The validity rate is the share of existing IDs among the first 10 of a beam search without the trie.
+        """
+        sums: dict[str, tuple[float, float]] = {}
+        for rows, arrays in self._batches(cases.histories):
+            target = np.zeros((self.config.batch_size, cases.targets.shape[1]), np.int32)
+            where = np.zeros_like(target, bool)
+            target[: len(rows)] = np.where(cases.where[rows], cases.targets[rows], 0)
+            where[: len(rows)] = cases.where[rows]
+            real = np.arange(self.config.batch_size) < len(rows)
+            sums = add(sums, jax.device_get(self._measure(self.variables, arrays, target, where, real)))
+        return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
+
+    def _batches(self, histories: list[History]):
+        """Yields (rows, stacked features): histories of one length bucket, filled up to the batch size."""
+        cuts = [self._cut(history) for history in histories]
+        sizes = np.array([arrays["past_item"].shape[0] for arrays in cuts])
+        longest = np.array([max(len(value) for value in arrays.values()) for arrays in cuts])
+        for key in np.unique(np.stack([sizes, longest], axis=1), axis=0):
+            group = np.flatnonzero((sizes == key[0]) & (longest == key[1]))
+            for start in range(0, len(group), self.config.batch_size):
+                rows = group[start : start + self.config.batch_size]
+                filled = np.resize(rows, self.config.batch_size)
+                yield rows, {name: np.stack([cuts[row][name] for row in filled]) for name in cuts[rows[0]]}
+
+    def _cut(self, history: History) -> dict:
+        """The features of everything in a history."""
+        after = int(history["session"][-1]) + 1 if len(history["session"]) else 0
+        wanted, behaviors = self.assembly.wanted, len(self.assembly.behaviors)
+        return features.cut(history, after, self.feature_config, behaviors=behaviors, wanted=wanted)
+
+    def _allowed(self, histories: list[History]) -> np.ndarray:
+        """bool [B, I]: what each user doesn't have yet; the rows that fill the batch allow everything."""
+        allowed = np.ones((self.config.batch_size, len(self.assembly.catalogue.codes)), bool)
+        for row, history in enumerate(histories):
+            allowed[row, history["item"][self.assembly.wanted[history["behavior"]]]] = False
+        return allowed
+
+    @functools.partial(jax.jit, static_argnames=("self", "width", "k"))
+    def _search(self, variables, arrays, allowed, width: int, k: int):
+        result = self._beams(variables, self._context(variables, arrays), allowed, width)
+        return *expand_items(self.trie, result, k=k, allowed=allowed), result.nan
+
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def _measure(self, variables, arrays, target, where, real):
+        context = self._context(variables, arrays)
+        codes = self.assembly.catalogue.codes[target]
+        log_probs, cache = self._extend(variables, context, None, None, 0)
+        log_probs = [jnp.broadcast_to(log_probs, (*target.shape, log_probs.shape[-1]))]
+        cache = jax.tree.map(lambda x: jnp.repeat(x, target.shape[1], axis=1), cache)
+        for level in range(1, codes.shape[-1]):
+            following, cache = self._extend(variables, context, codes[..., level - 1], cache, level)
+            log_probs.append(following)
+        free = self._beams(variables, context, None, self.config.beam_width, constrained=False)
+        return id_accuracy(log_probs, codes, where) | {
+            "validity": validity_rate(free.valid[:, :10], jnp.broadcast_to(real[:, None], free.valid[:, :10].shape))
+        }
+
+    def _context(self, variables, arrays):
+        assembly = self.assembly
+        return assembly.model.apply(variables, assembly.features(arrays), assembly.catalogue, method="prefill")
+
+    def _extend(self, variables, context, tokens, cache, level: int):
+        return self.assembly.model.apply(variables, context, tokens, cache, level, method="extend")
+
+    def _beams(self, variables, context, allowed, width: int, constrained: bool = True):
+        extend = functools.partial(self._extend, variables, context)
+        batch = len(context.state)
+        return beam_search(
+            extend, None, self.trie, batch=batch, beam_width=width, allowed=allowed, constrained=constrained
+        )

@@ -1,0 +1,1 @@
+"""Texts: the item encoder and its alignment with what shoppers do."""

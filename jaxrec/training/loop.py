@@ -1,0 +1,221 @@
+"""The training loop: it feeds batches to a step, logs, saves, and goes on after a stop as if there had been none.
+
+A step is a plain function `step_fn(state, batch) -> (state, metrics)` with metrics as {name: (sum, count)}; "loss" is
+one of them, and its count is the number of targets. The loop compiles it once per shape of batch, donates the state,
+adds the sums up on the device and fetches them only when it logs. Checkpoints hold the state, the iterator's position
+behind the last batch that was used, and the sums since the last log line: resumed training ends in the same bits.
+"""
+
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrec.config import UserError
+from jaxrec.run import console, fault_point, progress
+from jaxrec.training import checkpoint
+from jaxrec.training.log import Log, Meter
+from jaxrec.training.prefetch import BatchIterator, Prefetch
+from jaxrec.training.sharding import place, shard_batch, use_mesh
+
+# The name under which the totals carry the first step whose loss was not finite (0: none).
+BAD_STEP = "_bad_step"
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What training changes; a plain pytree."""
+
+    step: jax.Array
+    """int32 []: finished steps."""
+    params: Any
+    """The model's parameters."""
+    opt_state: Any
+    """The optimiser's state."""
+    extra: Any = flax.struct.field(default_factory=dict)
+    """What is updated without a gradient, such as the router biases of mixture layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long to train, how often to log and save."""
+
+    steps: int = 1000
+    """Training steps."""
+    log_every: int = 50
+    """Steps between two lines in metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    evaluate_every: int = 0
+    """Steps between two evaluations, where the stage has one; 0 for none."""
+
+
+def fit(
+    step_fn: Callable[[Any, Any], tuple[Any, Metrics]],
+    state: Any,
+    iterator: BatchIterator,
+    *,
+    config: LoopConfig,
+    folder: Path,
+    metrics_path: Path,
+    stage: str = "train",
+    mesh: Mesh | None = None,
+    flops_per_step: float | Callable[[Any], float] | None = None,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> Any:
+    """Trains up to `config.steps`, from the newest checkpoint in `folder` if there is one.
+
+    Args:
+      state: the first state; its buffers are donated.
+      folder: where the checkpoints of this stage are.
+      metrics_path: the file that gets a JSON line per log and evaluation; a folder `tensorboard` is made beside it.
+      stage: the name of this training in metrics.jsonl.
+      flops_per_step: model FLOPs of a step, or a function of the batch; for the share of the machine's peak.
+      evaluate: called every `config.evaluate_every` steps with the state; its values are logged under "valid/".
+      on_log: called with every line that is logged.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      UserError: the loss is not finite, the data ends early, the disk is full, or no checkpoint can be read.
+      SystemExit: status 130, after Ctrl-C or SIGTERM, when the state is saved.
+    """
+    state = place(state, mesh) if mesh else state
+    state, totals, begun = _resume(folder, state, iterator)
+    log = Log(metrics_path, stage, begun, on_log)
+    if begun >= config.steps:
+        return state
+    if begun:
+        console.print(f"{stage}: going on from step {begun}", markup=False)
+    # With a mesh the state stays where it is: the compiler could choose another place for it after every step.
+    kept = (jax.tree.map(lambda x: x.sharding, state), None, None) if mesh else None
+    train = jax.jit(_accumulating(step_fn), donate_argnums=(0, 1), out_shardings=kept)
+    meter = Meter(flops_per_step)
+    batches, bars = Prefetch(iterator), _bars(meter.peak)
+    with use_mesh(mesh) if mesh else nullcontext(), _stop_signals() as stop, batches, bars, log:
+        task = bars.add_task(stage, total=config.steps, completed=begun, loss="-", rate="-", share="-")
+        in_flight = None
+        for step in range(begun + 1, config.steps + 1):
+            batch = batches.get(step)
+            totals = totals or _zeros(step_fn, state, batch)
+            meter.add(batch)
+            batch = shard_batch(batch, mesh) if mesh else batch
+            state, totals, done = train(state, totals, batch, np.int32(step))
+            # One step computes while the next batch is made, not more: each holds a batch.
+            jax.block_until_ready(in_flight)
+            in_flight = done
+            # Read once: a signal that comes while saving counts for the next step.
+            last, stopping = step == config.steps, bool(stop)
+            if step % config.log_every == 0 or last:
+                line = meter.read(_fetch(totals, stage, folder), step)
+                totals = jax.tree.map(jnp.zeros_like, totals)
+                log.write(line)
+                bars.update(task, **_shown(line))
+            bars.update(task, completed=step)
+            with meter.paused():
+                if evaluate and config.evaluate_every and (step % config.evaluate_every == 0 or last):
+                    log.write({"step": step, **{f"valid/{name}": value for name, value in evaluate(state).items()}})
+                if step % config.checkpoint_every == 0 or last or stopping:
+                    notes = {"iterator": batches.position, "totals": _fetch(totals, stage, folder)}
+                    log.sync()
+                    checkpoint.save(folder, step, state, notes, keep=config.keep)
+            fault_point(f"step:{step}")
+            if stopping and not last:
+                message = f"stopped after step {step} of {config.steps}, which is saved; run the same command to go on"
+                console.print(f"{stage}: {message}", markup=False)
+                raise SystemExit(130)
+    return state
+
+
+def _resume(folder: Path, state: Any, iterator: BatchIterator) -> tuple[Any, Metrics, int]:
+    """The state, the sums since the last log line and the step of the newest checkpoint; moves the iterator there."""
+    found = checkpoint.restore(folder, state)
+    if found is None:
+        return state, {}, 0
+    state, notes, step = found
+    iterator.set_state(notes["iterator"])
+    return state, {name: tuple(jnp.float32(value) for value in pair) for name, pair in notes["totals"].items()}, step
+
+
+def _accumulating(step_fn: Callable[[Any, Any], tuple[Any, Metrics]]) -> Callable[..., Any]:
+    """The step that is compiled: adds the metrics to the totals, and notes the first step whose loss isn't finite."""
+
+    def train(state: Any, totals: Metrics, batch: Any, step: jax.Array) -> tuple[Any, Metrics, jax.Array]:
+        state, metrics = step_fn(state, batch)
+        first, _ = totals[BAD_STEP]
+        bad = ~jnp.isfinite(metrics["loss"][0]) & (first == 0)
+        found = {BAD_STEP: (jnp.where(bad, jnp.float32(step), 0.0), 0.0), **metrics}
+        totals = {name: tuple(jnp.float32(a) + b for a, b in zip(found[name], totals[name])) for name in found}
+        return state, totals, step + 0
+
+    return train
+
+
+def _zeros(step_fn: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batch: Any) -> Metrics:
+    names = jax.eval_shape(step_fn, state, batch)[1]
+    return {name: (jnp.float32(0), jnp.float32(0)) for name in [*names, BAD_STEP]}
+
+
+def _fetch(totals: Metrics, stage: str, folder: Path) -> dict[str, list[float]]:
+    """The sums as Python numbers.
+
+    Raises:
+      UserError: a loss was not finite.
+    """
+    sums = {name: [float(value) for value in pair] for name, pair in jax.device_get(totals).items()}
+    if bad := int(sums[BAD_STEP][0]):
+        kept = checkpoint.steps(folder)
+        mend = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no checkpoint yet"
+        raise UserError(f"{stage}: the loss of step {bad} is not a finite number; lower optim.learning_rate ({mend})")
+    return sums
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Yields a list that gets the first SIGINT or SIGTERM; the second one acts as usual."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        restore()
+        console.print("\nstopping after this step; once more to stop at once", markup=False)
+
+    for number in usual:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _bars(peak: float | None) -> Any:
+    columns = ["loss {task.fields[loss]}", "{task.fields[rate]} targets/s"]
+    return progress(*columns, *(["{task.fields[share]} of peak"] if peak else []))
+
+
+def _shown(line: dict[str, Any]) -> dict[str, str]:
+    rate, share = line["targets_per_second"], line.get("peak_share", 0.0)
+    return {"loss": f"{line['loss']:.4f}", "rate": f"{rate:,.0f}", "share": f"{share:.0%}"}

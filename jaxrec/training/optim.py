@@ -1,0 +1,97 @@
+"""The optimiser: AdamW with warm-up, a schedule, clipping, and a smaller learning rate for some parameters."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrec.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate, reached at the end of the warm-up."""
+    warmup: int = 100
+    """Steps over which the learning rate rises from zero."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: a fall along a cosine to `final_fraction` at the last step, or nothing."""
+    final_fraction: float = 0.1
+    """Share of the highest learning rate that is left at the end of the cosine."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 for no limit."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.98
+    """Decay of the second moment."""
+    slow_prefixes: tuple[str, ...] = ()
+    """Parameters whose path begins so (such as "encoder/") learn at a smaller rate."""
+    slow_fraction: float = 0.1
+    """Share of the learning rate that those parameters get."""
+
+
+def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step, for a training of `steps` steps.
+
+    Raises:
+      UserError: the warm-up is longer than the training.
+    """
+    if config.warmup >= steps:
+        raise UserError(f"the warm-up of {config.warmup} steps is as long as the training of {steps}; make it shorter")
+    rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
+    if config.schedule == "constant":
+        rest = optax.constant_schedule(config.learning_rate)
+    else:
+        rest = optax.cosine_decay_schedule(config.learning_rate, steps - config.warmup, config.final_fraction)
+    # The step after 0: a first step at rate zero would be wasted.
+    return lambda step: optax.join_schedules([rise, rest], [config.warmup])(step + 1)
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The optax transformation of a configuration."""
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts += [
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    ]
+    if config.slow_prefixes:
+        slow = optax.masked(optax.scale(config.slow_fraction), lambda tree: has_prefix(tree, config.slow_prefixes))
+        parts.append(slow)
+    return optax.chain(*parts)
+
+
+def is_matrix(params: Any) -> Any:
+    """True for the leaves that weight decay is meant for: those with two axes or more that are no bias."""
+
+    def decayed(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        # Biases and norms of stacked layers or split heads have two axes too, so shapes alone don't tell.
+        return leaf.ndim > 1 and path_name(path).rsplit("/", 1)[-1] not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def has_prefix(params: Any, prefixes: Sequence[str]) -> Any:
+    """True for the leaves whose path, as "encoder/layer_0/kernel", begins with one of the prefixes.
+
+    Raises:
+      UserError: a prefix fits no parameter.
+    """
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            some = ", ".join(names[:5])
+            raise UserError(f"slow_prefixes: no parameter's path begins with {prefix!r}; there are {some}, ...")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).startswith(tuple(prefixes)), params)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path as "encoder/layer_0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,159 @@
+"""Where every array lives: one mesh with the axes (data, expert, model), and two tables of rules.
+
+Modules only name the axes of their arrays; the tables say on which mesh axis a name lies (None: copied everywhere).
+
+    weights      nn.with_logical_partitioning(init, ("embed", "heads", "head_dim"))
+                 embed, heads, head_dim, mlp, vocab, expert, queries, layers
+    activations  nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed")), or `constrain` below
+                 act_batch, act_length, act_targets, act_embed, act_heads, act_expert, act_mlp
+
+    mesh = make_mesh(MeshConfig(data=-1))
+    with use_mesh(mesh):
+        params = init_sharded(lambda: model.init(key, batch), mesh)
+        state, metrics = jax.jit(step)(state, shard_batch(batch, mesh))
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrec.config import UserError
+
+AXES = ("data", "expert", "model")
+
+WEIGHT_RULES = (
+    ("embed", None),
+    ("heads", "model"),
+    ("head_dim", None),
+    ("mlp", "model"),
+    ("vocab", "model"),
+    ("expert", "expert"),
+    ("queries", None),
+    ("layers", None),
+)
+
+# The batch also spreads over the expert axis: outside of the expert layers those devices are data-parallel.
+ACTIVATION_RULES = (
+    ("act_batch", ("data", "expert")),
+    ("act_length", None),
+    ("act_targets", None),
+    ("act_embed", None),
+    ("act_heads", "model"),
+    ("act_expert", "expert"),
+    ("act_mlp", "model"),
+)
+
+RULES = WEIGHT_RULES + ACTIVATION_RULES
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all hosts are laid out."""
+
+    data: int = -1
+    """Devices over which batches are split; -1 for all that the other axes leave."""
+    expert: int = 1
+    """Devices over which the experts of mixture layers are split."""
+    model: int = 1
+    """Devices over which heads, feed-forward widths and vocabularies are split."""
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Lays the devices (default: all) out as a mesh.
+
+    Raises:
+      UserError: the sizes don't multiply to the number of devices.
+    """
+    count = len(devices or jax.devices())
+    sizes = [getattr(config, axis) for axis in AXES]
+    if sizes.count(-1) == 1:
+        fixed = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = count // fixed if fixed > 0 else 0
+    if min(sizes) < 1 or np.prod(sizes) != count:
+        asked = " x ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
+        raise UserError(f"the mesh {asked} doesn't fit {count} devices: the sizes must multiply to it, one may be -1")
+    # Auto axes: with the default, Explicit, the logical constraints of flax.linen raise.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
+    """Makes the mesh and both tables of rules current, so that modules' logical names become sharding constraints."""
+    # Not `with mesh:`, under which flax drops every constraint without a word.
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield mesh
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Asks that `x` be laid out by its axes' logical names; does nothing outside of `use_mesh`."""
+    if len(names) != x.ndim:
+        raise ValueError(f"{len(names)} names for an array of shape {x.shape}")
+    return nn.with_logical_constraint(x, names)
+
+
+def spec(*names: str | None) -> PartitionSpec:
+    """The mesh axes of an array with these logical names."""
+    return nn.logical_to_mesh_axes(names, RULES)
+
+
+def init_sharded(init: Callable[[], Any], mesh: Mesh) -> Any:
+    """Runs an initialiser so that every weight is made on the devices where it stays, and never whole on one.
+
+    Args:
+      init: returns a pytree, as `model.init` does, with or without nn.with_logical_partitioning around its leaves.
+
+    Returns:
+      The same pytree with plain arrays as leaves.
+    """
+    with use_mesh(mesh):
+        shapes = jax.eval_shape(init)
+        shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(shapes), mesh, RULES)
+        return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
+
+
+def like_params(tree: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree that holds copies of `params` (an optimiser's state); other leaves lie everywhere."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    structure, shardings = jax.tree.structure(params), jax.tree.map(lambda x: x.sharding, params)
+
+    def is_copy(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(lambda node: shardings if is_copy(node) else everywhere, tree, is_leaf=is_copy)
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Copies the leaves that aren't on the mesh yet, such as a step count, to all of its devices."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def put(x: jax.Array) -> jax.Array:
+        placed = isinstance(x, jax.Array) and len(x.sharding.device_set) == mesh.size
+        return x if placed else jax.device_put(x, everywhere)
+
+    return jax.tree.map(put, tree)
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a batch of NumPy arrays (this host's slice, batch axis first) on the mesh, split over its batch axis.
+
+    Raises:
+      UserError: the batch doesn't split evenly over the devices.
+    """
+    ways = mesh.shape["data"] * mesh.shape["expert"] // jax.process_count()
+
+    def put(x: np.ndarray) -> jax.Array:
+        if np.ndim(x) == 0:
+            return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+        if len(x) % ways:
+            raise UserError(
+                f"a batch of {len(x)} doesn't split over {ways} devices; make its size a multiple of {ways}"
+            )
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec("act_batch")), np.asarray(x))
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,58 @@
+"""Answers requests with a trained run: a file of them, or over HTTP.
+
+    python serve.py runs/demo --requests in.jsonl --out out.jsonl
+    python serve.py runs/demo --http 127.0.0.1:8080
+
+A request is a JSON object: {"user_id": "123"} for a user of the run, or {"history": [{"item_id": "7"}]} for anybody
+else; with "k" (default 10) and "exclude_seen" if wanted.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxrec.config import UserError
+from jaxrec.run import console, report_user_errors
+
+
+@dataclass(frozen=True)
+class Arguments:
+    run: Annotated[Path, tyro.conf.Positional]
+    """the run directory, as given to train.py --run"""
+    requests: Path | None = None
+    """file with one request (JSON) a line"""
+    out: Path | None = None
+    """file for the answers, one a line in the same order"""
+    http: str | None = None
+    """HOST:PORT to serve on instead, such as 127.0.0.1:8080"""
+
+
+def main(arguments: Arguments) -> None:
+    if (arguments.http is None) == (arguments.requests is None):
+        raise UserError("give either --requests IN.jsonl with --out OUT.jsonl, or --http HOST:PORT")
+    if (arguments.requests is None) != (arguments.out is None):
+        raise UserError("--requests and --out go together; give both")
+    # Imported here: --help and a wrong command line should not wait for JAX.
+    from jaxrec.serving.batch import answer_file
+    from jaxrec.serving.http import parse_address, serve
+    from jaxrec.serving.retriever import Retriever
+
+    if arguments.http is not None:
+        parse_address(arguments.http)
+        retriever = Retriever(arguments.run)
+        retriever.warm_up()
+        serve(retriever, arguments.http)
+        return
+    summary = answer_file(Retriever(arguments.run), arguments.requests, arguments.out)
+    console.print(
+        f"{summary.answered:,} answered ({summary.popular:,} with popular items), {summary.bad:,} bad lines; "
+        f"written to {arguments.out}"
+    )
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Arguments, description=__doc__)
+    sys.exit(report_user_errors(lambda: main(arguments)))

@@ -1,0 +1,32 @@
+"""What all tests share: the CPU, simulated devices on request, a compilation cache that makes the second run fast."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".cache" / "jax"
+
+# Environment variables, and before jax is imported, so that the subprocesses of tests get them too.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def on_devices():
+    """Runs Python source in a process of its own with simulated devices: `on_devices(8, source) -> stdout`."""
+
+    def run(count: int, source: str) -> str:
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(count), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", source]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

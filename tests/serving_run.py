@@ -1,0 +1,49 @@
+"""A tiny run directory and recommender for the serving tests."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ITEMS = ["a", "b", "c", "d", "e"]
+COUNTS = [3, 9, 9, 1, 0]
+
+
+class NextInLine:
+    """Recommends the items after the last one of the history, in order; keeps what it was called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def recommend(self, histories, k, exclude_seen=False):
+        self.calls.append((len(histories), k, exclude_seen))
+        self.histories = histories
+        items = np.full((len(histories), k), -1, np.int32)
+        for row, history in enumerate(histories):
+            after = [(int(history["item"][-1]) + step) % len(ITEMS) for step in range(1, len(ITEMS) + 1)]
+            kept = [item for item in after if not (exclude_seen and item in history["item"])][:k]
+            items[row, : len(kept)] = kept
+        return items, -np.tile(np.arange(k, dtype=np.float32), (len(histories), 1))
+
+
+def write_run(path):
+    """Three users: u1 saw a and b and bought b, c; u2 bought e in the test session; u3 did nothing."""
+    tables = path / "tables"
+    tables.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"system": "none"}))
+    titles = [f"Title {item}" for item in ITEMS]
+    pq.write_table(pa.table({"item_id": ITEMS, "title": titles, "count": COUNTS}), tables / "items.parquet")
+    pq.write_table(pa.table({"user_id": ["u1", "u2", "u3"]}), tables / "users.parquet")
+    events = {
+        "user": pa.array([0, 0, 0, 1], pa.int32()),
+        "item": pa.array([0, 1, 2, 4], pa.int32()),
+        "behavior": ["exposure", "purchase", "purchase", "coupon"],
+        "timestamp": [100, 100, 200, 300],
+        "session": pa.array([0, 0, 1, 0], pa.int32()),
+        "split": ["train", "train", "valid", "test"],
+    }
+    pq.write_table(pa.table(events), tables / "events.parquet")
+    statistics = {"behaviors": ["exposure", "purchase", "coupon"], "target_behaviors": ["purchase", "coupon"]}
+    (tables / "statistics.json").write_text(json.dumps(statistics))
+    return path

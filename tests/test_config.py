@@ -1,0 +1,199 @@
+"""Configuration files, the command line, JSON and fingerprints."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from jaxrec.config import UserError, differences, fingerprint, from_json, load_config, parse_cli, to_json
+
+CONFIG_FILE = '''
+import dataclasses
+from pathlib import Path
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    path: Path
+    """The folder with the tables."""
+
+@dataclasses.dataclass(frozen=True)
+class Shop:
+    size: int = 3
+    """Number of items."""
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    width: int = 64
+    """Model width."""
+    codebook_sizes: tuple[int, ...] = (8, 4)
+    """Codes per level."""
+    dropout: float | None = None
+    """Share of activations that are dropped."""
+    moe: bool = True
+    """Sparse feed-forward layers."""
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    system: str = "onemall"
+    """The system."""
+    data: Folder | Shop = Shop()
+    """Where the logs come from."""
+    model: Model = Model()
+    """The model."""
+
+config = Config(model=Model(width=32))
+'''
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "example.py"
+    path.write_text(CONFIG_FILE)
+    return path
+
+
+def parse(config_file: Path, *args: str):
+    return parse_cli([str(config_file), "--run", "runs/a", *args])
+
+
+def test_the_file_gives_the_defaults(config_file):
+    config, run = parse(config_file)
+    assert run == Path("runs/a")
+    assert (config.model.width, config.data.size) == (32, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "read"),
+    [
+        (["--model.width", "7"], lambda c: c.model.width == 7),
+        (["--model.width=7"], lambda c: c.model.width == 7),
+        (["--model.codebook-sizes", "5", "6", "7"], lambda c: c.model.codebook_sizes == (5, 6, 7)),
+        (["--model.codebook_sizes", "5"], lambda c: c.model.codebook_sizes == (5,)),
+        (["--model.dropout", "0.5"], lambda c: c.model.dropout == 0.5),
+        (["--model.moe", "False"], lambda c: c.model.moe is False),
+        (["--data.size", "9"], lambda c: c.data.size == 9),
+        (["--data", "Folder", "--data.path", "x/y"], lambda c: c.data.path == Path("x/y")),
+        (["--data.path=x", "--data=Folder"], lambda c: c.data.path == Path("x")),
+    ],
+)
+def test_any_field_is_a_flag(config_file, args, read):
+    assert read(parse(config_file, *args)[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.widht", "7"], "unknown configuration key 'model.widht'; did you mean 'model.width'?"),
+        (["--modell.width=7"], "unknown configuration key 'modell.width'; did you mean 'model.width'?"),
+        (["--zzzz", "1"], "unknown configuration key 'zzzz'; --help lists the keys"),
+        (["--data.path", "x"], "'data' is Shop here, and the key belongs to Folder: add --data Folder"),
+        (["--data", "Table"], "there is no 'Table' here, only Folder, Shop"),
+    ],
+)
+def test_unknown_keys_name_the_mend(config_file, args, message):
+    with pytest.raises(UserError) as error:
+        parse(config_file, *args)
+    assert message in str(error.value)
+
+
+def test_help_lists_fields_with_their_docstrings(config_file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_cli([str(config_file), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--model.width" in text and "Model width. (default: 32)" in text and "Number of items." in text
+
+
+def test_a_value_of_the_wrong_type_is_refused(config_file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(config_file, "--model.width", "wide")
+    assert stop.value.code == 2
+    assert "--model.width" in capsys.readouterr().err
+
+
+def test_a_missing_required_field_is_refused(config_file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(config_file, "--data", "Folder")
+    assert stop.value.code == 2
+    assert "--data.path" in capsys.readouterr().err
+
+
+def test_files_that_hold_no_configuration(config_file, tmp_path):
+    with pytest.raises(UserError, match=r"no configuration file .*exmaple\.py; did you mean .*example\.py\?"):
+        load_config(tmp_path / "exmaple.py")
+    config_file.write_text("x = 1\n")
+    with pytest.raises(UserError, match="defines no `config`"):
+        load_config(config_file)
+    config_file.write_text("x = 1\ny = (\n")
+    with pytest.raises(UserError, match="line 2: this is no valid Python"):
+        load_config(config_file)
+
+
+def test_the_run_directory_is_asked_for(config_file):
+    with pytest.raises(UserError, match="--run is missing"):
+        parse_cli([str(config_file)])
+    with pytest.raises(UserError, match="--run needs a directory"):
+        parse_cli([str(config_file), "--run", "--model.width"])
+    with pytest.raises(UserError, match="configuration file comes first"):
+        parse_cli(["--run", "runs/a"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Near:
+    path: Path = Path("a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Far:
+    path: Path = Path("a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    kind: Literal["x", "y"] = "x"
+    source: Near | Far = Far()
+    more: tuple[Near | Far, ...] = (Near(), Far())
+    pair: tuple[int, str] = (1, "b")
+    maybe: Near | None = None
+    rates: dict[str, float] = dataclasses.field(default_factory=lambda: {"b": 0.5})
+    learning_rate: float = 1e-3
+
+
+@pytest.mark.parametrize("whole", [Whole(), Whole(source=Near(Path("b/c")), maybe=Near(), more=())])
+def test_json_gives_the_same_configuration_back(whole):
+    again = from_json(Whole, to_json(whole))
+    assert again == whole
+    assert fingerprint(again) == fingerprint(whole)
+
+
+def test_json_of_another_version_is_refused():
+    values = to_json(Whole())
+    with pytest.raises(UserError, match=r"'source\.depth'"):
+        from_json(Whole, {**values, "source": {**values["source"], "depth": 1}})
+    with pytest.raises(UserError, match="'learning_rate' is missing"):
+        from_json(Whole, {name: value for name, value in values.items() if name != "learning_rate"})
+    with pytest.raises(UserError, match="no type 'Farther'"):
+        from_json(Whole, {**values, "source": {"type": "Farther", "path": "a"}})
+
+
+def test_fingerprints_depend_on_values_alone():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    # The same fields in another class are another source.
+    assert fingerprint(Whole(source=Near())) != fingerprint(Whole(source=Far()))
+    assert fingerprint("a", "b") != fingerprint("ab")
+    # Held for good: a changed digest would rebuild every run directory.
+    assert fingerprint("tables", 1, (2.5, None)) == "616d002c8bd06b27"
+    with pytest.raises(TypeError, match="object can't be written"):
+        fingerprint(object())
+
+
+def test_differences_name_nested_keys():
+    old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
+    assert list(differences(old, new)) == [("a.c", 2, 5), ("d", 3, None), ("e", None, 4)]
+
+
+def test_argv_defaults_to_the_command_line(config_file, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", str(config_file), "--run", "r", "--model.width", "5"])
+    assert parse_cli()[0].model.width == 5

@@ -1,0 +1,246 @@
+"""A user's own folder: the three formats agree, and every fault is refused by file, column and row."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxrec.config import UserError
+from jaxrec.data.prepare import PrepareConfig, prepare
+from jaxrec.data.sources import Folder
+
+ITEMS = [
+    {"item_id": "p1", "title": "Red shoes", "category": "Shoes", "brand": "A", "price": 10.5,
+     "scenario": "product_card", "color": "red"},
+    {"item_id": "p2", "title": "Blue shoes", "category": "Shoes", "brand": "B", "price": None,
+     "scenario": "product_card", "color": "blue"},
+    {"item_id": "v1", "title": "Shoes on film", "category": None, "brand": None, "price": 3,
+     "scenario": "short_video", "color": None},
+]  # fmt: skip
+T = 1_700_000_000
+EVENTS = [
+    {"user_id": "u1", "item_id": "p1", "timestamp": T, "behavior": "click"},
+    {"user_id": "u1", "item_id": "p1", "timestamp": T + 60, "behavior": "purchase"},
+    {"user_id": "u1", "item_id": "p2", "timestamp": T + 60 + 1801, "behavior": "purchase"},
+    {"user_id": "u2", "item_id": "v1", "timestamp": T, "behavior": "purchase"},
+    {"user_id": "u1", "item_id": "v1", "timestamp": T + 9000, "behavior": "purchase"},
+]
+QUERIES = [{"user_id": "u1", "timestamp": T, "prefix": "sh", "query": "shoes", "feedback": "order"}]
+
+
+def write(folder, name, rows, suffix="jsonl"):
+    for old in folder.glob(f"{name}.*"):
+        old.unlink()
+    path = folder / f"{name}.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path, "items", ITEMS)
+    write(tmp_path, "events", EVENTS)
+    return tmp_path
+
+
+def test_the_formats_agree(folder):
+    results = []
+    for suffix in ("jsonl", "csv", "parquet"):
+        for name, rows in (("items", ITEMS), ("events", EVENTS), ("queries", QUERIES)):
+            write(folder, name, rows, suffix)
+        raw = Folder(folder).load()
+        results.append(
+            [table.order_by(table.columns).to_pyarrow().to_pylist() for table in (raw.items, raw.events, raw.queries)]
+        )
+    assert results[0] == results[1] == results[2]
+    items, events, queries = results[0]
+    assert items[0] == {"item_id": "p1", "title": "Red shoes", "text": "Red shoes. Shoes. A", "category": "Shoes",
+                        "brand": "A", "price": 10.5,
+     "scenario": "product_card", "color": "red"}  # fmt: skip
+    assert items[2]["text"] == "Shoes on film" and items[1]["price"] is None
+    # A pause of more than half an hour begins a session.
+    assert [row["session_id"][-1] for row in sorted(events, key=lambda row: (row["user_id"], row["timestamp"]))] == [
+        "0",
+        "0",
+        "1",
+        "2",
+        "0",
+    ]
+    assert queries == QUERIES
+
+
+@pytest.mark.parametrize("time", ["2023-11-14 22:13:20", "2023-11-14T22:13:20Z", "2023-11-14T23:13:20+01:00"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_times_may_be_timestamps(folder, time, suffix):
+    write(folder, "events", [{**EVENTS[0], "timestamp": time}], suffix)
+    assert Folder(folder).load().events.timestamp.to_pyarrow().to_pylist() == [T]
+
+
+def test_prepared_from_a_folder(folder):
+    write(folder, "events", [*EVENTS, {**EVENTS[0], "item_id": "gone"}])
+    (folder / "out").mkdir()
+    statistics = prepare(Folder(folder), PrepareConfig(), folder / "out")
+    assert statistics["dropped"] == {"event of an unknown item": 1}
+    assert statistics["users"] == 2 and statistics["test_users"] == 1 and statistics["items"] == 3
+
+
+def test_session_id_and_further_columns_are_kept(folder):
+    rows = [
+        {
+            **row,
+            "session_id": None if n == 0 else "mine",
+            "scenario": "product_card",
+            "query": "shoes",
+            "watch_seconds": 1.5,
+        }
+        for n, row in enumerate(EVENTS)
+    ]
+    write(folder, "events", rows)
+    events = Folder(folder).load().events
+    assert {"scenario", "query", "watch_seconds"} <= set(events.columns)
+    assert sorted(events.session_id.to_pyarrow().to_pylist()) == ["000000000", "mine", "mine", "mine", "mine"]
+
+
+def test_product_ids_and_embeddings(folder):
+    rows = [{**row, "product_ids": ["p1"] if row["item_id"] == "v1" else [], "embedding": [0.5, 1.0]} for row in ITEMS]
+    for suffix in ("jsonl", "parquet"):
+        write(folder, "items", rows, suffix)
+        items = Folder(folder).load().items.order_by("item_id").to_pyarrow()
+        assert items["product_ids"].to_pylist() == [[], [], ["p1"]]
+        assert items["embedding"].to_pylist() == [[0.5, 1.0]] * 3 and items["embedding"].type.value_type == pa.float32()
+    write(folder, "items", [{**row, "product_ids": "p1|p2"} for row in ITEMS], "csv")
+    assert Folder(folder).load().items.to_pyarrow()["product_ids"].to_pylist() == [["p1", "p2"]] * 3
+
+
+def changed(rows, place, **values):
+    return [{**row, **values} if n == place else row for n, row in enumerate(rows)]
+
+
+def without(rows, column):
+    return [{key: value for key, value in row.items() if key != column} for row in rows]
+
+
+FAULTS = {
+    "no items file": ("items", None, "no items.parquet, items.csv or items.jsonl"),
+    "no events file": ("events", None, "no events.parquet, events.csv or events.jsonl"),
+    "empty file": ("events", [], "events.jsonl is empty"),
+    "missing column": ("events", without(EVENTS, "behavior"), "events.jsonl: the column 'behavior' is missing; it has"),
+    "misspelt column": ("items", [{"item_id": "p1", "titel": "x"}], "the column 'title' is missing; rename 'titel'"),
+    "unknown behavior": (
+        "events",
+        changed(EVENTS, 1, behavior="bought"),
+        "events.jsonl, column 'behavior', row 2: 'bought' is none of",
+    ),
+    "no behavior": ("events", changed(EVENTS, 1, behavior=None), "column 'behavior', row 2"),
+    "no user": ("events", changed(EVENTS, 2, user_id=None), "events.jsonl, column 'user_id', row 3: is empty"),
+    "empty user": ("events", changed(EVENTS, 2, user_id=""), "events.jsonl, column 'user_id', row 3: is empty"),
+    "no item": ("events", changed(EVENTS, 0, item_id=None), "column 'item_id', row 1: is empty"),
+    "float ids": (
+        "events",
+        [{**row, "user_id": 1.5} for row in EVENTS],
+        "column 'user_id', row 1: 1.5 is a floating-point number",
+    ),
+    "milliseconds": (
+        "events",
+        changed(EVENTS, 3, timestamp=T * 1000),
+        r"column 'timestamp', row 4: 1700000000000 is in milliseconds",
+    ),
+    "a time in words": (
+        "events",
+        changed(EVENTS, 3, timestamp="yesterday"),
+        "column 'timestamp', row 4: .*yesterday.* is no time",
+    ),
+    "no time": ("events", changed(EVENTS, 3, timestamp=None), "column 'timestamp', row 4: None is no time"),
+    "a negative time": ("events", changed(EVENTS, 3, timestamp=-5), "row 4: -5 is before 1970"),
+    "mostly unknown items": (
+        "events",
+        [{**row, "item_id": "x"} for row in EVENTS[:3]] + EVENTS[3:],
+        "3 of 5 events .* row 1 \\('x'\\)",
+    ),
+    "unknown scenario": (
+        "events",
+        [{**row, "scenario": "radio"} for row in EVENTS],
+        "column 'scenario', row 1: 'radio' is none of",
+    ),
+    "watch_seconds in words": (
+        "events",
+        [{**row, "watch_seconds": "long"} for row in EVENTS],
+        "column 'watch_seconds', row 1",
+    ),
+    "duplicate item": ("items", [*ITEMS, ITEMS[0]], "items.jsonl, column 'item_id', row 4: 'p1' occurs twice"),
+    "no title": ("items", changed(ITEMS, 1, title=None), "column 'title', row 2: is empty"),
+    "price in words": ("items", changed(ITEMS, 1, price="$ 12"), "items.jsonl, column 'price', row 2: .* is no number"),
+    "item scenario": ("items", changed(ITEMS, 0, scenario="card"), "items.jsonl, column 'scenario', row 1: 'card'"),
+    "unknown product": (
+        "items",
+        changed(ITEMS, 2, product_ids=["p1", "p9"]),
+        "column 'product_ids', row 3: there is no item 'p9'",
+    ),
+    "product_ids no list": ("items", [{**row, "product_ids": 7} for row in ITEMS], "column 'product_ids': holds int64"),
+    "embedding widths": (
+        "items",
+        [{**row, "embedding": [1.0] * (2 if n == 1 else 3)} for n, row in enumerate(ITEMS)],
+        "column 'embedding', row 2: has not the width 3 of row 1",
+    ),
+    "embedding null": (
+        "items",
+        changed([{**row, "embedding": [1.0]} for row in ITEMS], 2, embedding=None),
+        "'embedding', row 3",
+    ),
+    "embedding of words": ("items", [{**row, "embedding": ["a"]} for row in ITEMS], "'embedding': holds array<string>"),
+    "feedback": ("queries", changed(QUERIES, 0, feedback="liked"), "queries.jsonl, column 'feedback', row 1: 'liked'"),
+    "query column": ("queries", without(QUERIES, "query"), "queries.jsonl: the column 'query' is missing"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_refused(folder, fault):
+    name, rows, message = FAULTS[fault]
+    if rows is None:
+        (folder / f"{name}.jsonl").unlink()
+    else:
+        write(folder, name, rows)
+    with pytest.raises(UserError, match=message):
+        Folder(folder).load()
+
+
+def test_faults_of_csv_and_parquet(folder):
+    write(folder, "events", changed(EVENTS, 1, timestamp="12:61"), "csv")
+    with pytest.raises(UserError, match=r"events.csv, column 'timestamp', row 2: '12:61' is no time"):
+        Folder(folder).load()
+    (folder / "events.csv").write_text("user_id,item_id,timestamp,behavior\n")
+    with pytest.raises(UserError, match=r"events.csv has no rows"):
+        Folder(folder).load()
+    (folder / "events.csv").unlink()
+    (folder / "events.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(UserError, match=r"events.parquet can't be read as parquet"):
+        Folder(folder).load()
+    write(folder, "events", [{**row, "timestamp": float(row["timestamp"]) + 0.5} for row in EVENTS], "parquet")
+    with pytest.raises(UserError, match=r"events.parquet, column 'timestamp', row 1"):
+        Folder(folder).load()
+
+
+def test_faults_of_the_folder_and_its_configuration(folder):
+    with pytest.raises(UserError, match="there is no folder"):
+        Folder(folder / "nowhere").load()
+    with pytest.raises(UserError, match="target_behaviors"):
+        Folder(folder, target_behaviors=("order",)).load()
+    (folder / "items.csv").write_text("item_id,title\n")
+    with pytest.raises(UserError, match=r"holds both items.csv and items.jsonl"):
+        Folder(folder).load()
+
+
+def test_fingerprint_follows_content_and_configuration(folder):
+    first = Folder(folder).fingerprint()
+    assert first == Folder(folder).fingerprint() != Folder(folder, split="time").fingerprint()
+    write(folder, "events", EVENTS[:3])
+    assert Folder(folder).fingerprint() != first

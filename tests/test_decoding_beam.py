@@ -1,0 +1,337 @@
+"""Beam search against exhaustive and plain Python search, on a toy model whose scores depend on the whole prefix."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrec.config import UserError
+from jaxrec.decoding.beam import BeamResult, beam_search, expand_items
+from jaxrec.decoding.trie import build_trie
+
+SIZES = (4, 6, 5)
+
+
+TRACES = []
+
+
+@functools.partial(jax.jit, static_argnames=("beam_width", "constrained"))
+def decode(tables, trie, allowed, *, beam_width, constrained):
+    """Jitted once for all models of one shape."""
+    TRACES.append(1)
+    batch, levels = tables[0].shape[0], len(tables)
+
+    def extend(tokens, cache, level):
+        prefix = cache["prefix"]
+        if level == 0:
+            return tables[0][:, None, :], cache
+        prefix = prefix.at[..., level - 1].set(tokens)
+        index = tuple(prefix[..., position] for position in range(level))
+        return tables[level][(jnp.arange(batch)[:, None], *index)], {"prefix": prefix}
+
+    cache = {"prefix": jnp.zeros((batch, 1, levels), jnp.int32)}
+    return beam_search(
+        extend, cache, trie, batch=batch, beam_width=beam_width, allowed=allowed, constrained=constrained
+    )
+
+
+class ToyModel:
+    """Log-probabilities looked up by request and by the whole prefix, which only the cache knows.
+
+    With `quantum` the scores are its multiples and not normalised, so that many of them tie exactly.
+    """
+
+    def __init__(self, seed: int, batch: int, sizes: tuple[int, ...] = SIZES, quantum: float | None = None):
+        self.batch, self.allowed, self.tables = batch, None, []
+        generator = np.random.default_rng(seed)
+        for level in range(len(sizes)):
+            table = generator.normal(size=(batch, *sizes[: level + 1])).astype(np.float32)
+            normalised = table - np.log(np.exp(table).sum(-1, keepdims=True))
+            self.tables.append(np.round(table - 4) * np.float32(quantum) if quantum else normalised)
+
+    def search(self, trie, beam_width, constrained=True) -> BeamResult:
+        result = decode(self.tables, trie, self.allowed, beam_width=beam_width, constrained=constrained)
+        return jax.tree.map(np.asarray, result)
+
+    def score(self, row: int, code: np.ndarray) -> np.float32:
+        """Float32 sum in the order of the levels, as the search adds them."""
+        total = np.float32(0)
+        for level in range(len(code)):
+            total = np.float32(total + self.tables[level][(row, *code[: level + 1])])
+        return total
+
+    def oracle(self, row: int, ids: np.ndarray, widths: list[int]) -> list[tuple[np.float32, tuple[int, ...]]]:
+        """Plain beam search over a list of IDs: best first, equal scores by ID."""
+        beams = [()]
+        for level, width in enumerate(widths):
+            grown = {tuple(code[: level + 1].tolist()) for code in ids if tuple(code[:level].tolist()) in set(beams)}
+            beams = sorted(grown, key=lambda code: (-self.score(row, code), code))[:width]
+        return [(self.score(row, code), code) for code in beams]
+
+
+def random_codes(seed: int, count: int, sizes: tuple[int, ...] = SIZES) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, sizes, (count, len(sizes)))
+
+
+def check(model: ToyModel, result: BeamResult, codes: np.ndarray, widths: list[int], allowed=None) -> None:
+    """The result is the oracle's, and everything after it is marked as nothing."""
+    leaves = np.unique(codes, axis=0)
+    for row in range(model.batch):
+        ids = leaves if allowed is None else np.unique(codes[allowed[row]], axis=0)
+        expected = model.oracle(row, ids, widths)
+        found = len(expected)
+        np.testing.assert_array_equal(result.valid[row], np.arange(widths[-1]) < found)
+        assert [tuple(code) for code in result.codes[row, :found].tolist()] == [code for _, code in expected]
+        np.testing.assert_array_equal(result.log_probs[row, :found], np.array([s for s, _ in expected], np.float32))
+        np.testing.assert_array_equal(leaves[result.leaf[row, :found]], result.codes[row, :found])
+        assert (result.log_probs[row, found:] == -np.inf).all()
+        assert (result.codes[row, found:] == -1).all()
+        assert (result.leaf[row, found:] == -1).all()
+    assert not result.nan.any()
+
+
+@pytest.mark.parametrize("beam_width", [1, 3, 20, 500])
+@pytest.mark.parametrize("quantum", [None, 0.5])
+def test_every_width_gives_the_oracles_ids_scores_and_order(beam_width, quantum):
+    codes = random_codes(0, 60)
+    model = ToyModel(1, batch=3, quantum=quantum)
+    check(model, model.search(build_trie(codes, SIZES), beam_width), codes, [beam_width] * 3)
+
+
+def test_a_beam_as_wide_as_the_catalogue_is_the_exhaustive_ranking():
+    codes = random_codes(2, 80)
+    ids = np.unique(codes, axis=0)
+    model = ToyModel(3, batch=2)
+    result = model.search(build_trie(codes, SIZES), len(ids))
+    assert result.valid.all()
+    for row in range(2):
+        scores = np.array([model.score(row, code) for code in ids])
+        np.testing.assert_array_equal(result.codes[row], ids[np.argsort(-scores, kind="stable")])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.integers(1, 30),
+    shape=st.sampled_from([((7,), 3), ((1, 3), 9), ((9, 2, 5), 4), ((2, 3, 2, 3), 12)]),
+    share=st.sampled_from([0.1, 0.5, 1.0]),
+    quantum=st.sampled_from([None, 1.0]),
+)
+def test_any_catalogue_gives_the_oracles_result(seed, count, shape, share, quantum):
+    sizes, beam_width = shape
+    codes = random_codes(seed, count, sizes)
+    model = ToyModel(seed, batch=2, sizes=sizes, quantum=quantum)
+    model.allowed = np.random.default_rng(seed).random((2, 32)) < share
+    result = model.search(build_trie(codes, sizes, capacity=32), beam_width)
+    check(model, result, codes, [beam_width] * len(sizes), model.allowed[:, :count])
+
+
+def test_widths_of_their_own_for_each_level():
+    codes = random_codes(4, 100)
+    model = ToyModel(5, batch=2)
+    check(model, model.search(build_trie(codes, SIZES), (2, 3, 9)), codes, [2, 3, 9])
+
+
+def test_each_request_has_its_own_filter():
+    codes = random_codes(6, 60)
+    allowed = np.random.default_rng(0).random((4, 60)) < np.array([[0.5], [0.1], [1.0], [0.0]])
+    for beam_width in (4, 100):
+        model = ToyModel(7, batch=4)
+        model.allowed = allowed
+        result = model.search(build_trie(codes, SIZES), beam_width)
+        check(model, result, codes, [beam_width] * 3, allowed)
+        assert not result.valid[3].any()
+
+
+def test_a_filter_sees_every_item_under_a_shared_id():
+    codes = np.array([[0, 0, 0], [0, 0, 0], [1, 1, 1]])
+    model = ToyModel(8, batch=3)
+    model.allowed = np.array([[True, False, False], [False, True, True], [False, False, True]])
+    result = model.search(build_trie(codes, SIZES), 5)
+    assert [sorted(row[valid].tolist()) for row, valid in zip(result.leaf, result.valid, strict=True)] == [
+        [0],
+        [0, 1],
+        [1],
+    ]
+
+
+def test_the_rows_of_a_batch_do_not_mix():
+    """A peer trims beams over the flattened batch: with B > 1 requests got each other's."""
+    codes = random_codes(9, 60)
+    trie = build_trie(codes, SIZES)
+    model = ToyModel(10, batch=5)
+    together = model.search(trie, 6)
+    for row in range(5):
+        alone = ToyModel(10, batch=1)
+        alone.tables = [table[row : row + 1] for table in model.tables]
+        for of_all, of_one in zip(jax.tree.leaves(together), jax.tree.leaves(alone.search(trie, 6)), strict=True):
+            np.testing.assert_array_equal(of_all[row], of_one[0])
+
+
+def test_a_beam_wider_than_the_catalogue_pads_with_nothing():
+    """STATIC returns 20 invalid IDs for 30 items and beam 50."""
+    codes = np.unique(random_codes(11, 40), axis=0)[:30]
+    model = ToyModel(12, batch=2)
+    result = model.search(build_trie(codes, SIZES), 50)
+    assert result.valid.sum(1).tolist() == [30, 30]
+    check(model, result, codes, [50] * 3)
+
+
+def test_a_beam_wider_than_the_codebook():
+    """STATIC crashes when the beam exceeds the vocabulary."""
+    codes = np.array(np.meshgrid(*map(np.arange, SIZES), indexing="ij")).reshape(3, -1).T
+    model = ToyModel(13, batch=2)
+    check(model, model.search(build_trie(codes, SIZES), 50), codes, [50] * 3)
+
+
+def test_masked_codes_never_come_back_however_likely():
+    """MiniOneRec's warpers run after the mask, so a code outside the trie could win."""
+    sizes = (6, 6)
+    codes = np.array([[1, 2], [1, 3], [4, 0]])
+    model = ToyModel(14, batch=1, sizes=sizes)
+    for table in model.tables:
+        table[...] = -50.0
+    model.tables[0][0, 5] = model.tables[1][0, 1, 5] = 0.0  # certain, and not in the catalogue
+    result = model.search(build_trie(codes, sizes), 4)
+    assert sorted(map(tuple, result.codes[0, :3].tolist())) == [(1, 2), (1, 3), (4, 0)]
+    assert result.valid[0].tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("sizes", [(300,), (40, 3000)])
+def test_wide_codebooks_with_few_children(sizes):
+    codes = random_codes(15, 50, sizes)
+    model = ToyModel(16, batch=2, sizes=sizes)
+    check(model, model.search(build_trie(codes, sizes), 20), codes, [20] * len(sizes))
+
+
+def test_one_item():
+    codes = np.array([[3, 5, 4]])
+    model = ToyModel(17, batch=2)
+    result = model.search(build_trie(codes, SIZES), 3)
+    assert result.codes[:, 0].tolist() == [[3, 5, 4]] * 2
+    assert result.valid.tolist() == [[True, False, False]] * 2
+
+
+def test_ids_of_probability_zero_are_no_results():
+    codes = np.array([[0, 0, 0], [1, 0, 0]])
+    model = ToyModel(18, batch=1)
+    model.tables[0][0, 1] = -np.inf
+    result = model.search(build_trie(codes, SIZES), 2)
+    assert result.codes.tolist() == [[[0, 0, 0], [-1, -1, -1]]]
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_nan_is_reported_for_its_request_alone(constrained, level):
+    codes = random_codes(19, 60)
+    model = ToyModel(20, batch=3)
+    model.tables[level][1] = np.nan
+    result = model.search(build_trie(codes, SIZES), 100, constrained=constrained)
+    assert result.nan.tolist() == [False, True, False]
+    assert result.valid.any(1).tolist() == [True, False, True]
+    assert (result.log_probs[1] == -np.inf).all()
+    assert not np.isnan(result.log_probs).any()
+
+
+@pytest.mark.parametrize("beam_width", [5, 120])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_unconstrained_search_ranks_all_codes_and_marks_those_that_exist(beam_width, filtered):
+    codes = random_codes(21, 60)
+    every = np.array(np.meshgrid(*map(np.arange, SIZES), indexing="ij")).reshape(3, -1).T
+    model = ToyModel(22, batch=2)
+    allowed = np.random.default_rng(1).random((2, 60)) < (0.5 if filtered else 2)
+    model.allowed = allowed if filtered else None
+    result = model.search(build_trie(codes, SIZES), beam_width, constrained=False)
+    leaves = np.unique(codes, axis=0)
+    for row in range(2):
+        expected = model.oracle(row, every, [beam_width] * 3)
+        assert [tuple(code) for code in result.codes[row].tolist()] == [code for _, code in expected]
+        np.testing.assert_array_equal(result.log_probs[row], np.array([s for s, _ in expected], np.float32))
+        exists = set(map(tuple, codes[allowed[row]].tolist()))
+        assert result.valid[row].tolist() == [code in exists for _, code in expected]
+        valid = result.valid[row]
+        np.testing.assert_array_equal(leaves[result.leaf[row][valid]], result.codes[row][valid])
+        assert (result.leaf[row][~valid] == -1).all()
+    assert result.valid.mean() < 0.9
+
+
+def test_a_catalogue_refresh_does_not_recompile():
+    model = ToyModel(23, batch=2)
+    TRACES.clear()
+    trie = build_trie(random_codes(24, 40), SIZES, capacity=96)
+    for seed, count in ((24, 40), (25, 96), (26, 1)):
+        codes = random_codes(seed, count)
+        check(model, model.search(build_trie(codes, SIZES, like=trie), 30), codes, [30] * 3)
+    assert len(TRACES) == 1
+
+
+def test_the_same_request_gives_the_same_bits():
+    codes = random_codes(27, 60)
+    first, second = (ToyModel(28, batch=2).search(build_trie(codes, SIZES), 9) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_wrong_calls_are_named():
+    trie = build_trie(random_codes(29, 10), SIZES)
+    with pytest.raises(UserError, match="beam_width is 0"):
+        ToyModel(0, batch=1).search(trie, 0)
+    with pytest.raises(UserError, match="each of 3 levels"):
+        ToyModel(0, batch=1).search(trie, (4, 4))
+    with pytest.raises(UserError, match=r"log_probs \(1, 1, 7\) at level 0: expected \[B, W, K\] = \(1, 1, 4\)"):
+        beam_search(lambda *_: (jnp.zeros((1, 1, 7)), ()), (), trie, batch=1, beam_width=2)
+    model = ToyModel(0, batch=2)
+    model.allowed = np.ones((3, 10), bool)
+    with pytest.raises(UserError, match="3 rows for 2 requests"):
+        model.search(trie, 2)
+
+
+def expansion_oracle(codes, order, result, k, allowed):
+    """Items of each request's IDs in beam order, by plain loops."""
+    leaves = np.unique(codes, axis=0)
+    rows = []
+    for row in range(len(result.leaf)):
+        found = []
+        for leaf, score, valid in zip(result.leaf[row], result.log_probs[row], result.valid[row], strict=True):
+            if valid:
+                items = np.flatnonzero((codes == leaves[leaf]).all(1) & allowed[row])
+                found += [(item, score) for item in sorted(items.tolist(), key=lambda item: (-order[item], item))]
+        rows.append((found + [(-1, -np.inf)] * k)[:k])
+    return rows
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 150])
+@pytest.mark.parametrize("share", [None, 0.6, 0.0])
+def test_items_come_in_beam_order_and_then_in_the_stated_order(k, share):
+    codes = random_codes(30, 120, (3, 4, 4))  # 48 IDs at most: every ID is shared
+    generator = np.random.default_rng(31)
+    order = generator.integers(0, 4, 120)
+    trie = build_trie(codes, (3, 4, 4), order=order, capacity=130)
+    allowed = generator.random((2, 120)) < (1.0 if share is None else share)
+    model = ToyModel(32, batch=2, sizes=(3, 4, 4))
+    # Searched without the filter, so that IDs without any allowed item have to be skipped too.
+    result = model.search(trie, 25)
+    given_filter = None if share is None else jnp.asarray(allowed)
+    items, scores = jax.jit(lambda *a: expand_items(*a, k=k, allowed=given_filter))(trie, result)
+    for row, expected in enumerate(expansion_oracle(codes, order, result, k, allowed)):
+        assert items[row].tolist() == [item for item, _ in expected]
+        np.testing.assert_array_equal(scores[row], np.array([score for _, score in expected], np.float32))
+
+
+def test_items_of_an_unconstrained_search_come_from_its_valid_ids():
+    codes = random_codes(33, 60)
+    trie = build_trie(codes, SIZES)
+    model = ToyModel(34, batch=2)
+    result = model.search(trie, 30, constrained=False)
+    items, _ = expand_items(trie, result, k=60)
+    for row, expected in enumerate(expansion_oracle(codes, np.zeros(60), result, 60, np.ones((2, 60), bool))):
+        assert items[row].tolist() == [item for item, _ in expected]
+
+
+def test_asking_for_no_items_is_refused():
+    trie = build_trie(random_codes(35, 5), SIZES)
+    with pytest.raises(UserError, match="k is 0"):
+        expand_items(trie, ToyModel(36, batch=1).search(trie, 2), k=0)

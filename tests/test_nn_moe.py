@@ -1,0 +1,113 @@
+"""Experts: every way of running them against all of them, the router's bias, the balance."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.nn.moe import (
+    MixtureOfExperts,
+    balance,
+    route,
+    run_blocked,
+    run_capacity,
+    run_dense,
+    run_ragged,
+)
+
+T, D, F, E, K = 37, 8, 12, 5, 2
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    experts, gates = route(draw(T, E), jnp.zeros(E), K)
+    return draw(T, D), draw(E, D, F), draw(E, F, D), experts, gates
+
+
+def by_hand(x, up, down, experts, gates):
+    out = np.zeros(x.shape, np.float32)
+    for token in range(len(x)):
+        for expert, gate in zip(experts[token], gates[token], strict=True):
+            out[token] += gate * np.asarray(jax.nn.gelu(x[token] @ up[expert]) @ down[expert])
+    return out
+
+
+def test_dense_is_the_sum_over_chosen_experts(problem):
+    np.testing.assert_allclose(run_dense(*problem), by_hand(*problem), atol=2e-4)
+
+
+@pytest.mark.parametrize("run", [run_ragged, run_blocked, lambda *args: run_capacity(*args, factor=E / K)])
+def test_every_dispatch_and_its_gradient_equal_dense(problem, run):
+    def value_and_gradients(function):
+        return jax.jit(jax.value_and_grad(lambda x, up, down, gates: jnp.sin(function(x, up, down, problem[3], gates)).sum(),
+                                          argnums=(0, 1, 2, 3)))(*problem[:3], problem[4])  # fmt: skip
+
+    for one, other in zip(*map(jax.tree.leaves, map(value_and_gradients, (run, run_dense))), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("block", [1, 8, 64])
+def test_blocks_of_any_size_and_an_expert_without_tokens(problem, block):
+    x, up, down, _, gates = problem
+    experts = jnp.stack([jnp.zeros(T, jnp.int32), jnp.full(T, 3)], axis=1)
+    out = run_blocked(x, up, down, experts, gates, block)
+    np.testing.assert_allclose(out, run_dense(x, up, down, experts, gates), atol=2e-4)
+
+
+def test_capacity_drops_the_last_tokens_of_a_full_expert(problem):
+    x, up, down, _, _ = problem
+    experts, gates = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1))
+    out = run_capacity(x, up, down, experts, gates, factor=1.0)  # ceil(37 / 5) = 8 tokens an expert
+    np.testing.assert_allclose(out[:8], run_dense(x, up, down, experts, gates)[:8], atol=2e-4)
+    np.testing.assert_array_equal(out[8:], 0)
+
+
+def test_bias_selects_and_never_weighs():
+    """A peer lets the bias leak into the gates."""
+    logits = jnp.array([[2.0, 1.0, 0.0]])
+    chosen, gates = route(logits, jnp.array([0.0, 0.0, 10.0]), 2)
+    assert set(chosen[0].tolist()) == {2, 0}
+    scores = jax.nn.sigmoid(logits[0, chosen[0]])
+    np.testing.assert_allclose(gates[0], scores / scores.sum(), rtol=1e-6)
+    assert not jax.grad(lambda bias: route(logits, bias, 2)[1].max())(jnp.zeros(3)).any()
+
+
+def test_balance_by_hand():
+    bias = balance(jnp.array([0.5, 0.0, 0.0]), jnp.array([6.0, 3.0, 0.0]), 0.1)
+    np.testing.assert_allclose(bias, [0.4, 0.0, 0.1], atol=1e-7)
+
+
+def test_balancing_evens_the_load():
+    logits = draw(256, E) + jnp.array([3.0, 0.0, 0.0, 0.0, -3.0])
+
+    def spread(bias):
+        load = jax.nn.one_hot(route(logits, bias, K)[0], E).sum((0, 1))
+        return load, float(load.max() / load.mean())
+
+    bias = jnp.zeros(E)
+    _, before = spread(bias)
+    for _ in range(300):
+        bias = balance(bias, spread(bias)[0], 0.01)
+    assert before > 2
+    assert spread(bias)[1] < 1.2
+
+
+def test_load_counts_real_tokens_once_even_under_remat():
+    layer = MixtureOfExperts(E, K, F, dispatch="dense")
+    x, where = draw(2, 6, D), jnp.arange(12).reshape(2, 6) < 7
+    variables = layer.init(jax.random.key(0), x)
+
+    def loss(params, apply):
+        out, mutated = apply({"params": params, "balance": variables["balance"]}, x, where)
+        return out.sum(), mutated["balance"]["load"]
+
+    def apply(v, x, where):
+        return layer.apply(v, x, where, mutable=["balance"])
+
+    for function in (apply, jax.checkpoint(apply)):
+        load = jax.grad(loss, has_aux=True)(variables["params"], function)[1]
+        assert load.sum() == 7 * K

@@ -1,0 +1,227 @@
+"""The run directory: skipping, killing, locking, full disks; progress without a terminal."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxrec import run as run_module
+from jaxrec.config import UserError
+from jaxrec.run import PlainProgress, Run, report_user_errors, track, write_json
+
+CONFIG = {"system": "onemall", "model": {"width": 8}}
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from jaxrec.run import Run
+
+def make_tables(folder):
+    (folder / "items.txt").write_text("1 2 3")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "events.txt").write_text("4 5 6")
+
+def make_examples(folder):
+    text = (run.tables / "items.txt").read_text() + (run.tables / "deep" / "events.txt").read_text()
+    (folder / "examples.txt").write_text(text)
+
+def train(folder):
+    with (folder / "log.txt").open("a") as log:
+        log.write("begun ")
+    (folder / "model.txt").write_text((run.examples / "examples.txt").read_text())
+
+run = Run.open(Path(sys.argv[1]), {"system": "onemall"})
+tables = run.phase("tables", "t1", make_tables)
+examples = run.phase("examples", tables, make_examples)
+run.stage("stages/train", examples, train)
+"""
+
+
+def files(folder: Path) -> dict[str, str]:
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "log.txt")
+    return {str(path.relative_to(folder)): path.read_text() for path in paths}
+
+
+def run_program(folder: Path, kill_at: str = "") -> int:
+    environment = {**os.environ, "JAXREC_KILL_AT": kill_at, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], env=environment, check=False).returncode
+
+
+def test_killed_anywhere_it_ends_the_same(tmp_path):
+    assert run_program(tmp_path / "whole") == 0
+    names = ("tables", "examples", "stages/train")
+    for point in [f"{when}:{name}" for name in names for when in ("phase", "partial", "done")]:
+        folder = tmp_path / point.replace("/", "_").replace(":", "_")
+        assert run_program(folder, point) == -signal.SIGKILL, point
+        assert run_program(folder) == 0
+        assert files(folder) == files(tmp_path / "whole"), point
+
+
+def count_calls(calls: list[str], name: str):
+    def make(folder: Path) -> None:
+        calls.append(name)
+        (folder / "file").write_text(name)
+
+    return make
+
+
+def test_a_phase_is_skipped_while_its_inputs_are_the_same(tmp_path):
+    run, calls = Run.open(tmp_path, CONFIG), []
+    first = run.phase("tables", "a", count_calls(calls, "1"))
+    assert run.phase("tables", "a", count_calls(calls, "2")) == first
+    assert (calls, (run.tables / "file").read_text()) == (["1"], "1")
+    assert run.phase("tables", "b", count_calls(calls, "3")) != first
+    assert (run.tables / "file").read_text() == "3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json", "tables"]
+
+
+def test_a_failed_phase_leaves_the_old_result(tmp_path):
+    run = Run.open(tmp_path, CONFIG)
+    run.phase("tables", "a", count_calls([], "old"))
+
+    def fail(folder: Path) -> None:
+        (folder / "file").write_text("half")
+        raise UserError("a bad row")
+
+    with pytest.raises(UserError, match="a bad row"):
+        run.phase("tables", "b", fail)
+    assert (run.tables / "file").read_text() == "old"
+    assert not (tmp_path / "tables.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("IO Error: Could not write file: No space left on device"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["phase", "stage"])
+def test_a_full_disk_is_named(tmp_path, error, kind):
+    run = Run.open(tmp_path, CONFIG)
+
+    def fill(folder: Path) -> None:
+        (folder / "file").write_text("half")
+        raise error
+
+    with pytest.raises(UserError, match=rf"the disk is full: {tmp_path}/tables could not be written"):
+        getattr(run, kind)("tables", "a", fill)
+    assert not (tmp_path / "tables.partial").exists()
+    assert not (tmp_path / "tables" / "fingerprint.json").exists()
+
+
+def test_other_errors_are_not_a_full_disk(tmp_path):
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(PermissionError):
+        Run.open(tmp_path, CONFIG).phase("tables", "a", fail)
+
+
+def test_a_stage_finds_what_it_left_unless_its_inputs_changed(tmp_path):
+    run = Run.open(tmp_path, CONFIG)
+
+    def stop(folder: Path) -> None:
+        (folder / "checkpoint").write_text("7")
+        raise SystemExit(130)
+
+    with pytest.raises(SystemExit):
+        run.stage("stages/a", "x", stop)
+    found = []
+    run.stage("stages/a", "x", lambda folder: found.append((folder / "checkpoint").exists()))
+    run.stage("stages/a", "x", lambda folder: found.append("again"))
+    run.stage("stages/a", "y", lambda folder: found.append((folder / "checkpoint").exists()))
+    assert found == [True, False]
+
+
+def test_another_configuration_is_refused(tmp_path):
+    Run.open(tmp_path, CONFIG)
+    Run.open(tmp_path, CONFIG)
+    with pytest.raises(UserError) as error:
+        Run.open(tmp_path, {"system": "onemall", "model": {"width": 9}})
+    assert "model.width (8 there, 9 now)" in str(error.value)
+    assert "another --run, or delete the folder" in str(error.value)
+
+
+def test_load_reads_what_open_wrote(tmp_path):
+    Run.open(tmp_path, CONFIG)
+    run, config = Run.load(tmp_path)
+    assert (run.tables, config) == (tmp_path / "tables", CONFIG)
+    with pytest.raises(UserError, match="holds no run"):
+        Run.load(tmp_path / "other")
+    run.config_file.write_text("{")
+    with pytest.raises(UserError, match=r"config\.json, line 1: this is no JSON"):
+        Run.load(tmp_path)
+
+
+def test_two_processes_cannot_share_a_run(tmp_path):
+    opened = f"run = Run.open({str(tmp_path)!r}, {CONFIG!r})"
+    hold = f"from jaxrec.run import Run; {opened}; print('held', flush=True); input()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process is working"):
+        Run.open(tmp_path, CONFIG)
+    other.kill()
+    other.wait()
+    Run.open(tmp_path, CONFIG)
+
+
+def test_a_run_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be created"):
+        Run.open(tmp_path / "file" / "run", CONFIG)
+
+
+def test_write_json_replaces_whole_files(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_user_errors_have_no_traceback(capsys):
+    def main() -> None:
+        raise UserError("items.csv, row 3: no price")
+
+    assert report_user_errors(main) == 2
+    assert capsys.readouterr().err == "error: items.csv, row 3: no price\n"
+    assert report_user_errors(lambda: None) == 0
+
+
+def test_track_yields_everything(capsys):
+    assert list(track([3, 1, 2], "numbers")) == [3, 1, 2]
+    assert list(track((n for n in range(3)), "numbers", total=3)) == [0, 1, 2]
+    # What is quick prints nothing where there is no terminal.
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_progress_prints_now_and_then(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with PlainProgress(("loss {task.fields[loss]:.2f}",), interval=10) as bars:
+        task = bars.add_task("train", total=40, completed=10, loss=3.0)
+        for _ in range(10):
+            now += 3
+            bars.update(task, advance=1, loss=1.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "train: 14/40, loss 1.50, 12 s, 78 s left"
+    assert lines[-1] == "train: 20/40, loss 1.50, 30 s, 60 s left"
+    assert len(lines) == 3
+
+
+def test_a_terminal_gets_bars(monkeypatch):
+    monkeypatch.setattr(run_module, "console", run_module.Console(force_terminal=True, quiet=True))
+    with run_module.progress("loss {task.fields[loss]:.2f}") as bars:
+        task = bars.add_task("train", total=2, loss=1.0)
+        bars.update(task, completed=2, loss=0.5)
+        assert bars.finished

@@ -1,0 +1,137 @@
+"""Residual k-means, FSQ and the two together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.config import UserError
+from jaxrec.semantic_ids import SemanticIdConfig, codebooks, decode, encode, fit_semantic_ids, fsq, residual
+from jaxrec.semantic_ids.fsq import FsqConfig
+
+QUICK = FsqConfig(hidden=8, steps=50, batch_size=128)
+
+
+@pytest.fixture(scope="module")
+def hierarchy():
+    """640 rows of a planted tree: 4 far centres, 4 nearer ones in each, noise; [640, 6] and both labels."""
+    rng = np.random.default_rng(0)
+    label = np.arange(640) % 16
+    x = rng.normal(size=(4, 6))[label // 4] * 30 + rng.normal(size=(4, 6))[label % 4] * 5
+    return (x + rng.normal(size=(640, 6)) * 0.3).astype(np.float32), label // 4, label % 4
+
+
+@pytest.fixture(scope="module")
+def fitted(hierarchy):
+    config = SemanticIdConfig(levels=(4, 4), fsq=(2, 2, 2, 2), fsq_fit=QUICK)
+    return fit_semantic_ids(jax.random.key(0), hierarchy[0], config)
+
+
+def test_residual_codes_by_hand():
+    centroids = (jnp.array([[0.0, 0], [10, 0]]), jnp.array([[0.0, 1], [0, -1]]))
+    x = np.array([[9.5, 1.2], [0.3, -4.0], [10, 0.0]], np.float32)
+    np.testing.assert_array_equal(residual.encode(centroids, x), [[1, 0], [0, 1], [1, 0]])
+    np.testing.assert_array_equal(residual.decode(centroids, np.array([[1, 0], [0, 1]])), [[10, 1], [0, -1]])
+    np.testing.assert_array_equal(residual.decode(centroids, np.array([[1]])), [[10, 0]])
+
+
+def test_levels_recover_a_planted_hierarchy(hierarchy, fitted):
+    x, first, second = hierarchy
+    codes = encode(fitted, x)
+    assert len(set(zip(codes[:, 0].tolist(), first.tolist(), strict=True))) == 4
+    assert len(set(zip(codes[:, 1].tolist(), second.tolist(), strict=True))) == 4
+
+
+def test_error_falls_with_each_level(hierarchy, fitted):
+    x, codes = hierarchy[0], encode(fitted, hierarchy[0])
+    errors = [((x - decode(fitted, codes[:, :m])) ** 2).sum() for m in (1, 2, 3)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_residual_code_stands_for_itself(hierarchy):
+    books = fit_semantic_ids(jax.random.key(0), hierarchy[0], SemanticIdConfig(levels=(4, 4), fsq=()))
+    codes = np.stack(np.meshgrid(range(4), range(4)), -1).reshape(-1, 2)
+    np.testing.assert_array_equal(encode(books, decode(books, codes)), codes)
+
+
+def test_save_and_load_give_the_same_codes(hierarchy, fitted, tmp_path):
+    codebooks.save(fitted, tmp_path / "codebooks.safetensors")
+    loaded = codebooks.load(tmp_path / "codebooks.safetensors")
+    assert loaded.sizes == fitted.sizes == (4, 4, 16)
+    codes = encode(fitted, hierarchy[0])
+    np.testing.assert_array_equal(encode(loaded, hierarchy[0]), codes)
+    np.testing.assert_array_equal(decode(loaded, codes), decode(fitted, codes))
+
+
+def test_the_same_key_gives_the_same_bits(hierarchy, fitted):
+    config = SemanticIdConfig(levels=(4, 4), fsq=(2, 2, 2, 2), fsq_fit=QUICK)
+    again = fit_semantic_ids(jax.random.key(0), hierarchy[0], config)
+    jax.tree.map(np.testing.assert_array_equal, again, fitted)
+
+
+def test_bad_input_is_named(hierarchy, fitted, tmp_path):
+    x = hierarchy[0]
+    with pytest.raises(UserError, match="at least one level"):
+        fit_semantic_ids(jax.random.key(0), x, SemanticIdConfig(levels=(), fsq=()))
+    with pytest.raises(UserError, match="640 rows cannot fill a codebook of 1024"):
+        fit_semantic_ids(jax.random.key(0), x, SemanticIdConfig(levels=(4, 1024)))
+    with pytest.raises(UserError, match="5 wide"):
+        encode(fitted, x[:, :5])
+    (tmp_path / "broken").write_bytes(b"nothing")
+    for path in ("broken", "missing"):
+        with pytest.raises(UserError, match="holds no codebooks"):
+            codebooks.load(tmp_path / path)
+
+
+@pytest.mark.parametrize("levels", [(2, 2, 2), (3,), (8, 5, 4)])
+def test_digits_and_codes_are_one_to_one(levels):
+    codes = np.arange(np.prod(levels))
+    digits = np.asarray(fsq.codes_to_digits(codes, levels))
+    np.testing.assert_array_equal(digits, list(np.ndindex(*levels)))
+    np.testing.assert_array_equal(fsq.digits_to_codes(jnp.asarray(digits), levels), codes)
+
+
+def test_digits_by_hand():
+    coordinates = jnp.array([[-3.0, -0.1, 9.0], [0.0, 3.0, -9.0]])
+    np.testing.assert_array_equal(fsq.to_digits(coordinates, (2, 3, 4)), [[0, 1, 3], [1, 2, 0]])
+    np.testing.assert_allclose(fsq.centres(jnp.array([[0, 1, 3]]), (2, 3, 4)), [[-0.5, 0, 0.75]])
+
+
+def test_imbalance_is_zero_for_even_independent_digits_only():
+    even = fsq.centres(fsq.codes_to_digits(np.arange(8), (2, 2, 2)), (2, 2, 2))
+    assert fsq.imbalance(even, (2, 2, 2)) < 1e-6
+    np.testing.assert_allclose(fsq.imbalance(even[:4], (2, 2, 2)), 2 / 3)  # a digit never changes: mean 1, variance 0
+    np.testing.assert_allclose(fsq.imbalance(even[:, [0, 0]], (2, 2)), 1)  # two digits always agree
+    middle = jnp.array([[-0.25], [0.25]])
+    assert fsq.imbalance(middle, (4,)) > 0.1  # the outer steps are never used
+
+
+@pytest.fixture(scope="module")
+def skewed():
+    """1000 rows [1000, 8] in a few dense places and a long tail, as residuals are."""
+    rng = np.random.default_rng(0)
+    return (rng.normal(size=(1000, 8)) * np.geomspace(1, 0.1, 8) * rng.exponential(size=(1000, 1))).astype(np.float32)
+
+
+@pytest.mark.parametrize("levels", [(2,) * 6, (8, 8)])
+def test_fsq_uses_its_codes_evenly(skewed, levels):
+    size = int(np.prod(levels))
+    codes = np.asarray(fsq.encode(fsq.fit(jax.random.key(0), skewed, levels, QUICK), skewed))
+    assert codes.min() >= 0 and codes.max() < size
+    share = np.bincount(codes, minlength=size) / len(codes)
+    entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
+    assert entropy > 0.9 * np.log2(size)
+
+
+def test_training_lowers_the_error(skewed):
+    errors = []
+    for steps in (0, 400):
+        fitted = fsq.fit(jax.random.key(0), skewed, (2,) * 4, FsqConfig(steps=steps, balance=0.01))
+        errors.append(((skewed - fsq.decode(fitted, fsq.encode(fitted, skewed))) ** 2).sum())
+    assert errors[1] < errors[0] < ((skewed - skewed.mean(0)) ** 2).sum()
+
+
+def test_fsq_of_constant_and_single_rows():
+    for x in (np.ones((20, 4), np.float32), np.ones((1, 4), np.float32)):
+        fitted = fsq.fit(jax.random.key(0), x, (2, 2, 2), QUICK)
+        assert np.isfinite(fsq.decode(fitted, fsq.encode(fitted, x))).all()

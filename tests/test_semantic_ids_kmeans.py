@@ -1,0 +1,114 @@
+"""k-means against NumPy, and at its edges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.config import UserError
+from jaxrec.semantic_ids.kmeans import KMeansConfig, assign, kmeans, lloyd, plus_plus
+
+
+def numpy_assign(x, centroids):
+    distances = ((x[:, None].astype(np.float64) - centroids[None]) ** 2).sum(-1)
+    return distances.argmin(1), distances.min(1)
+
+
+def numpy_lloyd(x, centroids, iterations):
+    for _ in range(iterations):
+        nearest, _ = numpy_assign(x, centroids)
+        centroids = np.stack([x[nearest == k].mean(0) for k in range(len(centroids))])
+    return centroids
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """300 rows around 6 far centres, [300, 5], with the centre of each row."""
+    rng = np.random.default_rng(0)
+    member = np.arange(300) % 6
+    return (rng.normal(size=(6, 5))[member] * 20 + rng.normal(size=(300, 5))).astype(np.float32), member
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 300, 1000])
+def test_assignment_in_chunks_is_numpys(blobs, chunk):
+    x, _ = blobs
+    nearest, distances = assign(jnp.asarray(x), jnp.asarray(x[:9]), chunk)
+    expected, squared = numpy_assign(x, x[:9])
+    np.testing.assert_array_equal(nearest, expected)
+    np.testing.assert_allclose(distances, squared, rtol=1e-4, atol=1e-3)
+
+
+def test_lloyd_is_numpys(blobs):
+    x, _ = blobs
+    fitted = lloyd(jnp.asarray(x), jnp.asarray(x[:6]), KMeansConfig(iterations=4, tolerance=0.0))
+    expected = numpy_lloyd(x, x[:6], 4)
+    np.testing.assert_allclose(fitted.centroids, expected, atol=1e-3)
+    np.testing.assert_allclose(fitted.inertia, numpy_assign(x, expected)[1].sum(), rtol=1e-3)
+
+
+def test_finds_far_clusters(blobs):
+    x, member = blobs
+    fitted = kmeans(jax.random.key(0), x, 6)
+    assert len(set(zip(np.asarray(fitted.assignment).tolist(), member.tolist(), strict=True))) == 6
+    assert fitted.inertia < 1.2 * 300 * 5
+
+
+def test_start_takes_one_row_of_each_far_cluster(blobs):
+    x, _ = blobs
+    start = np.asarray(plus_plus(jax.random.key(1), jnp.asarray(x), 6))
+    assert numpy_assign(x, start)[1].max() < 200  # clusters are hundreds apart
+    assert all((x == row).all(1).any() for row in start)
+
+
+def test_a_start_from_a_sample_is_as_good(blobs):
+    x, _ = blobs
+    fitted = kmeans(jax.random.key(0), np.tile(x, (4, 1)), 6, KMeansConfig(start_rows=100, chunk_rows=128))
+    assert fitted.inertia < 1.2 * 1200 * 5
+
+
+def test_empty_clusters_start_again(blobs):
+    x, _ = blobs
+    nowhere = np.concatenate([x[:3], np.full((3, 5), 1e4, np.float32)])
+    fitted = lloyd(jnp.asarray(x), jnp.asarray(nowhere), KMeansConfig())
+    assert np.bincount(fitted.assignment, minlength=6).min() > 0
+    assert fitted.inertia < numpy_assign(x, x[:3])[1].sum() / 2
+
+
+def test_stops_at_the_tolerance(blobs):
+    x, _ = blobs
+    start = jnp.asarray(x[[0, 1, 2, 3, 4, 4]])
+    stopped = lloyd(jnp.asarray(x), start, KMeansConfig(tolerance=1e6))
+    once = lloyd(jnp.asarray(x), start, KMeansConfig(iterations=1))
+    assert np.isfinite(stopped.inertia)
+    # Reseeding the empty sixth cluster counts as movement, so one more iteration follows the first.
+    assert stopped.inertia <= once.inertia
+
+
+def test_fewer_distinct_rows_than_clusters():
+    x = np.repeat(np.eye(3, dtype=np.float32), 5, axis=0)
+    fitted = kmeans(jax.random.key(0), x, 8)
+    assert fitted.inertia == 0 and np.isfinite(fitted.centroids).all()
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_as_many_clusters_as_rows(rows):
+    x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
+    assert kmeans(jax.random.key(0), x, rows).inertia == 0
+
+
+def test_the_same_key_gives_the_same_bits(blobs):
+    x, _ = blobs
+    one, two = (kmeans(jax.random.key(5), x, 16) for _ in range(2))
+    np.testing.assert_array_equal(one.centroids, two.centroids)
+
+
+def test_bad_input_is_named(blobs):
+    x, _ = blobs
+    broken = x.copy()
+    broken[[4, 9], 1] = [np.nan, np.inf]
+    with pytest.raises(UserError, match=r"row 4 .*2 such rows"):
+        kmeans(jax.random.key(0), broken, 2)
+    with pytest.raises(UserError, match="300 rows cannot fill a codebook of 301"):
+        kmeans(jax.random.key(0), x, 301)
+    with pytest.raises(UserError, match="matrix"):
+        kmeans(jax.random.key(0), x[0], 2)

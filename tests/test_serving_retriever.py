@@ -1,0 +1,146 @@
+"""The retriever: who gets what, and what the model is asked."""
+
+import shutil
+
+import pytest
+from serving_run import NextInLine, write_run
+
+from jaxrec.config import UserError
+from jaxrec.serving.retriever import BATCH_SIZES, Retriever
+from jaxrec.serving.schema import Request, parse_request
+
+
+@pytest.fixture
+def retriever(tmp_path):
+    return Retriever(write_run(tmp_path / "run"), NextInLine())
+
+
+def ask(retriever, **request):
+    (answer,) = retriever.answer([Request(**request)])
+    return answer
+
+
+def ids(answer):
+    return [item.item_id for item in answer.items]
+
+
+def test_a_known_user_is_answered_by_the_model_from_all_he_did(retriever):
+    answer = ask(retriever, user_id="u1", k=3)
+    assert answer.source == "model" and ids(answer) == ["d", "e", "a"]
+    assert [item.title for item in answer.items] == ["Title d", "Title e", "Title a"]
+    assert [item.score for item in answer.items] == [0, -1, -2]
+    history = retriever.recommender.histories[0]
+    assert history["item"].tolist() == [0, 1, 2] and history["behavior"].tolist() == [0, 1, 1]
+    assert history["timestamp"].tolist() == [100, 100, 200] and history["session"].tolist() == [0, 0, 1]
+    assert history["now"] == 300, "asked at the end of the log"
+
+
+def test_the_test_session_is_history_by_now(retriever):
+    assert ids(ask(retriever, user_id="u2", k=1)) == ["a"]
+
+
+@pytest.mark.parametrize("request_", [{"user_id": "stranger"}, {"user_id": "u3"}, {"history": []}])
+def test_who_did_nothing_gets_popular_items_and_is_told(retriever, request_):
+    answer = ask(retriever, **request_, k=3)
+    assert answer.source == "popular" and ids(answer) == ["b", "c", "a"]
+    assert [item.score for item in answer.items] == [9, 9, 3] and retriever.recommender.calls == []
+
+
+def test_unknown_items_of_an_inline_history_are_ignored_and_listed(retriever):
+    answer = ask(retriever, history=[{"item_id": "zzz"}, {"item_id": "d"}], k=2)
+    assert answer.source == "model" and ids(answer) == ["e", "a"] and answer.ignored == ["zzz"]
+    answer = ask(retriever, history=[{"item_id": "zzz"}, {"item_id": "yyy"}])
+    assert answer.source == "popular" and answer.ignored == ["zzz", "yyy"]
+
+
+def test_an_inline_history_without_times_keeps_its_order_one_session_an_event(retriever):
+    ask(retriever, history=[{"item_id": "c"}, {"item_id": "a", "behavior": "exposure"}, {"item_id": "a"}])
+    history = retriever.recommender.histories[0]
+    assert history["item"].tolist() == [2, 0, 0] and history["session"].tolist() == [0, 1, 2]
+    assert history["behavior"].tolist() == [1, 0, 1] and history["timestamp"].tolist() == [300] * 3
+
+
+def test_an_inline_history_with_times_is_sorted_and_cut_into_sessions(retriever):
+    events = [("a", 50), ("b", 20), ("c", 50), ("d", 900)]
+    ask(retriever, history=[{"item_id": item, "timestamp": time} for item, time in events])
+    history = retriever.recommender.histories[0]
+    assert history["item"].tolist() == [1, 0, 2, 3] and history["session"].tolist() == [0, 1, 1, 2]
+    assert history["now"] == 900
+    ask(retriever, user_id="u1", now=1000)
+    assert retriever.recommender.histories[0]["now"] == 1000
+
+
+def test_exclude_seen_reaches_the_model_and_short_rankings_stay_short(retriever):
+    answer = ask(retriever, user_id="u1", exclude_seen=True)
+    assert ids(answer) == ["d", "e"]
+
+
+def test_answers_keep_the_order_of_mixed_requests_and_shapes_stay_few(retriever):
+    requests, expected = [], []
+    for number in range(150):
+        if number % 7 == 0:
+            requests.append(Request(user_id="stranger", k=1))
+            expected.append(("popular", "b"))
+        else:
+            start = number % 5
+            requests.append(
+                Request(history=[{"item_id": "abcde"[start]}], k=1 + number % 90, exclude_seen=number % 3 == 0)
+            )
+            expected.append(("model", "abcde"[(start + 1) % 5]))
+    answers = retriever.answer(requests)
+    assert [(answer.source, ids(answer)[0]) for answer in answers] == expected
+    assert all(len(answer.items) <= request.k for answer, request in zip(answers, requests, strict=True))
+    assert {size for size, _, _ in retriever.recommender.calls} <= set(BATCH_SIZES)
+    assert {k for _, k, _ in retriever.recommender.calls} == {100}
+
+
+def test_an_unknown_behavior_fails_its_request_alone(retriever):
+    bad = Request(history=[{"item_id": "a", "behavior": "glance"}])
+    answers = retriever.answer([bad, Request(user_id="u1")])
+    assert str(answers[0]) == "unknown behavior 'glance' in the history; known are exposure, purchase, coupon"
+    assert answers[1].source == "model"
+
+
+def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        Retriever(tmp_path / "nothing", NextInLine())
+    path = write_run(tmp_path / "run")
+    shutil.rmtree(path / "tables")
+    with pytest.raises(UserError, match=r"items.parquet is missing; run train.py again"):
+        Retriever(path, NextInLine())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "this is no JSON: Expecting property name enclosed in double quotes"),
+        (b"\xff\xfe{", "this is no UTF-8 text"),
+        ("", "this is no JSON: Expecting value"),
+        ("[" * 100_000, "this is no JSON: nested too deeply"),
+        ("[1]", 'a request is a JSON object such as {"user_id": "123"}'),
+        ("{}", "give either user_id or history"),
+        ('{"user_id": "1", "history": []}', "give either user_id or history"),
+        ('{"user_id": 5}', "user_id should be a valid string, not 5"),
+        ('{"user_id": "1", "k": 0}', "k should be greater than or equal to 1, not 0"),
+        ('{"user_id": "1", "k": 501}', "k should be less than or equal to 500, not 501"),
+        ('{"user_id": "1", "k": "7"}', 'k should be a valid integer, not "7"'),
+        ('{"user_id": "1", "topk": 3}', "unknown field topk; known are user_id, history, k, exclude_seen, now"),
+        ('{"history": [{"item": "a"}]}', "history[0].item_id is missing"),
+        (
+            '{"history": [{"item_id": "a", "x": 1}]}',
+            "unknown field history[0].x; known are item_id, behavior, timestamp",
+        ),
+        (
+            '{"history": [{"item_id": "a"}, {"item_id": "b", "timestamp": 1700000000000}]}',
+            "history[1].timestamp is 1700000000000, which looks like milliseconds; give seconds since 1970",
+        ),
+        (
+            '{"history": [{"item_id": "a"}, {"item_id": "b", "timestamp": 17}]}',
+            "some events of the history have a timestamp and some have none; give it for all or none",
+        ),
+    ],
+)
+def test_one_sentence_for_every_bad_request(line, message):
+    with pytest.raises(UserError) as error:
+        parse_request(line)
+    assert str(error.value) == message
