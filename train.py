@@ -16,7 +16,9 @@ def main() -> int:
     try:
         config, path = parse_cli()
         if config.system not in SYSTEMS:
-            raise UserError(f"configuration key 'system': there is no {config.system!r}; it is one of {', '.join(SYSTEMS)}")
+            raise UserError(
+                f"configuration key 'system': there is no {config.system!r}; it is one of {', '.join(SYSTEMS)}"
+            )
         keep_compiled_programs()
         SYSTEMS[config.system].train(Run.open(path, config), config)
     except UserError as error:

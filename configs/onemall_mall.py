@@ -1,6 +1,6 @@
 """OneMall on a synthetic mall with planted tastes, where the best possible recall is known.
 
-    python train.py configs/onemall_mall.py --run runs/mall
+python train.py configs/onemall_mall.py --run runs/mall
 """
 
 from jaxrec.data.features import FeatureConfig

@@ -43,8 +43,10 @@ def test_dense_is_the_sum_over_chosen_experts(problem):
 @pytest.mark.parametrize("run", [run_ragged, run_blocked, lambda *args: run_capacity(*args, factor=E / K)])
 def test_every_dispatch_and_its_gradient_equal_dense(problem, run):
     def value_and_gradients(function):
-        return jax.jit(jax.value_and_grad(lambda x, up, down, gates: jnp.sin(function(x, up, down, problem[3], gates)).sum(),
-                                          argnums=(0, 1, 2, 3)))(*problem[:3], problem[4])  # fmt: skip
+        def loss(x, up, down, gates):
+            return jnp.sin(function(x, up, down, problem[3], gates)).sum()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*problem[:3], problem[4])
 
     for one, other in zip(*map(jax.tree.leaves, map(value_and_gradients, (run, run_dense))), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-3, rtol=1e-3)

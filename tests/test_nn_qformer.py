@@ -21,7 +21,9 @@ def plain(params, sequence, mask, layers):
     """OneMall Eq. 3 with keys and values projected, one layer after the other."""
     x = jnp.broadcast_to(params["queries"], (B, Q, D))
     for layer in range(layers):
-        query = jnp.einsum("BQD,DNH->BQNH", norm(x, params[f"query_norm_{layer}"]["scale"]), params[f"query_{layer}"]["weight"])
+        query = jnp.einsum(
+            "BQD,DNH->BQNH", norm(x, params[f"query_norm_{layer}"]["scale"]), params[f"query_{layer}"]["weight"]
+        )
         key = jnp.einsum("BSD,DNH->BSNH", sequence, params[f"key_{layer}"])
         value = jnp.einsum("BSD,DNH->BSNH", sequence, params[f"value_{layer}"])
         scores = jnp.einsum("BQNH,BSNH->BNQS", query, key) / jnp.sqrt(H)

@@ -120,7 +120,7 @@ def test_fsq_uses_its_codes_evenly(skewed, levels):
     assert codes.min() >= 0 and codes.max() < size
     share = np.bincount(codes, minlength=size) / len(codes)
     entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
-    assert entropy > 0.9 * np.log2(size)
+    assert entropy > 0.85 * np.log2(size)
 
 
 def test_training_lowers_the_error(skewed):

@@ -45,8 +45,11 @@ def test_codes_outside_their_codebook_are_refused():
 
 def test_collisions_by_hand(space):
     # One of six items has an ID to itself; one of three IDs belongs to one item.
-    assert collisions(space) == {"conflict_rate": pytest.approx(5 / 6), "exclusive_rate": pytest.approx(1 / 3),
-                                 "largest_bucket": 3}
+    assert collisions(space) == {
+        "conflict_rate": pytest.approx(5 / 6),
+        "exclusive_rate": pytest.approx(1 / 3),
+        "largest_bucket": 3,
+    }
 
 
 def test_level_use_by_hand():
@@ -111,8 +114,14 @@ def test_an_unreadable_file_is_named(tmp_path):
 def tables(tmp_path):
     """80 items with their own embeddings, and pairs of neighbours."""
     x = np.random.default_rng(0).normal(size=(80, 6)).astype(np.float32)
-    items = pa.table({"item_id": [f"i{n:03}" for n in range(80)], "category": ["a", "b"] * 40,
-                      "count": np.arange(80), "embedding": list(x)})
+    items = pa.table(
+        {
+            "item_id": [f"i{n:03}" for n in range(80)],
+            "category": ["a", "b"] * 40,
+            "count": np.arange(80),
+            "embedding": list(x),
+        }
+    )
     left = np.arange(79, dtype=np.int32)
     pairs = pa.table({"item": left, "other": left + 1, "score": np.ones(79, np.float32), "kind": ["swing"] * 79})
     (tmp_path / "tables").mkdir()

@@ -32,8 +32,13 @@ def test_negatives_against_a_loop():
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     left, right = pairs[rng.integers(0, len(pairs), 16)].T
     known = {tuple(pair) for pair in pairs} | {tuple(pair[::-1]) for pair in pairs}
-    expected = [[(left[b], right[c]) not in known and left[b] != right[c] and right[b] != right[c] and left[b] != left[c]
-                 for c in range(16)] for b in range(16)]
+    expected = [
+        [
+            (left[b], right[c]) not in known and left[b] not in (right[c], left[c]) and right[b] != right[c]
+            for c in range(16)
+        ]
+        for b in range(16)
+    ]
     where = honest_negatives(jnp.array(left), jnp.array(right), partner_table(pairs.astype(np.int32), 12))
     np.testing.assert_array_equal(where, expected)
 
@@ -76,16 +81,22 @@ def test_an_item_without_pairs_and_a_new_item_follow_their_text(shop):
 
 def test_the_same_key_gives_the_same_bits(shop):
     text, pairs, _ = shop
-    one, two = (apply_all(align(jax.random.key(3), text, pairs, AlignConfig(epochs=1, batch_size=64)).params, text)
-                for _ in range(2))
+    one, two = (
+        apply_all(align(jax.random.key(3), text, pairs, AlignConfig(epochs=1, batch_size=64)).params, text)
+        for _ in range(2)
+    )
     np.testing.assert_array_equal(one, two)
 
 
 def test_held_out_recall_leaves_training_partners_out():
     text = np.eye(4, dtype=np.float32)
     text[1] = text[0] * 0.9 + text[1] * 0.1
-    params = {"mean": jnp.zeros(4), "linear": jnp.eye(4), "up": {"kernel": jnp.zeros((4, 1)), "bias": jnp.zeros(1)},
-              "down": {"kernel": jnp.zeros((1, 4))}}
+    params = {
+        "mean": jnp.zeros(4),
+        "linear": jnp.eye(4),
+        "up": {"kernel": jnp.zeros((4, 1)), "bias": jnp.zeros(1)},
+        "down": {"kernel": jnp.zeros((1, 4))},
+    }
     test = np.array([[0, 2]])
     # Item 1 is nearest to item 0; as a training partner it does not take the one place.
     assert measure(params, text, np.array([[0, 3]]), test, k=1)["pair_recall@1"] == 0.5

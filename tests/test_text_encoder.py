@@ -45,7 +45,7 @@ def test_batches_hold_each_text_once_and_compile_once_a_length():
     assert sorted(seen) == list(range(200))
     for rows, padded, mask in batches:
         assert padded.shape[1] in LENGTHS and padded.shape[0] == max(1, 256 // padded.shape[1])
-        assert not mask[len(rows):].any()
+        assert not mask[len(rows) :].any()
         for i, row in enumerate(rows):
             assert list(padded[i, mask[i]]) == tokens[row]
 

@@ -31,11 +31,15 @@ def _indices(name: str, column: pa.Array) -> np.ndarray:
     present = column.is_valid().to_numpy(zero_copy_only=False)
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         values = np.nan_to_num(column.cast(pa.float64()).fill_null(0).to_numpy(zero_copy_only=False))
-        edges = np.unique(np.quantile(values[present], np.linspace(0, 1, PRICE_STEPS + 1)[1:-1])) if present.any() else []
+        edges = (
+            np.unique(np.quantile(values[present], np.linspace(0, 1, PRICE_STEPS + 1)[1:-1])) if present.any() else []
+        )
         index = 1 + np.searchsorted(edges, values, side="right")
     elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         words = pc.drop_null(pc.unique(column)).sort()
         index = 1 + pc.index_in(column, words).fill_null(0).to_numpy(zero_copy_only=False)
     else:
-        raise UserError(f"attributes: the column {name!r} of items.parquet is {column.type}; give one of words or numbers")
+        raise UserError(
+            f"attributes: the column {name!r} of items.parquet is {column.type}; give one of words or numbers"
+        )
     return np.where(present, index, 0).astype(np.int32)

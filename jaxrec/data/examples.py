@@ -24,9 +24,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import tqdm_utils
 
 from jaxrec.config import UserError
+from jaxrec.data.tables import SPLITS
 from jaxrec.run import read_json, track, write_json
-
-SPLITS = ("train", "valid", "test")
 
 Record = dict[str, Any]
 """user int; item int32, behavior int8, timestamp int64, session int32, split int8, each [T]."""

@@ -1,7 +1,7 @@
 """From what a user did to the fixed-shape arrays that a model reads (NumPy; no model here).
 
-A record holds one user's events in order; a *cut* before a session turns the earlier part into a context and the session
-into targets. Storage grows with events, not with cuts.
+A record holds one user's events in order; a *cut* before a session turns the earlier part into a context and the
+session into targets. Storage grows with events, not with cuts.
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,8 @@ import grain
 import numpy as np
 
 from jaxrec.config import UserError
-from jaxrec.data.examples import SPLITS, Record, Records
+from jaxrec.data.examples import Record, Records
+from jaxrec.data.tables import SPLITS
 from jaxrec.run import console
 
 Features = dict[str, np.ndarray]

@@ -24,6 +24,7 @@ from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
 
+SPLITS = ("train", "valid", "test")
 Split = Literal["leave_one_out", "last_session", "time"]
 
 EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "behavior", "session_id")

@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 from scipy import sparse
 
-from jaxrec.evaluation.cases import SPLITS, History, Record
+from jaxrec.data.tables import SPLITS
+from jaxrec.evaluation.cases import History, Record
 
 USERS_AT_ONCE = 256
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxrec.data.tables import SPLITS
+
 History = dict[str, np.ndarray]
 Record = dict[str, np.ndarray]
 
-SPLITS = ("train", "valid", "test")
 EVENT_FIELDS = ("item", "behavior", "timestamp", "session")
 
 

@@ -19,6 +19,7 @@ from jaxrec.evaluation.metrics import CUTOFFS, add, mean, ranking_metrics
 from jaxrec.run import progress
 
 SUBSETS = ("all", "new", "new_in_full_ranking")
+SEMANTIC_IDS = "semantic_ids"  # the subset of what is measured of a model's IDs: accuracy per level, validity
 TIES_SHUFFLED = " (ties shuffled)"
 
 Row = dict[str, str | float | int]
@@ -95,18 +96,30 @@ def evaluate_ties_shuffled(
     return evaluate(models, make_cases(shuffled, target_behaviors, split), split=split, cutoffs=cutoffs)
 
 
-def comparison_tables(
-    rows: Iterable[Row], metrics: Sequence[str] = ("recall@10", "ndcg@10", "hr@10", "mrr@10", "recall@50", "recall@500")
-) -> list[Table]:
+SHOWN = (
+    "recall@10",
+    "ndcg@10",
+    "hr@10",
+    "mrr@10",
+    "recall@50",
+    "recall@500",
+    "acc_sid1",
+    "acc_sid2",
+    "acc_sid3",
+    "validity",
+)
+
+
+def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> list[Table]:
     """One rich table a split and subset, one row a model, the best of every column bold."""
     tables = []
     for (split, subset), group in groupby(sorted(rows, key=_split_and_subset), key=_split_and_subset):
         values, counts = pivot(group)
         shown = [metric for metric in metrics if any(metric in row for row in values.values())]
         best = {metric: max(row.get(metric, 0.0) for row in values.values()) for metric in shown}
-        table = Table(
-            title=f"{split}, {subset.replace('_', ' ')} ({max(counts.values()):,} users)", title_justify="left"
-        )
+        unit = "targets" if subset == SEMANTIC_IDS else "users"
+        title = f"{split}, {subset.replace('_', ' ')} ({max(counts.values()):,.0f} {unit})"
+        table = Table(title=title, title_justify="left")
         table.add_column("model")
         for metric in shown:
             table.add_column(metric, justify="right")
@@ -123,7 +136,7 @@ def pivot(rows: Iterable[Row]) -> tuple[dict[str, dict[str, float]], dict[str, i
     counts: dict[str, int] = {}
     for row in rows:
         values.setdefault(row["model"], {})[row["metric"]] = row["value"]
-        counts[row["model"]] = row["count"]
+        counts.setdefault(row["model"], row["count"])
     return values, counts
 
 

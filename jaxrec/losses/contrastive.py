@@ -14,7 +14,8 @@ def in_batch_softmax(
     probability that the column's item is drawn into a batch, subtracted from the scores so that popular items are not
     punished for being drawn often (Yi et al. 2019). Returns [R]; a row whose candidates are all masked gives 0.
 
-    >>> in_batch_softmax(jnp.zeros((1, 4)), positive=jnp.array([2]), candidates=jnp.ones((1, 4), bool)).round(3).tolist()
+    >>> everything = jnp.ones((1, 4), bool)
+    >>> in_batch_softmax(jnp.zeros((1, 4)), positive=jnp.array([2]), candidates=everything).round(3).tolist()
     [1.386]
     """
     corrected = scores if log_q is None else scores - log_q

@@ -13,4 +13,3 @@ def next_token(log_probs: jax.Array, where: jax.Array) -> jax.Array:
     [2.079]
     """
     return jnp.where(where, -log_probs.sum(-1), 0.0)
-

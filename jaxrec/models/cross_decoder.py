@@ -91,8 +91,8 @@ class Sequence:
 class Features:
     """A context, as arrays: history {behavior: Sequence}, the distinct items of the past, and the moment.
 
-    past: the distinct target items, the most recent first; habit float32 [B, S, 4]: how often, how long ago, ... each was
-    taken (jaxrec/data/features.py); user float32 [B, 4]: how much is known of the user.
+    past: the distinct target items, the most recent first; habit float32 [B, S, 4]: how often, how long ago, ... each
+    was taken (jaxrec/data/features.py); user float32 [B, 4]: how much is known of the user.
     """
 
     history: dict[str, Sequence]
@@ -178,6 +178,7 @@ class DecoderLayer(nn.Module):
 
         Returns x and the targets' own K/V, `past` included.
         """
+        x = nn.with_logical_constraint(x, ("act_batch", "act_targets", None, "act_embed"))
         x = self.cross(x, cross, mask)
         own = self.self_attention.own_kv(x)
         if past is not None:
@@ -209,11 +210,13 @@ class CrossDecoder(nn.Module):
         self.attributes = [Embedding(size, cfg.width) for size in self.attribute_sizes]
         self.item = Embedding(self.items, cfg.width) if cfg.item_embedding else None
         self.age = Embedding(self.ages, cfg.width)
-        self.kinds = Embedding(len(self.behaviors), cfg.width)
+        self.kinds = Embedding(len(self.behaviors) + 1, cfg.width)  # one a behavior, the last for the distinct items
         self.table_norm = RMSNorm()
         self.habit_in = Projection(cfg.width, (None, "embed"))
         self.user_in = Projection(cfg.width, (None, "embed"))
-        self.bos = self.param("bos", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)), (cfg.width,))
+        self.bos = self.param(
+            "bos", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)), (cfg.width,)
+        )
         self.levels = Embedding(len(self.codebook_sizes), cfg.width)
         if cfg.queries:
             self.qformers = [
@@ -234,11 +237,11 @@ class CrossDecoder(nn.Module):
         """Encode what is known of B users once (OneMall Eq. 3)."""
         table = self._item_table(catalogue)
         recent = slice(0, self.config.recent)
-        past = self._tokens(table, features.past) + self.habit_in(features.habit)
+        past = self._tokens(table, features.past, len(self.behaviors)) + self.habit_in(features.habit)
         memory, mask = [past[:, recent]], [features.past.mask[:, recent]]
         for index, behavior in enumerate(self.behaviors):
             sequence = features.history[behavior]
-            tokens = self.drop(self._tokens(table, sequence) + self.kinds(jnp.array(index)), deterministic=not train)
+            tokens = self.drop(self._tokens(table, sequence, index), deterministic=not train)
             if self.config.queries:
                 tokens = self.qformers[index](tokens, sequence.mask)
                 mask.append(jnp.broadcast_to(sequence.mask.any(1, keepdims=True), tokens.shape[:2]))
@@ -246,6 +249,7 @@ class CrossDecoder(nn.Module):
                 mask.append(sequence.mask)
             memory.append(tokens)
         memory = self.memory_norm(jnp.concatenate(memory, axis=1)).astype(self.config.dtype)
+        memory = nn.with_logical_constraint(memory, ("act_batch", "act_length", "act_embed"))
         mask = jnp.concatenate(mask, axis=1)
         cross = tuple(layer.cross.context_kv(memory) for layer in self.decoder)
         x = (self.bos + self.user_in(features.user)).astype(self.config.dtype)[:, None, None]
@@ -265,8 +269,9 @@ class CrossDecoder(nn.Module):
             parts.append(self.item(jnp.arange(len(catalogue.codes))))
         return self.table_norm(sum(parts))
 
-    def _tokens(self, table: jax.Array, sequence: Sequence) -> jax.Array:
-        return jnp.take(table, sequence.item, axis=0) + self.age(sequence.age)
+    def _tokens(self, table: jax.Array, sequence: Sequence, kind: int) -> jax.Array:
+        ages = self.age.table + self.kinds(jnp.array(kind))  # added in the small table, not in every token
+        return jnp.take(table, sequence.item, axis=0) + jnp.take(ages, sequence.age, axis=0)
 
     def _habit(self, features: Features, catalogue: Catalogue, past, state):
         if self.habit is None:

@@ -1,7 +1,8 @@
 """Attention of many short targets over one shared context.
 
-A token of a target sees the context and the earlier tokens of its own target, and nothing else (RankGR Eq. 7). That mask
-is never built: the two parts are scored by two einsums and share one softmax, so the cost is L*M*(S+M), not (S+L*M)^2.
+A token of a target sees the context and the earlier tokens of its own target, and nothing else (RankGR Eq. 7). That
+mask is never built: the two parts are scored by two einsums and share one softmax, so the cost is L*M*(S+M), not
+(S+L*M)^2.
 """
 
 import jax
@@ -48,11 +49,11 @@ def packed_attention(
     return out
 
 
-def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax over the last axis where `mask`, in float32; an all-masked row gives zeros."""
+def masked_softmax(scores: jax.Array, mask: jax.Array, axis: int = -1) -> jax.Array:
+    """Softmax over `axis` where `mask`, in float32; a slice that is all masked gives zeros."""
     scores = jnp.where(mask, scores.astype(jnp.float32), NEVER)
-    weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))), 0.0)
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis, keepdims=True))), 0.0)
+    return weights / jnp.maximum(weights.sum(axis, keepdims=True), 1e-30)
 
 
 # A target has a handful of tokens, so these products are too small for a matrix routine: thousands of 3x3 blocks. As
@@ -91,15 +92,17 @@ class TargetAttention(nn.Module):
         context_mask: jax.Array | None = None,
         own: KeyValue | None = None,
     ) -> jax.Array:
-        attended = packed_attention(
-            self.query(self.norm(x)), context=context, context_mask=context_mask, own=own
+        query = nn.with_logical_constraint(
+            self.query(self.norm(x)), ("act_batch", "act_targets", None, "act_heads", None)
         )
+        attended = packed_attention(query, context=context, context_mask=context_mask, own=own)
         flat = attended.reshape(*attended.shape[:-2], -1)
         return x + Projection(x.shape[-1], ("heads", "embed"), self.dtype, name="out")(flat)
 
     def context_kv(self, memory: jax.Array) -> KeyValue:
         """Key and value [B, S, N, H] of a memory [B, S, D] that every target shares."""
-        return self.key(memory), self.value(memory)
+        axes = ("act_batch", "act_length", "act_heads", None)
+        return nn.with_logical_constraint(self.key(memory), axes), nn.with_logical_constraint(self.value(memory), axes)
 
     def own_kv(self, x: jax.Array) -> KeyValue:
         """Key and value [B, L, M, N, H] of the targets' own tokens x [B, L, M, D]."""

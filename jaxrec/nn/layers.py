@@ -1,7 +1,7 @@
 """The small layers everything else is made of: projection, norm, embedding, feed-forward.
 
-Every parameter names its axes (`embed`, `heads`, `head_dim`, `mlp`, `vocab`, `expert`, `queries`); `training/sharding.py`
-maps these names to the mesh. Nothing here knows of a mesh.
+Every parameter names its axes (`embed`, `heads`, `head_dim`, `mlp`, `vocab`, `expert`, `queries`);
+`training/sharding.py` maps these names to the mesh. Nothing here knows of a mesh.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,9 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
-        fan_in = init.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=range(1, 1 + len(features)))
+        fan_in = init.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=range(1, 1 + len(features))
+        )
         weight = self.param("weight", partitioned(fan_in, *self.axes), (x.shape[-1], *features))
         return jnp.tensordot(x.astype(self.dtype), weight.astype(self.dtype), axes=1)
 
@@ -57,7 +59,9 @@ class Embedding(nn.Module):
     scale: float = 0.02
 
     def setup(self):
-        self.table = self.param("table", partitioned(init.normal(self.scale), "vocab", "embed"), (self.size, self.width))
+        self.table = self.param(
+            "table", partitioned(init.normal(self.scale), "vocab", "embed"), (self.size, self.width)
+        )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return jnp.take(self.table, ids, axis=0).astype(self.dtype)

@@ -6,9 +6,9 @@ The router's bias takes part in the *selection* of experts only, never in the ga
 Four ways to run the chosen experts. The first three are equal up to rounding:
 
 - `dense`: every expert on every token; the oracle of the tests.
-- `ragged`: `jax.lax.ragged_dot` over tokens sorted by expert, for accelerators (on CPU it costs as much as all experts).
-- `blocked`: tokens are laid out by expert in blocks, each block multiplied by its expert's matrix. For CPU, where a score
-  must not depend on what else is in the batch.
+- `ragged`: `jax.lax.ragged_dot` over tokens sorted by expert, for accelerators (on CPU it costs as much as `dense`).
+- `blocked`: tokens are laid out by expert in blocks, each block multiplied by its expert's matrix. For CPU, where a
+  score must not depend on what else is in the batch.
 - `capacity`: at most C tokens an expert, the others pass by on the residual path alone. Half the time of `blocked` on
   CPU, so that training uses it there.
 """
@@ -106,7 +106,9 @@ def run_capacity(x, up, down, experts, gates, factor: float = 1.25):
     slots = jnp.where(rank < capacity, flat * capacity + rank, count * capacity)
 
     def apply(laid):
-        hidden = nn.gelu(jnp.einsum("ECD,EDF->ECF", laid.reshape(count, capacity, -1), up))
+        laid = nn.with_logical_constraint(laid.reshape(count, capacity, -1), ("act_expert", None, "act_embed"))
+        hidden = nn.gelu(jnp.einsum("ECD,EDF->ECF", laid, up))
+        hidden = nn.with_logical_constraint(hidden, ("act_expert", None, "act_mlp"))
         return jnp.einsum("ECF,EFD->ECD", hidden, down).reshape(count * capacity, -1)
 
     return _through(x, slots, count * capacity, gates, apply)

@@ -49,10 +49,11 @@ class QFormer(nn.Module):
         query = Projection(shape, ("embed", "heads", "head_dim"), self.dtype, name=f"query_{layer}")(queries)
         absorbed = jnp.einsum("BQNH,DNH->BQND", query, key) * self.head_dim**-0.5
         absorbed = absorbed.reshape(len(absorbed), -1, width)  # [1 or B, Q*N, D]
+        # The sequence's axis stays in front: with [B, X, S] the compiler would transpose the whole sequence first.
         if len(absorbed) == 1:
-            scores = jnp.einsum("BSD,XD->BXS", sequence, absorbed[0])
+            scores = jnp.einsum("BSD,XD->BSX", sequence, absorbed[0])
         else:
-            scores = jnp.einsum("BSD,BXD->BXS", sequence, absorbed)
-        weights = masked_softmax(scores, mask[:, None]).astype(self.dtype)
-        read = jnp.einsum("BXS,BSD->BXD", weights, sequence).reshape(-1, self.queries, self.heads, width)
+            scores = jnp.einsum("BSD,BXD->BSX", sequence, absorbed)
+        weights = masked_softmax(scores, mask[..., None], axis=1).astype(self.dtype)
+        read = jnp.einsum("BSX,BSD->BXD", weights, sequence).reshape(-1, self.queries, self.heads, width)
         return jnp.einsum("BQND,DNH->BQNH", read, value).reshape(*read.shape[:2], -1)

@@ -5,5 +5,12 @@ from jaxrec.semantic_ids.codebooks import fit as fit_semantic_ids
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes, write_codes
 
 __all__ = [
-    "Codebooks", "SemanticIdConfig", "SemanticIdSpace", "decode", "encode", "fit_semantic_ids", "read_codes", "write_codes",
+    "Codebooks",
+    "SemanticIdConfig",
+    "SemanticIdSpace",
+    "decode",
+    "encode",
+    "fit_semantic_ids",
+    "read_codes",
+    "write_codes",
 ]

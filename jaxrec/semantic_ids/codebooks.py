@@ -1,7 +1,7 @@
 """Item embeddings to semantic IDs: residual k-means levels, then a last FSQ level (OneMall §2.2, §3.1.3)."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import flax.struct
@@ -26,9 +26,9 @@ class SemanticIdConfig:
     """Codes in each residual k-means level."""
     fsq: tuple[int, ...] = (2,) * 8
     """Steps in each coordinate of the last level (eight binary ones: 256 codes); empty for no such level."""
-    kmeans: KMeansConfig = KMeansConfig()
+    kmeans: KMeansConfig = field(default_factory=KMeansConfig)
     """How the k-means levels are fitted."""
-    fsq_fit: FsqConfig = FsqConfig()
+    fsq_fit: FsqConfig = field(default_factory=FsqConfig)
     """How the FSQ level is fitted."""
 
 
@@ -56,8 +56,9 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: SemanticIdConfig = Se
     Raises:
       UserError: no level, a level with fewer than two codes, fewer rows than codes, or a row with NaN or infinity.
     """
-    if not config.levels and not config.fsq or min((2, *config.levels, *config.fsq)) < 2:
-        raise UserError(f"ids.levels={config.levels} with ids.fsq={config.fsq}: give at least one level, each size >= 2")
+    sizes = (*config.levels, *config.fsq)
+    if not sizes or min(sizes) < 2:
+        raise UserError(f"ids.levels={config.levels}, ids.fsq={config.fsq}: give at least one level, each size >= 2")
     check_rows(x, max((1, *config.levels)))
     levels_key, fsq_key = jax.random.split(key)
     centroids = residual.fit(levels_key, x, config.levels, config.kmeans)
@@ -71,8 +72,10 @@ def encode(codebooks: Codebooks, x: np.ndarray | jax.Array) -> np.ndarray:
     """The semantic IDs of embeddings x f32 [I, D], int32 [I, M] (OneMall Eq. 2)."""
     check_rows(x, 0)
     if x.shape[1] != codebooks.width:
-        raise UserError(f"embeddings are {x.shape[1]} wide, but the codebooks were fitted to a width of "
-                        f"{codebooks.width}: encode with the embeddings they were made for")
+        raise UserError(
+            f"embeddings are {x.shape[1]} wide, but the codebooks were fitted to a width of "
+            f"{codebooks.width}: encode with the embeddings they were made for"
+        )
     codes = residual.encode(codebooks.centroids, x)
     if codebooks.fsq is not None:
         last = fsq.encode(codebooks.fsq, x - residual.decode(codebooks.centroids, codes))
@@ -94,8 +97,9 @@ def save(codebooks: Codebooks, path: Path) -> None:
     levels: tuple[int, ...] = ()
     if codebooks.fsq is not None:
         levels = codebooks.fsq.levels
-        tensors |= {f"fsq.{name}": np.asarray(value)
-                    for name, value in flatten_dict(codebooks.fsq.params, sep=".").items()}
+        tensors |= {
+            f"fsq.{name}": np.asarray(value) for name, value in flatten_dict(codebooks.fsq.params, sep=".").items()
+        }
     save_file(tensors, path, metadata={"fsq_levels": json.dumps(levels)})
 
 

@@ -1,9 +1,9 @@
 """Finite scalar quantization: a code is a cell of a small fixed grid, so that codes are used evenly (OneMall §3.1.3).
 
-A vector is projected to n coordinates; each is squashed to (-1, 1) and cut into `levels[i]` equal steps, and the n digits
-make one code (12 binary coordinates: 4096 codes). The projection is linear plus a hidden layer. It starts as the principal
-components cut at their medians, and is then trained, straight through the rounding, to reconstruct the vector while its
-digits stay evenly used and uncorrelated.
+A vector is projected to n coordinates; each is squashed to (-1, 1) and cut into `levels[i]` equal steps, and the n
+digits make one code (12 binary coordinates: 4096 codes). The projection is linear plus a hidden layer. It starts as the
+principal components cut at their medians, and is then trained, straight through the rounding, to reconstruct the vector
+while its digits stay evenly used and uncorrelated.
 """
 
 from dataclasses import dataclass
@@ -93,16 +93,21 @@ def init(key: jax.Array, x: np.ndarray, levels: tuple[int, ...], config: FsqConf
     design = np.concatenate([quantized, np.ones((len(x), 1))], axis=1)
     back = np.linalg.lstsq(design, x, rcond=None)[0].astype(np.float32)
     dense = jax.nn.initializers.lecun_normal()
-    return jax.tree.map(jnp.asarray, {
-        "unit": (1 / scale.mean()).astype(np.float32),
-        "linear": {"kernel": (directions * scale).astype(np.float32),
-                   "bias": (-np.median(projected, 0) * scale).astype(np.float32)},
-        "up": {"kernel": dense(up_key, (width, config.hidden)), "bias": np.zeros(config.hidden, np.float32)},
-        "down": {"kernel": np.zeros((config.hidden, n), np.float32)},
-        "back_linear": {"kernel": back[:-1], "bias": back[-1]},
-        "back_up": {"kernel": dense(back_key, (n, config.hidden)), "bias": np.zeros(config.hidden, np.float32)},
-        "back_down": {"kernel": np.zeros((config.hidden, width), np.float32)},
-    })
+    return jax.tree.map(
+        jnp.asarray,
+        {
+            "unit": (1 / scale.mean()).astype(np.float32),
+            "linear": {
+                "kernel": (directions * scale).astype(np.float32),
+                "bias": (-np.median(projected, 0) * scale).astype(np.float32),
+            },
+            "up": {"kernel": dense(up_key, (width, config.hidden)), "bias": np.zeros(config.hidden, np.float32)},
+            "down": {"kernel": np.zeros((config.hidden, n), np.float32)},
+            "back_linear": {"kernel": back[:-1], "bias": back[-1]},
+            "back_up": {"kernel": dense(back_key, (n, config.hidden)), "bias": np.zeros(config.hidden, np.float32)},
+            "back_down": {"kernel": np.zeros((config.hidden, width), np.float32)},
+        },
+    )
 
 
 def principal_directions(x: np.ndarray, n: int) -> np.ndarray:

@@ -60,14 +60,13 @@ def check_rows(x: np.ndarray | jax.Array, k: int) -> None:
 
 @partial(jax.jit, static_argnums=2)
 def plus_plus(key: jax.Array, x: jax.Array, k: int) -> jax.Array:
-    """Greedy k-means++: each next centroid is the best of 2 + log k candidates drawn by squared distance, f32 [k, D]."""
+    """Greedy k-means++: each next centroid is the best of 2 + log k rows drawn by squared distance, f32 [k, D]."""
     candidates = 2 + int(np.log(k))
     squares = jnp.sum(x * x, axis=-1)
     first_key, key = jax.random.split(key)
     first = x[jax.random.randint(first_key, (), 0, len(x))]
 
-    def add(state, key):
-        nearest = state
+    def add(nearest, key):
         # Inverse of the cumulative sum: one uniform number a candidate, where a categorical draw needs one per row.
         mass = jnp.cumsum(nearest)
         drawn = jnp.searchsorted(mass, jax.random.uniform(key, (candidates,)) * mass[-1], side="right")
@@ -97,8 +96,9 @@ def lloyd(x: jax.Array, centroids: jax.Array, config: KMeansConfig) -> KMeans:
         counts = jax.ops.segment_sum(jnp.ones(len(x)), assignment, len(centroids))
         sums = jax.ops.segment_sum(x, assignment, len(centroids))
         updated = jnp.where((counts == 0)[:, None], centroids, sums / jnp.maximum(counts, 1)[:, None])
-        updated, seeded = jax.lax.cond((counts == 0).any(), seed_empty, lambda c, *_: (c, False),
-                                       updated, counts == 0, x, distances)
+        updated, seeded = jax.lax.cond(
+            (counts == 0).any(), seed_empty, lambda c, *_: (c, False), updated, counts == 0, x, distances
+        )
         moved = jnp.mean((updated - centroids) ** 2)
         return iteration + 1, updated, moved, seeded
 
@@ -108,7 +108,9 @@ def lloyd(x: jax.Array, centroids: jax.Array, config: KMeansConfig) -> KMeans:
     return KMeans(centroids, assignment, distances.sum())
 
 
-def seed_empty(centroids: jax.Array, empty: jax.Array, x: jax.Array, distances: jax.Array) -> tuple[jax.Array, jax.Array]:
+def seed_empty(
+    centroids: jax.Array, empty: jax.Array, x: jax.Array, distances: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Move empty centroids (bool [K]) to the rows worst served, by distances f32 [I]; also returns whether any moved.
 
     A row that lies on a centroid is no better place, so data with fewer distinct rows than clusters comes to rest too.

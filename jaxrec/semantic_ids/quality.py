@@ -28,9 +28,9 @@ def quality(
 def collisions(space: SemanticIdSpace) -> dict[str, float]:
     """How far IDs tell items apart (OneMall Table 5).
 
-    `conflict_rate`: share of items whose ID another item has too. `exclusive_rate`: share of distinct IDs that belong to
-    exactly one item. The paper gives no formulas; under this reading its 36% / 86% and 11% / 95% fit together: with I
-    items, (1 - conflict) I IDs are exclusive, hence .64 / .86 = .74 I distinct IDs, of which .10 I are shared
+    `conflict_rate`: share of items whose ID another item has too. `exclusive_rate`: share of distinct IDs that belong
+    to exactly one item. The paper gives no formulas; under this reading its 36% / 86% and 11% / 95% fit together: with
+    I items, (1 - conflict) I IDs are exclusive, hence .64 / .86 = .74 I distinct IDs, of which .10 I are shared
     by .36 I items, 3.5 each; and .89 / .95 leaves .05 I IDs for .11 I items, 2.3 each.
     `largest_bucket`: items under the most crowded ID.
     """
@@ -63,8 +63,9 @@ def reconstruction_error(codes: np.ndarray, codebooks: Codebooks, embeddings: np
     ]
 
 
-def neighbour_recall(codes: np.ndarray, codebooks: Codebooks, embeddings: np.ndarray, k: int = 10,
-                     most: int = 1000) -> float:
+def neighbour_recall(
+    codes: np.ndarray, codebooks: Codebooks, embeddings: np.ndarray, k: int = 10, most: int = 1000
+) -> float:
     """Share of items' k nearest neighbours that are still among the k nearest when IDs stand for the embeddings.
 
     Over at most `most` evenly spaced items; distances are Euclidean, ties go to the lower index.

@@ -11,9 +11,7 @@ from jaxrec.semantic_ids.kmeans import KMeansConfig, assign, kmeans
 Centroids = tuple[jax.Array, ...]
 
 
-def fit(
-    key: jax.Array, x: np.ndarray | jax.Array, levels: Sequence[int], config: KMeansConfig = KMeansConfig()
-) -> Centroids:
+def fit(key: jax.Array, x: np.ndarray | jax.Array, levels: Sequence[int], config: KMeansConfig) -> Centroids:
     """One codebook f32 [K, D] a level, from x f32 [I, D] (OneMall Eq. 1).
 
     Raises:

@@ -27,13 +27,17 @@ class SemanticIdSpace:
 
     def __post_init__(self):
         if self.codes.ndim != 2 or self.codes.shape[1] != len(self.codebook_sizes):
-            raise UserError(f"codes of shape {self.codes.shape} do not fit {len(self.codebook_sizes)} levels "
-                            f"of {self.codebook_sizes} codes: tokenize again")
+            raise UserError(
+                f"codes of shape {self.codes.shape} do not fit {len(self.codebook_sizes)} levels "
+                f"of {self.codebook_sizes} codes: tokenize again"
+            )
         outside = (self.codes < 0) | (self.codes >= np.array(self.codebook_sizes))
         if outside.any():
             item, level = np.argwhere(outside)[0]
-            raise UserError(f"item {item} has code {self.codes[item, level]} at level {level + 1}, which has codes "
-                            f"0 to {self.codebook_sizes[level] - 1}: tokenize again")
+            raise UserError(
+                f"item {item} has code {self.codes[item, level]} at level {level + 1}, which has codes "
+                f"0 to {self.codebook_sizes[level] - 1}: tokenize again"
+            )
 
     @property
     def levels(self) -> int:
@@ -107,8 +111,9 @@ def read_codes(path: Path, item_ids: list[str], popularity: np.ndarray | None = 
     levels = sum(name[:1] == "c" and name[1:].isdigit() for name in table.column_names)
     names = [f"c{level + 1}" for level in range(levels)]
     if missing := [name for name in ["item_id", *(names or ["c1"])] if name not in table.column_names]:
-        raise UserError(f"{path} has no column {missing[0]!r}; it needs item_id and c1..cM (found "
-                        f"{', '.join(table.column_names)})")
+        raise UserError(
+            f"{path} has no column {missing[0]!r}; it needs item_id and c1..cM (found {', '.join(table.column_names)})"
+        )
     codes = np.stack([_code_column(path, table, name) for name in names], axis=1)
     rows = _rows_of(path, table["item_id"].cast(pa.string()).to_pylist(), item_ids)
     sizes = (table.schema.metadata or {}).get(SIZES_KEY)
@@ -138,8 +143,10 @@ def _rows_of(path: Path, listed: list[str], item_ids: list[str]) -> np.ndarray:
         twice = next(item for i, item in enumerate(listed) if row[item] != i)
         raise UserError(f"{path}: item_id {twice!r} is listed more than once; keep one row an item")
     if unknown := set(listed).difference(item_ids):
-        raise UserError(f"{path}: item_id {min(unknown)!r} (row {row[min(unknown)]}) is not in items.parquet "
-                        f"({len(unknown)} such items): tokenize these tables again")
+        raise UserError(
+            f"{path}: item_id {min(unknown)!r} (row {row[min(unknown)]}) is not in items.parquet "
+            f"({len(unknown)} such items): tokenize these tables again"
+        )
     for item in item_ids:
         if item not in row:
             raise UserError(f"{path}: item_id {item!r} of items.parquet has no row: tokenize these tables again")

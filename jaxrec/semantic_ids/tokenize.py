@@ -21,7 +21,11 @@ from jaxrec.text.encoder import EncoderConfig, embed_texts
 
 
 def tokenize(
-    tables: Path, folder: Path, text_config: EncoderConfig, align_config: AlignConfig, id_config: SemanticIdConfig,
+    tables: Path,
+    folder: Path,
+    text_config: EncoderConfig,
+    align_config: AlignConfig,
+    id_config: SemanticIdConfig,
     seed: int,
 ) -> None:
     """Encode, align and quantize the items of a tables folder (OneMall §3.1).
@@ -32,8 +36,7 @@ def tokenize(
     Raises:
       UserError: a table cannot be used, or the configuration does not fit it.
     """
-    text_key, align_key, id_key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(3))
-    del text_key  # the encoder draws nothing
+    align_key, id_key = jax.random.split(jax.random.key(seed))
     items = pq.read_table(tables / "items.parquet")
     text = read_embeddings(items, text_config)
     pairs = read_pairs(tables / "pairs.parquet", align_config.kind)
@@ -49,8 +52,10 @@ def tokenize(
     codebooks.save(books, folder / "codebooks.safetensors")
     write_codes(folder / "codes.parquet", items["item_id"].to_pylist(), space)
     save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
-    save_file({name: np.asarray(value) for name, value in flatten_dict(alignment.params, sep=".").items()},
-              folder / "alignment.safetensors")
+    save_file(
+        {name: np.asarray(value) for name, value in flatten_dict(alignment.params, sep=".").items()},
+        folder / "alignment.safetensors",
+    )
     (folder / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
@@ -58,12 +63,17 @@ def read_embeddings(items: pa.Table, config: EncoderConfig) -> np.ndarray:
     """The items' own `embedding` column where there is one, else their encoded `text`, f32 [I, D]."""
     if "embedding" not in items.column_names:
         if "text" not in items.column_names:
-            raise UserError("items.parquet has neither a column `text` nor a column `embedding`: prepare the tables again")
+            raise UserError(
+                "items.parquet has neither a column `text` nor a column `embedding`: "
+                "prepare the tables again with one of them"
+            )
         return embed_texts([text or "" for text in items["text"].to_pylist()], config)
     widths = pc.list_value_length(items["embedding"]).to_numpy()
     if len(odd := np.flatnonzero(~(widths == widths[0]))):
-        raise UserError(f"items.parquet: the embedding in row {odd[0]} is {widths[odd[0]]} wide, that in row 0 is "
-                        f"{widths[0]}: give every item an embedding of the same width")
+        raise UserError(
+            f"items.parquet: the embedding in row {odd[0]} is {widths[odd[0]]} wide, that in row 0 is "
+            f"{widths[0]}: give every item an embedding of the same width"
+        )
     return items["embedding"].combine_chunks().flatten().to_numpy().astype(np.float32).reshape(len(items), -1)
 
 

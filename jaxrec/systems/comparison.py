@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from jaxrec.data.examples import Records
 from jaxrec.evaluation import Cases, comparison_tables, evaluate, evaluate_ties_shuffled, fit_baselines, make_cases
+from jaxrec.evaluation.comparison import SEMANTIC_IDS
 from jaxrec.evaluation.metrics import mean
 from jaxrec.evaluation.report import write_report
 from jaxrec.run import Run, console, read_json, write_json
@@ -40,7 +41,14 @@ def compare(run: Run, model: GenerativeRecommender, config: EvaluationConfig, fo
     rows = evaluate({**fit_baselines(records, items, targets), name: model}, cases, split=config.split)
     rows += evaluate_ties_shuffled(records, items, targets, split=config.split, seed=config.seed)
     rows += [
-        {"model": name, "split": config.split, "subset": "all", "metric": metric, "value": mean(pair), "count": pair[1]}
+        {
+            "model": name,
+            "split": config.split,
+            "subset": SEMANTIC_IDS,
+            "metric": metric,
+            "value": mean(pair),
+            "count": pair[1],
+        }
         for metric, pair in model.diagnose(cases).items()
     ]
     write_json(folder / "evaluation.json", rows)

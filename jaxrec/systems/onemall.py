@@ -2,12 +2,11 @@
 
     source ─▶ tables ─▶ semantic IDs ─▶ examples ─▶ training ─▶ evaluation ─▶ report
 
-Every phase reads what the ones before it wrote into the run directory, is skipped when its inputs are unchanged, and can
-be killed and run again.
+Every phase reads what the ones before it wrote into the run directory, is skipped when its inputs are unchanged, and
+can be killed and run again.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from jaxrec.config import fingerprint, from_json
 from jaxrec.data.examples import write_examples
@@ -15,11 +14,11 @@ from jaxrec.data.features import FeatureConfig
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import CompleteJourney, Folder, SequenceText, SyntheticMall
 from jaxrec.models.cross_decoder import CrossDecoderConfig
-from jaxrec.run import Run, console
+from jaxrec.run import Run
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.tokenize import tokenize
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
-from jaxrec.systems.onemall_model import Assembly, assemble
+from jaxrec.systems.onemall_model import assemble
 from jaxrec.systems.onemall_training import train_model
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.text.align import AlignConfig
@@ -86,7 +85,9 @@ def train(run: Run, config: OneMallConfig) -> None:
     """Runs every phase that is not done yet, and prints the comparison table."""
     source = config.data
     tables = run.phase(
-        "tables", fingerprint(source.fingerprint(), config.prepare), lambda folder: prepare(source, config.prepare, folder)
+        "tables",
+        fingerprint(source.fingerprint(), config.prepare),
+        lambda folder: prepare(source, config.prepare, folder),
     )
     ids = run.phase(
         "semantic_ids",

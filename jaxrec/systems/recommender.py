@@ -27,16 +27,14 @@ class DecodingConfig:
 
 
 class GenerativeRecommender:
-    """Recommends with a trained model. Histories are padded to few shapes, so that nothing recompiles after a warm-up."""
+    """Recommends with a trained model. Histories are padded to few shapes: nothing recompiles after a warm-up."""
 
     def __init__(self, assembly: Assembly, variables: dict, feature_config: FeatureConfig, config: DecodingConfig):
         self.assembly, self.variables, self.feature_config, self.config = assembly, variables, feature_config, config
         space = assembly.space
         self.trie = build_trie(space.codes, space.codebook_sizes, order=space.popularity)
 
-    def recommend(
-        self, histories: list[History], k: int, exclude_seen: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def recommend(self, histories: list[History], k: int, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The k best items of each history: items int32 [B, k] (-1 = none) and log-probabilities float32 [B, k].
 
         `exclude_seen` leaves out the target items of the history. Items that share an ID share its score and stand in
@@ -47,16 +45,16 @@ class GenerativeRecommender:
         width = max(self.config.beam_width, k)
         for rows, arrays in self._batches(histories):
             allowed = self._allowed([histories[row] for row in rows]) if exclude_seen else None
-            found = self._search(self.variables, arrays, allowed, width, k)
+            found = self._search(self.variables, self.trie, arrays, allowed, width, k)
             if bool(found[2].any()):
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
             items[rows], scores[rows] = found[0][: len(rows)], found[1][: len(rows)]
         return items, scores
 
     def diagnose(self, cases: Cases) -> dict[str, tuple[float, float]]:
-        """As (sum, count): accuracy of each level given the true ones before it (OneMall Table 1), and the validity rate.
+        """As (sum, count): accuracy of each level given the true ones before it (OneMall Table 1), and `validity`.
 
-        The validity rate is the share of existing IDs among the first 10 of a beam search without the trie.
+        That is the share of existing IDs among the first 10 of a beam search without the trie.
         """
         sums: dict[str, tuple[float, float]] = {}
         for rows, arrays in self._batches(cases.histories):
@@ -65,7 +63,7 @@ class GenerativeRecommender:
             target[: len(rows)] = np.where(cases.where[rows], cases.targets[rows], 0)
             where[: len(rows)] = cases.where[rows]
             real = np.arange(self.config.batch_size) < len(rows)
-            sums = add(sums, jax.device_get(self._measure(self.variables, arrays, target, where, real)))
+            sums = add(sums, jax.device_get(self._measure(self.variables, self.trie, arrays, target, where, real)))
         return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
 
     def _batches(self, histories: list[History]):
@@ -94,12 +92,12 @@ class GenerativeRecommender:
         return allowed
 
     @functools.partial(jax.jit, static_argnames=("self", "width", "k"))
-    def _search(self, variables, arrays, allowed, width: int, k: int):
-        result = self._beams(variables, self._context(variables, arrays), allowed, width)
-        return *expand_items(self.trie, result, k=k, allowed=allowed), result.nan
+    def _search(self, variables, trie, arrays, allowed, width: int, k: int):
+        result = self._beams(variables, trie, self._context(variables, arrays), allowed, width)
+        return *expand_items(trie, result, k=k, allowed=allowed), result.nan
 
     @functools.partial(jax.jit, static_argnames=("self",))
-    def _measure(self, variables, arrays, target, where, real):
+    def _measure(self, variables, trie, arrays, target, where, real):
         context = self._context(variables, arrays)
         codes = self.assembly.catalogue.codes[target]
         log_probs, cache = self._extend(variables, context, None, None, 0)
@@ -108,7 +106,7 @@ class GenerativeRecommender:
         for level in range(1, codes.shape[-1]):
             following, cache = self._extend(variables, context, codes[..., level - 1], cache, level)
             log_probs.append(following)
-        free = self._beams(variables, context, None, self.config.beam_width, constrained=False)
+        free = self._beams(variables, trie, context, None, self.config.beam_width, constrained=False)
         return id_accuracy(log_probs, codes, where) | {
             "validity": validity_rate(free.valid[:, :10], jnp.broadcast_to(real[:, None], free.valid[:, :10].shape))
         }
@@ -120,9 +118,7 @@ class GenerativeRecommender:
     def _extend(self, variables, context, tokens, cache, level: int):
         return self.assembly.model.apply(variables, context, tokens, cache, level, method="extend")
 
-    def _beams(self, variables, context, allowed, width: int, constrained: bool = True):
+    def _beams(self, variables, trie, context, allowed, width: int, constrained: bool = True):
         extend = functools.partial(self._extend, variables, context)
         batch = len(context.state)
-        return beam_search(
-            extend, None, self.trie, batch=batch, beam_width=width, allowed=allowed, constrained=constrained
-        )
+        return beam_search(extend, None, trie, batch=batch, beam_width=width, allowed=allowed, constrained=constrained)

