@@ -209,12 +209,15 @@ def fault_point(point: str) -> None:
 
 
 def report_user_errors(main: Callable[[], int | None]) -> int:
-    """Runs a command's `main`; a UserError is printed without a traceback and gives the exit status 2."""
+    """Runs a command's `main`; a UserError is printed without a traceback and gives the exit status 2, Ctrl-C 130."""
     try:
         return main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command to go on", file=sys.stderr)
+        return 130
 
 
 def progress(*columns: str) -> "Progress | PlainProgress":

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 
-from jaxrec.nn.attention import KeyValue, TargetAttention, masked_softmax
+from jaxrec.models.context import Catalogue, Context, Features, Sequence
+from jaxrec.models.habit import HabitHead, mixture
+from jaxrec.nn.attention import KeyValue, TargetAttention
 from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
 from jaxrec.nn.moe import Dispatch, MixtureOfExperts
 from jaxrec.nn.qformer import QFormer
-
-TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -66,59 +65,6 @@ class CrossDecoderConfig:
     """type of activations"""
 
 
-@struct.dataclass
-class Catalogue:
-    """What the model knows of items: codes int32 [I, M], attributes int32 [I, A], log_q float32 [I].
-
-    `log_q` is the log-probability that an item is drawn as a target.
-    """
-
-    codes: jax.Array
-    attributes: jax.Array
-    log_q: jax.Array
-
-
-@struct.dataclass
-class Sequence:
-    """Some of a user's events: item int32 [B, S], age int32 [B, S] (bucket), mask bool [B, S]."""
-
-    item: jax.Array
-    age: jax.Array
-    mask: jax.Array
-
-
-@struct.dataclass
-class Features:
-    """A context, as arrays: history {behavior: Sequence}, the distinct items of the past, and the moment.
-
-    past: the distinct target items, the most recent first; habit float32 [B, S, 4]: how often, how long ago, ... each
-    was taken (jaxrec/data/features.py); user float32 [B, 4]: how much is known of the user.
-    """
-
-    history: dict[str, Sequence]
-    past: Sequence
-    habit: jax.Array
-    user: jax.Array
-
-
-@struct.dataclass
-class Context:
-    """A prefilled context. Never copied per target.
-
-    cross, bos: per layer K/V [B, S, N, H] and [B, 1, N, H]; mask bool [B, S]; state [B, D] of BOS, from which the first
-    level is predicted; habit_codes int32 [B, S, M], habit_weights float32 [B, S], share float32 [B]: the distribution
-    over the past's distinct items, and its part in the mixture.
-    """
-
-    cross: tuple[KeyValue, ...]
-    bos: tuple[KeyValue, ...]
-    mask: jax.Array
-    state: jax.Array
-    habit_codes: jax.Array
-    habit_weights: jax.Array
-    share: jax.Array
-
-
 class ItemTower(nn.Module):
     """f_item = MLP(Flatten(QFormer(features of the item))) (OneMall Eq. 4): [..., S, D] -> [..., D]."""
 
@@ -132,25 +78,6 @@ class ItemTower(nn.Module):
         read = qformer(flat, jnp.ones(flat.shape[:2], bool)).reshape(len(flat), -1)
         hidden = nn.gelu(Projection(cfg.width, ("embed", "mlp"), name="up")(read))
         return Projection(cfg.width, ("mlp", "embed"), name="down")(hidden).reshape(*features.shape[:-2], cfg.width)
-
-
-class HabitHead(nn.Module):
-    """Which item of the past comes again, and whether one does: weights [B, S] that sum to 1, and share [B]."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, tokens, habit, mask, state, user):
-        """tokens [B, S, D], habit [B, S, 4], mask [B, S], state [B, D] (BOS after the decoder), user [B, 4]."""
-        keys = Projection(self.width, ("embed", "mlp"), name="key")(tokens)
-        query = Projection(self.width, ("embed", "mlp"), name="query")(RMSNorm()(state))
-        match = jnp.einsum("BSD,BD->BS", keys, query) * self.width**-0.5
-        hidden = nn.gelu(nn.Dense(32, name="habit_in")(habit))
-        match += nn.Dense(1, name="habit_out", kernel_init=nn.initializers.normal(0.1))(hidden)[..., 0]
-        match += habit[..., 0]  # the log of the count: start out as the personal frequency
-        hidden = nn.gelu(nn.Dense(32, name="share_state")(state) + nn.Dense(32, name="share_user")(user))
-        share = 0.999 * nn.sigmoid(nn.Dense(1, name="share_out")(hidden)[..., 0])
-        return masked_softmax(match, mask), jnp.where(mask.any(-1), share, 0.0)
 
 
 class DecoderLayer(nn.Module):
@@ -383,11 +310,6 @@ class CrossDecoder(nn.Module):
         log_probs, state = self.score(context, catalogue.codes[targets])
         flat = targets.reshape(-1)
         return log_probs, self.contrast(state.reshape(len(flat), -1), flat, catalogue)
-
-
-def mixture(share: jax.Array, generated: jax.Array, habit: jax.Array) -> jax.Array:
-    """log((1 - share) * exp(generated) + share * habit): the decoder's and the habit's distribution over whole IDs."""
-    return jnp.logaddexp(jnp.log1p(-share) + generated, jnp.log(share * habit + TINY))
 
 
 def _pick(log_probs: jax.Array, codes: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Training OneMall's model (Eq. 7): next-token prediction and the contrastive task, all targets of a context at once."""
+"""Training OneMall's model (Eq. 7): next-token prediction and contrastive task, all targets of a context at once."""
 
 from collections.abc import Callable
 from pathlib import Path

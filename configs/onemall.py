@@ -1,0 +1,25 @@
+"""OneMall on Complete Journey, a grocery chain's year of baskets: `make demo`.
+
+    python train.py configs/onemall.py --run runs/demo
+"""
+
+from jaxrec.data.features import FeatureConfig
+from jaxrec.data.sources import CompleteJourney
+from jaxrec.models.cross_decoder import CrossDecoderConfig
+from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.systems.onemall import OneMallConfig
+from jaxrec.training.loop import LoopConfig
+from jaxrec.training.optim import OptimConfig
+
+config = OneMallConfig(
+    data=CompleteJourney(),
+    attributes=("category", "department", "product_type", "brand", "price"),
+    batch_size=48,
+    # 10,374 items: 128 x 128 k-means codes and 8 binary dimensions (OneMall at full scale: 4096 x 4096 x 4096).
+    semantic_ids=SemanticIdConfig(levels=(128, 128), fsq=(2,) * 8),
+    # Exposures tell little here and coupons are rare, so most of what is read are purchases.
+    features=FeatureConfig(history_lengths=(128, 256, 32), past_length=256, targets=24, target_sessions=3, buckets=(256,)),
+    model=CrossDecoderConfig(width=128, heads=4, layers=2, hidden=256, experts=8, queries=16, recent=64),
+    optim=OptimConfig(learning_rate=2e-3, warmup=100),
+    training=LoopConfig(steps=1000, log_every=25, checkpoint_every=250),
+)

@@ -1,0 +1,30 @@
+"""OneMall on Amazon Beauty (leave-one-out, one item a session), from a folder in the layout of S3-Rec.
+
+    python train.py configs/onemall_beauty.py --run runs/beauty --data.path DIR
+
+DIR holds sequences.txt (`user item item ...`), items.jsonl ({"id", "title", "categories"}) and, if there is one,
+timestamps.jsonl. With --data.shuffle-ties events of one day are put into random order before splitting: 43% of the users
+have their last two items on one day, stored in the order of their IDs, which a model can learn.
+"""
+
+from pathlib import Path
+
+from jaxrec.data.features import FeatureConfig
+from jaxrec.data.sources import SequenceText
+from jaxrec.models.cross_decoder import CrossDecoderConfig
+from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.systems.onemall import OneMallConfig
+from jaxrec.training.loop import LoopConfig
+from jaxrec.training.optim import OptimConfig
+
+config = OneMallConfig(
+    data=SequenceText(path=Path("beauty")),
+    attributes=("category",),
+    batch_size=256,
+    semantic_ids=SemanticIdConfig(levels=(128, 128), fsq=(2,) * 8),
+    features=FeatureConfig(history_lengths=(32,), past_length=32, targets=2, target_sessions=2, buckets=(32,)),
+    # Nobody buys the same item twice here, so that there are no habits to learn.
+    model=CrossDecoderConfig(width=128, heads=4, layers=2, hidden=256, experts=8, queries=4, recent=32, habit=False, dropout=0.2),
+    optim=OptimConfig(learning_rate=2e-3, warmup=100, weight_decay=0.1),
+    training=LoopConfig(steps=3000, log_every=50, checkpoint_every=500),
+)

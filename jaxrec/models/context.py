@@ -1,0 +1,59 @@
+"""What goes into a model and what `prefill` makes of it: plain pytrees of arrays."""
+
+import jax
+from flax import struct
+
+from jaxrec.nn.attention import KeyValue
+
+
+@struct.dataclass
+class Catalogue:
+    """What the model knows of items: codes int32 [I, M], attributes int32 [I, A], log_q float32 [I].
+
+    `log_q` is the log-probability that an item is drawn as a target.
+    """
+
+    codes: jax.Array
+    attributes: jax.Array
+    log_q: jax.Array
+
+
+@struct.dataclass
+class Sequence:
+    """Some of a user's events: item int32 [B, S], age int32 [B, S] (bucket), mask bool [B, S]."""
+
+    item: jax.Array
+    age: jax.Array
+    mask: jax.Array
+
+
+@struct.dataclass
+class Features:
+    """A context, as arrays: history {behavior: Sequence}, the distinct items of the past, and the moment.
+
+    past: the distinct target items, the most recent first; habit float32 [B, S, 4]: how often, how long ago, ... each
+    was taken (jaxrec/data/features.py); user float32 [B, 4]: how much is known of the user.
+    """
+
+    history: dict[str, Sequence]
+    past: Sequence
+    habit: jax.Array
+    user: jax.Array
+
+
+@struct.dataclass
+class Context:
+    """A prefilled context. Never copied per target.
+
+    cross, bos: per layer K/V [B, S, N, H] and [B, 1, N, H]; mask bool [B, S]; state [B, D] of BOS, from which the first
+    level is predicted; habit_codes int32 [B, S, M], habit_weights float32 [B, S], share float32 [B]: the distribution
+    over the past's distinct items, and its part in the mixture.
+    """
+
+    cross: tuple[KeyValue, ...]
+    bos: tuple[KeyValue, ...]
+    mask: jax.Array
+    state: jax.Array
+    habit_codes: jax.Array
+    habit_weights: jax.Array
+    share: jax.Array
