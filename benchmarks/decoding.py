@@ -6,36 +6,16 @@ The model is a table of log-probabilities of each code given the code before: th
 One JSON line a row; ratio = ours / peer, both timed in turns in the same run, best of several.
 """
 
-import argparse
-import json
-import time
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from shared.timing import best_of, parser, report
 
 from jaxrec.decoding import BeamResult, Trie, beam_search, build_trie
 
 LEVELS = 3
-
-
-def best_of(functions: list[Callable], repeats: int) -> list[float]:
-    """Milliseconds of each function, best of `repeats` turns after one to warm up."""
-    best = [float("inf")] * len(functions)
-    for turn in range(repeats + 1):
-        for index, function in enumerate(functions):
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            if turn:
-                best[index] = min(best[index], 1e3 * (time.perf_counter() - start))
-    return best
-
-
-def report(claim: str, case: str, ours: float, peer: float, peer_name: str, unit: str = "ms") -> None:
-    row = {"claim": claim, "case": case, "ours": round(ours, 3), "peer": round(peer, 3), "peer_name": peer_name}
-    print(json.dumps(row | {"ratio": round(ours / peer, 3), "unit": unit}), flush=True)
 
 
 def make_model(seed: int, batch: int, codebook_size: int) -> tuple[jax.Array, jax.Array]:
@@ -133,9 +113,7 @@ def compare_catalogues(small: int, large: int, batch: int, beam_width: int, repe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small cases, under a minute")
-    quick = parser.parse_args().quick
+    quick = parser(__doc__).parse_args().quick
     widths, repeats = ((10, 512), 3) if quick else ((10, 50, 100, 512), 7)
     catalogues = ((10_000, 256), (100_000, 256)) if quick else ((10_000, 256), (100_000, 1024), (1_000_000, 2048))
     for count, codebook_size in catalogues:

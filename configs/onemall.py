@@ -1,6 +1,6 @@
 """OneMall on Complete Journey, a grocery chain's year of baskets: `make demo`.
 
-    python train.py configs/onemall.py --run runs/demo
+python train.py configs/onemall.py --run runs/demo
 """
 
 from jaxrec.data.features import FeatureConfig
@@ -18,7 +18,9 @@ config = OneMallConfig(
     # 10,374 items: 128 x 128 k-means codes and 8 binary dimensions (OneMall at full scale: 4096 x 4096 x 4096).
     semantic_ids=SemanticIdConfig(levels=(128, 128), fsq=(2,) * 8),
     # Exposures tell little here and coupons are rare, so most of what is read are purchases.
-    features=FeatureConfig(history_lengths=(128, 256, 32), past_length=256, targets=24, target_sessions=3, buckets=(256,)),
+    features=FeatureConfig(
+        history_lengths=(128, 256, 32), past_length=256, targets=24, target_sessions=3, buckets=(256,)
+    ),
     model=CrossDecoderConfig(width=128, heads=4, layers=2, hidden=256, experts=8, queries=16, recent=64),
     optim=OptimConfig(learning_rate=2e-3, warmup=100),
     training=LoopConfig(steps=1000, log_every=25, checkpoint_every=250),

@@ -24,7 +24,9 @@ config = OneMallConfig(
     semantic_ids=SemanticIdConfig(levels=(128, 128), fsq=(2,) * 8),
     features=FeatureConfig(history_lengths=(32,), past_length=32, targets=2, target_sessions=2, buckets=(32,)),
     # Nobody buys the same item twice here, so that there are no habits to learn.
-    model=CrossDecoderConfig(width=128, heads=4, layers=2, hidden=256, experts=8, queries=4, recent=32, habit=False, dropout=0.2),
+    model=CrossDecoderConfig(
+        width=128, heads=4, layers=2, hidden=256, experts=8, queries=4, recent=32, habit=False, dropout=0.2
+    ),
     optim=OptimConfig(learning_rate=2e-3, warmup=100, weight_decay=0.1),
     training=LoopConfig(steps=3000, log_every=50, checkpoint_every=500),
 )

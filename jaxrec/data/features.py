@@ -83,7 +83,8 @@ def _past(record: dict, stop: int, wanted: np.ndarray, now: int, size: int) -> d
     oldest[inverse] = sessions  # written from the most recent to the oldest: the oldest stays
     order = np.argsort(first, kind="stable")[:size]
     last, counts = first[order], counts[order]
-    current = record["session"][stop] if stop < len(record["session"]) else (sessions[0] + 1 if len(sessions) else 0)
+    following = record["session"][-1] + 1 if len(record["session"]) else 0
+    current = record["session"][stop] if stop < len(record["session"]) else following
     days = (now - times[last]) / 86400
     habit = np.zeros((size, HABITS), np.float32)
     habit[: len(order)] = np.stack(

@@ -15,6 +15,7 @@ from jaxrec.data.cleaning import KCore, drop_repeats, k_core
 from jaxrec.data.pairs import PairConfig, build_pairs
 from jaxrec.data.splits import TimeSplit, assign_splits, number_sessions
 from jaxrec.data.tables import RawTables, Source, count_rows, store, write_table
+from jaxrec.run import progress
 
 
 @dataclass(frozen=True)
@@ -38,32 +39,41 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
     Raises:
       UserError: the source can't be read, or nothing is left of it.
     """
-    raw = source.load()
-    engine, dropped = raw.engine, dict(raw.dropped)
-    # Large tables are freed as soon as the next one is made, so that two of them are the most there ever are.
-    events = store(engine, _clean(raw, source, config, dropped), instead_of=raw.events)
-    events = store(engine, number_sessions(events, source), instead_of=events)
-    size = count_rows(events)
-    events = store(engine, assign_splits(engine, events, source, config.time_split), instead_of=events)
-    dropped["after the last target"] = size - count_rows(events)
-    items = _items(raw, events, source, config)
-    users = events.select("user_id").distinct().order_by("user_id").to_pyarrow()
-    events = store(engine, _index(raw, events, items, users), instead_of=events)
-    train = events.filter((_.split == "train") & _.behavior.isin(source.target_behaviors))
-    counts = train.group_by("item").agg(n=_.count()).to_pyarrow()
-    items = items.append_column("count", pa.array(_scatter(counts["item"], counts["n"], items.num_rows), pa.int64()))
-    pairs = build_pairs(engine, train, config.pairs)
-    statistics = _statistics(source, raw, events, items, users, pairs, {k: n for k, n in dropped.items() if n})
-    write_table(items, folder / "items.parquet")
-    write_table(users, folder / "users.parquet")
-    write_table(pairs, folder / "pairs.parquet")
-    write_table(_sorted_events(events), folder / "events.parquet")
-    if raw.queries is not None:
-        write_table(_known_users(raw.queries, events), folder / "queries.parquet")
-    for name, table in raw.extra.items():
-        write_table(table.order_by(table.columns[:2]).to_pyarrow(), folder / f"{name}.parquet")
-    (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    with progress() as bars:
+        task = bars.add_task(f"Preparing {type(source).__name__}: reading", total=5)
+        raw = source.load()
+        engine, dropped = raw.engine, dict(raw.dropped)
+        # Large tables are freed as soon as the next one is made, so that two of them are the most there ever are.
+        bars.update(task, advance=1, description="Preparing: cleaning and splitting")
+        events = store(engine, _clean(raw, source, config, dropped), instead_of=raw.events)
+        events = store(engine, number_sessions(events, source), instead_of=events)
+        size = count_rows(events)
+        events = store(engine, assign_splits(engine, events, source, config.time_split), instead_of=events)
+        dropped["after the last target"] = size - count_rows(events)
+        bars.update(task, advance=1, description="Preparing: items and users")
+        items = _items(raw, events, source, config)
+        users = events.select("user_id").distinct().order_by("user_id").to_pyarrow()
+        events = store(engine, _index(raw, events, items, users), instead_of=events)
+        train = events.filter((_.split == "train") & _.behavior.isin(source.target_behaviors))
+        counts = train.group_by("item").agg(n=_.count()).to_pyarrow()
+        counts = pa.array(_scatter(counts["item"], counts["n"], items.num_rows), pa.int64())
+        items = items.append_column("count", counts)
+        bars.update(task, advance=1, description="Preparing: pairs of items")
+        pairs = build_pairs(engine, train, config.pairs)
+        bars.update(task, advance=1, description="Preparing: writing")
+        statistics = _statistics(source, raw, events, items, users, pairs, {k: n for k, n in dropped.items() if n})
+        _write(folder, raw, items=items, users=users, pairs=pairs, events=_sorted_events(events))
+        if raw.queries is not None:
+            write_table(_known_users(raw.queries, events), folder / "queries.parquet")
+        (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+        bars.update(task, advance=1, description=f"Prepared {items.num_rows:,} items, {users.num_rows:,} users")
     return statistics
+
+
+def _write(folder: Path, raw: RawTables, **tables: pa.Table) -> None:
+    extra = {name: table.order_by(table.columns[:2]).to_pyarrow() for name, table in raw.extra.items()}
+    for name, table in {**tables, **extra}.items():
+        write_table(table, folder / f"{name}.parquet")
 
 
 def _clean(raw: RawTables, source: Source, config: PrepareConfig, dropped: dict[str, int]) -> ibis.Table:

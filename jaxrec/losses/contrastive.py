@@ -15,8 +15,8 @@ def in_batch_softmax(
     punished for being drawn often (Yi et al. 2019). Returns [R]; a row whose candidates are all masked gives 0.
 
     >>> everything = jnp.ones((1, 4), bool)
-    >>> in_batch_softmax(jnp.zeros((1, 4)), positive=jnp.array([2]), candidates=everything).round(3).tolist()
-    [1.386]
+    >>> in_batch_softmax(jnp.zeros((1, 4)), positive=jnp.array([2]), candidates=everything).round(3)
+    Array([1.386], dtype=float32)
     """
     corrected = scores if log_q is None else scores - log_q
     own = jax.nn.one_hot(positive, scores.shape[1], dtype=bool)

@@ -3,6 +3,7 @@
 import jax
 from flax import struct
 
+from jaxrec.models.prior import Prior
 from jaxrec.nn.attention import KeyValue
 
 
@@ -10,12 +11,14 @@ from jaxrec.nn.attention import KeyValue
 class Catalogue:
     """What the model knows of items: codes int32 [I, M], attributes int32 [I, A], log_q float32 [I].
 
-    `log_q` is the log-probability that an item is drawn as a target.
+    `log_q` is the log-probability that an item is drawn as a target; `prior` is the distribution over IDs that the
+    decoder starts from, or None.
     """
 
     codes: jax.Array
     attributes: jax.Array
     log_q: jax.Array
+    prior: Prior | None = None
 
 
 @struct.dataclass
@@ -47,7 +50,7 @@ class Context:
 
     cross, bos: per layer K/V [B, S, N, H] and [B, 1, N, H]; mask bool [B, S]; state [B, D] of BOS, from which the first
     level is predicted; habit_codes int32 [B, S, M], habit_weights float32 [B, S], share float32 [B]: the distribution
-    over the past's distinct items, and its part in the mixture.
+    over the past's distinct items, and its part in the mixture; prior: the catalogue's.
     """
 
     cross: tuple[KeyValue, ...]
@@ -57,3 +60,4 @@ class Context:
     habit_codes: jax.Array
     habit_weights: jax.Array
     share: jax.Array
+    prior: Prior | None

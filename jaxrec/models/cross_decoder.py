@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from jaxrec.models.context import Catalogue, Context, Features, Sequence
 from jaxrec.models.habit import HabitHead, mixture
+from jaxrec.models.prior import Prior
 from jaxrec.nn.attention import KeyValue, TargetAttention
 from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
 from jaxrec.nn.moe import Dispatch, MixtureOfExperts
@@ -53,6 +54,8 @@ class CrossDecoderConfig:
     """layers of each Query-Former"""
     recent: int = 64
     """most recent distinct items that the decoder sees uncompressed"""
+    prior: bool = True
+    """start the decoder from the catalogue's popularity; off, it has to learn which IDs exist and how popular each is"""
     habit: bool = True
     """mix in the distribution over the items of the user's own past"""
     item_queries: int = 2
@@ -186,7 +189,8 @@ class CrossDecoder(nn.Module):
             bos.append((own[0][:, 0], own[1][:, 0]))
         state = self.out_norm(x[:, 0, 0])
         codes, weights, share = self._habit(features, catalogue, past, state)
-        return Context(cross, tuple(bos), mask, state, codes, weights, share)
+        prior = catalogue.prior if self.config.prior else None
+        return Context(cross, tuple(bos), mask, state, codes, weights, share, prior)
 
     def _item_table(self, catalogue: Catalogue) -> jax.Array:
         """One vector an item, [I, D]: the sum of what is known of it; made once, then gathered by every history."""
@@ -219,7 +223,12 @@ class CrossDecoder(nn.Module):
         x, _ = self._decode(x, context, None, where, train)
         first = jnp.broadcast_to(context.state[:, None, None], (*targets.shape[:2], 1, x.shape[-1]))
         states = jnp.concatenate([first, x[:, :, :-1]], axis=2)  # the state that predicts each level
-        generated = [_pick(self.level_log_probs(states[:, :, m], m), targets[..., m]) for m in levels]
+        generated, nodes = [], jnp.zeros(targets.shape[:2], jnp.int32)
+        for level in levels:
+            log_probs = jax.nn.log_softmax(self._logits(states[:, :, level], level, context.prior, nodes))
+            generated.append(_pick(log_probs, targets[..., level]))
+            if context.prior is not None:
+                nodes, _ = context.prior.step(level, nodes, targets[..., level])
         return self._mix(jnp.stack(generated, -1), context, targets), x[:, :, -1]
 
     def _mix(self, generated: jax.Array, context: Context, targets: jax.Array) -> jax.Array:
@@ -232,9 +241,10 @@ class CrossDecoder(nn.Module):
         joint = mixture(context.share[:, None, None], jnp.cumsum(generated, -1), habit)
         return jnp.diff(joint, prepend=0.0, axis=-1)
 
-    def level_log_probs(self, state: jax.Array, level: int) -> jax.Array:
-        """The decoder's own distribution [..., K] over a level's codes, from the state [..., D] before it."""
-        return jax.nn.log_softmax(self.heads[level].attend(state))
+    def _logits(self, state: jax.Array, level: int, prior: Prior | None, nodes: jax.Array) -> jax.Array:
+        """The decoder's own logits [..., K] of a level, from the state [..., D] and the prior's nodes [...]."""
+        logits = self.heads[level].attend(state)
+        return logits if prior is None else logits + prior.logits(level, nodes)
 
     def _code_token(self, codes: jax.Array, level: int) -> jax.Array:
         return (self.codes[level](codes) + self.levels(jnp.array(level))).astype(self.config.dtype)
@@ -254,13 +264,13 @@ class CrossDecoder(nn.Module):
         """One more level for every beam: tokens int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
 
         At level 0 there are no tokens and W is 1. The cache holds, per beam: `own`, the layers' K/V [B, W, t, N, H];
-        `state` [B, W, D] and `log_z` [B, W], from which the chosen token's probability follows; `generated` [B, W], the
-        prefix's log-probability under the decoder alone; `habit` [B, W, S], the weights of the past's items that begin
-        with the prefix.
+        `state` [B, W, D] and `log_z` [B, W], from which the chosen token's probability follows; `node` [B, W], where
+        the prefix leads in the prior; `generated` [B, W], the prefix's log-probability under the decoder alone;
+        `habit` [B, W, S], the weights of the past's items that begin with the prefix.
         """
         if level == 0:
             state = context.state[:, None]
-            cache = {"generated": jnp.zeros(state.shape[:2])}
+            cache = {"generated": jnp.zeros(state.shape[:2]), "node": jnp.zeros(state.shape[:2], jnp.int32)}
             if self.habit is not None:
                 cache["habit"] = context.habit_weights[:, None]
         else:
@@ -268,10 +278,13 @@ class CrossDecoder(nn.Module):
             x, own = self._decode(self._code_token(tokens, level - 1)[:, :, None], context, cache.get("own"))
             state = x[:, :, 0]
             cache = {**cache, "own": own, "generated": cache["generated"] + chosen}
+            if context.prior is not None:
+                cache["node"], edge = context.prior.step(level - 1, cache["node"], tokens)
+                cache["generated"] += edge
             if self.habit is not None:
                 begins = context.habit_codes[:, None, :, level - 1] == tokens[..., None]
                 cache["habit"] = cache["habit"] * begins
-        logits = self.heads[level].attend(state)
+        logits = self._logits(state, level, context.prior, cache["node"])
         log_z = jax.nn.logsumexp(logits, axis=-1)
         cache = {**cache, "state": state, "log_z": log_z}
         return self._next(context, logits - log_z[..., None], cache, level), cache

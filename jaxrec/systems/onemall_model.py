@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from jaxrec.data.attributes import attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
-from jaxrec.models.cross_decoder import Catalogue, CrossDecoder, Features, Sequence
+from jaxrec.models.context import Catalogue, Features, Sequence
+from jaxrec.models.cross_decoder import CrossDecoder
+from jaxrec.models.prior import build_prior
 from jaxrec.run import Run
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
 from jaxrec.training.sharding import init_sharded
@@ -78,7 +80,10 @@ def assemble(run: Run, config: "OneMallConfig") -> Assembly:
     # One event more for everybody, so that an item nobody took in training has a finite log-probability.
     log_q = np.log((counts + 1) / (counts + 1).sum())
     catalogue = Catalogue(
-        jnp.asarray(space.codes, jnp.int32), jnp.asarray(attributes, jnp.int32), jnp.asarray(log_q, jnp.float32)
+        codes=jnp.asarray(space.codes, jnp.int32),
+        attributes=jnp.asarray(attributes, jnp.int32),
+        log_q=jnp.asarray(log_q, jnp.float32),
+        prior=build_prior(space.codes, counts + 1.0, space.codebook_sizes),
     )
     behaviors = tuple(config.data.behaviors)
     model = CrossDecoder(config.model, behaviors, space.codebook_sizes, sizes, len(items), AGES)

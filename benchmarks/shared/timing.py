@@ -1,0 +1,36 @@
+"""Timing in turns, and the row that every benchmark prints."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import jax
+
+
+def best_of(functions: list[Callable], repeats: int) -> list[float]:
+    """Milliseconds of each function: the best of `repeats` turns, after one to warm up.
+
+    The functions take turns, so that other work on the machine slows all of them.
+    """
+    best = [float("inf")] * len(functions)
+    for turn in range(repeats + 1):
+        for index, function in enumerate(functions):
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if turn:
+                best[index] = min(best[index], 1e3 * (time.perf_counter() - start))
+    return best
+
+
+def report(claim: str, case: str, ours: float, peer: float, peer_name: str, unit: str = "ms", **more: float) -> None:
+    """Prints a row as a JSON line; ratio = ours / peer."""
+    row = {"claim": claim, "case": case, "ours": round(ours, 3), "peer": round(peer, 3), "peer_name": peer_name}
+    print(json.dumps(row | {"ratio": round(ours / peer, 3), "unit": unit} | more), flush=True)
+
+
+def parser(docstring: str) -> argparse.ArgumentParser:
+    """A command line with --quick."""
+    made = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="few cases, under a minute")
+    return made

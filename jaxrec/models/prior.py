@@ -1,0 +1,85 @@
+"""The catalogue's own distribution over semantic IDs, as the place where a decoder starts.
+
+A decoder with random weights thinks every code equally likely, and spends most of a short training on learning which
+IDs exist and how popular they are. Both are known beforehand. The prior is the tree of the catalogue's IDs with the
+log-probability of every edge under popularity; added to the decoder's logits, it lets the decoder learn what is
+particular to a user. Codes that no item has keep a small probability: what is not in the catalogue is unlikely, not
+impossible.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+FLOOR = -12.0  # log-probability of a code that no item has, given the codes before it
+
+
+@struct.dataclass
+class Prior:
+    """Per level, the edges of the tree in the order of their parents (compressed rows).
+
+    first int32 [nodes + 2]: where a node's edges begin, the last node having none; tokens int32, children int32,
+    log_probs float32, each [edges + branching]: the code, the node below and the log-probability of every edge.
+    """
+
+    first: tuple[jax.Array, ...]
+    tokens: tuple[jax.Array, ...]
+    children: tuple[jax.Array, ...]
+    log_probs: tuple[jax.Array, ...]
+    sizes: tuple[int, ...] = struct.field(pytree_node=False)
+    branching: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def logits(self, level: int, nodes: jax.Array) -> jax.Array:
+        """Log-probabilities of the next code under popularity: nodes int32 [...] -> float32 [..., K]."""
+        edges, real = self._edges(level, nodes.reshape(-1))
+        rows = jnp.arange(len(edges))[:, None]
+        tokens = jnp.where(real, self.tokens[level][edges], self.sizes[level])
+        dense = jnp.full((len(edges), self.sizes[level]), FLOOR)
+        dense = dense.at[rows, tokens].set(self.log_probs[level][edges], mode="drop")
+        return dense.reshape(*nodes.shape, -1)
+
+    def step(self, level: int, nodes: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Go down by a code: nodes, tokens int32 [...] -> (nodes of the next level, log-probabilities of the edges).
+
+        A code that no item has leads to the last node, which has no edges.
+        """
+        edges, real = self._edges(level, nodes)
+        match = real & (self.tokens[level][edges] == tokens[..., None])
+        edge = jnp.take_along_axis(edges, match.argmax(-1, keepdims=True), axis=-1)[..., 0]
+        found = match.any(-1)
+        nowhere = len(self.first[level + 1]) - 2 if level + 1 < len(self.sizes) else 0
+        return jnp.where(found, self.children[level][edge], nowhere), jnp.where(
+            found, self.log_probs[level][edge], FLOOR
+        )
+
+    def _edges(self, level: int, nodes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The edges of each node: int32 [..., branching], and which of these are real."""
+        edges = self.first[level][nodes][..., None] + jnp.arange(self.branching[level])
+        return edges, edges < self.first[level][nodes + 1][..., None]
+
+
+def build_prior(codes: np.ndarray, weights: np.ndarray, sizes: tuple[int, ...]) -> Prior:
+    """The prior of a catalogue: codes int [I, M], weights float [I] > 0 (popularity), codebook sizes."""
+    order = np.lexsort(codes.T[::-1])
+    codes, weights = codes[order], weights[order].astype(np.float64)
+    parents, fields = np.zeros(len(codes), np.int64), {"first": [], "tokens": [], "children": [], "log_probs": []}
+    branching = []
+    for level in range(len(sizes)):
+        key = parents * sizes[level] + codes[:, level]
+        edges, start, node = np.unique(key, return_index=True, return_inverse=True)
+        owner = parents[start]
+        count = np.bincount(owner)
+        mass = np.bincount(node, weights)
+        branching.append(int(count.max()))
+        pad = (0, branching[-1])
+        first = np.concatenate([[0], np.cumsum(count), [len(edges)]])
+        log_probs = np.log(mass) - np.log(np.bincount(owner, mass)[owner])
+        fields["first"].append(jnp.asarray(first, jnp.int32))
+        fields["tokens"].append(jnp.asarray(np.pad(edges % sizes[level], pad), jnp.int32))
+        fields["children"].append(jnp.asarray(np.pad(np.arange(len(edges)), pad), jnp.int32))
+        fields["log_probs"].append(jnp.asarray(np.pad(log_probs, pad), jnp.float32))
+        parents = node.reshape(-1)
+    return Prior(
+        **{name: tuple(value) for name, value in fields.items()}, sizes=tuple(sizes), branching=tuple(branching)
+    )

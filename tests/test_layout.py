@@ -1,0 +1,119 @@
+"""The shape of the house: the order of imports, the configurations, the tree in README."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxrec.config import from_json, load_config, to_json
+from jaxrec.systems import SYSTEMS
+
+ROOT = Path(__file__).parent.parent
+ORDER = (
+    "config", "run", "nn", "losses", "training", "data", "text", "semantic_ids",
+    "models", "decoding", "evaluation", "systems", "serving", "export",
+)  # fmt: skip
+SOURCES = sorted((ROOT / "jaxrec").rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def imports_of(node: ast.AST) -> Iterator[str]:
+    """Modules of jaxrec that this code imports, at once or inside a function; not what only type checkers read."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            yield from imports_of(ast.Module(child.orelse, []))
+        elif isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names if alias.name.split(".")[0] == "jaxrec")
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            if child.module == "jaxrec":
+                yield from (f"jaxrec.{alias.name}" for alias in child.names)
+            elif child.module.startswith("jaxrec."):
+                yield child.module
+        else:
+            yield from imports_of(child)
+
+
+def package_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_every_package_has_its_place():
+    found = {path.relative_to(ROOT / "jaxrec").parts[0].removesuffix(".py") for path in SOURCES} - {"__init__"}
+    assert found <= set(ORDER)
+
+
+def test_the_order_is_the_one_that_the_package_states():
+    stated = re.search(r"those before them:\n(.*)\.", (ROOT / "jaxrec" / "__init__.py").read_text())[1]
+    assert tuple(stated.split(", ")) == ORDER
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_packages_import_only_from_those_before_them(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    wrong = [
+        name
+        for name in imports_of(ast.parse(path.read_text()))
+        if name != "jaxrec.__version__"
+        and (module == "jaxrec.__init__" or ORDER.index(package_of(name)) > ORDER.index(package_of(module)))
+    ]
+    assert not wrong, f"{module} imports {', '.join(wrong)}"
+
+
+def test_the_check_of_imports_can_fail():
+    source = """
+from typing import TYPE_CHECKING
+import jaxrec.data.tables
+from jaxrec import serving
+if TYPE_CHECKING:
+    from jaxrec.systems.onemall import OneMallConfig
+else:
+    from jaxrec.models import x
+try:
+    from jaxrec.export import y
+except ImportError:
+    pass
+def late():
+    from jaxrec.systems import SYSTEMS
+"""
+    names = ["jaxrec.data.tables", "jaxrec.serving", "jaxrec.models", "jaxrec.export", "jaxrec.systems"]
+    assert list(imports_of(ast.parse(source))) == names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_configuration_loads_and_survives_json(path):
+    config = load_config(path)
+    assert config.system in SYSTEMS
+    assert from_json(type(config), to_json(config)) == config
+    assert f"configs/{path.name} --run runs/" in path.read_text(), "its docstring gives the command"
+
+
+def paths_of_tree(text: str) -> list[str]:
+    """The paths of an indented tree: the first word of a line, below the line that is indented less."""
+    paths, above = [], []
+    for line in text.splitlines():
+        name = line.strip("│├└─ \t").split(" ")[0]
+        if not name:
+            continue
+        indent = len(line) - len(line.lstrip("│├└─ \t"))
+        above = [(depth, folder) for depth, folder in above if depth < indent]
+        paths.append("".join(folder for _, folder in above) + name)
+        if name.endswith("/"):
+            above.append((indent, name))
+    return paths
+
+
+def test_trees_are_read():
+    assert paths_of_tree("a/  x\n  b.py  y\n  c/\n    d.py\ne.md\n") == ["a/", "a/b.py", "a/c/", "a/c/d.py", "e.md"]
+    assert paths_of_tree("a/\n├── c/   x\n│   └── d.py\n└── e") == ["a/", "a/c/", "a/c/d.py", "a/e"]
+
+
+def test_every_file_of_the_readme_is_there():
+    section = (ROOT / "README.md").read_text().split("## What is where")[1].split("\n## ")[0]
+    block = section.split("```")[1] if "```" in section else re.sub(r"^(?!    ).*", "", section, flags=re.M)
+    paths = [path for path in paths_of_tree(block) if re.fullmatch(r"[\w./-]+", path)]
+    assert len(paths) > 20, "README's tree is not there, or can't be read"
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing

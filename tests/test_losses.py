@@ -1,0 +1,96 @@
+"""Losses against values computed by hand and plain loops."""
+
+import doctest
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.losses import contrastive, likelihood
+from jaxrec.losses.contrastive import in_batch_softmax
+from jaxrec.losses.likelihood import next_token
+
+
+@pytest.mark.parametrize("module", [contrastive, likelihood])
+def test_doctests(module):
+    result = doctest.testmod(module, extraglobs={"jnp": jnp})
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_next_token_by_hand():
+    probs = jnp.array([[[0.5, 0.5, 0.25], [0.1, 1.0, 0.1]], [[1.0, 1.0, 1.0], [0.3, 0.3, 0.3]]])
+    loss = next_token(jnp.log(probs), jnp.array([[True, True], [True, False]]))
+    np.testing.assert_allclose(loss, [[4 * math.log(2), 2 * math.log(10)], [0, 0]], rtol=1e-6)
+
+
+def test_next_token_of_padding_is_zero_with_a_zero_gradient():
+    log_probs = jnp.array([[-1.0, -jnp.inf], [-1.0, -2.0]])
+    where = jnp.array([False, True])
+    assert next_token(log_probs, where).tolist() == [0.0, 3.0]
+    gradient = jax.grad(lambda x: next_token(x, where).sum())(log_probs)
+    assert gradient.tolist() == [[0.0, 0.0], [-1.0, -1.0]]
+
+
+def test_in_batch_softmax_by_hand():
+    # Row 0 sees all three columns, row 1 the first two only, row 2 itself alone.
+    scores = jnp.log(jnp.array([[2.0, 3.0, 5.0], [2.0, 3.0, 5.0], [2.0, 3.0, 5.0]]))
+    candidates = jnp.array([[1, 1, 1], [1, 1, 0], [0, 0, 1]], bool)
+    loss = in_batch_softmax(scores, positive=jnp.arange(3), candidates=candidates)
+    np.testing.assert_allclose(loss, [-math.log(2 / 10), -math.log(3 / 5), 0.0], rtol=1e-6, atol=1e-6)
+
+
+def test_log_q_divides_by_how_often_an_item_is_drawn():
+    scores, drawn = jnp.zeros((1, 3)), jnp.array([0.5, 0.25, 0.25])
+    loss = in_batch_softmax(scores, positive=jnp.array([0]), candidates=jnp.ones((1, 3), bool), log_q=jnp.log(drawn))
+    # exp(score) / q: 2, 4, 4
+    np.testing.assert_allclose(loss, [-math.log(2 / 10)], rtol=1e-6)
+
+
+def test_the_positive_counts_even_if_it_is_no_candidate():
+    scores = jnp.log(jnp.array([[2.0, 3.0]]))
+    loss = in_batch_softmax(scores, positive=jnp.array([0]), candidates=jnp.array([[False, True]]))
+    np.testing.assert_allclose(loss, [-math.log(2 / 5)], rtol=1e-6)
+
+
+def test_rows_without_candidates_are_zero_and_gradients_finite():
+    scores = jnp.array([[1.0, -2.0], [3.0, 1e4]])
+    candidates = jnp.array([[False, False], [True, True]])
+
+    def total(scores):
+        return in_batch_softmax(scores, positive=jnp.array([1, 0]), candidates=candidates).sum()
+
+    value, gradient = jax.value_and_grad(total)(scores)
+    assert float(value) == pytest.approx(1e4 - 3)
+    assert gradient[0].tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(gradient[1], [-1.0, 1.0], atol=1e-6)
+
+
+def test_in_batch_softmax_against_a_loop():
+    rng = np.random.default_rng(0)
+    rows, columns = 7, 5
+    scores, log_q = rng.normal(size=(rows, columns)), np.log(rng.dirichlet(np.ones(columns)))
+    positive, candidates = rng.integers(0, columns, rows), rng.random((rows, columns)) < 0.5
+    candidates[0] = False
+    expected = []
+    for row in range(rows):
+        compared = [c for c in range(columns) if candidates[row, c] or c == positive[row]]
+        weights = {c: math.exp(scores[row, c] - log_q[c]) for c in compared}
+        loss = -math.log(weights[positive[row]] / sum(weights.values()))
+        expected.append(loss if candidates[row].any() else 0.0)
+    loss = in_batch_softmax(
+        jnp.asarray(scores),
+        positive=jnp.asarray(positive),
+        candidates=jnp.asarray(candidates),
+        log_q=jnp.asarray(log_q),
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_scores_give_a_float32_loss():
+    scores = jnp.zeros((1, 4), jnp.bfloat16)
+    loss = in_batch_softmax(scores, positive=jnp.array([2]), candidates=jnp.ones((1, 4), bool))
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, [math.log(4)], rtol=1e-6)

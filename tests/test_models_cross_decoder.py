@@ -1,0 +1,194 @@
+"""OneMall's model: its three verbs against one another, and against the enumeration of every ID."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from onemall_parts import BEHAVIORS, ITEMS, MODEL, SIZES, make_arrays, make_assembly, make_history, make_variables
+
+IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)  # [24, 3]: every ID, in the catalogue or not
+HISTORIES = [make_history(0, 9), make_history(1, 4), make_history(2, 0)]
+VARIANTS = {
+    "all parts": {},
+    "no habit": {"habit": False},
+    "uncompressed and dense": {"queries": 0, "experts": 1, "item_embedding": False, "prior": False},
+}
+UNCOMPRESSED = VARIANTS["uncompressed and dense"]
+
+
+@functools.cache
+def make(**changes):
+    """(assembly, variables, arrays of the three histories) of the tiny model with some fields changed."""
+    assembly = make_assembly(dataclasses.replace(MODEL, **changes))
+    return assembly, make_variables(assembly), make_arrays(HISTORIES, assembly)
+
+
+@functools.cache
+def compiled(**changes):
+    """`everything` of a variant, compiled once."""
+    return jax.jit(functools.partial(everything, make(**changes)[0]))
+
+
+@functools.cache
+def run(**changes) -> dict:
+    """Everything that is compared, of every ID as a target of every history."""
+    _, variables, arrays = make(**changes)
+    return jax.device_get(compiled(**changes)(variables, arrays))
+
+
+def everything(assembly, variables, arrays) -> dict:
+    model = assembly.model
+    targets = jnp.broadcast_to(IDS, (len(HISTORIES), *IDS.shape))
+    context = model.apply(variables, assembly.features(arrays), assembly.catalogue, method="prefill")
+    scored, state = model.apply(variables, context, targets, method="score")
+    steps, cache = [], None
+    for level in range(len(SIZES)):
+        tokens = targets[..., level - 1] if level else None
+        log_probs, cache = model.apply(variables, context, tokens, cache, level, method="extend")
+        steps.append(jnp.broadcast_to(log_probs, (*targets.shape[:2], SIZES[level])))
+        # From the one beam of the first level to a beam for every ID.
+        cache = jax.tree.map(lambda x: jnp.repeat(x, len(IDS) // x.shape[1], axis=1), cache)
+    return {"context": context, "scored": scored, "state": state, "steps": steps}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_score_is_the_product_of_the_steps_of_extend(changes):
+    found = run(**changes)
+    stepwise = [np.take_along_axis(p, IDS[None, :, m, None], -1)[..., 0] for m, p in enumerate(found["steps"])]
+    np.testing.assert_allclose(found["scored"], np.stack(stepwise, -1), atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_probabilities_sum_to_one(changes):
+    """Over the codes of a level after any prefix, and over all IDs together; also where nothing is known of a user."""
+    found = run(**changes)
+    for log_probs in found["steps"]:
+        np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.exp(found["scored"].sum(-1)).sum(-1), 1, atol=1e-5)
+    # Far from uniform, so that the comparisons say something.
+    assert np.exp(found["scored"].sum(-1)).max() > 3 / len(IDS)
+
+
+def test_the_mixture_is_the_mixture_of_whole_ids():
+    """(1 - share) P_generated(ID) + share P_habit(ID), and a level's probability is the ratio of its prefixes' sums."""
+    context = run()["context"]
+    generated = run(habit=False)["scored"].sum(-1)  # of the same parameters otherwise
+    for row in range(len(HISTORIES)):
+        habit = np.array([context.habit_weights[row][(context.habit_codes[row] == each).all(-1)].sum() for each in IDS])
+        share = context.share[row]
+        joint = (1 - share) * np.exp(generated[row]) + share * habit
+        np.testing.assert_allclose(joint.sum(), 1, atol=1e-5)
+        for index, each in enumerate(IDS):
+            sums = [joint[(IDS[:, :levels] == each[:levels]).all(-1)].sum() for levels in range(len(SIZES) + 1)]
+            expected = [sums[level + 1] / sums[level] for level in range(len(SIZES))]
+            np.testing.assert_allclose(np.exp(run()["scored"][row, index]), expected, rtol=2e-4, atol=1e-6)
+    assert 0 < context.share[0] < 1
+    np.testing.assert_allclose(context.habit_weights[:2].sum(-1), 1, atol=1e-6)
+
+
+def test_without_history_there_is_no_habit():
+    context = run()["context"]
+    assert context.share[2] == 0
+    assert not context.habit_weights[2].any()
+    assert not context.mask[2].any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run()))
+
+
+def test_the_context_is_as_long_as_what_is_read():
+    compressed, uncompressed = run()["context"], run(**UNCOMPRESSED)["context"]
+    assert compressed.mask.shape == (3, MODEL.recent + len(BEHAVIORS) * MODEL.queries)
+    assert uncompressed.mask.shape == (3, MODEL.recent + len(BEHAVIORS) * 6)
+    read = [min(MODEL.recent, len(np.unique(h["item"][h["behavior"] == 1]))) for h in HISTORIES]
+    events = [sum(min(6, (h["behavior"] == b).sum()) for b in range(2)) for h in HISTORIES]
+    assert uncompressed.mask.sum(-1).tolist() == (np.array(read) + events).tolist()
+
+
+@pytest.mark.parametrize("dispatch", ["blocked", "dense"])
+def test_packed_targets_are_as_if_each_were_alone(dispatch):
+    _, variables, _ = make()
+    model = make_assembly(dataclasses.replace(MODEL, dispatch=dispatch)).model
+    context = run()["context"]
+    score = jax.jit(lambda targets: model.apply(variables, context, targets, method="score"))
+    some = np.broadcast_to(IDS[::3], (len(HISTORIES), 8, 3))
+    packed, states = score(some)
+    for place in range(8):
+        alone, state = score(some[:, place : place + 1])
+        np.testing.assert_allclose(packed[:, place], alone[:, 0], atol=2e-5)
+        np.testing.assert_allclose(states[:, place], state[:, 0], atol=2e-5)
+    np.testing.assert_allclose(packed, run()["scored"][:, ::3], atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, UNCOMPRESSED], ids=["compressed", "uncompressed"])
+def test_what_is_masked_does_not_matter(changes):
+    _, variables, arrays = make(**changes)
+    rng = np.random.default_rng(3)
+    spoiled = {name: value.copy() for name, value in arrays.items()}
+    for name in ("history_0", "history_1", "past"):
+        hidden = ~arrays[f"{name}_mask"]
+        assert hidden.any()
+        spoiled[f"{name}_item"][hidden] = rng.integers(0, ITEMS, hidden.sum())
+        spoiled[f"{name}_age"][hidden] = rng.integers(0, 24, hidden.sum())
+    spoiled["habit"][~arrays["past_mask"]] = 9.0
+    found = compiled(**changes)(variables, spoiled)
+    np.testing.assert_allclose(found["scored"], run(**changes)["scored"], atol=1e-6)
+    # And what is not masked does.
+    spoiled["past_item"] = (spoiled["past_item"] + 1) % ITEMS
+    other = compiled(**changes)(variables, spoiled)
+    assert np.abs(other["scored"][:2] - run(**changes)["scored"][:2]).max() > 1e-3
+
+
+# ---- the auxiliary task and gradients ----------------------------------------------------------------------------------
+
+
+def scores_tower_and_match(assembly, variables, state, items):
+    apply, catalogue = functools.partial(assembly.model.apply, variables), assembly.catalogue
+    tower = apply(items, catalogue, method=lambda m, i, c: m.item_tower(m._item_features(i, c)))
+    return apply(state, items, catalogue, method="contrast"), tower, apply(state, method=lambda m, s: m.match(s))
+
+
+def test_contrast_is_the_cosine_over_a_temperature():
+    assembly, variables, _ = make()
+    state, items = run()["state"][0, :5], jnp.array([3, 0, 3])
+    scores, tower, wanted = jax.jit(functools.partial(scores_tower_and_match, assembly))(variables, state, items)
+    assert tower.shape == (3, MODEL.width)
+    expected = [
+        [a @ b / np.linalg.norm(a) / np.linalg.norm(b) / 0.05 for b in np.array(tower)] for a in np.array(wanted)
+    ]
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scores[:, 0], scores[:, 2], rtol=1e-6)
+    assert np.abs(scores).max() <= 20.001
+
+
+def test_gradients_are_finite_reach_every_parameter_and_no_bias_of_a_router():
+    assembly, variables, arrays = make(layers=1)
+    targets = jnp.array([[0, 5, 9], [2, 3, 11], [1, 1, 7]])
+    targets = targets.at[:2, 0].set(arrays["past_item"][:2, 0])  # a habit, for the habit head to learn from
+
+    def loss(variables):
+        log_probs, scores = assembly.model.apply(variables, assembly.features(arrays), targets, assembly.catalogue)
+        return jax.nn.logsumexp(scores) - log_probs.sum()
+
+    gradients = jax.jit(jax.grad(loss))(variables)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    dead = [
+        jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(gradients["params"]) if not leaf.any()
+    ]
+    # A bias under a softmax moves nothing.
+    assert set(dead) <= {"['habit']['habit_out']['bias']"}
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradients["balance"]))
+    assert len(jax.tree.leaves(gradients["balance"])) == 1
+
+
+def test_the_load_counts_the_tokens_of_real_targets():
+    assembly, variables, _ = make()
+    where = np.array([[True, False], [True, True], [False, False]])
+    targets = np.broadcast_to(IDS[:2], (3, 2, 3))
+    score = functools.partial(assembly.model.apply, train=True, method="score", mutable=["balance"])
+    _, changed = jax.jit(score)(variables, run()["context"], targets, where)
+    for layer in range(MODEL.layers):
+        load = changed["balance"][f"decoder_{layer}"]["moe"]["load"]
+        assert load.sum() == where.sum() * len(SIZES) * MODEL.experts_per_token
