@@ -4,6 +4,7 @@ python train.py configs/onemall.py --run runs/demo
 """
 
 from jaxrec.data.features import FeatureConfig
+from jaxrec.data.popularity import PopularityConfig
 from jaxrec.data.sources import CompleteJourney
 from jaxrec.models.cross_decoder import CrossDecoderConfig
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
@@ -15,6 +16,8 @@ config = OneMallConfig(
     data=CompleteJourney(),
     attributes=("category", "department", "product_type", "brand", "price"),
     batch_size=48,
+    # What sold in the weeks before the visit: groceries have seasons and offers.
+    popularity=PopularityConfig(days=3),
     # 10,374 items: 128 x 128 k-means codes and 8 binary dimensions (OneMall at full scale: 4096 x 4096 x 4096).
     semantic_ids=SemanticIdConfig(levels=(128, 128), fsq=(2,) * 8),
     # Exposures tell little here and coupons are rare, so most of what is read are purchases.

@@ -28,7 +28,9 @@ def make_assembly(config: CrossDecoderConfig = MODEL) -> Assembly:
     popularity = rng.integers(0, 5, ITEMS)
     attributes = rng.integers(0, (3, 5), (ITEMS, 2)).astype(np.int32)
     log_q = np.log((popularity + 1) / (popularity + 1).sum()).astype(np.float32)
-    catalogue = Catalogue(jnp.asarray(codes), jnp.asarray(attributes), jnp.asarray(log_q), build_prior(codes, popularity + 1.0, SIZES))
+    catalogue = Catalogue(
+        jnp.asarray(codes), jnp.asarray(attributes), jnp.asarray(log_q), build_prior(codes, popularity + 1.0, SIZES)
+    )
     model = CrossDecoder(config, BEHAVIORS, SIZES, (3, 5), ITEMS, AGES)
     space = SemanticIdSpace(codes, SIZES, popularity)
     return Assembly(model, catalogue, space, None, np.array([False, True]))

@@ -74,7 +74,8 @@ def test_shuffled_ties_break_what_storage_order_taught():
     shuffled = evaluate_ties_shuffled(records, 8, (0,), cutoffs=(1,))
     assert value(shuffled, "all", "recall@1", "markov (ties shuffled)")[0] < 0.6
     assert {row["model"] for row in shuffled} == {
-        f"{name} (ties shuffled)" for name in ("popularity", "personal frequency", "markov", "itemknn")
+        f"{name} (ties shuffled)"
+        for name in ("popularity", "recent popularity", "personal frequency", "markov", "itemknn")
     }
     assert evaluate_ties_shuffled(records, 8, (0,), cutoffs=(1,)) == shuffled
 

@@ -109,10 +109,9 @@ def test_the_context_is_as_long_as_what_is_read():
 
 @pytest.mark.parametrize("dispatch", ["blocked", "dense"])
 def test_packed_targets_are_as_if_each_were_alone(dispatch):
-    _, variables, _ = make()
+    variables, context = make()[1], run()["context"]
     model = make_assembly(dataclasses.replace(MODEL, dispatch=dispatch)).model
-    context = run()["context"]
-    score = jax.jit(lambda targets: model.apply(variables, context, targets, method="score"))
+    score = functools.partial(jax.jit(functools.partial(model.apply, method="score")), variables, context)
     some = np.broadcast_to(IDS[::3], (len(HISTORIES), 8, 3))
     packed, states = score(some)
     for place in range(8):

@@ -36,8 +36,9 @@ class FeatureConfig:
 def cut(record: dict, session: int, config: FeatureConfig, *, behaviors: int, wanted: np.ndarray) -> dict:
     """The context before `session` of a record, as arrays; `wanted` bool [behaviors] marks the target behaviors.
 
-    Returns flat names (`history_0_item` int32 [S], ... `past_item`, `habit` float32 [S, 4], `user` float32 [4]) where S
-    is the cut's bucket (`bucket_of`) or the sequence's own limit, if that is smaller.
+    Returns flat names (`history_0_item` int32 [S], ... `past_item`, `habit` float32 [S, 4], `user` float32 [4], `day`
+    int32: the day of the session, counted from 1970) where S is the cut's bucket (`bucket_of`) or the sequence's own
+    limit, if that is smaller.
     """
     stop = int(np.searchsorted(record["session"], session))
     size = bucket_of(record, session, config)
@@ -48,7 +49,7 @@ def cut(record: dict, session: int, config: FeatureConfig, *, behaviors: int, wa
         index = np.flatnonzero(record["behavior"][:stop] == behavior)[-length:]
         out |= _sequence(f"history_{behavior}", record["item"][index], now - record["timestamp"][index], length)
     out |= _past(record, stop, wanted, now, min(size, config.past_length))
-    return out
+    return out | {"day": np.int32(now // 86400)}
 
 
 def targets(record: dict, session: int, config: FeatureConfig, *, wanted: np.ndarray, rng: np.random.Generator) -> dict:

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from scipy import sparse
 
+from jaxrec.data.popularity import DAY, PopularityByPeriod, PopularityConfig, popularity_by_period
 from jaxrec.data.tables import SPLITS
 from jaxrec.evaluation.cases import History, Record
 
@@ -34,23 +35,29 @@ class Log:
     """int64 [events], rising."""
     item: np.ndarray
     """int64 [events]."""
+    timestamp: np.ndarray
+    """int64 [events], seconds."""
     session: np.ndarray
     """int64 [events]: numbered 0, 1, 2.. over all users without gaps, rising with (user, time)."""
     num_users: int
+    day: np.ndarray
+    """int64 [users]: when the question is asked, in days since 1970."""
 
     @classmethod
     def of(cls, histories: Sequence[History], target_behaviors: Sequence[int]) -> "Log":
         """Flattens histories, keeping the events of the target behaviors; an empty history is a user without events."""
         lengths = [len(history["item"]) for history in histories]
         user = np.repeat(np.arange(len(histories)), lengths)
-        item, behavior, session = (
+        item, behavior, timestamp, session = (
             np.concatenate([np.zeros(0, np.int64), *(history[name] for history in histories)])
-            for name in ("item", "behavior", "session")
+            for name in ("item", "behavior", "timestamp", "session")
         )
         keep = np.isin(behavior, target_behaviors)
         user, item, session = user[keep], item[keep].astype(np.int64), session[keep].astype(np.int64)
         _, session = np.unique(user * (session.max(initial=0) + 1) + session, return_inverse=True)
-        return cls(user, item, session, len(histories))
+        last = [int(history["timestamp"][-1]) if len(history["timestamp"]) else 0 for history in histories]
+        now = [int(history.get("now", time)) for history, time in zip(histories, last, strict=True)]
+        return cls(user, item, timestamp[keep], session, len(histories), np.array(now, np.int64) // DAY)
 
     def session_users(self) -> np.ndarray:
         """int64 [sessions]: whose session it is."""
@@ -81,6 +88,20 @@ class Popularity:
 
     def scores(self, log: Log) -> np.ndarray:
         return np.broadcast_to(self.counts.astype(np.float32), (log.num_users, len(self.counts)))
+
+
+@dataclass(frozen=True)
+class RecentPopularity:
+    """Ranks by what sold lately, as of the week of the question; only events from before that week count."""
+
+    popularity: Popularity
+    by_week: PopularityByPeriod
+
+    def recommend(self, histories, k, exclude_seen=False):
+        return _recommend(self.popularity, histories, k, exclude_seen, self.scores)
+
+    def scores(self, log: Log) -> np.ndarray:
+        return self.by_week.weights[self.by_week.period(log.day)].astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -177,12 +198,14 @@ class ItemKNN:
 def fit_baselines(records: Iterable[Record], num_items: int, target_behaviors: Sequence[int]) -> dict[str, Recommender]:
     """All baselines, fitted on the train-split events of `records` (whole records, with `split`), by printed name."""
     train = SPLITS.index("train")
-    histories = [{key: record[key][record["split"] == train] for key in ("item", "behavior", "session")}
+    histories = [{key: record[key][record["split"] == train] for key in ("item", "behavior", "session", "timestamp")}
                  for record in records]  # fmt: skip
     log = Log.of(histories, target_behaviors)
     popularity = Popularity.fit(log, num_items, target_behaviors)
+    by_week = popularity_by_period(log.item, log.timestamp, num_items, PopularityConfig(days=7, floor=0.02))
     return {
         "popularity": popularity,
+        "recent popularity": RecentPopularity(popularity, by_week),
         "personal frequency": PersonalFrequency(popularity),
         "markov": Markov.fit(log, popularity),
         "itemknn": ItemKNN.fit(log, popularity),

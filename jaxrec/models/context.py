@@ -35,13 +35,15 @@ class Features:
     """A context, as arrays: history {behavior: Sequence}, the distinct items of the past, and the moment.
 
     past: the distinct target items, the most recent first; habit float32 [B, S, 4]: how often, how long ago, ... each
-    was taken (jaxrec/data/features.py); user float32 [B, 4]: how much is known of the user.
+    was taken (jaxrec/data/features.py); user float32 [B, 4]: how much is known of the user;
+    period int32 [B]: the period of the prior at the moment of the context.
     """
 
     history: dict[str, Sequence]
     past: Sequence
     habit: jax.Array
     user: jax.Array
+    period: jax.Array
 
 
 @struct.dataclass
@@ -60,4 +62,5 @@ class Context:
     habit_codes: jax.Array
     habit_weights: jax.Array
     share: jax.Array
+    period: jax.Array
     prior: Prior | None

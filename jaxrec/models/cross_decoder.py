@@ -21,7 +21,6 @@ from flax import linen as nn
 
 from jaxrec.models.context import Catalogue, Context, Features, Sequence
 from jaxrec.models.habit import HabitHead, mixture
-from jaxrec.models.prior import Prior
 from jaxrec.nn.attention import KeyValue, TargetAttention
 from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
 from jaxrec.nn.moe import Dispatch, MixtureOfExperts
@@ -55,7 +54,7 @@ class CrossDecoderConfig:
     recent: int = 64
     """most recent distinct items that the decoder sees uncompressed"""
     prior: bool = True
-    """start the decoder from the catalogue's popularity; off, it has to learn which IDs exist and how popular each is"""
+    """start the decoder from the catalogue's popularity; off, it must learn which IDs exist and how popular each is"""
     habit: bool = True
     """mix in the distribution over the items of the user's own past"""
     item_queries: int = 2
@@ -190,14 +189,14 @@ class CrossDecoder(nn.Module):
         state = self.out_norm(x[:, 0, 0])
         codes, weights, share = self._habit(features, catalogue, past, state)
         prior = catalogue.prior if self.config.prior else None
-        return Context(cross, tuple(bos), mask, state, codes, weights, share, prior)
+        return Context(cross, tuple(bos), mask, state, codes, weights, share, features.period, prior)
 
     def _item_table(self, catalogue: Catalogue) -> jax.Array:
         """One vector an item, [I, D]: the sum of what is known of it; made once, then gathered by every history."""
         parts = [embed(catalogue.codes[:, level]) for level, embed in enumerate(self.codes)]
         parts += [embed(catalogue.attributes[:, i]) for i, embed in enumerate(self.attributes)]
         if self.item is not None:
-            parts.append(self.item(jnp.arange(len(catalogue.codes))))
+            parts.append(self.item.table)
         return self.table_norm(sum(parts))
 
     def _tokens(self, table: jax.Array, sequence: Sequence, kind: int) -> jax.Array:
@@ -225,10 +224,10 @@ class CrossDecoder(nn.Module):
         states = jnp.concatenate([first, x[:, :, :-1]], axis=2)  # the state that predicts each level
         generated, nodes = [], jnp.zeros(targets.shape[:2], jnp.int32)
         for level in levels:
-            log_probs = jax.nn.log_softmax(self._logits(states[:, :, level], level, context.prior, nodes))
+            log_probs = jax.nn.log_softmax(self._logits(states[:, :, level], level, context, nodes))
             generated.append(_pick(log_probs, targets[..., level]))
             if context.prior is not None:
-                nodes, _ = context.prior.step(level, nodes, targets[..., level])
+                nodes, _ = context.prior.step(level, nodes, targets[..., level], context.period)
         return self._mix(jnp.stack(generated, -1), context, targets), x[:, :, -1]
 
     def _mix(self, generated: jax.Array, context: Context, targets: jax.Array) -> jax.Array:
@@ -241,10 +240,10 @@ class CrossDecoder(nn.Module):
         joint = mixture(context.share[:, None, None], jnp.cumsum(generated, -1), habit)
         return jnp.diff(joint, prepend=0.0, axis=-1)
 
-    def _logits(self, state: jax.Array, level: int, prior: Prior | None, nodes: jax.Array) -> jax.Array:
-        """The decoder's own logits [..., K] of a level, from the state [..., D] and the prior's nodes [...]."""
+    def _logits(self, state: jax.Array, level: int, context: Context, nodes: jax.Array) -> jax.Array:
+        """The decoder's own logits [B, L, K] of a level, from the state [B, L, D] and the prior's nodes [B, L]."""
         logits = self.heads[level].attend(state)
-        return logits if prior is None else logits + prior.logits(level, nodes)
+        return logits if context.prior is None else logits + context.prior.logits(level, nodes, context.period)
 
     def _code_token(self, codes: jax.Array, level: int) -> jax.Array:
         return (self.codes[level](codes) + self.levels(jnp.array(level))).astype(self.config.dtype)
@@ -279,12 +278,12 @@ class CrossDecoder(nn.Module):
             state = x[:, :, 0]
             cache = {**cache, "own": own, "generated": cache["generated"] + chosen}
             if context.prior is not None:
-                cache["node"], edge = context.prior.step(level - 1, cache["node"], tokens)
+                cache["node"], edge = context.prior.step(level - 1, cache["node"], tokens, context.period)
                 cache["generated"] += edge
             if self.habit is not None:
                 begins = context.habit_codes[:, None, :, level - 1] == tokens[..., None]
                 cache["habit"] = cache["habit"] * begins
-        logits = self._logits(state, level, context.prior, cache["node"])
+        logits = self._logits(state, level, context, cache["node"])
         log_z = jax.nn.logsumexp(logits, axis=-1)
         cache = {**cache, "state": state, "log_z": log_z}
         return self._next(context, logits - log_z[..., None], cache, level), cache

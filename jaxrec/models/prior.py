@@ -19,8 +19,9 @@ FLOOR = -12.0  # log-probability of a code that no item has, given the codes bef
 class Prior:
     """Per level, the edges of the tree in the order of their parents (compressed rows).
 
-    first int32 [nodes + 2]: where a node's edges begin, the last node having none; tokens int32, children int32,
-    log_probs float32, each [edges + branching]: the code, the node below and the log-probability of every edge.
+    first int32 [nodes + 2]: where a node's edges begin, the last node having none; tokens int32, children int32, each
+    [edges + branching]: the code and the node below every edge; log_probs float32 [P, edges + branching]: the edge's
+    log-probability in each period, popularity being a matter of time.
     """
 
     first: tuple[jax.Array, ...]
@@ -30,17 +31,16 @@ class Prior:
     sizes: tuple[int, ...] = struct.field(pytree_node=False)
     branching: tuple[int, ...] = struct.field(pytree_node=False)
 
-    def logits(self, level: int, nodes: jax.Array) -> jax.Array:
-        """Log-probabilities of the next code under popularity: nodes int32 [...] -> float32 [..., K]."""
-        edges, real = self._edges(level, nodes.reshape(-1))
-        rows = jnp.arange(len(edges))[:, None]
+    def logits(self, level: int, nodes: jax.Array, period: jax.Array) -> jax.Array:
+        """Log-probabilities of the next code: nodes int32 [B, L] and period int32 [B] -> float32 [B, L, K]."""
+        edges, real = self._edges(level, nodes)
         tokens = jnp.where(real, self.tokens[level][edges], self.sizes[level])
-        dense = jnp.full((len(edges), self.sizes[level]), FLOOR)
-        dense = dense.at[rows, tokens].set(self.log_probs[level][edges], mode="drop")
-        return dense.reshape(*nodes.shape, -1)
+        row, column = jnp.indices(nodes.shape)[..., None]
+        dense = jnp.full((*nodes.shape, self.sizes[level]), FLOOR)
+        return dense.at[row, column, tokens].set(self.log_probs[level][period[:, None, None], edges], mode="drop")
 
-    def step(self, level: int, nodes: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Go down by a code: nodes, tokens int32 [...] -> (nodes of the next level, log-probabilities of the edges).
+    def step(self, level: int, nodes: jax.Array, tokens: jax.Array, period: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Go down by a code: nodes, tokens int32 [B, L] -> (nodes of the next level, log-probabilities of the edges).
 
         A code that no item has leads to the last node, which has no edges.
         """
@@ -49,9 +49,8 @@ class Prior:
         edge = jnp.take_along_axis(edges, match.argmax(-1, keepdims=True), axis=-1)[..., 0]
         found = match.any(-1)
         nowhere = len(self.first[level + 1]) - 2 if level + 1 < len(self.sizes) else 0
-        return jnp.where(found, self.children[level][edge], nowhere), jnp.where(
-            found, self.log_probs[level][edge], FLOOR
-        )
+        log_probs = jnp.where(found, self.log_probs[level][period[:, None], edge], FLOOR)
+        return jnp.where(found, self.children[level][edge], nowhere), log_probs
 
     def _edges(self, level: int, nodes: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The edges of each node: int32 [..., branching], and which of these are real."""
@@ -60,9 +59,9 @@ class Prior:
 
 
 def build_prior(codes: np.ndarray, weights: np.ndarray, sizes: tuple[int, ...]) -> Prior:
-    """The prior of a catalogue: codes int [I, M], weights float [I] > 0 (popularity), codebook sizes."""
+    """The prior of a catalogue: codes int [I, M], popularity in each period as weights float [P, I] > 0, codebook sizes."""
     order = np.lexsort(codes.T[::-1])
-    codes, weights = codes[order], weights[order].astype(np.float64)
+    codes, weights = codes[order], weights[:, order].astype(np.float64)
     parents, fields = np.zeros(len(codes), np.int64), {"first": [], "tokens": [], "children": [], "log_probs": []}
     branching = []
     for level in range(len(sizes)):
@@ -70,15 +69,16 @@ def build_prior(codes: np.ndarray, weights: np.ndarray, sizes: tuple[int, ...]) 
         edges, start, node = np.unique(key, return_index=True, return_inverse=True)
         owner = parents[start]
         count = np.bincount(owner)
-        mass = np.bincount(node, weights)
+        mass = np.add.reduceat(weights, start, axis=1)
+        above = np.add.reduceat(mass, np.cumsum(count) - count, axis=1)
         branching.append(int(count.max()))
         pad = (0, branching[-1])
         first = np.concatenate([[0], np.cumsum(count), [len(edges)]])
-        log_probs = np.log(mass) - np.log(np.bincount(owner, mass)[owner])
+        log_probs = np.log(mass) - np.log(above[:, owner])
         fields["first"].append(jnp.asarray(first, jnp.int32))
         fields["tokens"].append(jnp.asarray(np.pad(edges % sizes[level], pad), jnp.int32))
         fields["children"].append(jnp.asarray(np.pad(np.arange(len(edges)), pad), jnp.int32))
-        fields["log_probs"].append(jnp.asarray(np.pad(log_probs, pad), jnp.float32))
+        fields["log_probs"].append(jnp.asarray(np.pad(log_probs, ((0, 0), pad)), jnp.float32))
         parents = node.reshape(-1)
     return Prior(
         **{name: tuple(value) for name, value in fields.items()}, sizes=tuple(sizes), branching=tuple(branching)

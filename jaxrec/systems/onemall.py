@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from jaxrec.config import fingerprint, from_json
 from jaxrec.data.examples import write_examples
 from jaxrec.data.features import FeatureConfig
+from jaxrec.data.popularity import PopularityConfig
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import CompleteJourney, Folder, SequenceText, SyntheticMall
 from jaxrec.models.cross_decoder import CrossDecoderConfig
@@ -63,6 +64,8 @@ class OneMallConfig:
     """Contrastive alignment of the embeddings."""
     semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
     """Quantizers."""
+    popularity: PopularityConfig = field(default_factory=PopularityConfig)
+    """The popularity that the decoder starts from."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     """How much of the past the model reads."""
     model: CrossDecoderConfig = field(default_factory=CrossDecoderConfig)
@@ -122,8 +125,7 @@ def load_recommender(run: Run) -> GenerativeRecommender:
     return GenerativeRecommender(assemble(run, config), variables, config.features, config.decoding)
 
 
-def _training_inputs(config: OneMallConfig) -> tuple:
-    return (
-        config.seed, config.attributes, config.batch_size, config.min_history, config.features, config.model,
-        config.objective, config.optim, config.training, config.mesh,
-    )  # fmt: skip
+def _training_inputs(config: OneMallConfig) -> list:
+    """What a training depends on beside the tables and IDs; evaluation and decoding may change without a new one."""
+    names = ("seed", "popularity", "attributes", "batch_size", "min_history", "features", "model", "objective", "optim")
+    return [getattr(config, name) for name in (*names, "training", "mesh")]

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxrec.data.attributes import attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
+from jaxrec.data.popularity import PopularityByPeriod, read_popularity
 from jaxrec.models.context import Catalogue, Features, Sequence
 from jaxrec.models.cross_decoder import CrossDecoder
 from jaxrec.models.prior import build_prior
@@ -30,6 +31,7 @@ class Assembly:
     model: CrossDecoder
     catalogue: Catalogue
     space: SemanticIdSpace
+    popularity: PopularityByPeriod
     examples: Any
     """folder of the example records"""
     wanted: np.ndarray
@@ -52,7 +54,8 @@ class Assembly:
             return Sequence(arrays[f"{name}_item"], arrays[f"{name}_age"], arrays[f"{name}_mask"])
 
         history = {behavior: sequence(f"history_{index}") for index, behavior in enumerate(self.behaviors)}
-        return Features(history, sequence("past"), arrays["habit"], arrays["user"])
+        period = self.popularity.period(arrays["day"])
+        return Features(history, sequence("past"), arrays["habit"], arrays["user"], period)
 
     def init(self, seed: int, mesh: Mesh | None = None) -> dict:
         """Fresh variables {"params", "balance"}: made on the devices where they stay, if there is a mesh."""
@@ -77,14 +80,15 @@ def assemble(run: Run, config: "OneMallConfig") -> Assembly:
     counts = items["count"].to_numpy()
     space = read_codes(run.semantic_ids / "codes.parquet", items["item_id"].to_pylist(), counts)
     attributes, sizes = attribute_indices(items, config.attributes)
+    lately = read_popularity(run.tables, len(items), config.data.target_behaviors, config.popularity)
     # One event more for everybody, so that an item nobody took in training has a finite log-probability.
     log_q = np.log((counts + 1) / (counts + 1).sum())
     catalogue = Catalogue(
         codes=jnp.asarray(space.codes, jnp.int32),
         attributes=jnp.asarray(attributes, jnp.int32),
         log_q=jnp.asarray(log_q, jnp.float32),
-        prior=build_prior(space.codes, counts + 1.0, space.codebook_sizes),
+        prior=build_prior(space.codes, lately.weights, space.codebook_sizes),
     )
     behaviors = tuple(config.data.behaviors)
     model = CrossDecoder(config.model, behaviors, space.codebook_sizes, sizes, len(items), AGES)
-    return Assembly(model, catalogue, space, run.examples, np.isin(behaviors, config.data.target_behaviors))
+    return Assembly(model, catalogue, space, lately, run.examples, np.isin(behaviors, config.data.target_behaviors))

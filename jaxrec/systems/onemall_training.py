@@ -1,5 +1,6 @@
 """Training OneMall's model (Eq. 7): next-token prediction and contrastive task, all targets of a context at once."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,8 +146,8 @@ def flops_counter(assembly: Assembly, config: "OneMallConfig") -> Callable[[dict
     Counted with the experts run exactly (`ragged`): padding and dropped tokens of another dispatch are no model FLOPs.
     """
     counted: dict[int, float] = {}
-    exact = assembly.model.clone(config=_replace_dispatch(assembly.model.config))
-    twin = Assembly(exact, assembly.catalogue, assembly.space, assembly.examples, assembly.wanted)
+    exact = assembly.model.clone(config=dataclasses.replace(assembly.model.config, dispatch="ragged"))
+    twin = dataclasses.replace(assembly, model=exact)
     variables = jax.eval_shape(lambda: twin.init(0))
 
     def forward(variables, batch):
@@ -160,9 +161,3 @@ def flops_counter(assembly: Assembly, config: "OneMallConfig") -> Callable[[dict
         return counted[size]
 
     return count
-
-
-def _replace_dispatch(config):
-    from dataclasses import replace
-
-    return replace(config, dispatch="ragged")

@@ -105,6 +105,8 @@ def spec(*names: str | None) -> PartitionSpec:
 def init_sharded(init: Callable[[], Any], mesh: Mesh) -> Any:
     """Runs an initialiser so that every weight is made on the devices where it stays, and never whole on one.
 
+    An axis that doesn't split evenly over its devices, such as a vocabulary of odd size, is copied to all of them.
+
     Args:
       init: returns a pytree, as `model.init` does, with or without nn.with_logical_partitioning around its leaves.
 
@@ -112,9 +114,18 @@ def init_sharded(init: Callable[[], Any], mesh: Mesh) -> Any:
       The same pytree with plain arrays as leaves.
     """
     with use_mesh(mesh):
-        shapes = jax.eval_shape(init)
-        shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(shapes), mesh, RULES)
+        named, plain = jax.eval_shape(lambda: (made := init(), nn.unbox(made)))
+        shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(named), mesh, RULES)
+        shardings = jax.tree.map(_split_evenly, plain, shardings)
         return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
+
+
+def _split_evenly(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+    def ways(axes: Any) -> int:
+        return int(np.prod([sharding.mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ())]))
+
+    axes = [axis if size % ways(axis) == 0 else None for size, axis in zip(shape.shape, sharding.spec)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
 def like_params(tree: Any, params: Any, mesh: Mesh) -> Any:

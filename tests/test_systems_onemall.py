@@ -1,0 +1,172 @@
+"""OneMall end to end on a tiny synthetic mall: trained, killed and resumed, measured, served; all as real processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrec.run import Run
+from jaxrec.systems.onemall import load_recommender
+from jaxrec.training import checkpoint
+from jaxrec.training.log import TIMING_FIELDS
+
+ROOT = Path(__file__).parent.parent
+STAGE = "stages/pretrain"
+PARTS = ("step", "params", "opt_state", "extra")
+# One after the other in one run directory; every process goes on where the one before it was killed.
+KILLS = ("phase:tables", "partial:semantic_ids", "partial:examples", "step:70", "step:135", "phase:evaluation")
+# Measured: 0.69 of the best possible.
+SHARE_OF_BEST = 0.55
+
+
+def command(program: str, *args: object, **environment: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, program, *map(str, args)]
+    environment = {**os.environ, **environment}
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def train(run: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    environment["JAXREC_CACHE"] = str(run.parent / "cache")
+    return command("train.py", "tests/mall.py", "--run", run, *args, **environment)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two runs of the same configuration: `whole`, and `killed` at every point of KILLS."""
+    folder = tmp_path_factory.mktemp("mall")
+
+    def kill_and_go_on() -> list[subprocess.CompletedProcess]:
+        return [train(folder / "killed", JAXREC_KILL_AT=point) for point in KILLS] + [train(folder / "killed")]
+
+    with ThreadPoolExecutor() as threads:
+        killed = threads.submit(kill_and_go_on)
+        done = train(folder / "whole")
+        *deaths, last = killed.result()
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert [each.returncode for each in deaths] == [-signal.SIGKILL] * len(KILLS), [each.stderr for each in deaths]
+    assert last.returncode == 0, last.stderr + last.stdout
+    (folder / "whole.txt").write_text(done.stdout)
+    (folder / "killed.txt").write_text("".join(each.stdout for each in deaths) + last.stdout)
+    return folder
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def untimed(line: dict) -> dict:
+    return {name: value for name, value in line.items() if name not in TIMING_FIELDS}
+
+
+def same_arrays(left, right) -> bool:
+    return jax.tree.structure(left) == jax.tree.structure(right) and jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), left, right)
+    )
+
+
+def test_a_run_ends_with_everything_in_its_place(folder):
+    run = folder / "whole"
+    steps = [line["step"] for line in read_lines(run / "metrics.jsonl")]
+    assert steps == list(range(20, 161, 20))
+    losses = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
+    assert losses[-1] < losses[0] - 0.5
+    assert checkpoint.steps(run / STAGE) == [120, 160]
+    assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
+    page = (run / "report.html").read_text()
+    assert "onemall" in page and "itemknn" in page
+    shown = json.loads((run / "examples_shown.json").read_text())
+    assert len(shown) == 2
+    assert all(user["history"] and len(user["generated"]) == 10 for user in shown)
+    assert not list(run.glob("*.partial"))
+    assert "recall@10" in (folder / "whole.txt").read_text()
+
+
+def test_it_learns_what_was_planted(folder):
+    rows = json.loads((folder / "whole" / "evaluation.json").read_text())
+    recall = {row["model"]: row for row in rows if row["metric"] == "recall@10" and row["subset"] == "all"}
+    statistics = json.loads((folder / "whole" / "tables" / "statistics.json").read_text())
+    assert recall["onemall"]["count"] == statistics["test_users"] == 150
+    best = statistics["best_possible"]["recall@10"]
+    assert SHARE_OF_BEST * best < recall["onemall"]["value"] <= best + 0.05
+    others = [row["value"] for name, row in recall.items() if name != "onemall"]
+    assert len(others) >= 4
+    assert recall["onemall"]["value"] > max(others)
+    assert recall["onemall"]["value"] > 2 * recall["popularity"]["value"]
+
+
+def test_killed_again_and_again_it_ends_in_the_same_bits(folder):
+    whole, killed = (checkpoint.load_parts(folder / name / STAGE, *PARTS) for name in ("whole", "killed"))
+    assert len(jax.tree.leaves(whole["params"])) > 50
+    assert jax.tree.leaves(whole["opt_state"])
+    assert int(whole["step"]) == 160
+    assert same_arrays(whole, killed)
+    lines = [[untimed(line) for line in read_lines(folder / name / "metrics.jsonl")] for name in ("whole", "killed")]
+    assert lines[0] == lines[1]
+    for name in ("evaluation.json", "examples_shown.json", "config.json"):
+        assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes()
+    said = (folder / "killed.txt").read_text()
+    assert "going on from step 40" in said and "going on from step 120" in said
+
+
+def test_a_finished_run_says_no_to_another_configuration(folder):
+    with ThreadPoolExecutor() as threads:
+        other = threads.submit(train, folder / "whole", "--model.width", "64")
+        unknown = threads.submit(train, folder / "new", "--model.widht", "64")
+    assert other.result().returncode == unknown.result().returncode == 2
+    assert "holds a run of another configuration: model.width (32 there, 64 now); give another --run" in (
+        other.result().stderr
+    )
+    assert "unknown configuration key 'model.widht'; did you mean 'model.width'?" in unknown.result().stderr
+    assert "Traceback" not in other.result().stderr + unknown.result().stderr
+    assert not (folder / "new").exists()
+
+
+def test_a_corrupt_checkpoint_is_passed_over(folder, tmp_path, capsys):
+    run = Run(Path(shutil.copytree(folder / "whole", tmp_path / "run")))
+    before = checkpoint.load_parts(run.path / STAGE, "params")["params"]
+    files = [path for path in (run.path / STAGE / "00000160" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(bytes(largest.stat().st_size))
+    params = load_recommender(run).variables["params"]
+    said = capsys.readouterr().out
+    assert "the checkpoint of step 160 is damaged" in said
+    assert "going on from the checkpoint of step 120" in said
+    assert not same_arrays(params, before)
+
+
+def test_serving_a_file_of_requests(folder, tmp_path):
+    items = json.loads((folder / "whole" / "examples_shown.json").read_text())[0]
+    requests = [
+        json.dumps({"user_id": items["user"], "k": 5}),
+        '{"user_id": ',
+        json.dumps({"history": [{"item_id": "i003"}, {"item_id": "i007"}, {"item_id": "gone"}], "exclude_seen": True}),
+        json.dumps({"user_id": "a stranger", "k": 3}),
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(requests) + "\n")
+    done = command("serve.py", folder / "whole", "--requests", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    known, bad, inline, stranger = read_lines(tmp_path / "out.jsonl")
+    assert known["source"] == "model"
+    assert len(known["items"]) == 5
+    assert bad["line"] == 2
+    assert "JSON" in bad["error"]
+    assert inline["source"] == "model"
+    assert inline["ignored"] == ["gone"]
+    listed = [item["item_id"] for item in inline["items"]]
+    assert len(set(listed)) == 10
+    assert not {"i003", "i007"} & set(listed)
+    for answer in (known, inline):
+        scores = [item["score"] for item in answer["items"]]
+        assert scores == sorted(scores, reverse=True)
+        assert all(score < 0 and item["title"] for score, item in zip(scores, answer["items"], strict=True))
+    assert stranger["source"] == "popular"
+    assert len(stranger["items"]) == 3
+    assert "3 answered (1 with popular items), 1 bad lines" in done.stdout
