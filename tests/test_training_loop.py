@@ -159,6 +159,25 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path, number):
     assert lines(tmp_path) == lines(whole[0])
 
 
+def test_going_on_runs_the_program_that_began(tmp_path, caplog):
+    """Compiling takes minutes for a large model: once at the start, and then it comes from the cache."""
+
+    def compiled() -> list[str]:
+        found = [record.args for record in caplog.records if "XLA compilation of jit(train)" in record.getMessage()]
+        caplog.clear()
+        return found
+
+    class OneLength(Counter):
+        def __next__(self):
+            return {"x": super().__next__()["x"][:, :3]}
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        train(tmp_path, LoopConfig(steps=6, log_every=4, checkpoint_every=4), OneLength())
+        assert len(compiled()) == 1
+        train(tmp_path, LoopConfig(steps=13, log_every=4, checkpoint_every=4), OneLength())
+        assert len(compiled()) == 1
+
+
 def test_a_damaged_checkpoint_costs_steps_and_no_bits(whole, tmp_path, capsys):
     train(tmp_path, LoopConfig(steps=12, log_every=5, checkpoint_every=4))
     next((tmp_path / "checkpoints" / "00000012" / "state" / "d").iterdir()).write_text("garbage")

@@ -59,7 +59,7 @@ class Prior:
 
 
 def build_prior(codes: np.ndarray, weights: np.ndarray, sizes: tuple[int, ...]) -> Prior:
-    """The prior of a catalogue: codes int [I, M], popularity in each period as weights float [P, I] > 0, codebook sizes."""
+    """The prior of a catalogue: codes int [I, M], popularity by period as weights float [P, I] > 0, codebook sizes."""
     order = np.lexsort(codes.T[::-1])
     codes, weights = codes[order], weights[:, order].astype(np.float64)
     parents, fields = np.zeros(len(codes), np.int64), {"first": [], "tokens": [], "children": [], "log_probs": []}

@@ -68,21 +68,21 @@ class GenerativeRecommender:
 
     def _batches(self, histories: list[History]):
         """Yields (rows, stacked features): histories of one length bucket, filled up to the batch size."""
-        cuts = [self._cut(history) for history in histories]
-        sizes = np.array([arrays["past_item"].shape[0] for arrays in cuts])
-        longest = np.array([max(len(value) for value in arrays.values()) for arrays in cuts])
-        for key in np.unique(np.stack([sizes, longest], axis=1), axis=0):
-            group = np.flatnonzero((sizes == key[0]) & (longest == key[1]))
+        ends = [int(history["session"][-1]) + 1 if len(history["session"]) else 0 for history in histories]
+        pairs = list(zip(histories, ends, strict=True))
+        buckets = np.array([features.bucket_of(history, end, self.feature_config) for history, end in pairs])
+        for bucket in np.unique(buckets):
+            group = np.flatnonzero(buckets == bucket)
             for start in range(0, len(group), self.config.batch_size):
                 rows = group[start : start + self.config.batch_size]
-                filled = np.resize(rows, self.config.batch_size)
-                yield rows, {name: np.stack([cuts[row][name] for row in filled]) for name in cuts[rows[0]]}
+                cuts = [self._cut(*pairs[row]) for row in rows]
+                filled = [cuts[index % len(cuts)] for index in range(self.config.batch_size)]
+                yield rows, {name: np.stack([arrays[name] for arrays in filled]) for name in cuts[0]}
 
-    def _cut(self, history: History) -> dict:
-        """The features of everything in a history."""
-        after = int(history["session"][-1]) + 1 if len(history["session"]) else 0
+    def _cut(self, history: History, end: int) -> dict:
+        """The features of everything in a history that ends before session `end`."""
         wanted, behaviors = self.assembly.wanted, len(self.assembly.behaviors)
-        return features.cut(history, after, self.feature_config, behaviors=behaviors, wanted=wanted)
+        return features.cut(history, end, self.feature_config, behaviors=behaviors, wanted=wanted)
 
     def _allowed(self, histories: list[History]) -> np.ndarray:
         """bool [B, I]: what each user doesn't have yet; the rows that fill the batch allow everything."""

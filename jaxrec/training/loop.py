@@ -95,8 +95,9 @@ def fit(
       UserError: the loss is not finite, the data ends early, the disk is full, or no checkpoint can be read.
       SystemExit: status 130, after Ctrl-C or SIGTERM, when the state is saved.
     """
-    state = place(state, mesh) if mesh else state
-    state, totals, begun = _resume(folder, state, iterator)
+    step_fn = jax.jit(step_fn)  # so that it is traced once, for the names of its metrics and for the program
+    state, totals, begun = _resume(folder, place(state, mesh), iterator)
+    totals = place(totals, mesh)
     log = Log(metrics_path, stage, begun, on_log)
     if begun >= config.steps:
         return state
@@ -112,7 +113,7 @@ def fit(
         in_flight = None
         for step in range(begun + 1, config.steps + 1):
             batch = batches.get(step)
-            totals = totals or _zeros(step_fn, state, batch)
+            totals = totals or place(_zeros(step_fn, state, batch), mesh)
             meter.add(batch)
             batch = shard_batch(batch, mesh) if mesh else batch
             state, totals, done = train(state, totals, batch, np.int32(step))
@@ -149,7 +150,8 @@ def _resume(folder: Path, state: Any, iterator: BatchIterator) -> tuple[Any, Met
         return state, {}, 0
     state, notes, step = found
     iterator.set_state(notes["iterator"])
-    return state, {name: tuple(jnp.float32(value) for value in pair) for name, pair in notes["totals"].items()}, step
+    totals = {name: tuple(jnp.float32(value) for value in pair) for name, pair in notes["totals"].items()}
+    return state, totals, step
 
 
 def _accumulating(step_fn: Callable[[Any, Any], tuple[Any, Metrics]]) -> Callable[..., Any]:

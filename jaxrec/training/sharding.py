@@ -139,8 +139,14 @@ def like_params(tree: Any, params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda node: shardings if is_copy(node) else everywhere, tree, is_leaf=is_copy)
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Copies the leaves that aren't on the mesh yet, such as a step count, to all of its devices."""
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """Copies the leaves that aren't on the mesh yet, such as a step count, to all of its devices.
+
+    Without a mesh, to this process's first device: to `jax.jit` an array that was put somewhere, as a restored one is,
+    and one that merely is there are different arguments, and a program is compiled for each.
+    """
+    if mesh is None:
+        return jax.device_put(tree, jax.local_devices()[0])
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def put(x: jax.Array) -> jax.Array:
