@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.data.features import AGES, FeatureConfig, cut
+from jaxrec.data.popularity import PopularityByPeriod
 from jaxrec.models.context import Catalogue
 from jaxrec.models.cross_decoder import CrossDecoder, CrossDecoderConfig
 from jaxrec.models.prior import build_prior
@@ -16,6 +17,8 @@ from jaxrec.systems.onemall_model import Assembly
 BEHAVIORS = ("click", "purchase")
 SIZES = (4, 3, 2)
 ITEMS = 20
+DAY = 86_400
+NOW = 1_702_000_000
 FEATURES = FeatureConfig(history_lengths=(6,), past_length=6, targets=4, buckets=(6,))
 MODEL = CrossDecoderConfig(width=16, heads=2, layers=2, hidden=16, experts=4, queries=2, recent=4, item_queries=2)
 
@@ -28,12 +31,19 @@ def make_assembly(config: CrossDecoderConfig = MODEL) -> Assembly:
     popularity = rng.integers(0, 5, ITEMS)
     attributes = rng.integers(0, (3, 5), (ITEMS, 2)).astype(np.int32)
     log_q = np.log((popularity + 1) / (popularity + 1).sum()).astype(np.float32)
+    # Two periods of very different popularity; make_history asks in either.
+    lately = PopularityByPeriod(np.exp(2 * rng.normal(size=(2, ITEMS))), NOW // DAY, 5)
+    prior = build_prior(codes, lately.weights, SIZES)
     catalogue = Catalogue(
-        jnp.asarray(codes), jnp.asarray(attributes), jnp.asarray(log_q), build_prior(codes, popularity + 1.0, SIZES)
+        codes=jnp.asarray(codes),
+        attributes=jnp.asarray(attributes),
+        embeddings=jnp.asarray(rng.normal(size=(ITEMS, 6)), jnp.float32),
+        log_q=jnp.asarray(log_q),
+        prior=prior,
     )
     model = CrossDecoder(config, BEHAVIORS, SIZES, (3, 5), ITEMS, AGES)
     space = SemanticIdSpace(codes, SIZES, popularity)
-    return Assembly(model, catalogue, space, None, np.array([False, True]))
+    return Assembly(model, catalogue, space, lately, None, np.array([False, True]))
 
 
 def make_variables(assembly: Assembly) -> dict:
@@ -59,7 +69,7 @@ def make_history(seed: int, events: int) -> dict:
         "behavior": rng.integers(0, 2, events).astype(np.int8),
         "timestamp": 1_700_000_000 + 50_000 * session.astype(np.int64),
         "session": session,
-        "now": np.int64(1_702_000_000),
+        "now": np.int64(NOW + 7 * DAY * (seed % 2)),
     }
 
 

@@ -86,10 +86,23 @@ def test_what_is_known_of_the_user_by_hand():
     np.testing.assert_allclose(small_cut(3)["user"], expected, rtol=1e-6)
 
 
+def test_the_day_of_the_session():
+    """Counted from 1970; past the last event it is the day of `now`."""
+    first = 1_700_000_000 // DAY
+    assert [int(small_cut(session)["day"]) for session in range(5)] == [
+        first,
+        first + 3,
+        first + 4,
+        first + 7,
+        first + 7,
+    ]
+    assert small_cut(4, {**RECORD, "now": 86_400 * 20_000 + 5})["day"] == 20_000
+
+
 def test_an_empty_history():
     for record, session in ((RECORD, 0), ({**record_of([]), "now": 1_700_000_000}, 0), (record_of([]), 3)):
         arrays = small_cut(session, record)
-        assert not any(arrays[name].any() for name in arrays if name != "user")
+        assert not any(arrays[name].any() for name in arrays if name not in ("user", "day"))
         assert np.isfinite(arrays["user"]).all()
         assert arrays["past_item"].shape == (2,)
 

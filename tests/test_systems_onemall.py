@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 STAGE = "stages/pretrain"
 PARTS = ("step", "params", "opt_state", "extra")
 # One after the other in one run directory; every process goes on where the one before it was killed.
-KILLS = ("phase:tables", "partial:semantic_ids", "step:70", "step:135", "phase:evaluation")
+KILLS = ("phase:tables", "partial:semantic_ids", "step:50", "step:100", "phase:evaluation")
 # Measured: 0.69 of the best possible.
 SHARE_OF_BEST = 0.55
 
@@ -75,10 +75,10 @@ def same_arrays(left, right) -> bool:
 def test_a_run_ends_with_everything_in_its_place(folder):
     run = folder / "whole"
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl")]
-    assert steps == list(range(20, 161, 20))
+    assert steps == list(range(15, 121, 15))
     losses = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
-    assert checkpoint.steps(run / STAGE) == [120, 160]
+    assert checkpoint.steps(run / STAGE) == [90, 120]
     assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
     page = (run / "report.html").read_text()
     assert "onemall" in page and "itemknn" in page
@@ -106,14 +106,14 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(folder):
     whole, killed = (checkpoint.load_parts(folder / name / STAGE, *PARTS) for name in ("whole", "killed"))
     assert len(jax.tree.leaves(whole["params"])) > 50
     assert jax.tree.leaves(whole["opt_state"])
-    assert int(whole["step"]) == 160
+    assert int(whole["step"]) == 120
     assert same_arrays(whole, killed)
     lines = [[untimed(line) for line in read_lines(folder / name / "metrics.jsonl")] for name in ("whole", "killed")]
     assert lines[0] == lines[1]
     for name in ("evaluation.json", "examples_shown.json", "config.json"):
         assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes()
     said = (folder / "killed.txt").read_text()
-    assert "going on from step 40" in said and "going on from step 120" in said
+    assert "going on from step 30" in said and "going on from step 90" in said
 
 
 def test_a_finished_run_says_no_to_another_configuration(folder):
@@ -132,13 +132,13 @@ def test_a_finished_run_says_no_to_another_configuration(folder):
 def test_a_corrupt_checkpoint_is_passed_over(folder, tmp_path, capsys):
     run = Run(Path(shutil.copytree(folder / "whole", tmp_path / "run")))
     before = checkpoint.load_parts(run.path / STAGE, "params")["params"]
-    files = [path for path in (run.path / STAGE / "00000160" / "state").rglob("*") if path.is_file()]
+    files = [path for path in (run.path / STAGE / "00000120" / "state").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(bytes(largest.stat().st_size))
     params = load_recommender(run).variables["params"]
     said = capsys.readouterr().out
-    assert "the checkpoint of step 160 is damaged" in said
-    assert "going on from the checkpoint of step 120" in said
+    assert "the checkpoint of step 120 is damaged" in said
+    assert "going on from the checkpoint of step 90" in said
     assert not same_arrays(params, before)
 
 

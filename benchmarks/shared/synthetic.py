@@ -12,7 +12,10 @@ import numpy as np
 
 from jaxrec.config import load_config
 from jaxrec.data.features import AGES, FeatureConfig, cut, targets
-from jaxrec.models.cross_decoder import Catalogue, CrossDecoder
+from jaxrec.data.popularity import PopularityByPeriod
+from jaxrec.models.context import Catalogue
+from jaxrec.models.cross_decoder import CrossDecoder
+from jaxrec.models.prior import build_prior
 from jaxrec.semantic_ids.space import SemanticIdSpace
 from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.systems.onemall_model import Assembly
@@ -40,11 +43,18 @@ def make_assembly(config: OneMallConfig) -> Assembly:
     generator = np.random.default_rng(0)
     codes = generator.integers(0, CODEBOOK_SIZES, (ITEMS, len(CODEBOOK_SIZES))).astype(np.int32)
     attributes = generator.integers(0, ATTRIBUTE_SIZES, (ITEMS, len(ATTRIBUTE_SIZES))).astype(np.int32)
-    catalogue = Catalogue(jnp.asarray(codes), jnp.asarray(attributes), jnp.full(ITEMS, -np.log(ITEMS), jnp.float32))
+    lately = PopularityByPeriod(generator.dirichlet(np.ones(ITEMS), 100), first_day=0, days=3)
+    catalogue = Catalogue(
+        codes=jnp.asarray(codes),
+        attributes=jnp.asarray(attributes),
+        embeddings=jnp.asarray(generator.normal(size=(ITEMS, 64)), jnp.float32),
+        log_q=jnp.full(ITEMS, -np.log(ITEMS), jnp.float32),
+        prior=build_prior(codes, lately.weights, CODEBOOK_SIZES),
+    )
     behaviors = tuple(config.data.behaviors)
     model = CrossDecoder(config.model, behaviors, CODEBOOK_SIZES, ATTRIBUTE_SIZES, ITEMS, AGES)
     wanted = np.isin(behaviors, config.data.target_behaviors)
-    return Assembly(model, catalogue, SemanticIdSpace(codes, CODEBOOK_SIZES), None, wanted)
+    return Assembly(model, catalogue, SemanticIdSpace(codes, CODEBOOK_SIZES), lately, None, wanted)
 
 
 def make_batch(assembly: Assembly, config: OneMallConfig, batch_size: int | None = None) -> dict[str, jax.Array]:

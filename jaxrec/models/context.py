@@ -9,14 +9,15 @@ from jaxrec.nn.attention import KeyValue
 
 @struct.dataclass
 class Catalogue:
-    """What the model knows of items: codes int32 [I, M], attributes int32 [I, A], log_q float32 [I].
+    """What the model knows of items: codes int32 [I, M], attributes int32 [I, A], embeddings float32 [I, d].
 
-    `log_q` is the log-probability that an item is drawn as a target; `prior` is the distribution over IDs that the
-    decoder starts from, or None.
+    `log_q` float32 [I] is the log-probability that an item is drawn as a target; `prior` is the distribution over IDs
+    that the decoder starts from, or None.
     """
 
     codes: jax.Array
     attributes: jax.Array
+    embeddings: jax.Array
     log_q: jax.Array
     prior: Prior | None = None
 

@@ -138,6 +138,7 @@ class CrossDecoder(nn.Module):
         self.heads = [Embedding(size, cfg.width) for size in self.codebook_sizes]
         self.attributes = [Embedding(size, cfg.width) for size in self.attribute_sizes]
         self.item = Embedding(self.items, cfg.width) if cfg.item_embedding else None
+        self.embedding_in = Projection(cfg.width, (None, "embed"))
         self.age = Embedding(self.ages, cfg.width)
         self.kinds = Embedding(len(self.behaviors) + 1, cfg.width)  # one a behavior, the last for the distinct items
         self.table_norm = RMSNorm()
@@ -197,6 +198,7 @@ class CrossDecoder(nn.Module):
         parts += [embed(catalogue.attributes[:, i]) for i, embed in enumerate(self.attributes)]
         if self.item is not None:
             parts.append(self.item.table)
+        parts.append(self.embedding_in(catalogue.embeddings))
         return self.table_norm(sum(parts))
 
     def _tokens(self, table: jax.Array, sequence: Sequence, kind: int) -> jax.Array:
@@ -314,6 +316,7 @@ class CrossDecoder(nn.Module):
         parts += [embed(catalogue.attributes[items, i]) for i, embed in enumerate(self.attributes)]
         if self.item is not None:
             parts.append(self.item(items))
+        parts.append(self.embedding_in(catalogue.embeddings[items]))
         return jnp.stack(parts, axis=1)
 
     def __call__(self, features: Features, targets: jax.Array, catalogue: Catalogue):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
+from safetensors.numpy import load_file
 
 from jaxrec.data.attributes import attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
@@ -86,6 +87,7 @@ def assemble(run: Run, config: "OneMallConfig") -> Assembly:
     catalogue = Catalogue(
         codes=jnp.asarray(space.codes, jnp.int32),
         attributes=jnp.asarray(attributes, jnp.int32),
+        embeddings=jnp.asarray(load_file(run.semantic_ids / "embeddings.safetensors")["embeddings"]),
         log_q=jnp.asarray(log_q, jnp.float32),
         prior=build_prior(space.codes, lately.weights, space.codebook_sizes),
     )
