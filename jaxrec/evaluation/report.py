@@ -20,17 +20,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from jaxrec.evaluation.comparison import Row, pivot
+from jaxrec.evaluation.comparison import SEMANTIC_IDS, SHOWN, Row, pivot
 from jaxrec.evaluation.report_page import curve, facts, number, page, score_table, section, tiles
 from jaxrec.run import Run, read_json, writing
 
-SHOWN_METRICS = ("recall@5", "recall@10", "ndcg@10", "hr@10", "mrr@10", "recall@50", "recall@500")
+SHOWN_METRICS = ("recall@5", *SHOWN)
 SUBSET_TITLES = {
     "all": "Everything in the target session",
     "new": "Looking for something new",
+    SEMANTIC_IDS: "Semantic IDs, code by code",
     "new_in_full_ranking": "New items inside the full ranking",
 }
 SUBSET_NOTES = {
+    SEMANTIC_IDS: "how often the likeliest code is the true one, the codes before it being known; "
+    "validity: the share of existing IDs among ten beams without the trie",
     "all": "full ranking, repeat purchases count",
     "new": "what the user already had is taken out of every ranking, and only new targets count",
     "new_in_full_ranking": "the full ranking against new targets only",
@@ -98,7 +101,8 @@ def _comparison(run: Run, system: str) -> Section | None:
     for (split, subset), group in groupby(sorted(rows, key=_place), key=lambda row: (row["split"], row["subset"])):
         values, counts = pivot(group)
         metrics = [metric for metric in SHOWN_METRICS if any(metric in row for row in values.values())]
-        note = f"{split}, {max(counts.values()):,} users; {SUBSET_NOTES.get(subset, '')}".rstrip("; ")
+        unit = "targets" if subset == SEMANTIC_IDS else "users"
+        note = f"{split}, {max(counts.values()):,.0f} {unit}; {SUBSET_NOTES.get(subset, '')}".rstrip("; ")
         parts.append(f"<h3>{escape(SUBSET_TITLES.get(subset, subset))} <small>{escape(note)}</small></h3>")
         parts.append(score_table(values, metrics, [model for model in values if _is_system(model, system)]))
     note = "Every model ranks the whole catalogue for the same users. The best of a column stands in color."

@@ -93,7 +93,7 @@ def _one(user: str, cases: Cases, row: int, items, scores, titles: Sequence[str]
         for item, score in zip(items, scores, strict=True)
         if item >= 0
     ]
-    recent = list(dict.fromkeys(owned[::-1].tolist()))[:20]
+    recent = list(dict.fromkeys(owned[::-1].tolist()))[:20][::-1]
     return {
         "user": user,
         "history": [titles[item] for item in recent],
