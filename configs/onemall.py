@@ -26,5 +26,5 @@ config = OneMallConfig(
     ),
     model=CrossDecoderConfig(width=128, heads=4, layers=2, hidden=256, experts=8, queries=16, recent=64),
     optim=OptimConfig(learning_rate=2e-3, warmup=100),
-    training=LoopConfig(steps=1200, log_every=25, checkpoint_every=300),
+    training=LoopConfig(steps=900, log_every=25, checkpoint_every=300),
 )

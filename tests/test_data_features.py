@@ -74,7 +74,7 @@ def test_the_past_holds_each_item_once_the_most_recent_first():
 
 
 def test_habits_by_hand():
-    """log of the count; log1p of the days and of the sessions since the last time; times per session since the first."""
+    """log of the count; log1p of days and of sessions since the last time; times per session since the first."""
     seven = [math.log(2), math.log1p(3), math.log1p(1), 2 / 3]
     five = [math.log(2), math.log1p(4), math.log1p(2), 2 / 3]
     np.testing.assert_allclose(small_cut(3)["habit"], [seven, five, [0] * 4], rtol=1e-6)
@@ -164,7 +164,7 @@ def test_the_largest_bucket_is_the_limit():
     assert arrays["past_item"].tolist() == [3, 2]
 
 
-# ---- any record --------------------------------------------------------------------------------------------------------
+# ---- any record ------------------------------------------------------------------------------------------------------
 
 
 @st.composite

@@ -140,7 +140,7 @@ def test_what_is_masked_does_not_matter(changes):
     assert np.abs(other["scored"][:2] - run(**changes)["scored"][:2]).max() > 1e-3
 
 
-# ---- the auxiliary task and gradients ----------------------------------------------------------------------------------
+# ---- the auxiliary task and gradients --------------------------------------------------------------------------------
 
 
 def scores_tower_and_match(assembly, variables, state, items):

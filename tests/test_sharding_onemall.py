@@ -56,7 +56,8 @@ assert any(bias.any() for bias in jax.tree.leaves(many.extra))
 
 # Weights lie where the rules put them; a table of odd size lies everywhere.
 assert len(mesh.devices.ravel()) == 8
-where = {jax.tree_util.keystr(path, simple=True, separator="/"): x.sharding for path, x in jax.tree.leaves_with_path(state.params)}
+leaves = jax.tree.leaves_with_path(state.params)
+where = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding for path, leaf in leaves}
 for name, wanted in {
     "decoder_0/moe/up": P("expert", None, "model"),
     "decoder_0/moe/down": P("expert", "model", None),

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +24,7 @@ STAGE = "stages/pretrain"
 PARTS = ("step", "params", "opt_state", "extra")
 # One after the other in one run directory; every process goes on where the one before it was killed.
 KILLS = ("phase:tables", "partial:semantic_ids", "step:50", "step:100", "phase:evaluation")
-# Measured: 0.69 of the best possible.
+# Measured: 0.65 of the best possible; ItemKNN, the best baseline, has 0.47.
 SHARE_OF_BEST = 0.55
 
 
@@ -43,13 +44,17 @@ def folder(tmp_path_factory) -> Path:
     """Two runs of the same configuration: `whole`, and `killed` at every point of KILLS."""
     folder = tmp_path_factory.mktemp("mall")
 
-    def kill_and_go_on() -> list[subprocess.CompletedProcess]:
-        return [train(folder / "killed", JAXREC_KILL_AT=point) for point in KILLS] + [train(folder / "killed")]
+    def killed_at(point: str) -> subprocess.CompletedProcess:
+        return train(folder / "killed", JAXREC_KILL_AT=point)
 
     with ThreadPoolExecutor() as threads:
-        killed = threads.submit(kill_and_go_on)
-        done = train(folder / "whole")
-        *deaths, last = killed.result()
+        whole = threads.submit(train, folder / "whole")
+        deaths = [killed_at(point) for point in KILLS[:2]]
+        # The rest finds in the cache what the whole run has compiled.
+        while not whole.done() and not checkpoint.steps(folder / "whole" / STAGE):
+            time.sleep(0.2)
+        deaths += [killed_at(point) for point in KILLS[2:]]
+        last, done = train(folder / "killed"), whole.result()
     assert done.returncode == 0, done.stderr + done.stdout
     assert [each.returncode for each in deaths] == [-signal.SIGKILL] * len(KILLS), [each.stderr for each in deaths]
     assert last.returncode == 0, last.stderr + last.stdout
