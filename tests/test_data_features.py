@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrec.config import UserError
 from jaxrec.data.features import AGES, FeatureConfig, bucket_of, cut, targets
 
 DAY = 86_400
@@ -256,3 +257,8 @@ def test_serving_sees_what_training_saw(record, session, config):
     wanted = np.array([False, False, True])
     trained = cut(record, session, config, behaviors=3, wanted=wanted)
     assert same(trained, cut(history, session, config, behaviors=3, wanted=wanted))
+
+
+def test_a_length_of_zero_is_refused():
+    with pytest.raises(UserError, match=r"features.history_lengths.*\(5, 0\)"):
+        FeatureConfig(history_lengths=(5, 0))

@@ -17,7 +17,7 @@ from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.systems.onemall_training import make_state, make_step
 from jaxrec.training.sharding import MeshConfig, make_mesh, place, shard_batch, use_mesh
 
-config = OneMallConfig(data=SyntheticMall(), model=dataclasses.replace(MODEL, layers=1))
+config = OneMallConfig(data=SyntheticMall(), model=dataclasses.replace(MODEL, layers=1, queries=0))
 assembly = make_assembly(config.model)
 optimizer = optax.sgd(0.1)  # Adam would make a whole step of a rounding error
 rng = np.random.default_rng(0)

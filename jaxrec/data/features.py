@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxrec.config import UserError
+
 AGES = 24  # age buckets: half powers of two of days, up to 11 years
 HABITS = 4  # numbers told of each item of the past, and of the user
 
@@ -27,6 +29,13 @@ class FeatureConfig:
     """sessions after the cut whose items are targets in training; evaluation always takes the next one alone"""
     buckets: tuple[int, ...] = (128, 256, 500)
     """lengths that sequences are padded to; a batch holds contexts of one bucket"""
+
+    def __post_init__(self):
+        for name in ("history_lengths", "buckets"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise UserError(
+                    f"configuration key 'features.{name}' is {getattr(self, name)}; give lengths of 1 or more"
+                )
 
     def length(self, behavior: int) -> int:
         """The most events of a behavior that are read."""

@@ -52,22 +52,23 @@ def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split
     of `target_behaviors` are targets; sessions of the split that hold none and come before belong to the history. Users
     without a target are left out, users without a history too, and counted.
     """
-    now = SPLITS.index(split)
+    place = SPLITS.index(split)
     users, histories, targets, new, cold = [], [], [], [], 0
     for record in records:
         wanted = np.isin(record["behavior"], target_behaviors)
-        asked = wanted & (record["split"] == now)
+        asked = wanted & (record["split"] == place)
         if not asked.any():
             continue
         answer = np.unique(record["item"][asked])
         first = int(np.argmax(asked))
         before = record["session"] < record["session"][first]
+        now = record["timestamp"][int(np.argmin(before))]  # when the target session begins
         if not before.any():
             cold += 1
             continue
         users.append(int(record["user"]))
         history = {field: record[field][before] for field in EVENT_FIELDS}
-        histories.append({**history, "now": record["timestamp"][first]})
+        histories.append({**history, "now": now})
         targets.append(answer)
         new.append(~np.isin(answer, record["item"][wanted & before]))
     padded, where = _pad(targets, -1, np.int32)
