@@ -22,9 +22,9 @@ def make_functions(assembly: Assembly) -> tuple[Callable, Callable]:
     """score(variables, batch) -> log-probabilities [B, L, M]; gradient(variables, batch, train) -> as the params."""
     model, catalogue = assembly.model, assembly.catalogue
 
-    def score(variables, batch, train=False):
-        rngs = {"dropout": jax.random.key(0)}
-        context = model.apply(variables, assembly.features(batch), catalogue, train, method="prefill", rngs=rngs)
+    def score(variables, batch, train=False, table=None):
+        rngs, inputs = {"dropout": jax.random.key(0)}, assembly.features(batch)
+        context = model.apply(variables, inputs, catalogue, train, table, method="prefill", rngs=rngs)
         codes = catalogue.codes[batch["target"]]
         return model.apply(variables, context, codes, None, train, method="score", rngs=rngs)[0]
 
@@ -59,12 +59,14 @@ def compare(targets: int, batch_size: int, repeats: int, **features) -> None:
     packed = make_batch(assembly, config, batch_size)
     apart, variables = separate(packed), assembly.init(0)
     score, gradient = make_functions(assembly)
+    # As when answering: the item table is made once for all batches, on both sides.
+    table = assembly.model.apply(variables, assembly.catalogue, method="item_table")
     check_equal(score, gradient, variables, packed, apart)
     lengths = [packed[f"history_{index}_item"].shape[1] for index in range(len(assembly.behaviors))]
     case = f"L={targets} B={batch_size} history={'+'.join(map(str, lengths))} recent={config.model.recent}"
     peer_name = f"{batch_size * targets} contexts of one target"
     for claim, function in (
-        ("packed_forward", partial(score, variables)),
+        ("packed_forward", lambda batch: score(variables, batch, table=table)),
         ("packed_forward_and_backward", lambda batch: gradient(variables, batch, True)),
     ):
         ours, peer = best_of([partial(function, packed), partial(function, apart)], repeats)

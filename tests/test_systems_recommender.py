@@ -117,7 +117,8 @@ def test_nobody_asks(recommender):
 
 
 def test_a_damaged_model_is_told(recommender, monkeypatch):
-    monkeypatch.setattr(recommender, "variables", jax.tree.map(lambda x: x * np.nan, recommender.variables))
+    damaged = jax.tree.map(lambda x: x * np.nan, recommender.variables)
+    monkeypatch.setitem(recommender.served, "variables", damaged)
     with pytest.raises(FloatingPointError, match="NaN"):
         recommender.recommend(HISTORIES[:1], ITEMS)
 

@@ -163,9 +163,14 @@ class CrossDecoder(nn.Module):
 
     # ---- the context -------------------------------------------------------------------------------------------------
 
-    def prefill(self, features: Features, catalogue: Catalogue, train: bool = False) -> Context:
-        """Encode what is known of B users once (OneMall Eq. 3)."""
-        table = self._item_table(catalogue)
+    def prefill(
+        self, features: Features, catalogue: Catalogue, train: bool = False, table: jax.Array | None = None
+    ) -> Context:
+        """Encode what is known of B users once (OneMall Eq. 3).
+
+        `table` is what `item_table` gave; who answers many requests with the same parameters makes it once.
+        """
+        table = self.item_table(catalogue) if table is None else table
         recent = slice(0, self.config.recent)
         past = self._tokens(table, features.past, len(self.behaviors)) + self.habit_in(features.habit)
         memory, mask = [past[:, recent]], [features.past.mask[:, recent]]
@@ -192,7 +197,7 @@ class CrossDecoder(nn.Module):
         prior = catalogue.prior if self.config.prior else None
         return Context(cross, tuple(bos), mask, state, codes, weights, share, features.period, prior)
 
-    def _item_table(self, catalogue: Catalogue) -> jax.Array:
+    def item_table(self, catalogue: Catalogue) -> jax.Array:
         """One vector an item, [I, D]: the sum of what is known of it; made once, then gathered by every history."""
         parts = [embed(catalogue.codes[:, level]) for level, embed in enumerate(self.codes)]
         parts += [embed(catalogue.attributes[:, i]) for i, embed in enumerate(self.attributes)]

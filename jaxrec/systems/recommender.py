@@ -30,9 +30,20 @@ class GenerativeRecommender:
     """Recommends with a trained model. Histories are padded to few shapes: nothing recompiles after a warm-up."""
 
     def __init__(self, assembly: Assembly, variables: dict, feature_config: FeatureConfig, config: DecodingConfig):
-        self.assembly, self.variables, self.feature_config, self.config = assembly, variables, feature_config, config
         space = assembly.space
-        self.trie = build_trie(space.codes, space.codebook_sizes, order=space.popularity)
+        self.assembly, self.feature_config, self.config = assembly, feature_config, config
+        make_table = jax.jit(functools.partial(assembly.model.apply, method="item_table"))
+        # What answers need and no request changes; an argument of the compiled functions, not a constant in them.
+        self.served = {
+            "variables": variables,
+            "table": make_table(variables, assembly.catalogue),
+            "trie": build_trie(space.codes, space.codebook_sizes, order=space.popularity),
+        }
+
+    @property
+    def variables(self) -> dict:
+        """The model's variables: {"params", "balance"}."""
+        return self.served["variables"]
 
     def recommend(self, histories: list[History], k: int, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The k best items of each history: items int32 [B, k] (-1 = none) and log-probabilities float32 [B, k].
@@ -45,7 +56,7 @@ class GenerativeRecommender:
         width = max(self.config.beam_width, k)
         for rows, arrays in self._batches(histories):
             allowed = self._allowed([histories[row] for row in rows]) if exclude_seen else None
-            found = self._search(self.variables, self.trie, arrays, allowed, width, k)
+            found = self._search(self.served, arrays, allowed, width, k)
             if bool(found[2].any()):
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
             items[rows], scores[rows] = found[0][: len(rows)], found[1][: len(rows)]
@@ -63,7 +74,7 @@ class GenerativeRecommender:
             target[: len(rows)] = np.where(cases.where[rows], cases.targets[rows], 0)
             where[: len(rows)] = cases.where[rows]
             real = np.arange(self.config.batch_size) < len(rows)
-            sums = add(sums, jax.device_get(self._measure(self.variables, self.trie, arrays, target, where, real)))
+            sums = add(sums, jax.device_get(self._measure(self.served, arrays, target, where, real)))
         return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
 
     def _batches(self, histories: list[History]):
@@ -92,33 +103,36 @@ class GenerativeRecommender:
         return allowed
 
     @functools.partial(jax.jit, static_argnames=("self", "width", "k"))
-    def _search(self, variables, trie, arrays, allowed, width: int, k: int):
-        result = self._beams(variables, trie, self._context(variables, arrays), allowed, width)
-        return *expand_items(trie, result, k=k, allowed=allowed), result.nan
+    def _search(self, served, arrays, allowed, width: int, k: int):
+        result = self._beams(served, self._context(served, arrays), allowed, width)
+        return *expand_items(served["trie"], result, k=k, allowed=allowed), result.nan
 
     @functools.partial(jax.jit, static_argnames=("self",))
-    def _measure(self, variables, trie, arrays, target, where, real):
-        context = self._context(variables, arrays)
+    def _measure(self, served, arrays, target, where, real):
+        context = self._context(served, arrays)
         codes = self.assembly.catalogue.codes[target]
-        log_probs, cache = self._extend(variables, context, None, None, 0)
+        log_probs, cache = self._extend(served, context, None, None, 0)
         log_probs = [jnp.broadcast_to(log_probs, (*target.shape, log_probs.shape[-1]))]
         cache = jax.tree.map(lambda x: jnp.repeat(x, target.shape[1], axis=1), cache)
         for level in range(1, codes.shape[-1]):
-            following, cache = self._extend(variables, context, codes[..., level - 1], cache, level)
+            following, cache = self._extend(served, context, codes[..., level - 1], cache, level)
             log_probs.append(following)
-        free = self._beams(variables, trie, context, None, self.config.beam_width, constrained=False)
+        free = self._beams(served, context, None, self.config.beam_width, constrained=False)
         return id_accuracy(log_probs, codes, where) | {
             "validity": validity_rate(free.valid[:, :10], jnp.broadcast_to(real[:, None], free.valid[:, :10].shape))
         }
 
-    def _context(self, variables, arrays):
+    def _context(self, served, arrays):
         assembly = self.assembly
-        return assembly.model.apply(variables, assembly.features(arrays), assembly.catalogue, method="prefill")
+        inputs, table = assembly.features(arrays), served["table"]
+        return assembly.model.apply(served["variables"], inputs, assembly.catalogue, table=table, method="prefill")
 
-    def _extend(self, variables, context, tokens, cache, level: int):
-        return self.assembly.model.apply(variables, context, tokens, cache, level, method="extend")
+    def _extend(self, served, context, tokens, cache, level: int):
+        return self.assembly.model.apply(served["variables"], context, tokens, cache, level, method="extend")
 
-    def _beams(self, variables, trie, context, allowed, width: int, constrained: bool = True):
-        extend = functools.partial(self._extend, variables, context)
+    def _beams(self, served, context, allowed, width: int, constrained: bool = True):
+        extend = functools.partial(self._extend, served, context)
         batch = len(context.state)
-        return beam_search(extend, None, trie, batch=batch, beam_width=width, allowed=allowed, constrained=constrained)
+        return beam_search(
+            extend, None, served["trie"], batch=batch, beam_width=width, allowed=allowed, constrained=constrained
+        )
