@@ -13,6 +13,7 @@ from jaxrec.data.features import FeatureConfig
 from jaxrec.data.sources import SequenceText
 from jaxrec.models.cross_decoder import CrossDecoderConfig
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -28,5 +29,7 @@ config = OneMallConfig(
         width=128, heads=4, layers=2, hidden=256, experts=8, queries=4, recent=32, habit=False, dropout=0.2
     ),
     optim=OptimConfig(learning_rate=2e-3, warmup=100, weight_decay=0.1),
-    training=LoopConfig(steps=3000, log_every=50, checkpoint_every=500),
+    training=LoopConfig(steps=1500, log_every=50, checkpoint_every=500),
+    # Beams of 500 for all 22,363 users would take longer than the training; 0 measures them all.
+    evaluation=EvaluationConfig(max_users=5000),
 )
