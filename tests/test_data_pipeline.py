@@ -7,7 +7,7 @@ import pytest
 
 from jaxrec.config import UserError
 from jaxrec.data.examples import read_records, write_examples
-from jaxrec.data.pipeline import batches, cut_index, history_lengths, length_buckets
+from jaxrec.data.pipeline import batches, cut_index
 
 BEHAVIORS = ("exposure", "click", "purchase")
 
@@ -60,8 +60,6 @@ def test_cuts_are_those_of_plain_loops(examples, split, targets, min_history):
     assert cuts.dtype == np.int32
     assert [tuple(cut) for cut in cuts.tolist()] == plain_cuts(records, targets, min_history)
     assert len(cuts)
-    before = [(records[r]["session"] < s).sum() for r, s in cuts]
-    np.testing.assert_array_equal(history_lengths(records, cuts), before)
 
 
 def test_the_last_cuts_of_a_record(examples):
@@ -74,10 +72,6 @@ def test_the_last_cuts_of_a_record(examples):
 def test_an_unknown_target_is_named(examples):
     with pytest.raises(UserError, match="'buy' is unknown; the data has exposure, click, purchase"):
         cut_index(read_records(examples, "train"), ("buy",))
-
-
-def test_length_buckets():
-    np.testing.assert_array_equal(length_buckets(np.array([0, 4, 5, 8, 9, 99]), (4, 8, 16)), [0, 0, 1, 1, 2, 2])
 
 
 # 50 cuts over 10 records; features are the cut itself, a draw, and a vector as long as the bucket.

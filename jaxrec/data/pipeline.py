@@ -52,18 +52,6 @@ def cut_index(
     return cuts
 
 
-def history_lengths(records: Records, cuts: np.ndarray) -> np.ndarray:
-    """The number of events before each cut: int32 [n]."""
-    sessions = records.sessions
-    keys = sessions["record"].astype(np.int64) << 32 | sessions["session"]
-    return sessions["start"][np.searchsorted(keys, cuts[:, 0].astype(np.int64) << 32 | cuts[:, 1])]
-
-
-def length_buckets(lengths: np.ndarray, edges: Sequence[int]) -> np.ndarray:
-    """The index of the first edge that is not smaller than each length, or of the last edge: int32 [n]."""
-    return np.minimum(np.searchsorted(np.asarray(edges), lengths), len(edges) - 1).astype(np.int32)
-
-
 def batches(
     records: Sequence[Record],
     cuts: np.ndarray,

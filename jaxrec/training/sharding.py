@@ -4,7 +4,7 @@ Modules only name the axes of their arrays; the tables say on which mesh axis a 
 
     weights      nn.with_logical_partitioning(init, ("embed", "heads", "head_dim"))
                  embed, heads, head_dim, mlp, vocab, expert, queries, layers
-    activations  nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed")), or `constrain` below
+    activations  nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
                  act_batch, act_length, act_targets, act_embed, act_heads, act_expert, act_mlp
 
     mesh = make_mesh(MeshConfig(data=-1))
@@ -88,13 +88,6 @@ def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
     # Not `with mesh:`, under which flax drops every constraint without a word.
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield mesh
-
-
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Asks that `x` be laid out by its axes' logical names; does nothing outside of `use_mesh`."""
-    if len(names) != x.ndim:
-        raise ValueError(f"{len(names)} names for an array of shape {x.shape}")
-    return nn.with_logical_constraint(x, names)
 
 
 def spec(*names: str | None) -> PartitionSpec:

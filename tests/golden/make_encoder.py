@@ -2,8 +2,8 @@
 
 Run it in a throw-away environment, since neither library is needed by jaxrec:
 
-    python -m venv /tmp/golden && /tmp/golden/bin/pip install torch transformers
-    /tmp/golden/bin/python tests/golden/make_encoder.py <folder with model.safetensors and tokenizer.json>
+    python -m venv golden-env && golden-env/bin/pip install torch transformers
+    golden-env/bin/python tests/golden/make_encoder.py <folder with model.safetensors and tokenizer.json>
 """
 
 import json
