@@ -1,4 +1,7 @@
-"""PopularityByPeriod as it was at any time: what sold lately, by period, from the events before each period alone."""
+"""Popularity as it was at any time: what sold before each period, with a share of the popularity over the whole log.
+
+That share (`floor`) and the first period know later events too, as any popularity over all training events does.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

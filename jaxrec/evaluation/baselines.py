@@ -92,7 +92,7 @@ class Popularity:
 
 @dataclass(frozen=True)
 class RecentPopularity:
-    """Ranks by what sold lately, as of the week of the question; only events from before that week count."""
+    """Ranks by what sold in the weeks before that of the question; overall popularity has a share of 2%."""
 
     popularity: Popularity
     by_week: PopularityByPeriod
