@@ -2,7 +2,8 @@
 
 A configuration file (`configs/onemall.py`) is Python and defines one module-level `config`, a frozen dataclass with
 a field `system: str`. Every field is a flag: `train.py configs/onemall.py --run runs/a --model.width 256`; a field
-that may hold one of several dataclasses is given by the name of the class: `--data Folder --data.path my_shop`. The
+that may hold one of several dataclasses is given by the name of the class: `--data Folder --data.path my_shop`,
+`--semantic-ids.remainder OpqConfig`. The
 resolved configuration is plain JSON (`to_json`), which a run directory keeps and from which `from_json` rebuilds the
 dataclass.
 """
@@ -172,24 +173,52 @@ def _take_run(args: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _choose_types(config: Any, args: list[str]) -> tuple[Any, list[str]]:
-    """Applies `--field ClassName` where a field of the configuration may hold one of several dataclasses."""
-    hints, rest, index = typing.get_type_hints(type(config), include_extras=True), [], 0
+    """Applies `--field ClassName` where a field of the configuration, at any depth, may hold one of several dataclasses.
+
+    A field that may be empty takes `None` too.
+    """
+    rest, index = [], 0
     while index < len(args):
         name, _, value = args[index].removeprefix("--").partition("=")
-        members = _dataclass_members(hints.get(name.replace("-", "_")))
+        keys = name.replace("-", "_").split(".")
+        hint = _hint_of(config, keys)
+        members = _dataclass_members(hint)
         if not args[index].startswith("--") or not members:
             rest, index = [*rest, args[index]], index + 1
             continue
         if not value and index + 1 < len(args):
             index, value = index + 1, args[index + 1]
-        by_name = {member.__name__: member for member in members}
-        if value not in by_name:
-            raise UserError(f"configuration key {name!r}: there is no {value!r} here, only {', '.join(by_name)}")
-        chosen = by_name[value]
-        required = [f.name for f in dataclasses.fields(chosen) if f.default is f.default_factory is dataclasses.MISSING]
-        instance = chosen(**dict.fromkeys(required, tyro.MISSING))
-        config, index = dataclasses.replace(config, **{name.replace("-", "_"): instance}), index + 1
+        choices = {member.__name__: member for member in members}
+        if type(None) in typing.get_args(hint):
+            choices["None"] = type(None)
+        if value not in choices:
+            raise UserError(f"configuration key {name!r}: there is no {value!r} here, only {', '.join(choices)}")
+        config, index = _replace(config, keys, _instance(choices[value])), index + 1
     return config, rest
+
+
+def _hint_of(config: Any, keys: list[str]) -> Any:
+    """The type hint of a field, by the names that lead to it; None where there is no such field."""
+    for key in keys[:-1]:
+        config = getattr(config, key, None)
+    if not dataclasses.is_dataclass(config):
+        return None
+    return typing.get_type_hints(type(config), include_extras=True).get(keys[-1])
+
+
+def _replace(config: Any, keys: list[str], value: Any) -> Any:
+    if len(keys) > 1:
+        value = _replace(getattr(config, keys[0]), keys[1:], value)
+    return dataclasses.replace(config, **{keys[0]: value})
+
+
+def _instance(chosen: type) -> Any:
+    """A dataclass with its defaults; what has none is still to be given."""
+    if chosen is type(None):
+        return None
+    fields = dataclasses.fields(chosen)
+    required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    return chosen(**dict.fromkeys(required, tyro.MISSING))
 
 
 def _check_keys(config: Any, args: list[str]) -> None:
@@ -205,13 +234,17 @@ def _check_keys(config: Any, args: list[str]) -> None:
 
 def _other_member(config: Any, key: str) -> str:
     """The mend, where the key is a field of another dataclass that the same place could hold; else ""."""
-    parent, _, name = key.partition(".")
-    members = _dataclass_members(typing.get_type_hints(type(config), include_extras=True).get(parent))
+    *parents, name = key.split(".")
+    if not parents:
+        return ""
+    members = _dataclass_members(_hint_of(config, parents))
     owners = [member.__name__ for member in members if name in {f.name for f in dataclasses.fields(member)}]
     if not owners:
         return ""
-    here = type(getattr(config, parent)).__name__
-    return f"{parent!r} is {here} here, and the key belongs to {' and '.join(owners)}: add --{parent} {owners[0]}"
+    for parent in parents:
+        config = getattr(config, parent)
+    here, place = type(config).__name__.replace("NoneType", "None"), ".".join(parents)
+    return f"{place!r} is {here} here, and the key belongs to {' and '.join(owners)}: add --{place} {owners[0]}"
 
 
 def _dataclass_members(hint: Any) -> list[type]:

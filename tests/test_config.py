@@ -24,6 +24,16 @@ class Shop:
     """Number of items."""
 
 @dataclasses.dataclass(frozen=True)
+class Even:
+    ways: int = 2
+    """How many."""
+
+@dataclasses.dataclass(frozen=True)
+class Odd:
+    times: int = 1
+    """How often."""
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     width: int = 64
     """Model width."""
@@ -33,6 +43,8 @@ class Model:
     """Share of activations that are dropped."""
     moe: bool = True
     """Sparse feed-forward layers."""
+    split: Even | Odd | None = Even()
+    """What is done with the rest."""
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -76,6 +88,8 @@ def test_the_file_gives_the_defaults(config_file):
         (["--data.size", "9"], lambda c: c.data.size == 9),
         (["--data", "Folder", "--data.path", "x/y"], lambda c: c.data.path == Path("x/y")),
         (["--data.path=x", "--data=Folder"], lambda c: c.data.path == Path("x")),
+        (["--model.split", "Odd", "--model.split.times", "4"], lambda c: c.model.split.times == 4),
+        (["--model.split=None", "--model.width=3"], lambda c: (c.model.split, c.model.width) == (None, 3)),
     ],
 )
 def test_any_field_is_a_flag(config_file, args, read):
@@ -90,6 +104,9 @@ def test_any_field_is_a_flag(config_file, args, read):
         (["--zzzz", "1"], "unknown configuration key 'zzzz'; --help lists the keys"),
         (["--data.path", "x"], "'data' is Shop here, and the key belongs to Folder: add --data Folder"),
         (["--data", "Table"], "there is no 'Table' here, only Folder, Shop"),
+        (["--model.split", "Half"], "'model.split': there is no 'Half' here, only Even, Odd, None"),
+        (["--model.split.times", "2"], "'model.split' is Even here, and the key belongs to Odd: add --model.split Odd"),
+        (["--model.split.thymes", "2"], "unknown configuration key 'model.split.thymes'"),
     ],
 )
 def test_unknown_keys_name_the_mend(config_file, args, message):
