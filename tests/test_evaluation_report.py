@@ -2,50 +2,20 @@
 
 import json
 import re
-from html.parser import HTMLParser
+import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from html_page import check, check_stands_alone
 
 from jaxrec.config import UserError
 from jaxrec.evaluation.report import write_report
+from jaxrec.semantic_ids import SemanticIdSpace, write_codes
+from jaxrec.semantic_ids.quality import quality
 
 EVIL = '<script>alert("1")</script>&\'"'
-
-
-class Checker(HTMLParser):
-    """Collects tags and text; notes tags that are closed in the wrong order or left open."""
-
-    void = frozenset(("meta", "br", "path", "use", "rect", "line", "circle"))
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.text, self.attributes = [], [], "", []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        if tag not in self.void:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def check(path):
-    page = Checker()
-    page.feed(path.read_text())
-    assert page.open == []
-    return page
 
 
 def row(model, subset, metric, value, count=9):
@@ -88,12 +58,8 @@ def report(run):
 
 
 def test_it_stands_alone_and_escapes_everything(report):
-    page = check(report)
-    assert "script" not in page.tags and "img" not in page.tags and "link" not in page.tags
-    for name, value in page.attributes:
-        assert not (name in ("src", "href", "xlink:href") and not value.startswith("#")), (name, value)
-    assert page.text.count(EVIL) >= 5
-    assert "url(http" not in report.read_text() and "@import" not in report.read_text()
+    check_stands_alone(report)
+    assert check(report).text.count(EVIL) >= 5
 
 
 def test_the_best_of_every_column_is_marked_and_the_headline_compares(report):
@@ -112,7 +78,7 @@ def test_the_tree_goes_from_coarse_to_fine_and_says_what_it_leaves_out(report):
     page = check(report)
     # Branches: 0 and 7; below 0 twelve of its twenty, below 7 its only one.
     assert page.tags.count("details") == 2 + 12 + 1
-    assert "and 8 more" in page.text and "7-0-60" in page.text and "Tea 100%" in page.text
+    assert "and 8 more" in page.text and "<7,0,60>" in page.text and "Tea 100%" in page.text
 
 
 def test_examples_mark_hits_and_new_items(report):
@@ -125,6 +91,24 @@ def test_examples_mark_hits_and_new_items(report):
 def test_quality_is_flattened(report):
     text = check(report).text
     assert "conflict rate" in text and "0.0125" in text and "by level.1.perplexity" in text
+
+
+def test_quality_and_tree_of_what_the_tokenizer_writes(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    codes = np.stack([np.zeros(61), np.arange(61) % 20, np.arange(61)], axis=1).astype(np.int32)
+    space = SemanticIdSpace(codes, (4, 20, 64))
+    write_codes(tmp_path / "run" / "semantic_ids" / "codes.parquet", [f"i{n:02}" for n in range(61)], space)
+    (tmp_path / "run" / "semantic_ids" / "quality.json").write_text(json.dumps(quality(space)))
+    text = check(write_report(tmp_path / "run")).text
+    assert "Each level alone" in text and "Levels together" in text and "CUR" in text and "independent coding" in text
+
+
+def test_ids_of_other_items_are_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "semantic_ids" / "codes.parquet"
+    pq.write_table(pa.table({"item_id": ["other"], "c1": [0]}), path)
+    with pytest.raises(UserError, match=r"'other'.*not in items.parquet"):
+        write_report(tmp_path / "run")
 
 
 def test_it_is_the_same_bytes_when_written_again(run, report):

@@ -12,7 +12,7 @@ from jaxrec.systems import SYSTEMS
 
 ROOT = Path(__file__).parent.parent
 ORDER = (
-    "config", "run", "nn", "losses", "training", "data", "text", "semantic_ids",
+    "config", "run", "page", "nn", "losses", "training", "data", "text", "semantic_ids",
     "models", "decoding", "evaluation", "systems", "serving", "export",
 )  # fmt: skip
 SOURCES = sorted((ROOT / "jaxrec").rglob("*.py"))
@@ -46,8 +46,8 @@ def test_every_package_has_its_place():
 
 
 def test_the_order_is_the_one_that_the_package_states():
-    stated = re.search(r"those before them:\n(.*)\.", (ROOT / "jaxrec" / "__init__.py").read_text())[1]
-    assert tuple(stated.split(", ")) == ORDER
+    stated = re.search(r"those before them:\n(.*?)\.", (ROOT / "jaxrec" / "__init__.py").read_text(), re.S)[1]
+    assert tuple(re.split(r",\s+", stated)) == ORDER
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -10,8 +10,7 @@ Every section is made from one or two files of the run directory, and left out w
 """
 
 import json
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -21,8 +20,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.evaluation.comparison import SEMANTIC_IDS, SHOWN, Row, pivot
-from jaxrec.evaluation.report_page import curve, facts, number, page, score_table, section, tiles
-from jaxrec.run import Run, read_json, writing
+from jaxrec.page import Section, curve, number, score_table, tiles, write
+from jaxrec.run import Run, read_json
+from jaxrec.semantic_ids.page import Catalogue, figure_tables, tree_section
+from jaxrec.semantic_ids.space import read_codes
 
 SHOWN_METRICS = ("recall@5", *SHOWN)
 SUBSET_TITLES = {
@@ -38,8 +39,6 @@ SUBSET_NOTES = {
     "new": "what the user already had is taken out of every ranking, and only new targets count",
     "new_in_full_ranking": "the full ranking against new targets only",
 }
-BRANCHES_SHOWN = (40, 12, 10)
-"""Most branches shown below the root of the ID tree, below a first code, and items shown below a second."""
 CURVE_POINTS = 400
 
 
@@ -47,30 +46,20 @@ def write_report(run_path: Path) -> Path:
     """Writes <run>/report.html from what the run directory holds, and returns its path.
 
     Raises:
-      UserError: there is no run at `run_path`, or one of its JSON files can't be read.
+      UserError: there is no run at `run_path`, one of its files can't be read, or its IDs are not of its items.
     """
     run, config = Run.load(Path(run_path))
     system = str(config.get("system", "model"))
-    made = (
+    sections = (
         _comparison(run, system),
         _examples(run),
         _curves(run),
         _quality(run),
         _id_tree(run),
     )
-    sections = [part for part in made if part]
-    links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _, _ in sections)
-    head = f"<header><h1>{escape(run.path.resolve().name)}</h1><p>{escape(system)}</p></header><nav>{links}</nav>"
-    body = "\n".join([head, _headline(run, system), *(section(*part) for part in sections)])
-    report, partial = run.path / "report.html", run.path / "report.html.partial"
-    with writing(run.path):
-        partial.write_text(page(f"{run.path.resolve().name} · jaxrec", body), encoding="utf-8")
-        partial.replace(report)
+    report = run.path / "report.html"
+    write(report, run.path.resolve().name, system, _headline(run, system), sections)
     return report
-
-
-Section = tuple[str, str, str, str]
-"""anchor, title, how to read it, HTML."""
 
 
 def _headline(run: Run, system: str) -> str:
@@ -149,67 +138,20 @@ def _quality(run: Run) -> Section | None:
     path = run.semantic_ids / "quality.json"
     if not path.exists():
         return None
-    values = [(name.replace("_", " "), number(value)) for name, value in _flat(read_json(path))]
     note = "Conflicts are items that share a whole ID with another; several items under one ID are all listed."
-    return "quality", "Quality of the semantic IDs", note, facts(values)
-
-
-def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """Nested dicts as (dotted name, value) pairs; a short list on one line."""
-    if isinstance(value, dict):
-        return [pair for key, inner in value.items() for pair in _flat(inner, f"{name}.{key}" if name else str(key))]
-    if isinstance(value, list):
-        shown = ", ".join(number(inner) for inner in value[:8])
-        return [(name, shown + (f", … ({len(value)} values)" if len(value) > 8 else ""))]
-    return [(name, value)]
+    return "quality", "Quality of the semantic IDs", note, figure_tables(read_json(path))
 
 
 def _id_tree(run: Run) -> Section | None:
     codes_path, items_path = run.semantic_ids / "codes.parquet", run.tables / "items.parquet"
     if not (codes_path.exists() and items_path.exists()):
         return None
-    codes, items = pq.read_table(codes_path), pq.read_table(items_path)
-    levels = sorted(
-        (name for name in codes.column_names if re.fullmatch(r"c\d+", name)), key=lambda name: int(name[1:])
+    wanted = ("item_id", "title", "category", "count")
+    items = pq.read_table(items_path, columns=[name for name in pq.read_schema(items_path).names if name in wanted])
+    item_ids, titles, categories, counts = (
+        items[name].to_pylist() if name in items.column_names else None for name in wanted
     )
-    columns = [name for name in ("item_id", "title", "category", "count") if name in items.column_names]
-    about = {row["item_id"]: row for row in items.select(columns).to_pylist()}
-    ids = zip(*(codes[name].to_pylist() for name in levels), strict=True)
-    known = [(about[item], code) for item, code in zip(codes["item_id"].to_pylist(), ids, strict=True) if item in about]
-    known.sort(key=lambda pair: -(pair[0].get("count") or 0))
-    note = "Codes from coarse to fine; the fullest branches first, the most popular items of each. Open one to go down."
-    return "tree", "The tree of semantic IDs", note, f'<div class="card">{_branches(known, (), len(levels))}</div>'
-
-
-def _branches(items: list[tuple[dict, tuple[int, ...]]], prefix: tuple[int, ...], depth: int) -> str:
-    """The branches below `prefix` as nested details; at the second level (or the last) the items themselves."""
-    level = len(prefix)
-    if level == min(2, depth):
-        lines = "".join(f"<li><code>{'-'.join(map(str, code))}</code> {escape(item['title'] or '')}</li>"
-                        for item, code in items[: BRANCHES_SHOWN[level]])  # fmt: skip
-        return f'<ul class="plain">{lines}{_and_more(len(items) - BRANCHES_SHOWN[level], "li")}</ul>'
-    groups = defaultdict(list)
-    for item, code in items:
-        groups[code[level]].append((item, code))
-    fullest = sorted(groups.items(), key=lambda pair: (-len(pair[1]), pair[0]))
-    parts = []
-    for code, inside in fullest[: BRANCHES_SHOWN[level]]:
-        label = "-".join(map(str, (*prefix, code)))
-        summary = f"<code>{label}</code> {number(len(inside))} items <span class=more>{escape(_gist(inside))}</span>"
-        parts.append(f"<details><summary>{summary}</summary>{_branches(inside, (*prefix, code), depth)}</details>")
-    return "".join(parts) + _and_more(len(fullest) - BRANCHES_SHOWN[level], "p")
-
-
-def _gist(items: list[tuple[dict, tuple[int, ...]]]) -> str:
-    """What a branch is about: its most frequent category, and the titles of its most popular items."""
-    (category, count), = Counter(item.get("category") for item, _ in items).most_common(1)  # fmt: skip
-    titles = list(dict.fromkeys(item["title"] or "" for item, _ in items))[:3]
-    head = f"{category} {count / len(items):.0%} · " if category else ""
-    return head + " · ".join(title if len(title) <= 48 else f"{title[:47]}…" for title in titles)
-
-
-def _and_more(count: int, tag: str) -> str:
-    return f'<{tag} class="more">and {count:,} more</{tag}>' if count > 0 else ""
+    return tree_section(Catalogue(read_codes(codes_path, item_ids), item_ids, titles, categories, counts))
 
 
 def _examples(run: Run) -> Section | None:

@@ -64,7 +64,7 @@ class SemanticIdSpace:
         leaf = self._leaf_of.get(tuple(int(c) for c in code))
         if leaf is None:
             return np.zeros(0, np.int32)
-        end = np.cumsum(self.counts)[leaf]
+        end = self._ends[leaf]
         return self._order[end - self.counts[leaf] : end]
 
     def to_text(self, code: np.ndarray | tuple[int, ...]) -> str:
@@ -73,8 +73,19 @@ class SemanticIdSpace:
 
     @cached_property
     def _grouped(self) -> tuple[np.ndarray, np.ndarray]:
-        ids, leaf = np.unique(self.codes, axis=0, return_inverse=True)
-        return ids, leaf.reshape(-1).astype(np.int32)
+        """The distinct rows in rising order, and which of them each row is."""
+        keys = _sort_keys(self.codes, self.codebook_sizes)
+        order = np.lexsort(keys[::-1])
+        new = np.ones(len(order), bool)
+        new[1:] = np.logical_or.reduce([key[order[1:]] != key[order[:-1]] for key in keys])
+        leaf = np.empty(len(order), np.int32)
+        leaf[order] = np.cumsum(new) - 1
+        return self.codes[order[new]], leaf
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Where in `_order` the items of each of `ids` end, int64 [distinct]."""
+        return np.cumsum(self.counts)
 
     @cached_property
     def _leaf_of(self) -> dict[tuple[int, ...], int]:
@@ -85,6 +96,22 @@ class SemanticIdSpace:
         """Items sorted by leaf, then falling popularity, then index, int32 [I]."""
         popularity = np.zeros(len(self.codes)) if self.popularity is None else np.asarray(self.popularity)
         return np.lexsort((np.arange(len(self.codes)), -popularity, self.leaf)).astype(np.int32)
+
+
+def _sort_keys(codes: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Codes [I, M] as few int64 [I], the first the most significant: sorting by them sorts the rows.
+
+    Neighbouring levels are joined into one number while it fits; ten times as fast as `np.unique` by rows.
+    """
+    keys, room = [codes[:, 0].astype(np.int64)], 2**63 // sizes[0]
+    for level, size in enumerate(sizes[1:], start=1):
+        if size <= room:
+            keys[-1] = keys[-1] * size + codes[:, level]
+            room //= size
+        else:
+            keys.append(codes[:, level].astype(np.int64))
+            room = 2**63 // size
+    return keys
 
 
 def write_codes(path: Path, item_ids: list[str] | pa.Array, space: SemanticIdSpace) -> None:

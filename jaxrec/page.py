@@ -1,9 +1,15 @@
-"""How the report looks: small pieces of escaped HTML, curves as inline SVG, one style sheet; no script, no network."""
+"""How HTML pages look: small pieces of escaped HTML, pictures as inline SVG, one style sheet; no script, no network."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from pathlib import Path
+from typing import Any
 
+from jaxrec.run import writing
+
+Section = tuple[str, str, str, str]
+"""anchor, title, how to read it, HTML."""
 INK, LINE = "#010203", "#040506"
 """Stand-ins that matplotlib draws with; the page's own colors replace them, so that curves follow light and dark."""
 
@@ -53,12 +59,32 @@ code { font: .85em ui-monospace, "SF Mono", Menlo, Consolas, monospace; backgrou
 ul, ol { margin: .25rem 0 .75rem; padding-left: 1.5rem; } ul.plain { list-style: none; padding-left: 1.4rem; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 2rem; }
 .columns h4 { margin: .5rem 0 .25rem; font-size: .85rem; font-weight: 500; color: var(--soft); }
-.columns li { overflow-wrap: anywhere; }
+.columns li, .groups li { overflow-wrap: anywhere; }
+.groups { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .75rem; margin: .75rem 0; }
+.groups .card { margin: 0; } .groups h3 { margin: 0 0 .4rem; } .groups small { display: block; margin-top: .2rem; }
+.groups ul { padding-left: 0; margin-bottom: 0; }
+.groups li { font-size: .92rem; padding: .1rem 0; }
 .score { color: var(--soft); font-size: .82rem; font-variant-numeric: tabular-nums; }
 .chip { font-size: .75rem; border-radius: 99px; padding: .08rem .55rem; white-space: nowrap; }
 .hit { color: var(--hit); background: var(--hit-bg); } .new { color: var(--new); background: var(--new-bg); }
 li.is-hit { font-weight: 600; }
 """
+
+
+def write(path: Path, title: str, subtitle: str, headline: str, sections: Iterable[Section | None]) -> None:
+    """Write a page as one file, whole or not at all: title, links to its sections, headline (HTML), sections.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    there = [part for part in sections if part]
+    links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _, _ in there)
+    head = f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header><nav>{links}</nav>"
+    html = page(f"{title} · jaxrec", "\n".join([head, headline, *(section(*part) for part in there)]))
+    partial = path.with_name(f"{path.name}.partial")
+    with writing(path.parent):
+        partial.write_text(html, encoding="utf-8")
+        partial.replace(path)
 
 
 def page(title: str, body: str) -> str:
@@ -103,8 +129,14 @@ def _score_cell(value: float | None, best: float) -> str:
 
 def facts(values: Iterable[tuple[str, str]]) -> str:
     """Two columns: a name and its value."""
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in values)
-    return f'<div class="card scroll"><table>{rows}</table></div>'
+    return table((), values)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Plain text in rows under a head, which may be empty; the first column to the left, others to the right."""
+    lines = ["".join(f"<th>{escape(name)}</th>" for name in head)] if head else []
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return f'<div class="card scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
 def number(value: object) -> str:
@@ -116,28 +148,37 @@ def number(value: object) -> str:
 
 def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
     """A line over training steps as an SVG inside the page."""
-    # Imported here: matplotlib takes a second, and only a report needs it.
+    steps, values = zip(*points, strict=True)
+
+    def draw(axes: Any) -> None:
+        axes.plot(steps, values, color=LINE, linewidth=1.6, marker="o" if len(points) < 4 else None, markersize=4)
+        axes.ticklabel_format(axis="y", scilimits=(-4, 6))
+        axes.locator_params(nbins=4)
+
+    return picture(title, f"{number(values[-1])} at step {number(steps[-1])}", draw)
+
+
+def picture(title: str, caption: str, draw: Callable[[Any], None]) -> str:
+    """What `draw` puts on matplotlib axes, in INK and LINE, as an SVG inside the page under its title and caption."""
+    # Imported here: matplotlib takes a second, and only pages need it.
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
-    steps, values = zip(*points, strict=True)
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(3.6, 1.9), layout="constrained")
         axes = figure.subplots()
-        axes.plot(steps, values, color=LINE, linewidth=1.6, marker="o" if len(points) < 4 else None, markersize=4)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set(color=INK, alpha=0.35)
-        axes.tick_params(colors=INK, length=2)
-        axes.ticklabel_format(axis="y", scilimits=(-4, 6))
-        axes.locator_params(nbins=4)
+        axes.tick_params(colors=INK, length=2, which="both")
         axes.grid(color=INK, alpha=0.1)
+        axes.set_axisbelow(True)
+        draw(axes)
         drawn = io.StringIO()
         none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(drawn, format="svg", transparent=True, metadata=none)
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(LINE, "var(--accent)")
-    caption = f"<b>{escape(title)}</b> {number(values[-1])} at step {number(steps[-1])}"
-    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
+    return f"<figure><figcaption><b>{escape(title)}</b> {escape(caption)}</figcaption>{svg}</figure>"
