@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock
+SPARK_STAMP := $(VENV)/.installed-spark
+
+.PHONY: help setup setup-spark demo test test-spark lint bench lock
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(STAMP)  ## make .venv with the locked packages (about 1 GB, a few minutes)
 
@@ -18,6 +20,11 @@ demo: setup  ## train OneMall on the embedded data set, end to end, in runs/demo
 
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest -q
+
+setup-spark: $(SPARK_STAMP)  ## add Spark to .venv (needs Java 17 or newer)
+
+test-spark: setup-spark  ## the pair statistics on Spark against DuckDB
+	$(BIN)/python -m pytest -q tests/spark
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .
@@ -41,4 +48,8 @@ $(STAMP): requirements.lock requirements-nodeps.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-nodeps.lock
 	@# The package itself: this folder on the path.
 	@$(BIN)/python -c 'import os, sysconfig; open(sysconfig.get_path("purelib") + "/jaxrec.pth", "w").write(os.getcwd() + "\n")'
+	@touch $@
+
+$(SPARK_STAMP): $(STAMP) requirements-spark.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-spark.lock
 	@touch $@

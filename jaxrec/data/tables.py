@@ -1,7 +1,8 @@
 """Tables: what a source hands over, the engine that works on them, and the folder that everybody else reads.
 
 A source reads logs into a `RawTables`: ibis tables on one engine (DuckDB by default; nothing below is DuckDB's own
-except `connect`). `jaxrec.data.prepare` cleans, splits and indexes them and writes the folder that `Tables` reads:
+except `connect`, and `jaxrec.data.spark` connects to Spark). `jaxrec.data.prepare` cleans, splits and indexes them and
+writes the folder that `Tables` reads:
 
     items.parquet    sorted by item_id; the row number is the item index used everywhere later
     events.parquet   sorted by (user, session, timestamp, strength of the behavior, item)
@@ -12,7 +13,8 @@ except `connect`). `jaxrec.data.prepare` cleans, splits and indexes them and wri
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,6 +23,7 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.backends import BaseBackend
+from ibis.expr.operations import DatabaseTable
 
 from jaxrec.config import UserError
 
@@ -29,6 +32,8 @@ Split = Literal["leave_one_out", "last_session", "time"]
 
 EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "behavior", "session_id")
 
+# In the names of tables that `store` makes, and in no other.
+_STORED = "jaxrec"
 _PRIME = 2_147_483_647
 
 
@@ -112,11 +117,42 @@ def store(engine: BaseBackend, table: ibis.Table | pa.Table, instead_of: ibis.Ta
     """Computes a table once and keeps it in the engine under a fresh name; frees the stored table `instead_of`."""
     if isinstance(table, pa.Table):
         table = ibis.memtable(table)
-    stored = engine.create_table(ibis.util.gen_name("jaxrec"), table)
+    stored = engine.create_table(ibis.util.gen_name(_STORED), table)
     if instead_of is not None:
-        # Plain SQL: ibis 12's own drop_table renders no name with the sqlglot that it installs.
-        engine.raw_sql(f'DROP TABLE "{instead_of.op().name}"')
+        free(engine, instead_of)
     return stored
+
+
+def free(engine: BaseBackend, table: ibis.Table) -> None:
+    """Drops a table that `store` made. Any other is left alone: it may be the user's own."""
+    if is_stored(table):
+        # Plain SQL: ibis 12's own drop_table renders no name with the sqlglot that it installs.
+        engine.raw_sql(f"DROP TABLE {table.op().name}")
+
+
+def is_stored(table: ibis.Table) -> bool:
+    """Whether this is a table that `store` made, not an expression or a table of somebody else."""
+    operation = table.op()
+    return isinstance(operation, DatabaseTable) and operation.name.startswith(f"ibis_{_STORED}_")
+
+
+@contextmanager
+def scratch(engine: BaseBackend) -> Iterator[Callable[[ibis.Table], ibis.Table]]:
+    """Intermediate results: `with scratch(engine) as keep: stored = keep(table)`. They are freed at the end.
+
+    `keep` stores a table, or takes over one that is stored already.
+    """
+    kept = []
+
+    def keep(table: ibis.Table) -> ibis.Table:
+        kept.append(table if is_stored(table) else store(engine, table))
+        return kept[-1]
+
+    try:
+        yield keep
+    finally:
+        for table in kept:
+            free(engine, table)
 
 
 def count_rows(table: ibis.Table) -> int:
