@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrec.losses import contrastive, likelihood
-from jaxrec.losses.contrastive import in_batch_softmax
+from jaxrec.losses.contrastive import in_batch_softmax, margin_rank, pair_loss, relevance_regression
 from jaxrec.losses.likelihood import next_token
 
 
@@ -94,3 +94,63 @@ def test_half_precision_scores_give_a_float32_loss():
     loss = in_batch_softmax(scores, positive=jnp.array([2]), candidates=jnp.ones((1, 4), bool))
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, [math.log(4)], rtol=1e-6)
+
+
+def test_a_masked_pair_costs_nothing_and_is_nobodys_negative():
+    scores = jnp.array([[2.0, 1.0, 90.0], [0.0, 3.0, 70.0], [80.0, 60.0, -50.0]])
+    where = jnp.array([[True, True, False], [True, True, False], [False, False, False]])
+    loss = pair_loss(scores, jnp.zeros((2, 3)), where)
+    small = pair_loss(scores[:2, :2], jnp.zeros((2, 2)), jnp.ones((2, 2), bool))
+    np.testing.assert_allclose(loss, [*small, 0.0], rtol=1e-6)
+    gradient = jax.grad(lambda s: pair_loss(s, jnp.zeros((2, 3)), where).sum())(scores)
+    assert np.isfinite(gradient).all() and not gradient[2].any() and not gradient[:, 2].any()
+
+
+def test_margin_rank_by_hand():
+    # Order, click and show with margin 0.1: order-click lacks 0.1 - 0.05, order-show nothing, click-show 0.1 - 0.05.
+    scores, levels = jnp.array([[0.6, 0.55, 0.5]]), jnp.array([[2, 1, 0]])
+    everything = jnp.ones((1, 3), bool)
+    loss = margin_rank(scores, levels, margin=0.1, where=everything)
+    np.testing.assert_allclose(loss, [(0.05 + 0.1 + 0.05) / 3], rtol=1e-5)  # order-show: 2 * 0.1 - 0.1
+    # Far enough apart, by one margin a level, it costs nothing; in the wrong order the gap and the margin both count.
+    apart = margin_rank(jnp.array([[0.8, 0.65, 0.5]]), levels, margin=0.1, where=everything)
+    np.testing.assert_allclose(apart, [0.0], atol=1e-6)
+    wrong = margin_rank(jnp.array([[0.1, 0.4]]), jnp.array([[3, 1]]), margin=0.1, where=jnp.ones((1, 2), bool))
+    np.testing.assert_allclose(wrong, [0.2 + 0.3], rtol=1e-5)
+
+
+def test_margin_rank_against_a_loop():
+    rng = np.random.default_rng(0)
+    scores, levels, where = rng.normal(size=(6, 5)), rng.integers(0, 3, (6, 5)), rng.random((6, 5)) < 0.7
+    levels[2], where[3] = 1, False
+    expected = []
+    for s, level, keep in zip(scores, levels, where):
+        terms = [
+            max(0.0, 0.2 * (level[i] - level[j]) - (s[i] - s[j]))
+            for i in range(5)
+            for j in range(5)
+            if keep[i] and keep[j] and level[i] > level[j]
+        ]
+        expected.append(sum(terms) / len(terms) if terms else 0.0)
+    loss = margin_rank(jnp.asarray(scores), jnp.asarray(levels), margin=0.2, where=jnp.asarray(where))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert expected[2] == expected[3] == 0.0 < max(expected)
+
+
+def test_rank_and_relevance_of_masked_rows_are_zero_with_finite_gradients():
+    scores, none = jnp.array([[jnp.inf, 1.0], [0.5, 0.2]]), jnp.array([[False, False], [True, True]])
+
+    def total(scores):
+        ranked = margin_rank(scores, jnp.array([[1, 0], [1, 0]]), margin=1.0, where=none)
+        return (ranked + relevance_regression(scores, jnp.zeros((2, 2)), where=none).sum(1)).sum()
+
+    value, gradient = jax.value_and_grad(total)(scores)
+    assert float(value) == pytest.approx(0.7 + 0.25 + 0.04)
+    np.testing.assert_allclose(gradient, [[0.0, 0.0], [2 * 0.5 - 1, 2 * 0.2 + 1]], rtol=1e-5)
+
+
+def test_relevance_by_hand():
+    loss = relevance_regression(
+        jnp.array([0.9, 0.2, 0.5]), jnp.array([1.0, 0.6, 0.0]), where=jnp.array([1, 1, 0], bool)
+    )
+    np.testing.assert_allclose(loss, [0.01, 0.16, 0.0], rtol=1e-4)

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.text.align import AlignConfig, align, apply, apply_all, honest_negatives, measure, pair_loss, partner_table
+from jaxrec.losses.contrastive import pair_loss
+from jaxrec.text.align import (
+    AlignConfig,
+    align,
+    apply,
+    apply_all,
+    honest_negatives,
+    measure,
+    pair_recall,
+    partner_table,
+)
 
 CONFIG = AlignConfig(width=8, hidden=16, batch_size=64, epochs=60, residual_decay=0.1, learning_rate=1e-2, held_out=0.1)
 
@@ -39,7 +49,8 @@ def test_negatives_against_a_loop():
         ]
         for b in range(16)
     ]
-    where = honest_negatives(jnp.array(left), jnp.array(right), partner_table(pairs.astype(np.int32), 12))
+    table = partner_table(pairs.astype(np.int32), 12)
+    where = honest_negatives(left, right, (table[left][:, None, :] == right[None, :, None]).any(-1))
     np.testing.assert_array_equal(where, expected)
 
 
@@ -103,6 +114,21 @@ def test_held_out_recall_leaves_training_partners_out():
     assert measure(params, text, np.array([[0, 1]]), test, k=1)["pair_recall@1"] == 1.0
 
 
+def test_recall_against_a_loop():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(15, 4)).astype(np.float32)
+    test, known, candidates = rng.integers(0, 15, (9, 2)), rng.integers(0, 15, (20, 2)), rng.random(15) < 0.8
+    found = []
+    for left, right in test:
+        gone = {left} | {b for a, b in known if a == left} | set(np.flatnonzero(~candidates))
+        nearer = [
+            other for other in set(range(15)) - gone if vectors[left] @ vectors[other] > vectors[left] @ vectors[right]
+        ]
+        found.append(len(nearer) < 3)
+    assert pair_recall(vectors, test, known, k=3, candidates=candidates) == np.mean(found)
+    assert 0 < np.mean(found) < 1
+
+
 def test_bad_input_is_named(shop):
     text, pairs, _ = shop
     broken = text.copy()
@@ -113,9 +139,12 @@ def test_bad_input_is_named(shop):
         align(jax.random.key(0), text, np.array([[0, 500]]), CONFIG)
 
 
-def test_no_pairs_leave_the_texts_geometry(shop):
-    text, _, _ = shop
-    vectors = apply_all(align(jax.random.key(0), text, np.zeros((0, 2), np.int32), AlignConfig(width=16)).params, text)
+@pytest.mark.parametrize("left_out", ["pairs", "epochs"])
+def test_without_pairs_or_passes_the_texts_geometry_stays(shop, left_out):
+    text, pairs, _ = shop
+    pairs = pairs[:0] if left_out == "pairs" else pairs
+    config = AlignConfig(width=16, epochs=0 if left_out == "epochs" else 3)
+    vectors = apply_all(align(jax.random.key(0), text, pairs, config).params, text)
     centred = text - text.mean(0)
     expected = centred / np.linalg.norm(centred, axis=1, keepdims=True)
     np.testing.assert_allclose(vectors @ vectors.T, expected @ expected.T, atol=1e-4)

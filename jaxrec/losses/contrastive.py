@@ -1,4 +1,7 @@
-"""In-batch contrastive losses with correction for how often an item is drawn (OneMall Eq. 7, second line)."""
+"""Losses that bring together what belongs together: in-batch softmax, ranking by a margin, fitting a given relevance.
+
+OneMall Eq. 7 (second line) and §3.1.2, OneSearch Eq. 1, OneSug Eq. 1. All are functions of similarities.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -23,3 +26,54 @@ def in_batch_softmax(
     corrected = jnp.where(candidates | own, corrected.astype(jnp.float32), -1e30)
     loss = jax.nn.logsumexp(corrected, axis=1) - jnp.take_along_axis(corrected, positive[:, None], axis=1)[:, 0]
     return jnp.where(candidates.any(1), loss, 0.0)
+
+
+def pair_loss(scores: jax.Array, log_q: jax.Array, where: jax.Array) -> jax.Array:
+    """Symmetric in-batch InfoNCE with logQ correction.
+
+    OneMall §3.1.2; OneSearch Eq. 1, L_q2q, L_i2i and L_q2i; OneSug Eq. 1, Batch-Contrastive.
+
+    Args:
+      scores: f32 [B, B], similarity over temperature of each left (row) and right text or item; pairs on the diagonal.
+      log_q: f32 [2, B], log-probability of meeting the left and the right ones in a batch.
+      where: bool [B, B], False where a column is no honest negative of its row. The diagonal is always kept.
+
+    Returns:
+      One value per pair, f32 [B]; a pair with neither a row nor a column of negatives costs 0.
+    """
+    own = jnp.arange(len(scores))
+    where = where | jnp.eye(len(scores), dtype=bool)
+    right = in_batch_softmax(scores, positive=own, candidates=where, log_q=log_q[1])
+    left = in_batch_softmax(scores.T, positive=own, candidates=where.T, log_q=log_q[0])
+    return (left + right) / 2
+
+
+def margin_rank(scores: jax.Array, levels: jax.Array, *, margin: float, where: jax.Array) -> jax.Array:
+    """A stronger behavior's similarity exceeds a weaker one's by `margin` a level (OneSearch Eq. 1, L_rank).
+
+        mean over i, j with level_i > level_j of  max(0, margin * (level_i - level_j) - (s_i - s_j))
+
+    scores [..., L]: similarity of a query and each of its L items; levels int [..., L]: place of the item's behavior
+    in an ordered list, weak to strong; where bool [..., L]: which items there are. Returns [...] in float32; 0 where no
+    two items differ in level. The paper prints no formula; this is the margin loss that its text describes.
+
+    >>> margin_rank(jnp.array([0.5, 0.75]), jnp.array([2, 0]), margin=0.25, where=jnp.ones(2, bool))
+    Array(0.75, dtype=float32)
+    """
+    scores = scores.astype(jnp.float32)
+    gap = (levels[..., :, None] - levels[..., None, :]).astype(jnp.float32)
+    compared = (gap > 0) & where[..., :, None] & where[..., None, :]
+    short = jnp.maximum(margin * gap - (scores[..., :, None] - scores[..., None, :]), 0.0)
+    return jnp.where(compared, short, 0.0).sum((-2, -1)) / jnp.maximum(compared.sum((-2, -1)), 1)
+
+
+def relevance_regression(scores: jax.Array, relevance: jax.Array, *, where: jax.Array) -> jax.Array:
+    """Squared distance of a similarity from a relevance that was given from outside (OneSearch Eq. 1, L_rel).
+
+    scores, relevance [...], on the same scale; where bool [...]. Returns [...] in float32, 0 where masked.
+
+    >>> relevance_regression(jnp.array([0.5]), jnp.array([1.0]), where=jnp.array([True]))
+    Array([0.25], dtype=float32)
+    """
+    distance = jnp.where(where, scores.astype(jnp.float32) - relevance.astype(jnp.float32), 0.0)
+    return jnp.square(distance)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jaxrec.config import UserError
-from jaxrec.losses.contrastive import in_batch_softmax
+from jaxrec.losses.contrastive import pair_loss
 from jaxrec.run import track
 
 STEPS_PER_CALL = 50
@@ -85,28 +85,14 @@ def apply(params: dict, text: jax.Array, items: jax.Array | None = None) -> jax.
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def pair_loss(scores: jax.Array, log_q: jax.Array, where: jax.Array) -> jax.Array:
-    """Symmetric in-batch InfoNCE with logQ correction (OneMall §3.1.2), one value per pair, f32 [B].
-
-    Args:
-      scores: f32 [B, B], similarity over temperature of each left item (row) and right item; pairs on the diagonal.
-      log_q: f32 [2, B], log-probability of meeting the left and the right items in a batch.
-      where: bool [B, B], False where a column is no honest negative of its row. The diagonal is always kept.
-    """
-    own = jnp.arange(len(scores))
-    where = where | jnp.eye(len(scores), dtype=bool)
-    right = in_batch_softmax(scores, positive=own, candidates=where, log_q=log_q[1])
-    left = in_batch_softmax(scores.T, positive=own, candidates=where.T, log_q=log_q[0])
-    return (left + right) / 2
-
-
-def honest_negatives(left: jax.Array, right: jax.Array, partners: jax.Array) -> jax.Array:
+def honest_negatives(left, right, known):
     """Which columns are true negatives of a row, bool [B, B]: neither the same item nor a known partner.
 
-    left, right: int32 [B]; partners: int32 [I, P], the partners of each item, -1 where there are fewer.
+    left, right: int [B]; known: bool [B, B], whether left (row) and right (column) are known to go together. Arrays of
+    NumPy or of JAX.
     """
-    known = (partners[left][:, None, :] == right[None, :, None]).any(-1)
-    return ~known & (left[:, None] != right) & (right[:, None] != right) & (left[:, None] != left)
+    same = (left[:, None] == right) | (right[:, None] == right) | (left[:, None] == left)
+    return ~(known | same)
 
 
 def align(
@@ -138,7 +124,7 @@ def align(
     held_out = np.asarray(jax.random.uniform(split_key, (len(pairs),))) < config.held_out
     train, test = pairs[~held_out], pairs[held_out]
     metrics = {f"{name}_before": value for name, value in measure(params, text, train, test, categories).items()}
-    if len(train):
+    if len(train) and config.epochs:
         params = fit(order_key, params, text, train, config)
     metrics |= {f"{name}_after": value for name, value in measure(params, text, train, test, categories).items()}
     return Alignment(params, metrics | {"pairs": len(train), "held_out_pairs": len(test)})
@@ -150,7 +136,7 @@ def fit(key: jax.Array, params: dict, text: np.ndarray, pairs: np.ndarray, confi
     share = np.bincount(pairs.ravel(), minlength=len(text)) / pairs.size
     log_q = jnp.asarray(np.log(np.maximum(share, 1e-12)), jnp.float32)
     batch = min(config.batch_size, len(pairs))
-    steps = max(1, round(config.epochs * len(pairs) / batch)) if config.epochs else 0
+    steps = max(1, round(config.epochs * len(pairs) / batch))
     optimiser = pair_optimiser(config, steps)
     state, text = (params, optimiser.init(params)), jnp.asarray(text)
     batches = _shuffled(key, pairs, batch, steps)
@@ -183,7 +169,7 @@ def _train(config, steps, state, text, partners, log_q, batches):
 
     def loss_of(params, left, right):
         vectors = apply(params, text[jnp.stack([left, right])], jnp.stack([left, right]))
-        where = honest_negatives(left, right, partners)
+        where = honest_negatives(left, right, (partners[left][:, None, :] == right[None, :, None]).any(-1))
         return pair_loss(vectors[0] @ vectors[1].T / config.temperature, log_q[jnp.stack([left, right])], where).mean()
 
     def step(state, batch):
@@ -231,14 +217,8 @@ def measure(
     vectors = apply_all(params, text)
     figures = {}
     if len(test):
-        test = np.concatenate([test, test[:, ::-1]])[:: max(1, 2 * len(test) // most)]
-        partners = partner_table(train, len(text))
-        scores = vectors[test[:, 0]] @ vectors.T
-        rows, columns = np.nonzero(partners[test[:, 0]] >= 0)
-        scores[rows, partners[test[rows, 0], columns]] = -np.inf
-        scores[np.arange(len(test)), test[:, 0]] = -np.inf
-        target = scores[np.arange(len(test)), test[:, 1]][:, None]
-        figures[f"pair_recall@{k}"] = float(((scores > target).sum(1) < k).mean())
+        both_ways = [np.concatenate([pairs, pairs[:, ::-1]]) for pairs in (test, train)]
+        figures[f"pair_recall@{k}"] = pair_recall(vectors, *both_ways, k=k, most=most)
     if categories is not None:
         sample = np.linspace(0, len(text) - 1, min(len(text), most)).astype(int)
         scores = vectors[sample] @ vectors.T
@@ -246,6 +226,39 @@ def measure(
         near = np.argpartition(-scores, min(10, len(text) - 1) - 1, axis=1)[:, :10]
         figures["same_category@10"] = float((categories[near] == categories[sample][:, None]).mean())
     return figures
+
+
+def pair_recall(
+    vectors: np.ndarray,
+    test: np.ndarray,
+    known: np.ndarray,
+    *,
+    k: int,
+    most: int = 2000,
+    candidates: np.ndarray | None = None,
+) -> float:
+    """Share of pairs whose right end is among the k nearest of its left end.
+
+    Args:
+      vectors: f32 [I, D].
+      test: int [n, 2], (left, right); of more than `most` an even part is measured.
+      known: int [m, 2], (left, right): other right ends, which take no place.
+      candidates: bool [I], which vectors may take a place; all if it is not given.
+    """
+    test = test[:: max(1, len(test) // most)]
+    each = np.arange(len(test))
+    scores = vectors[test[:, 0]] @ vectors.T
+    target = scores[each, test[:, 1]][:, None].copy()
+    known = known[np.argsort(known[:, 0], kind="stable")]
+    begin, end = (np.searchsorted(known[:, 0], test[:, 0], side) for side in ("left", "right"))
+    rows = np.repeat(each, end - begin)
+    # The place of each row's partners in `known`: they are a run from `begin` on.
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(end - begin) - end, end - begin)
+    scores[rows, known[place, 1]] = -np.inf
+    scores[each, test[:, 0]] = -np.inf
+    if candidates is not None:
+        scores[:, ~candidates] = -np.inf
+    return float(((scores > target).sum(1) < k).mean())
 
 
 def apply_all(params: dict, text: np.ndarray) -> np.ndarray:

@@ -1,0 +1,412 @@
+"""Alignment of a text encoder with what shoppers do, over typed pairs of texts.
+
+One function for three papers: OneMall's InfoNCE on item pairs (§3.1.2: the term `i2i`), OneSearch's total loss of q2q,
+i2i, q2i, rank and relevance (Eq. 1), and OneSug's prefix-query alignment (Eq. 1: `p2q` and `q2q`). It trains the BERT
+encoder itself, or only a projection behind it; the loss is the same.
+
+    tuned = finetune(texts, {"i2i": TextPairs(left, right)}, FinetuneConfig(), EncoderConfig(), Path("aligned"))
+    save(tuned, Path("encoder"))
+    vectors = embed_texts(texts, EncoderConfig(model="encoder"))
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
+
+from jaxrec.config import UserError
+from jaxrec.losses.contrastive import margin_rank, pair_loss, relevance_regression
+from jaxrec.run import writing
+from jaxrec.text import align
+from jaxrec.text.encoder import Bert, BertConfig, EncoderConfig, TextEncoder, embed_texts, encode_batches, load_encoder
+from jaxrec.text.pair_batches import (
+    CONTRASTIVE,
+    SYMMETRIC,
+    PairBatches,
+    TermBatches,
+    TermsConfig,
+    TextPairs,
+    check_pairs,
+    comparable,
+    merge_equal_texts,
+    select,
+    similar,
+    split,
+)
+from jaxrec.text.weights import save_encoder, with_params
+from jaxrec.training.loop import LoopConfig, Metrics, TrainState, fit
+from jaxrec.training.optim import OptimConfig, make_optimizer
+
+# Padded lengths of a training batch: few, since each two of them are compiled once, with the gradient.
+WIDTHS = (16, 32, 64, 128, 256, 512)
+MEASURED_PAIRS, MEASURED_CANDIDATES = 2000, 10_000
+PROJECTION_FILE, METRICS_FILE = "projection.safetensors", "alignment.json"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a text encoder is aligned."""
+
+    trains: Literal["encoder", "projection"] = "encoder"
+    """All weights of the encoder, or only a projection of its vectors, which costs next to nothing a step."""
+    terms: TermsConfig = field(default_factory=TermsConfig)
+    """Weight, batch size and filter of each term of the loss."""
+    temperature: float = 0.05
+    """Temperature of the contrastive softmax."""
+    margin: float = 0.1
+    """By how much the cosine of a stronger behavior exceeds that of a weaker one, for each level between them."""
+    rank_items: int = 4
+    """Items of a query in one rank example."""
+    held_out: float = 0.05
+    """Share of each term's pairs that is kept for measuring."""
+    projection_width: int = 128
+    """Width of the projected vectors."""
+    projection_hidden: int = 256
+    """Width of the projection's hidden layer."""
+    projection_learning_rate: float = 1e-3
+    """Takes the place of optim.learning_rate where only a projection is trained."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=2e-5, warmup=20, b2=0.999))
+    """The optimiser. The encoder's learning rate is far below that of a model that starts from nothing."""
+    training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=500, log_every=10, keep=1))
+    """Length of the training; a step takes a batch of every term."""
+
+
+class Tuned(NamedTuple):
+    """An aligned encoder: the tuned weights, or the old ones and a projection for `align.apply`; and its figures."""
+
+    encoder: TextEncoder
+    projection: dict | None
+    metrics: dict[str, float]
+
+
+def finetune(
+    texts: Sequence[str],
+    pairs: Mapping[str, TextPairs],
+    config: FinetuneConfig,
+    text_config: EncoderConfig,
+    folder: Path,
+    seed: int = 0,
+) -> Tuned:
+    """Aligns the encoder of `text_config` on pairs of texts.
+
+    Args:
+      texts: queries, items and prefixes, in any order; equal texts are one.
+      pairs: for each term its pairs as rows of `texts`: q2q, i2i, q2i, p2q, rank, relevance. A term without pairs, or
+        of weight 0, takes no part.
+      config: what is trained, and how.
+      text_config: the encoder to begin with.
+      folder: gets `checkpoints/` and `metrics.jsonl`, with the loss and each term's value; a training that was stopped
+        goes on from it.
+      seed: of the split, the batches and the projection.
+
+    Returns:
+      The tuned encoder. Its figures, before and after: <term>_recall@50 of held-out pairs, rank_accuracy (share of two
+      items of a query that are in the right order), relevance_error (mean square); <term>_pairs (trained on) of
+      <term>_given.
+
+    Raises:
+      UserError: pairs that can't be used, no pair left in a term, or a configuration that doesn't fit.
+    """
+    _check(config)
+    check_pairs(pairs, len(texts))
+    pairs = {name: p for name, p in pairs.items() if len(p.left) and getattr(config.terms, name).weight > 0}
+    if not pairs:
+        raise UserError("there are no pairs to align the text encoder on: give pairs of a term whose weight is above 0")
+    texts, pairs, given = merge_equal_texts(texts, pairs)
+    encoder, before = load_encoder(text_config.model), embed_texts(texts, text_config)
+    train, probes = {}, {}
+    for number, name in enumerate(sorted(pairs)):
+        kept = _filtered(name, pairs[name], before, config, given[name])
+        train[name], held_out = split(kept, name, config.held_out, [seed, 1, number])
+        if not len(train[name].left):
+            raise UserError(f"{name}: all {len(kept.left)} pairs are held out: give more pairs, or lower held_out")
+        probes[name] = make_probe(name, train[name], held_out, len(texts))
+    params = _train(encoder, texts, before, train, config, text_config, folder, seed)
+    if config.trains == "encoder":
+        tuned = Tuned(with_params(encoder, params), None, {})
+    else:
+        tuned = Tuned(encoder, params, {})
+    figures = {f"{name}_before": value for name, value in measure(probes, before).items()}
+    after = _after(tuned, texts, before, probes, text_config)
+    figures |= {f"{name}_after": value for name, value in measure(probes, after).items()}
+    counts = {f"{name}_pairs": len(train[name].left) for name in train}
+    return tuned._replace(metrics=figures | counts | {f"{name}_given": given[name] for name in train})
+
+
+def embed(tuned: Tuned, texts: Sequence[str], text_config: EncoderConfig) -> np.ndarray:
+    """Aligned unit vectors of texts, f32 [len(texts), D].
+
+    Of a tuned encoder nothing is remembered on disk: save it and use `embed_texts` for a whole catalogue.
+    """
+    if tuned.projection is not None:
+        return np.asarray(jax.jit(align.apply)(tuned.projection, embed_texts(texts, text_config)))
+    vectors = np.zeros((len(texts), tuned.encoder.config.hidden_size), np.float32)
+    max_tokens = _max_tokens(tuned.encoder, text_config)
+    for rows, encoded in encode_batches(tuned.encoder, texts, max_tokens, text_config.batch_tokens):
+        vectors[rows] = encoded
+    return vectors
+
+
+def save(tuned: Tuned, folder: Path) -> None:
+    """Writes a tuned encoder as a folder that `text.model` accepts, or the projection; and alignment.json, the figures.
+
+    Raises:
+      UserError: the folder can't be written.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS_FILE).write_text(json.dumps(tuned.metrics, indent=1) + "\n")
+        if tuned.projection is not None:
+            flat = flatten_dict(tuned.projection, sep=".")
+            save_file({name: np.asarray(value) for name, value in flat.items()}, folder / PROJECTION_FILE)
+    if tuned.projection is None:
+        save_encoder(tuned.encoder, folder)
+
+
+def load_projection(folder: Path) -> dict:
+    """The parameters for `align.apply` that `save` wrote. Raises UserError where there are none."""
+    path = Path(folder) / PROJECTION_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {PROJECTION_FILE}: save an alignment with trains='projection' there")
+    return unflatten_dict(load_file(path), sep=".")
+
+
+def represent(bert: BertConfig | None, params: dict, inputs: dict) -> jax.Array:
+    """Unit vectors f32 [T, D] of a batch's texts, by the encoder from tokens or (bert None) a projection of vectors."""
+    if bert is None:
+        # The centre is where the texts' principal components were taken, no weight.
+        return align.apply(params | {"mean": jax.lax.stop_gradient(params["mean"])}, inputs["vectors"])
+    parts = [Bert(bert).apply({"params": params}, tokens, mask) for tokens, mask in inputs["parts"]]
+    return jnp.concatenate(parts)[inputs["place"]]
+
+
+def losses(vectors: jax.Array, terms: dict[str, dict], config: FinetuneConfig) -> dict[str, jax.Array]:
+    """Each term's loss, one value per pair (for `rank` per query).
+
+    Args:
+      vectors: unit f32 [T, D] of all terms one after the other, by name; of each the left ends, then the right ones
+        (for `rank` the queries, then each query's items).
+      terms: the arrays of each term from `TermBatches`: `where` [B, B] and `log_q` [2, B]; `relevance` [B]; for `rank`
+        `levels` and `where` [B, L].
+    """
+    result, begin = {}, 0
+    for name in sorted(terms):
+        arrays = terms[name]
+        size = next(iter(arrays.values())).shape[-1] if name != "rank" else len(arrays["levels"])
+        left = vectors[begin : begin + size]
+        if name == "rank":
+            of_each = arrays["levels"].shape[1]
+            items = vectors[begin + size : begin + size * (1 + of_each)].reshape(size, of_each, -1)
+            scores = jnp.einsum("bd,bld->bl", left, items)
+            result[name] = margin_rank(scores, arrays["levels"], margin=config.margin, where=arrays["where"])
+            begin += size * (1 + of_each)
+            continue
+        right = vectors[begin + size : begin + 2 * size]
+        begin += 2 * size
+        if name == "relevance":
+            scores = jnp.einsum("bd,bd->b", left, right)
+            result[name] = relevance_regression(scores, arrays["relevance"], where=jnp.ones(size, bool))
+        else:
+            result[name] = pair_loss(left @ right.T / config.temperature, arrays["log_q"], arrays["where"])
+    return result
+
+
+def make_step(bert: BertConfig | None, config: FinetuneConfig) -> Callable:
+    """step(state, batch) -> (state, metrics) for the training loop; `loss` is the weighted sum (OneSearch Eq. 1)."""
+    optimiser = make_optimizer(_optim(config), config.training.steps)
+
+    def loss_of(params: dict, batch: dict) -> tuple[jax.Array, Metrics]:
+        values = losses(represent(bert, params, batch["inputs"]), batch["terms"], config)
+        total = sum(getattr(config.terms, name).weight * value.mean() for name, value in values.items())
+        count = sum(len(value) for value in values.values())
+        metrics = {name: (value.sum(), jnp.float32(len(value))) for name, value in values.items()}
+        return total, metrics | {"loss": (total * count, jnp.float32(count))}
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+        gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params, batch)
+        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+class Probe(NamedTuple):
+    """The held-out pairs of a term and, for recall, the pairs that are known and the texts that compete."""
+
+    pairs: TextPairs
+    known: np.ndarray
+    candidates: np.ndarray
+
+
+def make_probe(name: str, train: TextPairs, held_out: TextPairs, texts: int) -> Probe:
+    """At most MEASURED_PAIRS held-out pairs among at most MEASURED_CANDIDATES texts and their own."""
+    test, known = held_out, np.stack([train.left, train.right], axis=1)
+    if name in SYMMETRIC:
+        test = TextPairs(*(np.concatenate(ends) for ends in ((test.left, test.right), (test.right, test.left))), None)
+        known = np.concatenate([known, known[:, ::-1]])
+    if name != "rank":  # of which all items of a query belong together
+        test = select(test, _even(np.arange(len(test.left)), MEASURED_PAIRS))
+    candidates = np.zeros(texts, bool)
+    candidates[_even(np.unique(np.concatenate([known[:, 1], test.right])), MEASURED_CANDIDATES)] = True
+    candidates[test.right] = True
+    return Probe(test, known, candidates)
+
+
+def measure(probes: Mapping[str, Probe], vectors: np.ndarray, k: int = 50) -> dict[str, float]:
+    """The figures of held-out pairs under vectors f32 [T, D]; a term without held-out pairs has none."""
+    figures = {}
+    for name, (pairs, known, candidates) in probes.items():
+        if not len(pairs.left):
+            continue
+        if name in CONTRASTIVE:
+            test = np.stack([pairs.left, pairs.right], axis=1)
+            figures[f"{name}_recall@{k}"] = align.pair_recall(vectors, test, known, k=k, candidates=candidates)
+            continue
+        scores = np.einsum("nd,nd->n", vectors[pairs.left], vectors[pairs.right])
+        if name == "relevance":
+            figures["relevance_error"] = float(np.square(scores - pairs.value).mean())
+        else:
+            figures["rank_accuracy"] = _rank_accuracy(pairs, scores)
+    return figures
+
+
+def _rank_accuracy(pairs: TextPairs, scores: np.ndarray) -> float:
+    """Share of two items of one query and of different levels of which the stronger one has the higher score."""
+    right = total = 0
+    for rows in np.split(np.arange(len(scores)), np.flatnonzero(np.diff(pairs.left)) + 1):
+        compared = pairs.value[rows][:, None] > pairs.value[rows][None, :]
+        right += int((compared & (scores[rows][:, None] > scores[rows][None, :])).sum())
+        total += int(compared.sum())
+    return right / total
+
+
+def _after(
+    tuned: Tuned, texts: Sequence[str], before: np.ndarray, probes: Mapping[str, Probe], text_config: EncoderConfig
+) -> np.ndarray:
+    """The aligned vectors of the texts that the probes look at; zero elsewhere."""
+    if tuned.projection is not None:
+        return np.asarray(jax.jit(align.apply)(tuned.projection, before))
+    ends = [(p.pairs.left, p.pairs.right, np.flatnonzero(p.candidates)) for p in probes.values() if len(p.pairs.left)]
+    rows = np.unique(np.concatenate([np.zeros(0, np.int64), *(side for each in ends for side in each)]))
+    vectors = np.zeros_like(before)
+    vectors[rows] = embed(tuned, [texts[row] for row in rows], text_config)
+    return vectors
+
+
+def _train(
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    vectors: np.ndarray,
+    pairs: Mapping[str, TextPairs],
+    config: FinetuneConfig,
+    text_config: EncoderConfig,
+    folder: Path,
+    seed: int,
+) -> dict:
+    """The trained weights, of the encoder or of a projection."""
+    if config.trains == "encoder":
+        bert, make_inputs = encoder.config, TokenInputs(encoder, texts, _max_tokens(encoder, text_config))
+        # A copy: the loop donates its state, and the encoder that was loaded is remembered.
+        params = jax.tree.map(jnp.copy, encoder.params)
+    else:
+        shape = align.AlignConfig(width=config.projection_width, hidden=config.projection_hidden, item_residual=False)
+        bert, params = None, align.init(jax.random.key(seed), vectors, shape)
+
+        def make_inputs(rows: np.ndarray) -> dict:
+            return {"vectors": vectors[rows]}
+
+    terms = {
+        name: TermBatches(
+            name, pairs[name], len(texts), getattr(config.terms, name).batch_size, config.rank_items, [seed, 2, number]
+        )
+        for number, name in enumerate(sorted(pairs))
+    }
+    optimiser = make_optimizer(_optim(config), config.training.steps)
+    state = TrainState(step=jnp.int32(0), params=params, opt_state=optimiser.init(params))
+    state = fit(
+        make_step(bert, config),
+        state,
+        PairBatches(terms, make_inputs),
+        config=config.training,
+        folder=Path(folder) / "checkpoints",
+        metrics_path=Path(folder) / "metrics.jsonl",
+        stage="alignment",
+    )
+    return state.params
+
+
+class TokenInputs:
+    """Padded tokens of some texts for `represent`: the shorter half and the longer half, each to its own width."""
+
+    def __init__(self, encoder: TextEncoder, texts: Sequence[str], max_tokens: int):
+        encoder.tokenizer.enable_truncation(max_tokens)
+        encoder.tokenizer.no_padding()
+        # A lone surrogate has no UTF-8 form, which the tokenizer needs.
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        self.tokens = [np.array(encoding.ids, np.int32) for encoding in encoder.tokenizer.encode_batch(clean)]
+        self.lengths = np.array([len(ids) for ids in self.tokens])
+
+    def __call__(self, rows: np.ndarray) -> dict:
+        order = np.argsort(self.lengths[rows], kind="stable")
+        half = len(rows) // 2
+        parts = tuple(self._pad(rows[some]) for some in (order[:half], order[half:]))
+        return {"parts": parts, "place": np.argsort(order).astype(np.int32)}
+
+    def _pad(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """tokens int32 [n, S], mask bool [n, S], S one of WIDTHS."""
+        lengths = self.lengths[rows]
+        width = WIDTHS[int(np.searchsorted(WIDTHS, lengths.max()))]
+        tokens = np.zeros((len(rows), width), np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : lengths[i]] = self.tokens[row]
+        return tokens, np.arange(width) < lengths[:, None]
+
+
+def _filtered(name: str, pairs: TextPairs, vectors: np.ndarray, config: FinetuneConfig, given: int) -> TextPairs:
+    limit = getattr(config.terms, name).min_cosine
+    kept = similar(pairs, vectors, limit)
+    if not len(kept.left):
+        raise UserError(
+            f"{name}: none of the {given} pairs has two different texts with a cosine above {limit}: "
+            f"lower terms.{name}.min_cosine, or give other pairs"
+        )
+    kept = comparable(kept) if name == "rank" else kept
+    if not len(kept.left):
+        raise UserError(
+            f"rank: no query has items at two levels of behavior with a cosine above {limit}: "
+            "lower terms.rank.min_cosine, or give weaker behaviors too"
+        )
+    return kept
+
+
+def _check(config: FinetuneConfig) -> None:
+    if config.temperature <= 0:
+        raise UserError(f"temperature={config.temperature} must be above 0; 0.05 is usual")
+    if config.rank_items < 2:
+        raise UserError(f"rank_items={config.rank_items}: a query needs at least 2 items to rank")
+    if not 0 <= config.held_out < 1:
+        raise UserError(f"held_out={config.held_out} is a share of the pairs; give a number from 0 to below 1")
+
+
+def _optim(config: FinetuneConfig) -> OptimConfig:
+    if config.trains == "encoder":
+        return config.optim
+    return replace(config.optim, learning_rate=config.projection_learning_rate)
+
+
+def _max_tokens(encoder: TextEncoder, text_config: EncoderConfig) -> int:
+    return min(text_config.max_tokens, encoder.config.max_position_embeddings)
+
+
+def _even(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of the rows, evenly spread."""
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]

@@ -1,0 +1,115 @@
+"""Prefixes of queries: what they were completed to, and their embeddings (OneSug §3.2.1).
+
+A prefix of a word says little about what is meant. So its embedding is mixed with those of the queries that it was
+completed to most often (Eq. 2). The same log gives the pairs that align the encoder before that (Eq. 1): the term `p2q`
+of `jaxrec.text.finetune`.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jaxrec.config import UserError
+from jaxrec.text.pair_batches import TextPairs
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """How prefixes are enriched with the queries that they were completed to."""
+
+    weight: float = 0.5
+    """Share of the queries in a prefix's embedding, the w of OneSug Eq. 2; above 0 and below 1."""
+    queries: int = 10
+    """At most so many queries a prefix, the most frequent ones: the k of OneSug Eq. 2."""
+    min_count: int = 1
+    """A query that followed the prefix less often is left out."""
+    feedback: tuple[str, ...] = ("order", "item_click", "click")
+    """What must have happened with a query, for it to count as what the prefix was completed to."""
+
+
+@dataclass(frozen=True)
+class CoOccurrence:
+    """The queries of each prefix, most frequent first."""
+
+    prefixes: list[str]
+    """P distinct prefixes, sorted."""
+    queries: list[str]
+    """Distinct queries, sorted."""
+    table: np.ndarray
+    """int32 [P, k], rows of `queries`, -1 where there are fewer."""
+    count: np.ndarray
+    """int64 [P, k], how often the prefix was completed so; 0 where there is none."""
+
+    def pairs(self) -> tuple[list[str], TextPairs]:
+        """Texts (prefixes, then queries) and pairs over them for the term `p2q`: prefix as trigger, query as target."""
+        row, place = np.nonzero(self.table >= 0)
+        return self.prefixes + self.queries, TextPairs(row, len(self.prefixes) + self.table[row, place])
+
+
+def co_occurrence(log: pa.Table, config: PrefixConfig = PrefixConfig()) -> CoOccurrence:
+    """Counts which queries followed which prefixes.
+
+    Args:
+      log: prefix str, query str, feedback str, one row a suggestion, as in queries.parquet. Rows without a prefix or
+        a query are left out. A prefix whose queries were all passed over is kept, with none.
+
+    Raises:
+      UserError: a column is missing, or no query of the log has the wanted feedback.
+    """
+    if missing := [name for name in ("prefix", "query", "feedback") if name not in log.column_names]:
+        raise UserError(f"the log of queries has no column {missing[0]!r}: give it prefix, query and feedback")
+    if config.queries < 1:
+        raise UserError(f"prefixes.queries={config.queries}: give at least 1 query a prefix")
+    log = log.select(["prefix", "query", "feedback"])
+    log = log.filter(pc.and_(pc.greater(pc.utf8_length(log["prefix"]), 0), pc.greater(pc.utf8_length(log["query"]), 0)))
+    taken = log.filter(pc.is_in(log["feedback"], pa.array(config.feedback, pa.string())))
+    if not len(taken):
+        raise UserError(
+            f"no query of the log has feedback {', '.join(config.feedback)} (it has "
+            f"{', '.join(map(repr, sorted(set(log['feedback'].to_pylist()), key=str))) or 'no rows'}): "
+            "set prefixes.feedback"
+        )
+    prefixes, queries = sorted(log["prefix"].unique().to_pylist()), sorted(taken["query"].unique().to_pylist())
+    row, column = (
+        pc.index_in(taken[name], pa.array(known, pa.string())).to_numpy().astype(np.int64)
+        for name, known in (("prefix", prefixes), ("query", queries))
+    )
+    key, count = np.unique(row * len(queries) + column, return_counts=True)
+    key, count = key[count >= config.min_count], count[count >= config.min_count]
+    row, column = np.divmod(key, len(queries))
+    order = np.lexsort((column, -count, row))  # ties by the query's place in the alphabet
+    row, column, count = row[order], column[order], count[order]
+    place = np.arange(len(row)) - np.searchsorted(row, row)
+    kept = place < config.queries
+    table = np.full((len(prefixes), config.queries), -1, np.int32)
+    counts = np.zeros((len(prefixes), config.queries), np.int64)
+    table[row[kept], place[kept]], counts[row[kept], place[kept]] = column[kept], count[kept]
+    return CoOccurrence(prefixes, queries, table, counts)
+
+
+def augment(prefixes: jax.Array, queries: jax.Array, table: jax.Array, weight: float = 0.5) -> jax.Array:
+    """Prefix embeddings mixed with the mean of their queries', f32 [P, D] (OneSug Eq. 2).
+
+        e* = (1 - w) e_p + w mean of the queries' e_q;   e* = e_p for a prefix without queries
+
+    As in the paper the result has no unit length: how short it is says how much prefix and queries differ.
+
+    Args:
+      prefixes: f32 [P, D], from the aligned encoder.
+      queries: f32 [n, D], from the same.
+      table: int [P, k], rows of `queries`, -1 where there are fewer.
+      weight: w, above 0 and below 1.
+
+    Raises:
+      UserError: the weight is not between 0 and 1.
+    """
+    if not 0 < weight < 1:
+        raise UserError(f"prefixes.weight={weight} must be above 0 and below 1: 0.5 is OneSug's")
+    where = (table >= 0)[..., None]
+    count = where.sum(1)
+    mean = jnp.where(where, queries[jnp.maximum(table, 0)], 0.0).sum(1) / jnp.maximum(count, 1)
+    return jnp.where(count > 0, (1 - weight) * prefixes + weight * mean, prefixes)
