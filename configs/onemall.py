@@ -7,7 +7,7 @@ from jaxrec.data.features import FeatureConfig
 from jaxrec.data.popularity import PopularityConfig
 from jaxrec.data.sources import CompleteJourney
 from jaxrec.models.cross_decoder import CrossDecoderConfig
-from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
 from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -19,7 +19,7 @@ config = OneMallConfig(
     # What sold in the weeks before the visit: groceries have seasons and offers.
     popularity=PopularityConfig(days=3),
     # 10,374 items: 128 x 128 k-means codes and 8 binary dimensions (OneMall at full scale: 4096 x 4096 x 4096).
-    semantic_ids=SemanticIdConfig(levels=(128, 128), fsq=(2,) * 8),
+    semantic_ids=SemanticIdConfig(ResidualConfig((128, 128)), FsqConfig((2,) * 8)),
     # Exposures tell little here and coupons are rare, so most of what is read are purchases.
     features=FeatureConfig(
         history_lengths=(128, 256, 32), past_length=256, targets=24, target_sessions=3, buckets=(256,)

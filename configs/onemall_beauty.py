@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxrec.data.features import FeatureConfig
 from jaxrec.data.sources import SequenceText
 from jaxrec.models.cross_decoder import CrossDecoderConfig
-from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.training.loop import LoopConfig
@@ -22,7 +22,7 @@ config = OneMallConfig(
     data=SequenceText(path=Path("beauty")),
     attributes=("category",),
     batch_size=256,
-    semantic_ids=SemanticIdConfig(levels=(128, 128), fsq=(2,) * 8),
+    semantic_ids=SemanticIdConfig(ResidualConfig((128, 128)), FsqConfig((2,) * 8)),
     features=FeatureConfig(history_lengths=(32,), past_length=32, targets=2, target_sessions=2, buckets=(32,)),
     # Nobody buys the same item twice here, so that there are no habits to learn.
     model=CrossDecoderConfig(

@@ -6,14 +6,14 @@ python train.py configs/onemall_mall.py --run runs/mall
 from jaxrec.data.features import FeatureConfig
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.models.cross_decoder import CrossDecoderConfig
-from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
 from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 
 config = OneMallConfig(
     data=SyntheticMall(),
-    semantic_ids=SemanticIdConfig(levels=(16, 16), fsq=(2,) * 4),
+    semantic_ids=SemanticIdConfig(ResidualConfig((16, 16)), FsqConfig((2,) * 4)),
     features=FeatureConfig(history_lengths=(64,), past_length=32, targets=4, buckets=(64,)),
     model=CrossDecoderConfig(width=64, heads=2, hidden=64, experts=4, queries=4, recent=16),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),

@@ -74,7 +74,7 @@ def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
     path, wants_help = Path(args[0]), "--help" in args or "-h" in args
     config = load_config(path)
     run, rest = _take_run(args[1:])
-    config, rest = _choose_types(config, rest)
+    config, rest = choose_types(config, rest)
     if not wants_help:
         _check_keys(config, rest)
     config = tyro.cli(
@@ -172,8 +172,8 @@ def _take_run(args: list[str]) -> tuple[str | None, list[str]]:
     return run, rest
 
 
-def _choose_types(config: Any, args: list[str]) -> tuple[Any, list[str]]:
-    """Applies `--field ClassName` where a field of the configuration, at any depth, may hold one of several dataclasses.
+def choose_types(config: Any, args: list[str]) -> tuple[Any, list[str]]:
+    """Applies `--field ClassName` where a field, at any depth, may hold one of several dataclasses.
 
     A field that may be empty takes `None` too.
     """

@@ -3,8 +3,7 @@
 from jaxrec.data.features import FeatureConfig
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.models.cross_decoder import CrossDecoderConfig
-from jaxrec.semantic_ids.codebooks import SemanticIdConfig
-from jaxrec.semantic_ids.fsq import FsqConfig
+from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.systems.recommender import DecodingConfig
@@ -16,7 +15,7 @@ config = OneMallConfig(
     data=SyntheticMall(users=150, items=120, tastes=12, sessions_per_user=8, exposures_per_session=4),
     batch_size=32,
     align=AlignConfig(width=16, hidden=32),
-    semantic_ids=SemanticIdConfig(levels=(12,), fsq=(2, 2, 2, 2), fsq_fit=FsqConfig(steps=200)),
+    semantic_ids=SemanticIdConfig(ResidualConfig((12,)), FsqConfig((2, 2, 2, 2), steps=200)),
     features=FeatureConfig(history_lengths=(24,), past_length=16, targets=4, buckets=(24,)),
     model=CrossDecoderConfig(width=32, heads=2, layers=1, hidden=32, experts=4, queries=4, recent=8),
     optim=OptimConfig(learning_rate=8e-3, warmup=16),

@@ -1,15 +1,29 @@
 """Residual k-means, FSQ and the two together."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import SemanticIdConfig, codebooks, decode, encode, fit_semantic_ids, fsq, residual
-from jaxrec.semantic_ids.fsq import FsqConfig
+from jaxrec.semantic_ids import (
+    FsqConfig,
+    OpqConfig,
+    ResidualConfig,
+    SemanticIdConfig,
+    codebooks,
+    decode,
+    encode,
+    fit,
+    fsq,
+    residual,
+)
+from jaxrec.semantic_ids.residual import Residual
 
-QUICK = FsqConfig(hidden=8, steps=50, batch_size=128)
+QUICK = FsqConfig((2, 2, 2, 2), hidden=8, steps=50, batch_size=128)
+CONFIG = SemanticIdConfig(ResidualConfig((4, 4)), QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +37,15 @@ def hierarchy():
 
 @pytest.fixture(scope="module")
 def fitted(hierarchy):
-    config = SemanticIdConfig(levels=(4, 4), fsq=(2, 2, 2, 2), fsq_fit=QUICK)
-    return fit_semantic_ids(jax.random.key(0), hierarchy[0], config)
+    return fit(jax.random.key(0), hierarchy[0], CONFIG)
 
 
 def test_residual_codes_by_hand():
-    centroids = (jnp.array([[0.0, 0], [10, 0]]), jnp.array([[0.0, 1], [0, -1]]))
+    levels = Residual((jnp.array([[0.0, 0], [10, 0]]), jnp.array([[0.0, 1], [0, -1]])), (None, None))
     x = np.array([[9.5, 1.2], [0.3, -4.0], [10, 0.0]], np.float32)
-    np.testing.assert_array_equal(residual.encode(centroids, x), [[1, 0], [0, 1], [1, 0]])
-    np.testing.assert_array_equal(residual.decode(centroids, np.array([[1, 0], [0, 1]])), [[10, 1], [0, -1]])
-    np.testing.assert_array_equal(residual.decode(centroids, np.array([[1]])), [[10, 0]])
+    np.testing.assert_array_equal(residual.encode(levels, x), [[1, 0], [0, 1], [1, 0]])
+    np.testing.assert_array_equal(residual.decode(levels, np.array([[1, 0], [0, 1]])), [[10, 1], [0, -1]])
+    np.testing.assert_array_equal(residual.decode(levels, np.array([[1]])), [[10, 0]])
 
 
 def test_levels_recover_a_planted_hierarchy(hierarchy, fitted):
@@ -49,7 +62,7 @@ def test_error_falls_with_each_level(hierarchy, fitted):
 
 
 def test_a_residual_code_stands_for_itself(hierarchy):
-    books = fit_semantic_ids(jax.random.key(0), hierarchy[0], SemanticIdConfig(levels=(4, 4), fsq=()))
+    books = fit(jax.random.key(0), hierarchy[0], SemanticIdConfig(ResidualConfig((4, 4)), None))
     codes = np.stack(np.meshgrid(range(4), range(4)), -1).reshape(-1, 2)
     np.testing.assert_array_equal(encode(books, decode(books, codes)), codes)
 
@@ -64,17 +77,23 @@ def test_save_and_load_give_the_same_codes(hierarchy, fitted, tmp_path):
 
 
 def test_the_same_key_gives_the_same_bits(hierarchy, fitted):
-    config = SemanticIdConfig(levels=(4, 4), fsq=(2, 2, 2, 2), fsq_fit=QUICK)
-    again = fit_semantic_ids(jax.random.key(0), hierarchy[0], config)
+    again = fit(jax.random.key(0), hierarchy[0], CONFIG)
     jax.tree.map(np.testing.assert_array_equal, again, fitted)
 
 
 def test_bad_input_is_named(hierarchy, fitted, tmp_path):
     x = hierarchy[0]
-    with pytest.raises(UserError, match="at least one level"):
-        fit_semantic_ids(jax.random.key(0), x, SemanticIdConfig(levels=(), fsq=()))
-    with pytest.raises(UserError, match="640 rows cannot fill a codebook of 1024"):
-        fit_semantic_ids(jax.random.key(0), x, SemanticIdConfig(levels=(4, 1024)))
+    for config, message in (
+        (SemanticIdConfig(None, None), "neither a hierarchy nor a remainder"),
+        (SemanticIdConfig(ResidualConfig(())), "at least one level"),
+        (SemanticIdConfig(ResidualConfig((4, 1))), "each of 2 codes or more"),
+        (SemanticIdConfig(ResidualConfig((4, 4), balanced=(3,))), "names level 3, but sizes=.* are levels 1 to 2"),
+        (SemanticIdConfig(ResidualConfig((4, 1024))), "640 rows cannot fill a codebook of 1024"),
+        (SemanticIdConfig(remainder=FsqConfig((2, 1))), "FSQ levels=.*each of 2 steps or more"),
+        (SemanticIdConfig(remainder=OpqConfig((4, 4, 4, 4))), "6"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit(jax.random.key(0), x, config)
     with pytest.raises(UserError, match="5 wide"):
         encode(fitted, x[:, :5])
     (tmp_path / "broken").write_bytes(b"nothing")
@@ -116,7 +135,8 @@ def skewed():
 @pytest.mark.parametrize("levels", [(2,) * 6, (8, 8)])
 def test_fsq_uses_its_codes_evenly(skewed, levels):
     size = int(np.prod(levels))
-    codes = np.asarray(fsq.encode(fsq.fit(jax.random.key(0), skewed, levels, QUICK), skewed))
+    config = dataclasses.replace(QUICK, levels=levels)
+    codes = np.asarray(fsq.encode(fsq.fit(jax.random.key(0), skewed, config), skewed))[:, 0]
     assert codes.min() >= 0 and codes.max() < size
     share = np.bincount(codes, minlength=size) / len(codes)
     entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
@@ -126,12 +146,12 @@ def test_fsq_uses_its_codes_evenly(skewed, levels):
 def test_training_lowers_the_error(skewed):
     errors = []
     for steps in (0, 400):
-        fitted = fsq.fit(jax.random.key(0), skewed, (2,) * 4, FsqConfig(steps=steps, balance=0.01))
+        fitted = fsq.fit(jax.random.key(0), skewed, FsqConfig((2,) * 4, steps=steps, balance=0.01))
         errors.append(((skewed - fsq.decode(fitted, fsq.encode(fitted, skewed))) ** 2).sum())
     assert errors[1] < errors[0] < ((skewed - skewed.mean(0)) ** 2).sum()
 
 
 def test_fsq_of_constant_and_single_rows():
     for x in (np.ones((20, 4), np.float32), np.ones((1, 4), np.float32)):
-        fitted = fsq.fit(jax.random.key(0), x, (2, 2, 2), QUICK)
+        fitted = fsq.fit(jax.random.key(0), x, QUICK)
         assert np.isfinite(fsq.decode(fitted, fsq.encode(fitted, x))).all()

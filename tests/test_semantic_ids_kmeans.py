@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids.kmeans import KMeansConfig, assign, kmeans, lloyd, plus_plus
+from jaxrec.semantic_ids import kmeans as kmeans_module
+from jaxrec.semantic_ids.kmeans import KMeansConfig, assign, assign_all, kmeans, plus_plus, sample_sizes
+from jaxrec.semantic_ids.kmeans import lloyd as lloyd_on_sample
 
 
 def numpy_assign(x, centroids):
     distances = ((x[:, None].astype(np.float64) - centroids[None]) ** 2).sum(-1)
     return distances.argmin(1), distances.min(1)
+
+
+def lloyd(x, centroids, config):
+    """Lloyd from given centroids, as (centroids, assignment, inertia)."""
+    x, where = jnp.asarray(x), jnp.ones(len(x), bool)
+    centroids = lloyd_on_sample(x, where, jnp.asarray(centroids), x, config)
+    return kmeans_module.KMeans(centroids, *assign_all(x, where, centroids))
 
 
 def numpy_lloyd(x, centroids, iterations):
@@ -29,13 +38,34 @@ def blobs():
     return (rng.normal(size=(6, 5))[member] * 20 + rng.normal(size=(300, 5))).astype(np.float32), member
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 300, 1000])
-def test_assignment_in_chunks_is_numpys(blobs, chunk):
+@pytest.mark.parametrize("k", [1, 7, 8, 9, 60])
+@pytest.mark.parametrize("rows", [1, 63, 300])
+def test_assignment_in_chunks_is_numpys(blobs, monkeypatch, k, rows):
     x, _ = blobs
-    nearest, distances = assign(jnp.asarray(x), jnp.asarray(x[:9]), chunk)
-    expected, squared = numpy_assign(x, x[:9])
+    monkeypatch.setattr(kmeans_module, "DISTANCES_AT_ONCE", 64)
+    jax.clear_caches()
+    nearest, distances = assign(jnp.asarray(x[-rows:]), jnp.asarray(x[:k]))
+    expected, squared = numpy_assign(x[-rows:], x[:k])
     np.testing.assert_array_equal(nearest, expected)
     np.testing.assert_allclose(distances, squared, rtol=1e-4, atol=1e-3)
+
+
+def test_equal_centroids_give_the_first_and_nan_a_code():
+    centroids = jnp.tile(jnp.array([[0.0, 1], [1, 0]]), (20, 1))
+    nearest, _ = assign(jnp.array([[0.0, 2], [3, 0], [jnp.nan, 0]]), centroids)
+    assert nearest[:2].tolist() == [0, 1] and 0 <= nearest[2] < 40
+
+
+def test_far_from_zero_no_digits_are_lost(blobs):
+    x, _ = blobs
+    moved = x + np.float32(4096)
+    nearest, _ = assign(jnp.asarray(moved), jnp.asarray(moved[:9]))
+    np.testing.assert_array_equal(nearest, numpy_assign(moved, moved[:9])[0])
+
+
+def test_prices_count_beside_distances():
+    nearest, distances = assign(jnp.array([[1.0]]), jnp.array([[0.0], [3.0]]), jnp.array([4.0, 0.5]))
+    assert (nearest.tolist(), distances.tolist()) == ([1], [4.0])  # 1 + 4 against 4 + 0.5
 
 
 def test_lloyd_is_numpys(blobs):
@@ -62,8 +92,22 @@ def test_start_takes_one_row_of_each_far_cluster(blobs):
 
 def test_a_start_from_a_sample_is_as_good(blobs):
     x, _ = blobs
-    fitted = kmeans(jax.random.key(0), np.tile(x, (4, 1)), 6, KMeansConfig(start_rows=100, chunk_rows=128))
+    fitted = kmeans(jax.random.key(0), np.tile(x, (4, 1)), 6, KMeansConfig(start_rows=100))
     assert fitted.inertia < 1.2 * 1200 * 5
+
+
+def test_samples_grow_up_to_half_of_the_rows():
+    assert sample_sizes(2000, 2, KMeansConfig(start_rows=20)) == [20, 64, 256]
+    assert sample_sizes(1000, 50, KMeansConfig(start_rows=20)) == [200]
+    assert sample_sizes(1000, 4, KMeansConfig(start_rows=20, growth=0)) == [20]
+    assert sample_sizes(15, 4, KMeansConfig(start_rows=20)) == [15]
+
+
+def test_growing_samples_end_as_well_as_all_rows():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(4000, 8)).astype(np.float32)
+    inertia = [kmeans(jax.random.key(0), x, 32, KMeansConfig(start_rows=250, growth=g)).inertia for g in (0, 4)]
+    assert inertia[1] < 1.02 * inertia[0]
 
 
 def test_empty_clusters_start_again(blobs):

@@ -1,8 +1,8 @@
-"""The ID space, its file, its figures, and the phase that makes them."""
+"""The ID space, its file, and the phase that makes them."""
 
 import json
+from functools import partial
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,9 +10,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import Codebooks, SemanticIdConfig, SemanticIdSpace, codebooks, read_codes, write_codes
-from jaxrec.semantic_ids.fsq import FsqConfig
-from jaxrec.semantic_ids.quality import collisions, level_use, neighbour_recall, quality, shared_prefixes
+from jaxrec.semantic_ids import (
+    CollisionConfig,
+    FsqConfig,
+    ResidualConfig,
+    SemanticIdConfig,
+    SemanticIdSpace,
+    codebooks,
+    read_codes,
+    write_codes,
+)
+from jaxrec.semantic_ids.quality import quality
 from jaxrec.semantic_ids.tokenize import tokenize
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
@@ -43,30 +51,24 @@ def test_codes_outside_their_codebook_are_refused():
         SemanticIdSpace(CODES, (2, 3, 4))
 
 
-def test_collisions_by_hand(space):
-    # One of six items has an ID to itself; one of three IDs belongs to one item.
-    assert collisions(space) == {
-        "conflict_rate": pytest.approx(5 / 6),
-        "exclusive_rate": pytest.approx(1 / 3),
-        "largest_bucket": 3,
-    }
+@pytest.mark.parametrize(
+    "sizes", [(3,), (3, 4, 2), (2**31 - 1,) * 3, (5, 2**31 - 1, 2**31 - 1, 3), (1, 2**20, 2**31 - 1, 2**20, 7)]
+)
+def test_ids_are_grouped_as_unique_rows_are(sizes):
+    rng = np.random.default_rng(0)
+    few = np.stack([rng.integers(0, min(size, 3), 200) * ((size - 1) // 2 or 1) % size for size in sizes], axis=1)
+    space = SemanticIdSpace(few.astype(np.int32), sizes)
+    ids, leaf, counts = np.unique(few, axis=0, return_inverse=True, return_counts=True)
+    np.testing.assert_array_equal(space.ids, ids)
+    np.testing.assert_array_equal(space.leaf, leaf.reshape(-1))
+    np.testing.assert_array_equal(space.counts, counts)
+    assert space.ids.dtype == space.leaf.dtype == np.int32
 
 
-def test_level_use_by_hand():
-    use = level_use(np.array([0, 0, 3, 3]), 8)
-    assert use == {"use": 0.25, "entropy_bits": 1.0, "most_bits": 3.0, "largest": 2}
-
-
-def test_shared_prefixes_by_hand():
-    pairs = np.array([[0, 2], [0, 5], [0, 1], [1, 3]])
-    assert shared_prefixes(CODES, pairs)["pairs"] == [0.75, 0.5]
-
-
-def test_neighbours_are_kept_by_codes_that_keep_everything():
-    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
-    every_row = Codebooks((jax.numpy.asarray(x),), None)
-    assert neighbour_recall(np.arange(40)[:, None], every_row, x) == 1.0
-    assert neighbour_recall(np.zeros((40, 1), int), every_row, x) < 0.6
+def test_no_items_have_no_ids():
+    empty = SemanticIdSpace(np.zeros((0, 2), np.int32), (2, 3))
+    assert empty.ids.shape == (0, 2) and len(empty.leaf) == len(empty.counts) == 0
+    assert empty.items((0, 1)).tolist() == []
 
 
 def test_file_round_trip_in_catalogue_order(space, tmp_path):
@@ -132,8 +134,9 @@ def tables(tmp_path):
 
 def run_tokenize(tables, out, **align):
     out.mkdir()
-    ids = SemanticIdConfig(levels=(4, 4), fsq=(2, 2, 2), fsq_fit=FsqConfig(steps=10))
-    tokenize(tables, out, EncoderConfig(), AlignConfig(width=4, hidden=8, batch_size=32, **align), ids, seed=0)
+    ids = SemanticIdConfig(ResidualConfig(sizes=(4, 4)), FsqConfig(levels=(2, 2, 2), steps=10))
+    alignment = AlignConfig(width=4, hidden=8, batch_size=32, **align)
+    tokenize(tables, out, EncoderConfig(), alignment, ids, CollisionConfig(), seed=0)
 
 
 def test_the_phase_writes_what_later_phases_read_the_same_each_time(tables, tmp_path):
@@ -149,7 +152,8 @@ def test_the_phase_writes_what_later_phases_read_the_same_each_time(tables, tmp_
     figures = json.loads((tmp_path / "out" / "quality.json").read_text())
     pairs = np.stack([np.arange(79), np.arange(1, 80)], axis=1)
     del figures["alignment"]
-    assert figures == json.loads(json.dumps(quality(space, books, embeddings, pairs)))
+    assert figures.pop("collisions")["policy"] == "keep"
+    assert figures == json.loads(json.dumps(quality(space, embeddings, partial(codebooks.decode, books), pairs)))
 
 
 def test_the_phase_names_bad_tables(tables, tmp_path):

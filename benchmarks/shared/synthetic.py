@@ -24,7 +24,7 @@ from jaxrec.training.optim import make_optimizer
 
 DEMO = load_config(Path(__file__).parents[2] / "configs" / "onemall.py")
 ITEMS = 10_374
-CODEBOOK_SIZES = (*DEMO.semantic_ids.levels, int(np.prod(DEMO.semantic_ids.fsq)))
+CODEBOOK_SIZES = (*DEMO.semantic_ids.hierarchy.sizes, int(np.prod(DEMO.semantic_ids.remainder.levels)))
 ATTRIBUTE_SIZES = (256,) * len(DEMO.attributes)
 EVENTS_A_SESSION = 20
 

@@ -1,16 +1,40 @@
-"""Semantic IDs: quantizers `fit(key, x, ...)`, `encode(codebooks, x)`, `decode(codebooks, codes)`, and the ID space."""
+"""Semantic IDs: quantizers `fit(key, x, config)`, `encode(fitted, x)`, `decode(fitted, codes)`, and the ID space.
 
-from jaxrec.semantic_ids.codebooks import Codebooks, SemanticIdConfig, decode, encode
-from jaxrec.semantic_ids.codebooks import fit as fit_semantic_ids
+    from jaxrec.semantic_ids import SemanticIdConfig, ResidualConfig, OpqConfig, decode, encode, fit
+
+    config = SemanticIdConfig(hierarchy=ResidualConfig(sizes=(256, 256)), remainder=OpqConfig(sizes=(256, 256)))
+    books = fit(jax.random.key(0), x, config)      # x: NumPy, f32 [I, D]
+    codes = encode(books, x)                       # int32 [I, 4]
+
+The quantizers alone are the modules `kmeans`, `balanced`, `residual`, `fsq`, `opq` and `rqvae`.
+"""
+
+from jaxrec.semantic_ids.balanced import BalancedConfig
+from jaxrec.semantic_ids.codebooks import Codebooks, SemanticIdConfig, decode, encode, encode_catalogue, fit
+from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
+from jaxrec.semantic_ids.fsq import FsqConfig
+from jaxrec.semantic_ids.kmeans import KMeansConfig
+from jaxrec.semantic_ids.opq import OpqConfig
+from jaxrec.semantic_ids.residual import ResidualConfig
+from jaxrec.semantic_ids.rqvae import RqVaeConfig
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes, write_codes
 
 __all__ = [
+    "BalancedConfig",
     "Codebooks",
+    "CollisionConfig",
+    "FsqConfig",
+    "KMeansConfig",
+    "OpqConfig",
+    "ResidualConfig",
+    "RqVaeConfig",
     "SemanticIdConfig",
     "SemanticIdSpace",
     "decode",
     "encode",
-    "fit_semantic_ids",
+    "encode_catalogue",
+    "fit",
     "read_codes",
+    "resolve",
     "write_codes",
 ]

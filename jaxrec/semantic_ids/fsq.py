@@ -6,6 +6,7 @@ principal components cut at their medians, and is then trained, straight through
 while its digits stay evenly used and uncorrelated.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,16 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrec.config import UserError
 from jaxrec.run import track
-from jaxrec.semantic_ids.kmeans import check_rows
+from jaxrec.semantic_ids.rows import check_rows, check_width
 
 STEPS_PER_CALL = 100
 
 
 @dataclass(frozen=True)
 class FsqConfig:
-    """How a finite scalar quantizer is fitted; its levels are given with the data."""
+    """The grid of a finite scalar quantizer and how it is fitted."""
 
+    levels: tuple[int, ...] = (2,) * 8
+    """Steps in each coordinate; eight binary ones make 256 codes (OneMall: twelve, 4096)."""
     hidden: int = 64
     """Width of the hidden layers of the encoder and of the decoder."""
     steps: int = 1000
@@ -45,44 +49,61 @@ class Fsq:
     levels: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     @property
-    def size(self) -> int:
-        """How many codes there are."""
-        return int(np.prod(self.levels))
+    def sizes(self) -> tuple[int]:
+        """How many codes there are: one level of them."""
+        return (math.prod(self.levels),)
+
+    @property
+    def width(self) -> int:
+        """Width of the rows that it encodes."""
+        return self.params["linear"]["kernel"].shape[0]
 
 
-def fit(key: jax.Array, x: np.ndarray | jax.Array, levels: tuple[int, ...], config: FsqConfig = FsqConfig()) -> Fsq:
-    """Fit a quantizer with prod(levels) codes to x f32 [I, D].
+def fit(key: jax.Array, x: np.ndarray | jax.Array, config: FsqConfig = FsqConfig()) -> Fsq:
+    """Fit a quantizer with prod(config.levels) codes to x f32 [I, D].
 
     Raises:
-      UserError: no rows, or a row with NaN or infinity.
+      UserError: no coordinate or one with fewer than two steps, more codes than int32 holds, no rows, or a row with NaN
+        or infinity.
     """
-    x = jnp.asarray(x, jnp.float32)
-    check_rows(x, 1)
+    x = jnp.asarray(check_rows(x, 1))
+    check(config, x.shape)
+    levels = config.levels
     init_key, order_key = jax.random.split(key)
-    params = init(init_key, np.asarray(x), levels, config)
+    params = init(init_key, np.asarray(x), config)
     optimiser = optax.adam(optax.cosine_decay_schedule(config.learning_rate, max(config.steps, 1)))
     state = params, optimiser.init(params)
     # Errors are measured in units of the data, so that `balance` means the same whatever its scale.
     variance = jnp.maximum(jnp.var(x, axis=0).sum(), 1e-12)
     for start in track(range(0, config.steps, STEPS_PER_CALL), "Fitting the FSQ level"):
         steps = jnp.arange(start, min(start + STEPS_PER_CALL, config.steps))
-        state = _train(levels, config, state, x, variance, jax.vmap(partial(jax.random.fold_in, order_key))(steps))
+        state = _train(config, state, x, variance, jax.vmap(partial(jax.random.fold_in, order_key))(steps))
     return Fsq(state[0], levels)
 
 
+def check(config: FsqConfig, shape: tuple[int, ...]) -> None:
+    """UserError when the configuration cannot be; any shape of rows [I, D] will do."""
+    levels = config.levels
+    if not levels or min(levels) < 2 or math.prod(levels) >= 2**31:
+        raise UserError(f"FSQ levels={levels}: give at least one coordinate, each of 2 steps or more, below 2^31 codes")
+
+
 def encode(fsq: Fsq, x: np.ndarray | jax.Array) -> jax.Array:
-    """The codes of x f32 [I, D], int32 [I] in [0, prod(levels)); the first coordinate is the leading digit."""
-    return digits_to_codes(to_digits(project(fsq.params, jnp.asarray(x, jnp.float32)), fsq.levels), fsq.levels)
+    """The codes of x f32 [I, D], int32 [I, 1] in [0, prod(levels)); the first coordinate is the leading digit."""
+    x = check_rows(x, 0)
+    check_width(x, fsq.width)
+    return digits_to_codes(to_digits(project(fsq.params, jnp.asarray(x)), fsq.levels), fsq.levels)[:, None]
 
 
 def decode(fsq: Fsq, codes: np.ndarray | jax.Array) -> jax.Array:
-    """What codes int32 [I] stand for, f32 [I, D]."""
-    return reconstruct(fsq.params, centres(codes_to_digits(codes, fsq.levels), fsq.levels))
+    """What codes int32 [I, 1] stand for, f32 [I, D]."""
+    return reconstruct(fsq.params, centres(codes_to_digits(jnp.asarray(codes)[:, 0], fsq.levels), fsq.levels))
 
 
-def init(key: jax.Array, x: np.ndarray, levels: tuple[int, ...], config: FsqConfig) -> dict:
+def init(key: jax.Array, x: np.ndarray, config: FsqConfig) -> dict:
     """Parameters that cut the principal components at their medians."""
     up_key, back_key = jax.random.split(key)
+    levels = config.levels
     width, n = x.shape[1], len(levels)
     # The middle digit of a normal coordinate is as likely as the others at about this slope of the sigmoid.
     slope = 1.7
@@ -153,8 +174,9 @@ def codes_to_digits(codes: np.ndarray | jax.Array, levels: tuple[int, ...]) -> j
     return jnp.asarray(codes)[:, None] // weights % np.asarray(levels, np.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _train(levels, config, state, x, variance, keys):
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _train(config, state, x, variance, keys):
+    levels = config.levels
     optimiser = optax.adam(optax.cosine_decay_schedule(config.learning_rate, max(config.steps, 1)))
 
     def loss_of(params, rows):

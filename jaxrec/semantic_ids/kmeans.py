@@ -1,4 +1,9 @@
-"""k-means in JAX: k-means++ start, rows in chunks, empty clusters seeded again, stop at a tolerance."""
+"""k-means in JAX: k-means++ start, growing samples, rows in chunks, empty clusters seeded again, stop at a tolerance.
+
+The way to the centroids is short because most of it is walked on samples: k-means++ and the first Lloyd iterations see
+a few rows a cluster, and each larger sample starts from the centroids of the smaller one and is left as soon as the
+centroids move no more than its own sampling error. Only the last iterations see all rows.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,8 +12,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
-from jaxrec.config import UserError
+from jaxrec.semantic_ids.rows import Rows, place
+
+DISTANCES_AT_ONCE = 1 << 18
+"""Distances that are held at once: a chunk of this many stays in the processor's cache."""
+GROUP = 8
+"""Centroids whose least distance is found first; see `nearest`."""
 
 
 @dataclass(frozen=True)
@@ -16,13 +27,13 @@ class KMeansConfig:
     """How a k-means is run; its number of clusters is given with the data."""
 
     iterations: int = 50
-    """The most Lloyd iterations."""
+    """The most Lloyd iterations over all rows, and over each sample."""
     tolerance: float = 1e-4
     """Stop when the centroids move less than this share of the data's variance (mean over coordinates, squared)."""
     start_rows: int = 16384
-    """Rows that k-means++ looks at; more are sampled down."""
-    chunk_rows: int = 2048
-    """Rows whose distances are held at once: bounds the memory, and keeps the distances in the processor's cache."""
+    """Rows that k-means++ looks at (at least four a cluster); more are sampled down."""
+    growth: int = 4
+    """Each sample is this many times the one before, the first has 32 rows a cluster; 0: from k-means++ to all rows."""
 
 
 class KMeans(NamedTuple):
@@ -33,106 +44,253 @@ class KMeans(NamedTuple):
     inertia: jax.Array
 
 
-def kmeans(key: jax.Array, x: np.ndarray | jax.Array, k: int, config: KMeansConfig = KMeansConfig()) -> KMeans:
+def kmeans(key: jax.Array, x: np.ndarray | jax.Array | Rows, k: int, config: KMeansConfig = KMeansConfig()) -> KMeans:
     """Cluster rows x f32 [I, D] into k clusters.
+
+    Rows that are split over a mesh (`rows.place`) give the centroids of one device up to rounding; their assignment
+    stays split, [I'], and filled-up rows have K.
 
     Raises:
       UserError: fewer rows than clusters, or a row with NaN or infinity.
     """
-    x = jnp.asarray(x, jnp.float32)
-    check_rows(x, k)
+    rows = x if isinstance(x, Rows) else place(x, at_least=k)
+    sample, centroids = start(key, rows, k, config)
+    centroids = lloyd(rows.x, rows.where, centroids, sample[: start_rows(len(rows), k, config)], config, rows.mesh)
+    assignment, inertia = assign_all(rows.x, rows.where, centroids, rows.mesh)
+    return KMeans(centroids, assignment, inertia)
+
+
+def start(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> tuple[jax.Array, jax.Array]:
+    """A sample f32 [I'', D] and centroids f32 [K, D] that came to rest on it, to begin with on all rows."""
     sample_key, start_key = jax.random.split(key)
-    sample = x
-    if len(x) > (most := max(config.start_rows, 4 * k)):
-        sample = x[jnp.sort(jax.random.choice(sample_key, len(x), (most,), replace=False))]
-    return lloyd(x, plus_plus(start_key, sample, k), config)
+    sizes = sample_sizes(len(rows), k, config)
+    sample = take(rows, drawn(sample_key, len(rows), sizes[-1]))
+    return sample, grow(start_key, sample, sizes, k, config)
 
 
-def check_rows(x: np.ndarray | jax.Array, k: int) -> None:
-    """UserError when x [I, D] cannot be clustered into k clusters."""
-    if x.ndim != 2:
-        raise UserError(f"embeddings must be a matrix [items, width], but have shape {x.shape}")
-    if len(x) < k:
-        raise UserError(f"{len(x)} rows cannot fill a codebook of {k} codes: choose smaller codebooks (ids.levels)")
-    if len(bad := np.flatnonzero(~np.isfinite(np.asarray(x)).all(axis=1))):
-        raise UserError(f"row {bad[0]} of the embeddings holds NaN or infinity ({len(bad)} such rows): mend them first")
+def grow(key: jax.Array, sample: jax.Array, sizes: list[int], k: int, config: KMeansConfig) -> jax.Array:
+    """k-means++ on the first of a sample f32 [I'', D] in random order, then Lloyd on ever more, f32 [K, D]."""
+    first = sample[: sizes[0]]
+    centroids = plus_plus(key, first, k)
+    for size in sizes[1:]:
+        centroids = lloyd(sample[:size], jnp.ones(size, bool), centroids, first, config, sampled=True)
+    return centroids
+
+
+def start_rows(rows: int, k: int, config: KMeansConfig) -> int:
+    """How many rows k-means++ looks at."""
+    return min(rows, max(config.start_rows, 4 * k))
+
+
+def sample_sizes(rows: int, k: int, config: KMeansConfig) -> list[int]:
+    """Rows that k-means++ looks at, then those of the growing samples, which are at most half of the rows."""
+    first = start_rows(rows, k, config)
+    sizes, size = [first], max(first, 32 * k)
+    while config.growth > 1 and size <= rows // 2:
+        sizes.append(size)
+        size *= config.growth
+    return sizes
+
+
+def drawn(key: jax.Array, rows: int, count: int) -> np.ndarray:
+    """`count` of the numbers below `rows` in random order, each once, int64."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    return rng.choice(rows, count, replace=False)
+
+
+def take(rows: Rows, numbers: np.ndarray) -> jax.Array:
+    """Real rows by their numbers in [0, I), f32 [n, D], on every device."""
+    places = rows.valid[numbers]
+    if rows.mesh is None:
+        return rows.x[places]
+    everywhere = jax.sharding.NamedSharding(rows.mesh, PartitionSpec())
+    return jax.jit(lambda x: x[places], out_shardings=everywhere)(rows.x)
 
 
 @partial(jax.jit, static_argnums=2)
 def plus_plus(key: jax.Array, x: jax.Array, k: int) -> jax.Array:
     """Greedy k-means++: each next centroid is the best of 2 + log k rows drawn by squared distance, f32 [k, D]."""
     candidates = 2 + int(np.log(k))
+    given, x = x, x - x.mean(0)
     squares = jnp.sum(x * x, axis=-1)
     first_key, key = jax.random.split(key)
-    first = x[jax.random.randint(first_key, (), 0, len(x))]
+    first = jax.random.randint(first_key, (), 0, len(x))
 
     def add(nearest, key):
         # Inverse of the cumulative sum: one uniform number a candidate, where a categorical draw needs one per row.
         mass = jnp.cumsum(nearest)
-        drawn = jnp.searchsorted(mass, jax.random.uniform(key, (candidates,)) * mass[-1], side="right")
-        rows = x[jnp.minimum(drawn, len(x) - 1)]
+        picked = jnp.searchsorted(mass, jax.random.uniform(key, (candidates,)) * mass[-1], side="right")
+        picked = jnp.minimum(picked, len(x) - 1)
+        rows = x[picked]
         distances = squares[:, None] - 2 * x @ rows.T + jnp.sum(rows * rows, axis=-1)
         reached = jnp.minimum(nearest[:, None], jnp.maximum(distances, 0))
         best = jnp.argmin(reached.sum(0))
-        return reached[:, best], rows[best]
+        return reached[:, best], picked[best]
 
-    nearest = jnp.sum((x - first) ** 2, axis=-1)
+    nearest = jnp.sum((x - x[first]) ** 2, axis=-1)
     _, rest = jax.lax.scan(add, nearest, jax.random.split(key, k - 1))
-    return jnp.concatenate([first[None], rest])
+    return given[jnp.concatenate([first[None], rest])]
 
 
-@partial(jax.jit, static_argnames="config")
-def lloyd(x: jax.Array, centroids: jax.Array, config: KMeansConfig) -> KMeans:
-    """Lloyd iterations from given centroids f32 [K, D] until they rest, or for config.iterations."""
-    limit = config.tolerance * jnp.mean(jnp.var(x, axis=0))
+@partial(jax.jit, static_argnames=("config", "mesh", "sampled"))
+def lloyd(
+    x: jax.Array,
+    where: jax.Array,
+    centroids: jax.Array,
+    sample: jax.Array,
+    config: KMeansConfig,
+    mesh: Mesh | None = None,
+    sampled: bool = False,
+) -> jax.Array:
+    """Lloyd iterations from given centroids f32 [K, D] until they rest, or for config.iterations, f32 [K, D].
+
+    Args:
+      x: f32 [I', D]; where: bool [I'], the real rows.
+      sample: f32 [n, D], rows where empty clusters may start again.
+      sampled: x is itself a sample: rest as soon as the centroids move less than their sampling error.
+    """
+    count = jnp.maximum(where.sum(), 1)
+    limit = config.tolerance * _mean_variance(x, where, count)
 
     def going(state):
-        iteration, _, moved, empty = state
-        return (iteration < config.iterations) & ((moved > limit) | empty)
+        iteration, _, moved, noise, seeded = state
+        return (iteration < config.iterations) & ((moved > jnp.maximum(limit, noise)) | seeded)
 
     def iterate(state):
-        iteration, centroids, _, _ = state
-        assignment, distances = assign(x, centroids, config.chunk_rows)
-        counts = jax.ops.segment_sum(jnp.ones(len(x)), assignment, len(centroids))
-        sums = jax.ops.segment_sum(x, assignment, len(centroids))
-        updated = jnp.where((counts == 0)[:, None], centroids, sums / jnp.maximum(counts, 1)[:, None])
-        updated, seeded = jax.lax.cond(
-            (counts == 0).any(), seed_empty, lambda c, *_: (c, False), updated, counts == 0, x, distances
-        )
-        moved = jnp.mean((updated - centroids) ** 2)
-        return iteration + 1, updated, moved, seeded
+        iteration, centroids, *_ = state
+        sums, counts, inertia = totals(x, where, centroids, mesh)
+        updated, moved, seeded = update(centroids, sums, counts, sample)
+        # A mean over n / K rows has the variance of a cluster divided by n / K.
+        noise = inertia / x.shape[1] / count * len(centroids) / count if sampled else 0.0
+        return iteration + 1, updated, moved, noise, seeded
 
-    start = (0, centroids, jnp.inf, False)
-    _, centroids, _, _ = jax.lax.while_loop(going, iterate, start)
-    assignment, distances = assign(x, centroids, config.chunk_rows)
-    return KMeans(centroids, assignment, distances.sum())
+    return jax.lax.while_loop(going, iterate, (0, centroids, jnp.inf, 0.0, False))[1]
 
 
-def seed_empty(
-    centroids: jax.Array, empty: jax.Array, x: jax.Array, distances: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Move empty centroids (bool [K]) to the rows worst served, by distances f32 [I]; also returns whether any moved.
+def update(
+    centroids: jax.Array, sums: jax.Array, counts: jax.Array, sample: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A Lloyd step from `totals`: centroids f32 [K, D], how far they moved f32 [], whether empty ones did, bool [].
 
-    A row that lies on a centroid is no better place, so data with fewer distinct rows than clusters comes to rest too.
+    An empty cluster starts again at the row of `sample` f32 [n, D] that is served worst. A row that lies on a centroid
+    is no better place, so data with fewer distinct rows than clusters come to rest too.
     """
-    far, rows = jax.lax.top_k(distances, min(len(centroids), len(x)))
-    rank = jnp.cumsum(empty) - 1
-    moved = empty & (far[rank] > 0)
-    return jnp.where(moved[:, None], x[rows[rank]], centroids), moved.any()
+    empty = counts == 0
+    updated = jnp.where(empty[:, None], centroids, sums / jnp.maximum(counts, 1)[:, None])
+
+    def seed(updated):
+        _, distances = assign(sample, updated)
+        far, rows = jax.lax.top_k(distances, min(len(updated), len(sample)))
+        rank = jnp.minimum(jnp.cumsum(empty) - 1, len(far) - 1)
+        moved = empty & (far[rank] > 0)
+        return jnp.where(moved[:, None], sample[rows[rank]], updated), moved.any()
+
+    updated, seeded = jax.lax.cond(empty.any(), seed, lambda c: (c, jnp.asarray(False)), updated)
+    return updated, jnp.mean((updated - centroids) ** 2), seeded
 
 
-@partial(jax.jit, static_argnames="chunk_rows")
-def assign(x: jax.Array, centroids: jax.Array, chunk_rows: int = 2048) -> tuple[jax.Array, jax.Array]:
-    """The nearest centroid of each row, int32 [I], the first of equals, and its squared distance, f32 [I]."""
-    squares = jnp.sum(centroids * centroids, axis=-1)
+def totals(
+    x: jax.Array, where: jax.Array, centroids: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the rows nearest to each centroid: sums f32 [K, D], counts f32 [K]; and the inertia, f32 []."""
 
-    def one_chunk(rows):
-        partial_distances = squares - 2 * rows @ centroids.T
-        return jnp.argmin(partial_distances, axis=-1).astype(jnp.int32)
+    def of_device(x, where, centroids):
+        k = len(centroids)
+        codes, distances = assign(x, centroids)
+        codes = jnp.where(where, codes, k)
+        sums = jax.ops.segment_sum(x, codes, k)
+        return sums, jax.ops.segment_sum(jnp.ones(len(x)), codes, k), jnp.where(where, distances, 0).sum()
 
-    chunk = min(chunk_rows, len(x))
+    return over_devices(of_device, mesh, x, where, centroids)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def assign_all(
+    x: jax.Array, where: jax.Array, centroids: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The nearest centroid of each row, int32 [I'] (K where there is no row), and the inertia, f32 []."""
+    codes, distances = assign(x, centroids) if mesh is None else _split(assign, mesh)(x, centroids)
+    return jnp.where(where, codes, len(centroids)), jnp.where(where, distances, 0).sum()
+
+
+def over_devices(of_device, mesh: Mesh | None, x: jax.Array, where: jax.Array, centroids: jax.Array):
+    """of_device(x, where, centroids), its results added up over the devices that the rows are split over."""
+    if mesh is None:
+        return of_device(x, where, centroids)
+    rows, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
+    summed = jax.shard_map(
+        lambda *args: jax.lax.psum(of_device(*args), mesh.axis_names),
+        mesh=mesh,
+        in_specs=(rows, rows, everywhere),
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    return summed(x, where, centroids)
+
+
+def _split(of_device, mesh: Mesh):
+    rows, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
+    return jax.shard_map(of_device, mesh=mesh, in_specs=(rows, everywhere), out_specs=rows, check_vma=False)
+
+
+@jax.jit
+def assign(x: jax.Array, centroids: jax.Array, prices: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The nearest centroid of each row, int32 [I], the first of equals, and its squared distance, f32 [I].
+
+    prices: f32 [K], added to the squared distances before the least is taken (`jaxrec.semantic_ids.balanced`).
+    """
+    find = nearest(centroids, prices)
+    codes = by_chunk(find, x, chunk_rows(len(centroids)))
+    # The distance by difference, as |x|^2 - 2xc + |c|^2 loses all digits for rows near their centroid.
+    return codes, jnp.sum((x - centroids[codes]) ** 2, axis=-1)
+
+
+def chunk_rows(k: int) -> int:
+    """Rows whose distances to k centroids are held at once."""
+    return max(64, DISTANCES_AT_ONCE // k)
+
+
+def by_chunk(function, x: jax.Array, chunk: int):
+    """function(rows [chunk, D]) -> pytree of [chunk, ...], over all rows x [I, D], as [I, ...]."""
+    chunk = min(chunk, max(len(x), 1))
     chunks = -(-len(x) // chunk)
     padded = jnp.pad(x, ((0, chunks * chunk - len(x)), (0, 0))).reshape(chunks, chunk, -1)
-    assignment = jax.lax.map(one_chunk, padded).reshape(-1)[: len(x)]
-    # The distance by difference, as |x|^2 - 2xc + |c|^2 loses all digits for rows near their centroid.
-    return assignment, jnp.sum((x - centroids[assignment]) ** 2, axis=-1)
+    return jax.tree.map(lambda found: found.reshape(-1, *found.shape[2:])[: len(x)], jax.lax.map(function, padded))
+
+
+def nearest(centroids: jax.Array, prices: jax.Array | None = None):
+    """A function rows f32 [n, D] -> the code of each row's nearest centroid, int32 [n], the first of equals.
+
+    On a CPU a plain minimum over the matrix product's result is almost free, and finding where it lies takes longer
+    than the product. So the minimum of each GROUP of centroids is taken first; the group, and the place inside it, are
+    then found in an eighth of the numbers. Distances are measured from the centroids' mean, which keeps their digits
+    when all rows lie far from zero.
+    """
+    k = len(centroids)
+    centre = centroids.mean(0)
+    groups = -(-k // GROUP)
+    moved = jnp.pad(centroids - centre, ((0, groups * GROUP - k), (0, 0)))
+    offsets = jnp.sum(moved * moved, axis=-1) if prices is None else jnp.sum(moved * moved, axis=-1).at[:k].add(prices)
+    offsets = offsets.at[k:].set(jnp.inf).reshape(groups, GROUP, 1)
+    scaled = -2 * moved
+    group_number = jnp.arange(groups, dtype=jnp.int32)[:, None]
+    member_number = jnp.arange(GROUP, dtype=jnp.int32)[:, None]
+
+    def of_rows(rows):
+        distances = (scaled @ (rows - centre).T).reshape(groups, GROUP, -1) + offsets
+        of_group = distances.min(1)
+        least = of_group.min(0)
+        group = jnp.where(of_group == least, group_number, groups).min(0)
+        # NaN equals nothing: such rows get the last code, and stay inside the codebook.
+        group = jnp.minimum(group, groups - 1)
+        members = jnp.take_along_axis(distances, group[None, None], axis=0)[0]
+        member = jnp.where(members == least, member_number, GROUP).min(0)
+        return jnp.minimum(group * GROUP + member, k - 1)
+
+    return of_rows
+
+
+def _mean_variance(x: jax.Array, where: jax.Array, count: jax.Array) -> jax.Array:
+    kept = where[:, None]
+    mean = jnp.where(kept, x, 0).sum(0) / count
+    return jnp.where(kept, (x - mean) ** 2, 0).sum() / count / x.shape[1]

@@ -1,40 +1,153 @@
-"""Residual k-means: each level clusters what the levels before it left over (OneMall Eq. 1-2)."""
+"""Residual k-means: each level clusters what the levels before it left over (OneMall Eq. 1-2).
 
-from collections.abc import Sequence
+Levels may be balanced, all their clusters about equally large (OneSearch §3.1.3 balances the last one only).
+"""
 
+import dataclasses
+from dataclasses import dataclass, field
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from jaxrec.semantic_ids.kmeans import KMeansConfig, assign, kmeans
+from jaxrec.config import UserError
+from jaxrec.semantic_ids import balanced
+from jaxrec.semantic_ids.balanced import BalancedConfig
+from jaxrec.semantic_ids.kmeans import KMeansConfig, by_chunk, chunk_rows, kmeans, nearest
+from jaxrec.semantic_ids.rows import Rows, check_enough, check_rows, check_width, place
 
-Centroids = tuple[jax.Array, ...]
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """The levels of a residual k-means."""
+
+    sizes: tuple[int, ...] = (128, 128)
+    """Codes in each level."""
+    balanced: tuple[int, ...] = ()
+    """Levels, counted from 1, whose clusters are kept about equally large; OneSearch: the last one, (3,)."""
+    kmeans: KMeansConfig = field(default_factory=KMeansConfig)
+    """How the other levels are fitted."""
+    balance: BalancedConfig = field(default_factory=BalancedConfig)
+    """How the balanced levels are balanced."""
 
 
-def fit(key: jax.Array, x: np.ndarray | jax.Array, levels: Sequence[int], config: KMeansConfig) -> Centroids:
-    """One codebook f32 [K, D] a level, from x f32 [I, D] (OneMall Eq. 1).
+@flax.struct.dataclass
+class Residual:
+    """Fitted levels: a codebook f32 [K, D] each, and the prices f32 [K] of a balanced one (None for the others)."""
+
+    centroids: tuple[jax.Array, ...]
+    prices: tuple[jax.Array | None, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Codes in each level."""
+        return tuple(len(codebook) for codebook in self.centroids)
+
+    @property
+    def width(self) -> int:
+        """Width of the rows that it encodes."""
+        return self.centroids[0].shape[1]
+
+
+def fit(key: jax.Array, x: np.ndarray | jax.Array | Rows, config: ResidualConfig = ResidualConfig()) -> Residual:
+    """Fit one codebook a level to x f32 [I, D] (OneMall Eq. 1).
+
+    Rows that are split over a mesh (`rows.place`) give the codebooks of one device up to rounding.
 
     Raises:
-      UserError: fewer rows than codes, or a row with NaN or infinity.
+      UserError: no level, a level with fewer than two codes, a balanced level that is not there, fewer rows than codes,
+        or a row with NaN or infinity.
     """
-    residual, centroids = jnp.asarray(x, jnp.float32), []
-    for level, k in enumerate(levels):
-        fitted = kmeans(jax.random.fold_in(key, level), residual, k, config)
-        centroids.append(fitted.centroids)
-        residual = residual - fitted.centroids[fitted.assignment]
-    return tuple(centroids)
+    rows = x if isinstance(x, Rows) else place(x)
+    check(config, (len(rows), rows.x.shape[1]))
+    fitted = Residual((), ())
+    for level, k in enumerate(config.sizes):
+        level_key = jax.random.fold_in(key, level)
+        if level + 1 in config.balanced:
+            found = balanced.fit(level_key, rows, k, config.balance)
+            centroids, prices = found.centroids, found.prices
+        else:
+            centroids, prices = kmeans(level_key, rows, k, config.kmeans).centroids, None
+        rows = dataclasses.replace(rows, x=left_over(Residual((centroids,), (prices,)), rows))
+        fitted = Residual((*fitted.centroids, centroids), (*fitted.prices, prices))
+    return fitted
 
 
-def encode(centroids: Centroids, x: np.ndarray | jax.Array) -> jax.Array:
-    """The codes of x f32 [I, D], int32 [I, levels] (OneMall Eq. 2)."""
-    residual, codes = jnp.asarray(x, jnp.float32), []
-    for codebook in centroids:
-        nearest, _ = assign(residual, codebook)
-        codes.append(nearest)
-        residual = residual - codebook[nearest]
-    return jnp.stack(codes, axis=-1) if codes else jnp.zeros((len(residual), 0), jnp.int32)
+def check(config: ResidualConfig, shape: tuple[int, ...]) -> None:
+    """UserError when the configuration cannot be, or does not fit rows of a shape [I, D]."""
+    if not config.sizes or min(config.sizes) < 2:
+        raise UserError(
+            f"sizes={config.sizes} of the residual k-means: give at least one level, each of 2 codes or more"
+        )
+    if wrong := [level for level in config.balanced if not 1 <= level <= len(config.sizes)]:
+        raise UserError(
+            f"balanced={config.balanced} names level {wrong[0]}, but sizes={config.sizes} are levels 1 to "
+            f"{len(config.sizes)}: name some of these"
+        )
+    check_enough(shape[0], max(config.sizes))
 
 
-def decode(centroids: Centroids, codes: np.ndarray | jax.Array) -> jax.Array:
+def encode(fitted: Residual, x: np.ndarray | jax.Array) -> jax.Array:
+    """The codes of x f32 [I, D], int32 [I, levels] (OneMall Eq. 2); each row's by itself, whatever the others are."""
+    x = check_rows(x, 0)
+    check_width(x, fitted.width)
+    return _encode(fitted, x)[0]
+
+
+def encode_rows(fitted: Residual, rows: Rows) -> jax.Array:
+    """The codes of placed rows, int32 [I', levels], split over the devices as the rows are."""
+    return _encode(fitted, rows.x)[0] if rows.mesh is None else _on_devices(fitted, rows)[0]
+
+
+def left_over(fitted: Residual, rows: Rows) -> jax.Array:
+    """What the levels leave of placed rows, f32 [I', D]."""
+    return _encode(fitted, rows.x)[1] if rows.mesh is None else _on_devices(fitted, rows)[1]
+
+
+def decode(fitted: Residual, codes: np.ndarray | jax.Array) -> jax.Array:
     """The sum of the centroids that codes int32 [I, levels] name, f32 [I, D]; the first levels alone are allowed."""
-    return sum(codebook[codes[:, level]] for level, codebook in enumerate(centroids[: codes.shape[1]]))
+    codes = jnp.asarray(codes)
+    return sum(codebook[codes[:, level]] for level, codebook in enumerate(fitted.centroids[: codes.shape[1]]))
+
+
+def encode_together(fitted: Residual, x: np.ndarray | jax.Array, config: BalancedConfig) -> jax.Array:
+    """The codes of a whole catalogue x f32 [I, D], int32 [I, levels]: balanced levels keep their bound to the letter.
+
+    Where `encode` gives a cluster a few rows too many, the rows that lose least go to the next one.
+    """
+    x = jnp.asarray(check_rows(x, 0))
+    check_width(x, fitted.width)
+    codes = []
+    for centroids, prices in zip(fitted.centroids, fitted.prices, strict=True):
+        if prices is None:
+            level = _encode(Residual((centroids,), (None,)), x)[0][:, 0]
+        else:
+            level = jnp.asarray(balanced.assign_within(x, centroids, prices, config.slack))
+        codes.append(level)
+        x = x - centroids[level]
+    return jnp.stack(codes, axis=-1)
+
+
+def _on_devices(fitted: Residual, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    split = PartitionSpec(rows.mesh.axis_names)
+    of_device = jax.shard_map(
+        _encode, mesh=rows.mesh, in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False
+    )
+    return jax.jit(of_device)(fitted, rows.x)
+
+
+@jax.jit
+def _encode(fitted: Residual, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    finders = [nearest(*level) for level in zip(fitted.centroids, fitted.prices, strict=True)]
+
+    def of_rows(rows):
+        # All levels of a chunk while it is in the cache.
+        codes = []
+        for find, centroids in zip(finders, fitted.centroids, strict=True):
+            codes.append(find(rows))
+            rows = rows - centroids[codes[-1]]
+        return jnp.stack(codes, axis=-1), rows
+
+    return by_chunk(of_rows, x, chunk_rows(max(fitted.sizes)))

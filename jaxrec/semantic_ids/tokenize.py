@@ -1,6 +1,7 @@
 """The tokenize phase: tables in, semantic IDs out."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,6 +15,8 @@ from safetensors.numpy import save_file
 from jaxrec.config import UserError
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
+from jaxrec.semantic_ids.page import write_page
 from jaxrec.semantic_ids.quality import quality
 from jaxrec.semantic_ids.space import SemanticIdSpace, write_codes
 from jaxrec.text.align import AlignConfig, align, apply_all
@@ -26,12 +29,13 @@ def tokenize(
     text_config: EncoderConfig,
     align_config: AlignConfig,
     id_config: SemanticIdConfig,
+    collision_config: CollisionConfig,
     seed: int,
 ) -> None:
     """Encode, align and quantize the items of a tables folder (OneMall §3.1).
 
     Writes codebooks.safetensors, codes.parquet, embeddings.safetensors (`embeddings`, aligned, f32 [I, D]),
-    alignment.safetensors (to encode new items) and quality.json into `folder`.
+    alignment.safetensors (to encode new items), quality.json and semantic_ids.html into `folder`.
 
     Raises:
       UserError: a table cannot be used, or the configuration does not fit it.
@@ -46,17 +50,26 @@ def tokenize(
 
     books = codebooks.fit(id_key, embeddings, id_config)
     popularity = items["count"].to_numpy() if "count" in items.column_names else None
-    space = SemanticIdSpace(codebooks.encode(books, embeddings), books.sizes, popularity)
+    codes = codebooks.encode_catalogue(books, embeddings, id_config)
+    resolved = resolve(codes, books.sizes, collision_config, embeddings, books, popularity)
+    space = SemanticIdSpace(resolved.codes, resolved.sizes, popularity)
 
-    figures = quality(space, books, embeddings, pairs) | {"alignment": alignment.metrics}
+    figures = quality(space, embeddings, partial(codebooks.decode, books), pairs)
+    figures |= {"collisions": resolved.changed, "alignment": alignment.metrics}
+    item_ids, titles = items["item_id"].to_pylist(), _column(items, "title")
+    write_page(folder / "semantic_ids.html", space, item_ids, titles, _column(items, "category"), popularity, figures)
     codebooks.save(books, folder / "codebooks.safetensors")
-    write_codes(folder / "codes.parquet", items["item_id"].to_pylist(), space)
+    write_codes(folder / "codes.parquet", item_ids, space)
     save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
     save_file(
         {name: np.asarray(value) for name, value in flatten_dict(alignment.params, sep=".").items()},
         folder / "alignment.safetensors",
     )
     (folder / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _column(items: pa.Table, name: str) -> list | None:
+    return items[name].to_pylist() if name in items.column_names else None
 
 
 def read_embeddings(items: pa.Table, config: EncoderConfig) -> np.ndarray:

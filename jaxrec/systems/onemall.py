@@ -17,6 +17,7 @@ from jaxrec.data.sources import CompleteJourney, Folder, SequenceText, Synthetic
 from jaxrec.models.cross_decoder import CrossDecoderConfig
 from jaxrec.run import Run
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids.collisions import CollisionConfig
 from jaxrec.semantic_ids.tokenize import tokenize
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
 from jaxrec.systems.onemall_model import assemble
@@ -64,6 +65,8 @@ class OneMallConfig:
     """Contrastive alignment of the embeddings."""
     semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
     """Quantizers."""
+    collisions: CollisionConfig = field(default_factory=CollisionConfig)
+    """What is done about items that share a semantic ID."""
     popularity: PopularityConfig = field(default_factory=PopularityConfig)
     """The popularity that the decoder starts from."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -92,10 +95,11 @@ def train(run: Run, config: OneMallConfig) -> None:
         fingerprint(source.fingerprint(), config.prepare),
         lambda folder: prepare(source, config.prepare, folder),
     )
+    id_configs = (config.align, config.semantic_ids, config.collisions)
     ids = run.phase(
         "semantic_ids",
-        fingerprint(tables, config.text.model, config.text.max_tokens, config.align, config.semantic_ids, config.seed),
-        lambda folder: tokenize(run.tables, folder, config.text, config.align, config.semantic_ids, config.seed),
+        fingerprint(tables, config.text.model, config.text.max_tokens, *id_configs, config.seed),
+        lambda folder: tokenize(run.tables, folder, config.text, *id_configs, config.seed),
     )
     examples = run.phase(
         "examples", fingerprint(tables), lambda folder: write_examples(run.tables, folder, source.behaviors)

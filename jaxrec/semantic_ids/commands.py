@@ -1,0 +1,195 @@
+"""The living catalogue on the command line: each function reads files, changes the versions and prints what it did.
+
+Items come as a parquet file with columns `item_id` and `embedding` (a list of numbers), for `remove` `item_id` alone,
+and optionally `count`, the popularity that decides who comes first under an ID.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from flax.traverse_util import unflatten_dict
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from tyro.conf import Positional
+
+from jaxrec.config import UserError
+from jaxrec.run import console
+from jaxrec.semantic_ids import catalogue, versions
+from jaxrec.semantic_ids.drift import drift, drift_table
+from jaxrec.text import align
+
+
+def append(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
+    """Gives the items of a parquet file their IDs and prints how many came.
+
+    Args:
+      folder: the semantic_ids folder of a run.
+      items: parquet with item_id, embedding, and optionally count.
+      text: the embeddings are those of the text encoder: put them through the run's alignment first.
+      publish: replace codes.parquet too; the run's items.parquet has to list the same items.
+    """
+    ids, x, popularity = read_items(items)
+    made = catalogue.append(folder, ids, aligned(folder, x) if text else x, popularity)
+    said = [f"{made[name]:,} {word}" for name, word in (("added", "new"), ("returned", "came back")) if made[name]]
+    if made["known"]:
+        said.append(f"{made['known']:,} were there and keep their IDs")
+    console.print(f"Version {made['version']}: {', '.join(said)}.")
+    if made["added"]:
+        console.print(f"Collisions: {made['collisions']['text']}.", markup=False)
+    if publish:
+        _publish(folder)
+
+
+def remove(folder: Positional[Path], items: Positional[Path], publish: bool = False) -> None:
+    """Takes the items of a parquet file (item_id) out of the catalogue; they keep their IDs for when they come back."""
+    made = catalogue.remove(folder, read_ids(_read(items, ["item_id"]), items))
+    gone = f", {made['known']:,} had left before" if made["known"] else ""
+    console.print(f"Version {made['version']}: {made['removed']:,} items left{gone}.")
+    if publish:
+        _publish(folder)
+
+
+def reencode(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
+    """Encodes items anew whose embeddings changed and prints the share of codes that changed; arguments as `append`."""
+    ids, x, popularity = read_items(items)
+    made = catalogue.reencode(folder, ids, aligned(folder, x) if text else x, popularity)
+    levels = ", ".join(f"{share:.1%}" for share in made["changed_codes"])
+    console.print(
+        f"Version {made['version']}: {made['changed']:,} of {made['encoded']:,} items have another ID "
+        f"({made['changed_share']:.1%}). Codes that changed, level by level: {levels}; of all, "
+        f"{made['changed_codes_mean']:.1%}."
+    )
+    if publish:
+        _publish(folder)
+
+
+def rollback(folder: Positional[Path], version: Positional[int], publish: bool = False) -> None:
+    """Makes another version the current one."""
+    record = versions.roll_back(folder, version)
+    console.print(f"Version {version} of {record['time']} counts now, with {record['figures']['items']:,} items.")
+    if publish:
+        _publish(folder)
+
+
+def show_versions(folder: Positional[Path], as_json: bool = False) -> None:
+    """Prints the versions that there are, or their records as one JSON list."""
+    records = versions.list_versions(folder)
+    if as_json:
+        print(json.dumps(records))
+        return
+    if not records:
+        console.print(f"{versions.versions(folder)} holds no versions yet; append makes the first.", markup=False)
+        return
+    title = f"Versions of {escape(str(folder))}; * counts"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("", "version", "of", "time (UTC)", "action"):
+        table.add_column(name)
+    for name in ("items", "inactive", "distinct IDs"):
+        table.add_column(name, justify="right")
+    for record in records:
+        figures = record["figures"]
+        numbers = [f"{figures[name]:,}" for name in ("items", "inactive", "distinct_ids")]
+        mark, parent = "*" if record["current"] else "", str(record["parent"] or "-")
+        time = record["time"][:16].replace("T", " ")
+        table.add_row(mark, str(record["version"]), parent, time, record["action"], *numbers)
+    console.print(table)
+
+
+def show_drift(folder: Positional[Path], as_json: bool = False) -> None:
+    """Prints how the use of the IDs changed over the versions, or the rows as one JSON list."""
+    rows = drift(folder)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    console.print(drift_table(rows))
+    for row in rows:
+        if row["hint"]:
+            console.print(row["hint"])
+
+
+def read_items(path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """item_id, embedding f32 [n, D], and count [n] or None, of a parquet file.
+
+    Raises:
+      UserError: the file is no parquet, a column is missing or mistyped, or an embedding is missing or of another width
+        than the first; the item is named.
+    """
+    table = _read(path, ["item_id", "embedding"])
+    ids, column = read_ids(table, path), table["embedding"].combine_chunks()
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.list_(column.type.value_type))
+    kind = column.type.value_type if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else None
+    if kind is None or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        raise UserError(f"{path}: column 'embedding' is {column.type}, but must be a list of numbers")
+    widths = column.value_lengths().to_numpy(zero_copy_only=False)
+    for row in np.flatnonzero(~(widths == widths[:1]))[:1]:
+        found = "missing" if np.isnan(widths[row]) else f"{widths[row]:.0f} wide, that of {ids[0]!r} {widths[0]:.0f}"
+        raise UserError(
+            f"{path}: the embedding of item_id {ids[row]!r} (row {row}) is {found}: give all the same width"
+        )
+    x = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(ids), -1)
+    return ids, x, _read_counts(table, path)
+
+
+def read_ids(table: pa.Table, path: Path) -> list[str]:
+    """The column item_id; UserError when there are no rows, or an id is missing."""
+    if not len(table):
+        raise UserError(f"{path} has no rows: give at least one item")
+    column = table["item_id"]
+    for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
+        raise UserError(f"{path}: row {row} has no item_id: give every item its own")
+    return column.cast(pa.string()).to_pylist()
+
+
+def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
+    """Text embeddings f32 [n, D] of new items, through the alignment that the run learned, f32 [n, width].
+
+    Raises:
+      UserError: there is no alignment, or the embeddings are not as wide as those that it was learned on.
+    """
+    path = Path(folder) / "alignment.safetensors"
+    try:
+        params = unflatten_dict(load_file(path), sep=".")
+        width = len(params["mean"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(
+            f"{path} holds no alignment ({error}): give the embeddings that the codebooks encode"
+        ) from error
+    if text.shape[1] != width:
+        raise UserError(
+            f"the text embeddings are {text.shape[1]} wide, but the alignment of {path} takes {width}: "
+            "encode the texts with the encoder of this run"
+        )
+    return np.asarray(jax.jit(align.apply)(params, text))
+
+
+def _publish(folder: Path) -> None:
+    console.print(f"{versions.publish(folder)} holds these IDs now.", markup=False)
+
+
+def _read(path: Path, names: list[str]) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} cannot be read as parquet ({error}): give a parquet file of items") from error
+    for name in names:
+        if name not in table.column_names:
+            listed = ", ".join(table.column_names)
+            raise UserError(f"{path} has no column {name!r}; it needs {' and '.join(names)} (found {listed})")
+    return table
+
+
+def _read_counts(table: pa.Table, path: Path) -> np.ndarray | None:
+    if "count" not in table.column_names:
+        return None
+    column = table["count"]
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise UserError(f"{path}: column 'count' is {column.type}, but must be numbers")
+    return column.fill_null(0).to_numpy().astype(np.float64)

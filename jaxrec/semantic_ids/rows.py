@@ -1,0 +1,112 @@
+"""Rows to be quantized: checked embeddings in memory, on one device or split over the devices of all hosts.
+
+rows = place(x)                    # one device
+rows = place(x_of_this_host, mesh) # every host gives its own rows; the hosts' rows follow each other
+"""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrec.config import UserError
+
+CHECKED_AT_ONCE = 65_536
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Checked rows on the devices.
+
+    x: f32 [I', D], I' >= I rows, filled up with zeros so that they split evenly. where: bool [I'], True for a real row.
+    valid: int64 [I], the places of the real rows. mesh: over whose devices the rows are split, or None.
+    """
+
+    x: jax.Array
+    where: jax.Array
+    valid: np.ndarray
+    mesh: Mesh | None = None
+
+    def __len__(self) -> int:
+        """How many real rows there are on all hosts, I."""
+        return len(self.valid)
+
+    def local(self, values: jax.Array) -> np.ndarray:
+        """The part of values [I', ...] that belongs to the rows that this host gave, as NumPy."""
+        mine = np.concatenate([np.asarray(shard.data) for shard in _in_order(values)])
+        return mine[np.concatenate([np.asarray(shard.data) for shard in _in_order(self.where)])]
+
+
+def check_rows(x: np.ndarray | jax.Array, k: int) -> np.ndarray | jax.Array:
+    """x [I, D] as float32 (half, double and integer numbers are converted), fit to be put into k clusters.
+
+    Raises:
+      UserError: no matrix, no numbers, no width, fewer than k rows, or a row with NaN or infinity; also a double too
+        large for float32, which is infinite there.
+    """
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise UserError(f"embeddings must be a matrix [items, width], but have shape {x.shape}")
+    if not (jax.dtypes.issubdtype(x.dtype, np.floating) or jax.dtypes.issubdtype(x.dtype, np.integer)):
+        raise UserError(
+            f"embeddings are of type {x.dtype}, which are no numbers: give float32 vectors of one width, a row an item"
+        )
+    if x.dtype != np.float32:
+        with np.errstate(over="ignore"):
+            x = x.astype(np.float32)
+    check_enough(len(x), k)
+    bad = [start + row for start in range(0, len(x), CHECKED_AT_ONCE) for row in _not_finite(x, start)]
+    if bad:
+        raise UserError(f"row {bad[0]} of the embeddings holds NaN or infinity ({len(bad)} such rows): mend them first")
+    return x
+
+
+def check_enough(rows: int, k: int) -> None:
+    """UserError when there are fewer rows than codes."""
+    if rows < k:
+        raise UserError(f"{rows} rows cannot fill a codebook of {k} codes: choose smaller codebooks, or give more rows")
+
+
+def check_width(x: np.ndarray | jax.Array, width: int) -> None:
+    """UserError when x [I, D] is not as wide as what the codebooks were fitted to."""
+    if x.shape[1] != width:
+        raise UserError(
+            f"embeddings are {x.shape[1]} wide, but the codebooks were fitted to a width of "
+            f"{width}: encode with the embeddings they were made for"
+        )
+
+
+def place(x: np.ndarray | jax.Array, mesh: Mesh | None = None, at_least: int = 1) -> Rows:
+    """Check rows x [I, D] and put them on the device, or, with a mesh, split over all of its devices.
+
+    On several hosts each gives its own rows; UserError as in `check_rows`, for `at_least` rows in all.
+    """
+    x = check_rows(x, 0)
+    if mesh is None:
+        check_enough(len(x), at_least)
+        return Rows(jax.numpy.asarray(x), jax.numpy.ones(len(x), bool), np.arange(len(x)), None)
+    counts = np.atleast_1d(multihost_utils.process_allgather(np.int64(len(x))))
+    check_enough(int(counts.sum()), at_least)
+    devices = mesh.size // len(counts)
+    each = -(-int(counts.max()) // devices) * devices
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    padded = np.pad(np.asarray(x), ((0, each - len(x)), (0, 0)))
+    valid = np.concatenate([host * each + np.arange(count) for host, count in enumerate(counts)])
+    return Rows(
+        jax.make_array_from_process_local_data(sharding, padded),
+        jax.make_array_from_process_local_data(sharding, np.arange(each) < len(x)),
+        valid,
+        mesh,
+    )
+
+
+def _not_finite(x: np.ndarray | jax.Array, start: int) -> np.ndarray:
+    return np.flatnonzero(~np.isfinite(np.asarray(x[start : start + CHECKED_AT_ONCE])).all(axis=1))
+
+
+def _in_order(values: jax.Array) -> list:
+    """This host's pieces of an array that is split over its first axis, in the order of the rows; each piece once."""
+    pieces = {shard.index[0].start or 0: shard for shard in values.addressable_shards}
+    return [pieces[start] for start in sorted(pieces)]

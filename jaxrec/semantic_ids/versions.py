@@ -1,0 +1,473 @@
+"""The ID tables of a catalogue that changes: versions that are only ever added, each made with the same codebooks.
+
+    <semantic_ids>/versions/
+      current.json            which version counts, written last
+      000001/                 the IDs that the tokenize phase gave
+        changes.parquet       the rows that this version adds or replaces
+        version.json          parent, time, what was done, the hashes of the codebooks and of the files here, figures
+      000002/ ...
+
+A version holds only the rows in which it differs from its parent, so a table is read by going through the versions that
+led to it. An item keeps its row for good: one that left the catalogue is marked inactive, holds on to its ID and comes
+back with it. A version is written under another name, fsynced and renamed, and only then does `current.json` name it:
+killed at any moment, either the old version counts or the new one, and both are whole.
+
+`codes.parquet` of the run is not touched until `publish` replaces it, since the run's other tables have to know the
+items in it.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from jaxrec.config import UserError, fingerprint, from_json, to_json
+from jaxrec.run import fault_point, read_json, write_json, writing
+from jaxrec.semantic_ids import codebooks
+from jaxrec.semantic_ids.collisions import CollisionConfig, squared_errors
+from jaxrec.semantic_ids.quality import collisions, independent_coding_rate, prefix_use
+from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes, write_codes
+
+BOOKS, CODES, EMBEDDINGS, QUALITY = "codebooks.safetensors", "codes.parquet", "embeddings.safetensors", "quality.json"
+
+
+@dataclass(frozen=True, eq=False)
+class IdTable:
+    """The IDs of one version, those of inactive items among them; rows are in the order in which items first came.
+
+    item_ids: [I]. codes: int32 [I, M], the IDs. encoded: int32 [I, m], what the codebooks alone gave, before
+    collisions were resolved. active: bool [I]. errors: f32 [I], squared distance of the embedding to what `encoded`
+    stands for; NaN where no embedding was at hand. sizes: codes in each level of M. record: what version.json says.
+    """
+
+    item_ids: list[str]
+    codes: np.ndarray
+    encoded: np.ndarray
+    active: np.ndarray
+    errors: np.ndarray
+    sizes: tuple[int, ...]
+    record: dict
+
+    @property
+    def version(self) -> int:
+        """The number of the version."""
+        return self.record["version"]
+
+    @property
+    def collisions(self) -> CollisionConfig:
+        """The policy under which new items get their IDs."""
+        return from_json(CollisionConfig, self.record["collisions"])
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """The row of each item."""
+        return {item: row for row, item in enumerate(self.item_ids)}
+
+    @cached_property
+    def active_ids(self) -> list[str]:
+        """The items that are in the catalogue."""
+        return [self.item_ids[row] for row in np.flatnonzero(self.active)]
+
+    def space(self, item_ids: Sequence[str] | None = None, popularity: np.ndarray | None = None) -> SemanticIdSpace:
+        """The IDs of a catalogue's items in its order; None: of all active items.
+
+        Raises:
+          UserError: an item has no ID in this version, or is inactive.
+        """
+        if item_ids is None:
+            return SemanticIdSpace(self.codes[self.active], self.sizes, popularity)
+        missing = [item for item in item_ids if item not in self.row or not self.active[self.row[item]]]
+        if missing:
+            raise UserError(
+                f"version {self.version} of the semantic IDs has no active item_id {missing[0]!r} ({len(missing)} such "
+                "items): append them, or take the version that belongs to these tables"
+            )
+        return SemanticIdSpace(self.codes[[self.row[item] for item in item_ids]], self.sizes, popularity)
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """The rows that a version adds or replaces; the fields are those of an `IdTable`."""
+
+    item_ids: list[str]
+    codes: np.ndarray
+    encoded: np.ndarray
+    active: np.ndarray
+    errors: np.ndarray
+
+
+def begin(folder: Path, config: CollisionConfig | None = None) -> IdTable:
+    """Make version 1 of what the tokenize phase wrote; when there are versions already, read the current one.
+
+    Args:
+      folder: the semantic_ids folder of a run: codebooks.safetensors, codes.parquet and, to know the errors that later
+        items are compared with, embeddings.safetensors with rows in the order of codes.parquet.
+      config: the policy that made codes.parquet; None: what quality.json says under "collisions" (the report of
+        `collisions.resolve`), else `keep`.
+    Raises:
+      UserError: a file is missing or damaged, or the IDs are not of these codebooks and this policy.
+    """
+    folder = Path(folder)
+    with locked(folder):
+        return begin_locked(folder, config)
+
+
+def begin_locked(folder: Path, config: CollisionConfig | None = None) -> IdTable:
+    """`begin` for who holds the lock."""
+    if existing := numbers(folder):
+        if not (versions(folder) / "current.json").exists():
+            _repair(folder, existing)
+        return read_version(folder)
+    books = codebooks.load(folder / BOOKS)
+    config = config or _config_of(folder)
+    ids = _item_ids(folder / CODES)
+    space = read_codes(folder / CODES, ids)
+    extra = config.policy == "extra_level"
+    if space.codebook_sizes[: space.levels - extra] != books.sizes:
+        raise UserError(
+            f"{folder / CODES} has levels of {space.codebook_sizes} codes, which do not come from codebooks of "
+            f"{books.sizes} under collisions.policy={config.policy!r}: tokenize again"
+        )
+    encoded, errors = space.codes[:, : len(books.sizes)], np.full(len(ids), np.nan, np.float32)
+    if (folder / EMBEDDINGS).exists():
+        x = _embeddings(folder, len(ids))
+        encoded = codebooks.encode(books, x)
+        errors = squared_errors(books, encoded, x)
+    settled = CollisionConfig(config.policy, config.capacity, space.codebook_sizes[-1] if extra else 0)
+    parent = IdTable([], space.codes[:0], encoded[:0], np.zeros(0, bool), errors[:0], space.codebook_sizes, {})
+    changes = Changes(ids, space.codes, encoded, np.ones(len(ids), bool), errors)
+    return commit(folder, parent, changes, errors, settled, "begin", {"added": len(ids)})
+
+
+def read_version(folder: Path, version: int | None = None) -> IdTable:
+    """The IDs of a version, by default of the current one; every file that led to it is checked.
+
+    Raises:
+      UserError: there are no versions, not this one, a file is damaged, or the version was made with other codebooks
+        than the folder holds.
+    """
+    folder = Path(folder)
+    lineage = read_lineage(folder, version)
+    _check_books(folder, lineage)
+    parts = [_read_changes(folder, record) for record in lineage]
+    return _stack(parts, lineage[-1])
+
+
+def read_lineage(folder: Path, version: int | None = None) -> list[dict]:
+    """What version.json says of a version (by default the current one) and of those that led to it, the first first.
+
+    Raises:
+      UserError: there are no versions, not this one, or one of the files is damaged.
+    """
+    folder = Path(folder)
+    if version is None:
+        version = current_number(folder)
+    check_number(folder, version)
+    lineage = []
+    while version:
+        lineage.append(_read_record(folder, version))
+        version = lineage[-1]["parent"]
+    return lineage[::-1]
+
+
+def list_versions(folder: Path) -> list[dict]:
+    """What version.json says of every version, those that a roll-back left behind among them, and which is `current`.
+
+    Raises:
+      UserError: one of these files is damaged.
+    """
+    folder = Path(folder)
+    if not (found := numbers(folder)):
+        return []
+    pointer = versions(folder) / "current.json"
+    current = current_number(folder) if pointer.exists() else None
+    return [_read_record(folder, number) | {"current": number == current} for number in found]
+
+
+def roll_back(folder: Path, version: int) -> dict:
+    """Make an earlier version (or a later one that was left) the current one; nothing is deleted.
+
+    Returns:
+      What its version.json says. The next version is numbered after the highest there is, with this one as its parent.
+
+    Raises:
+      UserError: there is no such version, it or one that led to it is damaged, or it was made with other codebooks.
+    """
+    folder = Path(folder)
+    check_number(folder, version)
+    with locked(folder):
+        record = read_version(folder, version).record
+        _point_at(folder, version)
+    return record
+
+
+def publish(folder: Path, version: int | None = None) -> Path:
+    """Replace codes.parquet by the active items of a version (by default the current one), in one step.
+
+    The run's items.parquet must list the same items by then: `read_codes` refuses any others.
+    """
+    folder = Path(folder)
+    path = folder / CODES
+    partial = path.with_name(f".{path.name}.partial")
+    with locked(folder), writing(folder):
+        table = read_version(folder, version)
+        write_codes(partial, table.active_ids, table.space())
+        sync(partial)
+        fault_point("partial:publish")
+        partial.rename(path)
+        sync(folder)
+    return path
+
+
+def commit(
+    folder: Path,
+    parent: IdTable,
+    changes: Changes,
+    errors: np.ndarray,
+    config: CollisionConfig,
+    action: str,
+    counts: dict[str, int],
+    report: dict | None = None,
+) -> IdTable:
+    """Write the next version and make it the current one, for who holds the lock.
+
+    Args:
+      parent: the current table; without rows when there is none.
+      changes: what differs from it.
+      errors: f32 [n], squared errors of the items that were encoded now; NaN where unknown.
+      config: the policy for collisions of the versions to come.
+      action: what was done; counts: to how many items; report: what else is to be told of it.
+
+    Fault points: `partial:version` before the rename, `done:version` after it, `current:version` when it counts.
+    """
+    number = max(numbers(folder), default=0) + 1
+    final, partial = _path(folder, number), versions(folder) / f"{number:06d}.partial"
+    record = {
+        "version": number,
+        "parent": parent.record.get("version"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "action": action,
+        "counts": counts,
+        "codebooks_sha256": sha256(folder / BOOKS),
+        "codebook_sizes": list(parent.sizes),
+        "collisions": to_json(config),
+    }
+    table = _stack([_changes_of(parent), changes], record)
+    if not table.active.any():
+        raise UserError(f"{folder}: no item would be left in the catalogue: keep at least one")
+    record |= {"figures": figures(table, errors), "report": report or {}}
+    with writing(final):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _write_changes(partial / "changes.parquet", changes)
+        record["changes_sha256"] = sha256(partial / "changes.parquet")
+        record["fingerprint"] = fingerprint(record)
+        write_json(partial / "version.json", record)
+        sync(partial)
+        fault_point("partial:version")
+        partial.rename(final)
+        sync(final.parent)
+        fault_point("done:version")
+        _point_at(folder, number)
+        fault_point("current:version")
+    return table
+
+
+def figures(table: IdTable, errors: np.ndarray) -> dict:
+    """How well the active IDs tell items apart, and the mean of the squared errors f32 [n] that are known."""
+    space = table.space()
+    known = errors[np.isfinite(errors)]
+    shared = collisions(space.counts)
+    return {
+        "items": len(space.codes),
+        "inactive": int((~table.active).sum()),
+        "distinct_ids": len(space.ids),
+        "utilization": [row["utilization"] for row in prefix_use(space)],
+        "independent_coding_rate": independent_coding_rate(space.counts),
+        "conflict_rate": shared["conflict_rate"],
+        "largest_bucket": shared["largest_bucket"],
+        "error": float(known.mean(dtype=np.float64)) if len(known) else None,
+    }
+
+
+def versions(folder: Path) -> Path:
+    """Where the versions are."""
+    return Path(folder) / "versions"
+
+
+def numbers(folder: Path) -> list[int]:
+    """The versions that are there, in rising order."""
+    return sorted(int(path.name) for path in versions(folder).glob("[0-9]*") if path.name.isdigit())
+
+
+def check_number(folder: Path, version: int) -> None:
+    """UserError when there is no such version."""
+    if version not in (there := numbers(folder)):
+        listed = f"there are {', '.join(map(str, there))}" if there else "there are none yet; append makes the first"
+        raise UserError(f"{versions(folder)} has no version {version}: {listed}")
+
+
+def current_number(folder: Path) -> int:
+    """The version that counts; UserError when there is none, or current.json is damaged."""
+    path, there = versions(folder) / "current.json", numbers(folder)
+    back = f"roll back to one of {', '.join(map(str, there))}"
+    if not path.exists():
+        raise UserError(f"{path.parent} has no current version: {back if there else 'append makes the first'}")
+    pointer = read_json(path)
+    if not isinstance(pointer, dict) or pointer.get("version") not in there:
+        raise UserError(f"{path} is damaged: it names none of the versions that are there; {back}")
+    return pointer["version"]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the versions of a folder for this process; UserError when another one does, or the folder is not there."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give the semantic_ids folder of a run")
+    versions(folder).mkdir(exist_ok=True)
+    with (versions(folder) / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process is changing {versions(folder)}; wait for it, and run this again"
+            ) from error
+        yield
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal; UserError when it is missing."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: restore it, or run the tokenize phase again") from error
+
+
+def sync(path: Path) -> None:
+    """Have a file or the entries of a folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _path(folder: Path, number: int) -> Path:
+    return versions(folder) / f"{number:06d}"
+
+
+def _point_at(folder: Path, number: int) -> None:
+    write_json(versions(folder) / "current.json", {"version": number})
+
+
+def _repair(folder: Path, existing: list[int]) -> None:
+    """Points at the first version where the process was killed just before it; refuses to guess among several."""
+    if existing != [1]:
+        current_number(folder)
+    read_version(folder, 1)
+    _point_at(folder, 1)
+
+
+def _read_record(folder: Path, number: int) -> dict:
+    """version.json without its own fingerprint, which is checked."""
+    path = _path(folder, number) / "version.json"
+    record = read_json(path)
+    if not isinstance(record, dict) or record.pop("fingerprint", None) != fingerprint(record):
+        raise UserError(f"{path} is damaged (it is not what its fingerprint says): restore it from a copy")
+    return record
+
+
+def _check_books(folder: Path, lineage: list[dict]) -> None:
+    books = sha256(folder / BOOKS)
+    for record in lineage:
+        if record["codebooks_sha256"] != books:
+            raise UserError(
+                f"version {record['version']} of {versions(folder)} was made with other codebooks "
+                f"({record['codebooks_sha256'][:16]}...) than {folder / BOOKS} ({books[:16]}...): its IDs mean "
+                "something else; restore those codebooks, or tokenize again into a new run"
+            )
+
+
+def _config_of(folder: Path) -> CollisionConfig:
+    """The policy that quality.json tells of."""
+    path = folder / QUALITY
+    told = (read_json(path) if path.exists() else {}).get("collisions") or {}
+    names = ("policy", "capacity", "extra_size")
+    return CollisionConfig(**{name: told[name] for name in names if name in told})
+
+
+def _item_ids(path: Path) -> list[str]:
+    try:
+        return pq.read_table(path, columns=["item_id"])["item_id"].cast(pa.string()).to_pylist()
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise UserError(f"{path} has no readable column item_id ({error}): run the tokenize phase again") from error
+
+
+def _embeddings(folder: Path, items: int) -> np.ndarray:
+    path = folder / EMBEDDINGS
+    try:
+        x = load_file(path)["embeddings"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{path} holds no embeddings ({error}): run the tokenize phase again") from error
+    if len(x) != items:
+        raise UserError(f"{path} has {len(x)} rows, but {folder / CODES} has {items}: run the tokenize phase again")
+    return x
+
+
+def _changes_of(table: IdTable) -> Changes:
+    return Changes(table.item_ids, table.codes, table.encoded, table.active, table.errors)
+
+
+def _stack(parts: list[Changes], record: dict) -> IdTable:
+    """Changes one after the other: the last row of an item counts, at the place of its first."""
+    place: dict[str, int] = {}
+    last: list[int] = []
+    for row, item in enumerate(item for part in parts for item in part.item_ids):
+        at = place.setdefault(item, len(last))
+        if at == len(last):
+            last.append(row)
+        else:
+            last[at] = row
+    columns = {
+        name: np.concatenate([getattr(part, name) for part in parts])[last]
+        for name in ("codes", "encoded", "active", "errors")
+    }
+    return IdTable(list(place), **columns, sizes=tuple(record["codebook_sizes"]), record=record)
+
+
+def _write_changes(path: Path, changes: Changes) -> None:
+    columns = {"item_id": pa.array(changes.item_ids, pa.string())}
+    for letter, codes in (("c", changes.codes), ("e", changes.encoded)):
+        columns |= {f"{letter}{level + 1}": pa.array(codes[:, level], pa.int32()) for level in range(codes.shape[1])}
+    columns["active"] = pa.array(changes.active)
+    columns["error"] = pa.array(changes.errors, pa.float32())
+    pq.write_table(pa.table(columns), path)
+    sync(path)
+
+
+def _read_changes(folder: Path, record: dict) -> Changes:
+    path = _path(folder, record["version"]) / "changes.parquet"
+    if sha256(path) != record["changes_sha256"]:
+        raise UserError(f"{path} is damaged (its SHA-256 is not what version.json says): restore it from a copy")
+    table = pq.read_table(path)
+
+    def levels(letter: str) -> np.ndarray:
+        names = [name for name in table.column_names if name[0] == letter and name[1:].isdigit()]
+        return np.stack([table[name].to_numpy() for name in names], axis=1)
+
+    return Changes(
+        table["item_id"].to_pylist(), levels("c"), levels("e"), table["active"].to_numpy(), table["error"].to_numpy()
+    )
