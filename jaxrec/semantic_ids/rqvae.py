@@ -71,7 +71,8 @@ class RqVaeConfig:
 class RqVae:
     """A trained RQ-VAE.
 
-    params: {"encoder", "decoder"}, each {"layer_0": {"kernel", "bias"}, ..., "linear": {"kernel"}}. codebooks: f32 [K, latent width], one a
+    params: {"encoder", "decoder"}, each {"layer_0": {"kernel", "bias"}, ..., "linear": {"kernel"}}.
+    codebooks: f32 [K, latent width], one a
     level. mean: f32 [D] and scale: f32 [], of the embeddings that it was trained on.
     """
 
@@ -204,7 +205,7 @@ def straight_through(latents: jax.Array, chosen: jax.Array) -> jax.Array:
 
 
 def blocks(layers: dict, x: jax.Array) -> jax.Array:
-    """Dense layers with a ReLU behind each but the last, and the linear path if there is one: f32 [B, in] to [B, out]."""
+    """Dense layers, a ReLU behind each but the last, and the linear path if there is one: f32 [B, in] to [B, out]."""
     hidden = x
     count = sum(name.startswith("layer_") for name in layers)
     for i in range(count):

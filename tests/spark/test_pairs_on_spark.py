@@ -61,5 +61,5 @@ def test_a_missing_java_is_named(monkeypatch, tmp_path):
     from jaxrec.data import spark as module
 
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="JAVA_HOME is .* holds no bin/java"):
+    with pytest.raises(UserError, match=r"JAVA_HOME is .* holds no bin/java"):
         module._check_java()
