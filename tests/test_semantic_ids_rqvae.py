@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import rqvae
+from jaxrec.semantic_ids import residual, rqvae
+from jaxrec.semantic_ids.residual import ResidualConfig
 from jaxrec.semantic_ids.rqvae import RqVae, RqVaeConfig
 
 QUICK = RqVaeConfig((16, 16, 16), hidden=(32, 24, 16), latent_width=8, warm_steps=100, steps=300, batch_size=128)
@@ -122,21 +123,22 @@ def test_idle_codes_move_to_residuals_of_the_batch():
     np.testing.assert_array_equal(waited, [4, 0, 0])
 
 
-@pytest.mark.parametrize("decay", [0.99, 0.0])
-def test_every_level_uses_its_codes(planted, fitted, decay):
-    if not decay:
-        fitted = rqvae.fit(jax.random.key(0), planted, replace(QUICK, ema_decay=0.0))
+@pytest.mark.parametrize("changed", [{}, {"ema_decay": 0.99}, {"linear": False}, {"linear": False, "warm_steps": 0}])
+def test_every_level_uses_its_codes(planted, fitted, changed):
+    if changed:
+        fitted = rqvae.fit(jax.random.key(0), planted, replace(QUICK, **changed))
     assert (used(fitted, planted) > 0.9).all()
 
 
-def test_codebooks_come_back_from_collapse(planted):
+@pytest.mark.parametrize("decay", [0.0, 0.99])
+def test_codebooks_come_back_from_collapse(planted, decay):
     params = rqvae.init(jax.random.key(0), jnp.asarray(planted), QUICK)
     mean, scale = rqvae.centre_and_scale(jnp.asarray(planted))
     # All codes but the first lie where no latent will ever be.
     collapsed = tuple(jnp.full((16, 8), 1e3).at[0].set(0) for _ in range(3))
     shares = []
     for after in (20, 10**6):
-        config = replace(QUICK, revive_after=after, steps=200)
+        config = replace(QUICK, revive_after=after, steps=200, ema_decay=decay)
         keys = jax.random.split(jax.random.key(1), config.steps)
         state = rqvae.begin(jax.tree.map(jnp.copy, params), collapsed, len(planted), config)
         state = rqvae.train(config, jax.tree.map(jnp.copy, state), (planted - mean) / scale, keys)
@@ -148,9 +150,20 @@ def test_codebooks_come_back_from_collapse(planted):
 def test_error_falls_with_each_level_and_with_training(planted, fitted):
     errors = [error(fitted, planted, levels) for levels in (1, 2, 3)]
     assert errors[0] > errors[1] > errors[2]
-    assert errors[2] < 0.2
-    early = rqvae.fit(jax.random.key(0), planted, replace(QUICK, linear=False, warm_steps=5, steps=10))
-    assert errors[2] < 0.7 * error(early, planted) < 0.7
+    # It bends with the data, which k-means cannot.
+    flat = residual.fit(jax.random.key(0), planted, ResidualConfig(QUICK.sizes))
+    left = planted - residual.decode(flat, residual.encode(flat, planted))
+    assert errors[2] < (left**2).sum() / ((planted - planted.mean(0)) ** 2).sum()
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_training_lowers_the_error(planted, linear):
+    few, many = (
+        error(rqvae.fit(jax.random.key(0), planted, replace(QUICK, linear=linear, warm_steps=n // 3, steps=n)), planted)
+        for n in (10, 300)
+    )
+    # The linear path starts near the end.
+    assert many < (0.85 if linear else 0.5) * few
 
 
 def test_shapes(planted, fitted):
@@ -172,10 +185,10 @@ def test_encoding_and_decoding_are_plain_numpys(planted, fitted):
         return x + start @ np.asarray(layers["linear"]["kernel"])
 
     mean, scale = np.asarray(fitted.mean, np.float64), float(fitted.scale)
-    residual, total, codes = dense(fitted.params["encoder"], (planted - mean) / scale), 0.0, []
+    rest, total, codes = dense(fitted.params["encoder"], (planted - mean) / scale), 0.0, []
     for book in np.asarray(fitted.codebooks, np.float64):
-        codes.append(((residual[:, None] - book) ** 2).sum(-1).argmin(1))
-        residual, total = residual - book[codes[-1]], total + book[codes[-1]]
+        codes.append(((rest[:, None] - book) ** 2).sum(-1).argmin(1))
+        rest, total = rest - book[codes[-1]], total + book[codes[-1]]
     codes = np.stack(codes, axis=1)
     assert (codes == np.asarray(rqvae.encode(fitted, planted))).mean() > 0.999
     expected = dense(fitted.params["decoder"], total) * scale + mean
@@ -196,7 +209,7 @@ def test_any_scale_of_the_data_is_the_same_problem(planted, fitted, scale):
     assert (used(other, x) > 0.9).all()
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(2, 5), min_size=1, max_size=3),
     hidden=st.lists(st.integers(1, 6), max_size=2),
@@ -216,7 +229,7 @@ def test_any_shape(sizes, hidden, width, rows):
 @pytest.mark.parametrize(
     "x", [np.full((20, 4), 0.1, np.float32), np.zeros((20, 4), np.float32), np.repeat(np.eye(4), 5, axis=0)]
 )
-@pytest.mark.parametrize("decay", [0.99, 0.0])
+@pytest.mark.parametrize("decay", [0.0, 0.99])
 def test_fewer_distinct_rows_than_codes(x, decay):
     x = x.astype(np.float32)
     fitted = rqvae.fit(jax.random.key(0), x, replace(TINY, sizes=(8, 8), warm_steps=30, steps=60, ema_decay=decay))

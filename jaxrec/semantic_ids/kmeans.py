@@ -64,7 +64,9 @@ def start(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> tuple[jax
     """A sample f32 [I'', D] and centroids f32 [K, D] that came to rest on it, to begin with on all rows."""
     sample_key, start_key = jax.random.split(key)
     sizes = sample_sizes(len(rows), k, config)
-    sample = take(rows, drawn(sample_key, len(rows), sizes[-1]))
+    # Growing samples need a random order; all rows at once need none.
+    whole = sizes[-1] == len(rows)
+    sample = take(rows, np.arange(len(rows)) if whole else drawn(sample_key, len(rows), sizes[-1]))
     return sample, grow(start_key, sample, sizes, k, config)
 
 

@@ -3,11 +3,11 @@
 OneSug Eq. 3 (§3.2.2), and TIGER's recipe: encoder and decoder of three blocks are trained together with the codebooks,
 straight through the choice of the codes.
 
-The known way to fail is collapse: few codes are chosen, only these learn, and the others are never chosen again. Four
-things prevent it. The autoencoder first learns with its latent not quantized, so that there is something to quantize.
-k-means on its latents then starts the codebooks, where random codes would lie far from all latents. A code is the
-moving average of the residuals that choose it, so it keeps up with the encoder however fast that moves. And a code that
-no row has chosen for some steps moves to a random residual of the batch, where there are rows.
+The known way to fail is collapse: few codes are chosen, only these learn, and the others are never chosen again. Three
+things prevent it. The autoencoder starts at the principal components and first learns with its latent not quantized, so
+that there is something to quantize. k-means on its latents then starts the codebooks, where random codes would lie far
+from all latents. And a code that no row has chosen for some steps moves to a random residual of the batch, where there
+are rows: that alone brings back codebooks that have collapsed.
 """
 
 from collections.abc import Iterator
@@ -49,8 +49,9 @@ class RqVaeConfig:
     more shared IDs. False leaves the blocks alone, as in the papers."""
     beta: float = 0.25
     """Weight of the term that commits the encoder to the chosen codes."""
-    ema_decay: float = 0.99
-    """Decay of the moving averages that are the codes; 0 trains them by the loss's gradient, as Eq. 3 is printed."""
+    ema_decay: float = 0.0
+    """0: codes learn by the gradient of the loss. Above 0, such as 0.99: they are moving averages of the residuals that
+    chose them, with this decay."""
     warm_steps: int = 500
     """First steps, with the latent not quantized."""
     steps: int = 2000
