@@ -73,8 +73,8 @@ class RqVae:
     """A trained RQ-VAE.
 
     params: {"encoder", "decoder"}, each {"layer_0": {"kernel", "bias"}, ..., "linear": {"kernel"}}.
-    codebooks: f32 [K, latent width], one a
-    level. mean: f32 [D] and scale: f32 [], of the embeddings that it was trained on.
+    codebooks: f32 [K, latent width], one a level.
+    mean: f32 [D] and scale: f32 [], of the embeddings that it was trained on.
     """
 
     params: dict
