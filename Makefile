@@ -37,6 +37,11 @@ lock: setup  ## pin the newest versions that pyproject.toml allows (needs the ne
 	$(BIN)/pip install --quiet pip-tools
 	$(BIN)/pip-compile --quiet --generate-hashes --upgrade --strip-extras --extra dev --no-header --no-annotate \
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links -o requirements.lock pyproject.toml
+	@# The extra `spark` by itself, in versions that agree with the rest.
+	$(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["spark"], sep="\n")' | \
+		$(BIN)/pip-compile --quiet --generate-hashes --upgrade --strip-extras --constraint requirements.lock --no-header --no-annotate \
+		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links -o requirements-spark.lock -
 
 # The stamp is written last: a set-up that was cut off is done again.
 $(STAMP): requirements.lock requirements-nodeps.lock

@@ -2,13 +2,26 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from jaxrec.data.pairs import PairConfig, build_pairs, cap_pairs, itemcf_scores, swing_scores
-from jaxrec.data.tables import connect, store
+from jaxrec.config import UserError
+from jaxrec.data.pairs import (
+    PairConfig,
+    build_pairs,
+    cap_pairs,
+    common_users,
+    itemcf_scores,
+    overlap_by_item,
+    overlap_by_pair,
+    swing_scores,
+    user_overlap,
+)
+from jaxrec.data.spark import connect_spark
+from jaxrec.data.tables import connect, free, scratch, store
 
 UNLIMITED = PairConfig(
     max_pairs_per_item=10**6,
@@ -148,3 +161,88 @@ def test_limits_on_work_are_kept_and_deterministic():
 def test_few_common_users_make_no_pair():
     engine = connect()
     assert build_pairs(engine, store(engine, log([(0, 0, 1), (0, 0, 2)])), PairConfig()).num_rows == 0
+
+
+def items_of(rows):
+    held = {}
+    for user, _, item in rows:
+        held.setdefault(user, set()).add(item)
+    return held
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_common_users_and_overlap_equal_plain_python(seed):
+    rows, engine = random_log(seed), connect()
+    held = items_of(rows)
+    users = store(
+        engine, pa.table({"user": [u for u in held for _ in held[u]], "item": [i for u in held for i in held[u]]})
+    )
+    pairs = [(i, j) for i, j in itertools.combinations(range(25), 2) if (i + j) % 3]
+    found = common_users(users, store(engine, pa.table(dict(zip(("item", "other"), map(list, zip(*pairs)))))))
+    expected = {(i, j, u) for i, j in pairs for u in held if {i, j} <= held[u]}
+    assert {tuple(row.values()) for row in found.to_pyarrow().to_pylist()} == expected
+    both = [(u, v) for u, v in itertools.combinations(sorted(held), 2) if held[u] & held[v] and (u + v) % 2]
+    wanted = {"user": [u for u, _ in both], "partner": [v for _, v in both]}
+    sizes = {"size": [len(held[u]) for u, _ in both], "size_partner": [len(held[v]) for _, v in both]}
+    wanted = store(engine, pa.table({**wanted, **sizes}))
+    for count in (overlap_by_item, overlap_by_pair, user_overlap):
+        counted = count(users, wanted).to_pyarrow().to_pylist()
+        assert {(r["user"], r["partner"]): r["overlap"] for r in counted} == {
+            (u, v): len(held[u] & held[v]) for u, v in both
+        }
+
+
+def test_an_item_that_everybody_has_is_not_expanded(monkeypatch):
+    taken = []
+    for name in ("overlap_by_item", "overlap_by_pair"):
+        monkeypatch.setattr(f"jaxrec.data.pairs.{name}", lambda users, wanted, name=name: taken.append(name))
+    engine = connect()
+    # Ten users with the same item and one pair of them: 45 pairs at the item against one item of the smaller user.
+    users = store(engine, pa.table({"user": list(range(10)), "item": [0] * 10}))
+    few = store(engine, pa.table({"user": [0], "partner": [1], "size": [1], "size_partner": [1]}))
+    user_overlap(users, few)
+    # Two users with the same ten items: ten pairs at the items, against eleven items of the smaller user.
+    users = store(engine, pa.table({"user": [0] * 10 + [1] * 10, "item": list(range(10)) * 2}))
+    long = store(engine, pa.table({"user": [0], "partner": [1], "size": [11], "size_partner": [11]}))
+    user_overlap(users, long)
+    assert taken == ["overlap_by_pair", "overlap_by_item"]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 5, 100])
+def test_cap_equals_the_plain_loop(limit):
+    rng = np.random.default_rng(limit)
+    keys = rng.permutation([(i, j) for i, j in itertools.combinations(range(40), 2) if i < 3 or rng.random() < 0.2])
+    # Few distinct scores, so that ties decide; items 0, 1 and 2 are in many pairs, the rest in few.
+    pairs = pa.table({"item": keys[:, 0], "other": keys[:, 1], "score": rng.integers(1, 6, len(keys)) / 4})
+    capped = cap_pairs(pairs, limit)
+    assert set(as_dict(capped)) == plain_cap(as_dict(pairs), limit)
+    assert list(as_dict(capped)) == sorted(as_dict(capped))
+    assert capped.equals(cap_pairs(pairs.sort_by([("item", "ascending"), ("other", "ascending")]), limit))
+
+
+def test_intermediate_results_are_freed_and_nothing_else():
+    engine = connect()
+
+    def tables():
+        return {name for (name,) in engine.raw_sql("SELECT table_name FROM duckdb_tables()").fetchall()}
+
+    own = engine.create_table("own", store(engine, log(random_log(1))))
+    before = tables()
+    assert build_pairs(engine, own, PairConfig(min_common=1)).num_rows
+    assert tables() == before
+    free(engine, own)
+    stored = store(engine, own.distinct(), instead_of=own)
+    assert tables() == {*before, stored.op().name}, "a table of the user's own is not ours to drop"
+    with pytest.raises(RuntimeError, match="half way"), scratch(engine) as keep:
+        assert keep(stored).equals(stored), "what is stored is taken over"
+        kept = keep(own.distinct())
+        assert tables() == {*before, stored.op().name, kept.op().name}
+        raise RuntimeError("half way")
+    assert tables() == before
+
+
+def test_spark_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyspark", None)
+    monkeypatch.setitem(sys.modules, "pyspark.sql", None)
+    with pytest.raises(UserError, match="make setup-spark"):
+        connect_spark()

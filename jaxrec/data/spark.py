@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ibis
+import pyarrow as pa
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
@@ -40,8 +41,15 @@ def connect_spark(session: "SparkSession | None" = None, memory: str = "4g") -> 
             "Spark is not installed; install it with `make setup-spark` or `pip install jaxrec[spark]`"
         ) from error
     session = session or SparkSession.getActiveSession() or _start(memory)
-    # Rows go to and from Python in Arrow's format; one by one they take ten times as long.
+    # Rows come to Python as Arrow batches, not one by one.
     return ibis.pyspark.connect(session, **{"spark.sql.execution.arrow.pyspark.enabled": "true"})
+
+
+def store_rows(engine: BaseBackend, table: pa.Table, name: str) -> ibis.Table:
+    """Writes rows in memory as a table. ibis's own way is through pandas, where integers with nulls become floats."""
+    session = engine.raw_sql("SELECT 1").sparkSession
+    session.createDataFrame(table).write.saveAsTable(name)
+    return engine.table(name)
 
 
 def _start(memory: str) -> "SparkSession":

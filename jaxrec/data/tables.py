@@ -26,6 +26,7 @@ from ibis.backends import BaseBackend
 from ibis.expr.operations import DatabaseTable
 
 from jaxrec.config import UserError
+from jaxrec.data.spark import store_rows
 
 SPLITS = ("train", "valid", "test")
 Split = Literal["leave_one_out", "last_session", "time"]
@@ -115,9 +116,11 @@ def connect() -> BaseBackend:
 
 def store(engine: BaseBackend, table: ibis.Table | pa.Table, instead_of: ibis.Table | None = None) -> ibis.Table:
     """Computes a table once and keeps it in the engine under a fresh name; frees the stored table `instead_of`."""
-    if isinstance(table, pa.Table):
-        table = ibis.memtable(table)
-    stored = engine.create_table(ibis.util.gen_name(_STORED), table)
+    name = ibis.util.gen_name(_STORED)
+    if isinstance(table, pa.Table) and engine.name == "pyspark":
+        stored = store_rows(engine, table, name)
+    else:
+        stored = engine.create_table(name, ibis.memtable(table) if isinstance(table, pa.Table) else table)
     if instead_of is not None:
         free(engine, instead_of)
     return stored
