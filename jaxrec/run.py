@@ -116,7 +116,7 @@ class Run:
         fault_point(f"partial:{name}")
         _remove(folder)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         fault_point(f"done:{name}")
         return result
 
@@ -160,7 +160,7 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def read_json(path: Path) -> Any:
@@ -175,6 +175,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing; run train.py again on this run directory") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: this is no JSON ({error.msg})") from error
+
+
+def sync(path: Path) -> None:
+    """Has a file, or the entries of a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -329,14 +338,6 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(stale)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)

@@ -18,7 +18,6 @@ items in it.
 
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from jaxrec.config import UserError, fingerprint, from_json, to_json
-from jaxrec.run import fault_point, read_json, write_json, writing
+from jaxrec.run import fault_point, read_json, sync, write_json, writing
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.collisions import CollisionConfig, squared_errors
 from jaxrec.semantic_ids.quality import collisions, independent_coding_rate, prefix_use
@@ -354,15 +353,6 @@ def sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore it, or run the tokenize phase again") from error
-
-
-def sync(path: Path) -> None:
-    """Have a file or the entries of a folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _path(folder: Path, number: int) -> Path:
