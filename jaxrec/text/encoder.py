@@ -139,14 +139,19 @@ def encode_batches(
     """Encode texts in batches of nearly equal length, yielding (rows [B], unit vectors f32 [B, D])."""
     if not texts:
         return
+    tokens = token_ids(encoder, texts, max_tokens)
+    for rows, padded, mask in track(plan := pad_by_length(tokens, batch_tokens), "Encoding texts", len(plan)):
+        vectors = _forward(encoder.config, encoder.params, padded, mask)
+        yield rows, np.asarray(vectors)[: len(rows)]
+
+
+def token_ids(encoder: TextEncoder, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """The tokens of each text, [CLS] and [SEP] among them, at most `max_tokens`."""
     encoder.tokenizer.enable_truncation(max_tokens)
     encoder.tokenizer.no_padding()
     # A lone surrogate has no UTF-8 form, which the tokenizer needs.
     clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-    tokens = [encoding.ids for encoding in encoder.tokenizer.encode_batch(clean)]
-    for rows, padded, mask in track(plan := pad_by_length(tokens, batch_tokens), "Encoding texts", len(plan)):
-        vectors = _forward(encoder.config, encoder.params, padded, mask)
-        yield rows, np.asarray(vectors)[: len(rows)]
+    return [encoding.ids for encoding in encoder.tokenizer.encode_batch(clean)]
 
 
 def pad_by_length(

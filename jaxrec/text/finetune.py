@@ -25,7 +25,16 @@ from jaxrec.config import UserError
 from jaxrec.losses.contrastive import margin_rank, pair_loss, relevance_regression
 from jaxrec.run import writing
 from jaxrec.text import align
-from jaxrec.text.encoder import Bert, BertConfig, EncoderConfig, TextEncoder, embed_texts, encode_batches, load_encoder
+from jaxrec.text.encoder import (
+    Bert,
+    BertConfig,
+    EncoderConfig,
+    TextEncoder,
+    embed_texts,
+    encode_batches,
+    load_encoder,
+    token_ids,
+)
 from jaxrec.text.pair_batches import (
     CONTRASTIVE,
     SYMMETRIC,
@@ -348,11 +357,7 @@ class TokenInputs:
     """Padded tokens of some texts for `represent`: the shorter half and the longer half, each to its own width."""
 
     def __init__(self, encoder: TextEncoder, texts: Sequence[str], max_tokens: int):
-        encoder.tokenizer.enable_truncation(max_tokens)
-        encoder.tokenizer.no_padding()
-        # A lone surrogate has no UTF-8 form, which the tokenizer needs.
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        self.tokens = [np.array(encoding.ids, np.int32) for encoding in encoder.tokenizer.encode_batch(clean)]
+        self.tokens = [np.array(ids, np.int32) for ids in token_ids(encoder, texts, max_tokens)]
         self.lengths = np.array([len(ids) for ids in self.tokens])
 
     def __call__(self, rows: np.ndarray) -> dict:
