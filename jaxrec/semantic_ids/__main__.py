@@ -10,23 +10,18 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 import pyarrow.parquet as pq
 import tyro
-from safetensors.numpy import save_file
 
 from jaxrec.config import UserError, choose_types
-from jaxrec.run import console, report_user_errors, write_json, writing
-from jaxrec.semantic_ids import codebooks, commands
+from jaxrec.run import console, report_user_errors, writing
+from jaxrec.semantic_ids import commands
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
-from jaxrec.semantic_ids.collisions import CollisionConfig, describe, resolve
-from jaxrec.semantic_ids.page import write_page
-from jaxrec.semantic_ids.quality import quality
-from jaxrec.semantic_ids.space import SemanticIdSpace, write_codes
+from jaxrec.semantic_ids.collisions import CollisionConfig, describe
+from jaxrec.semantic_ids.tokenize import write_ids
 
 COMMANDS = {
     "append": commands.append,
@@ -91,28 +86,26 @@ def fit(config: FitConfig) -> dict:
     if len(set(ids)) < len(ids):
         twice = next(item for item, count in Counter(ids).items() if count > 1)
         raise UserError(f"{config.items}: item_id {twice!r} is listed more than once; keep one row an item")
-    books = codebooks.fit(jax.random.key(config.seed), x, config.semantic_ids)
-    codes = codebooks.encode_catalogue(books, x, config.semantic_ids)
-    resolved = resolve(codes, books.sizes, config.collisions, x, books, popularity)
-    space = SemanticIdSpace(resolved.codes, resolved.sizes, popularity)
-    figures = quality(space, x, partial(codebooks.decode, books)) | {"collisions": resolved.changed}
     table = pq.read_table(config.items)
     titles, categories = (
         table[name].to_pylist() if name in table.column_names else None for name in ("title", "category")
     )
-    partial_folder = config.out.with_name(f"{config.out.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    with writing(config.out):
-        partial_folder.mkdir(parents=True)
-        codebooks.save(books, partial_folder / "codebooks.safetensors")
-        write_codes(partial_folder / "codes.parquet", ids, space)
-        save_file({"embeddings": np.ascontiguousarray(x)}, partial_folder / "embeddings.safetensors")
-        write_page(partial_folder / "semantic_ids.html", space, ids, titles, categories, popularity, figures)
-        write_json(partial_folder / "quality.json", figures)
-        partial_folder.rename(config.out)
+    partial = config.out.with_name(f"{config.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(config.out):
+            partial.mkdir(parents=True)
+            figures = write_ids(
+                partial, jax.random.key(config.seed), ids, x, config.semantic_ids, config.collisions,
+                titles=titles, categories=categories, popularity=popularity,
+            )  # fmt: skip
+            partial.rename(config.out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     console.print(
         f"{len(ids):,} items, {figures['distinct_ids']:,} distinct IDs, conflict rate {figures['conflict_rate']:.1%}; "
-        f"{describe(resolved.changed)}. Look at {config.out / 'semantic_ids.html'}.",
+        f"{describe(figures['collisions'])}. Look at {config.out / 'semantic_ids.html'}.",
         markup=False,
     )
     return figures

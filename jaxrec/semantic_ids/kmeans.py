@@ -54,39 +54,27 @@ def kmeans(key: jax.Array, x: np.ndarray | jax.Array | Rows, k: int, config: KMe
       UserError: fewer rows than clusters, or a row with NaN or infinity.
     """
     rows = x if isinstance(x, Rows) else place(x, at_least=k)
-    sample, centroids = start(key, rows, k, config)
-    centroids = lloyd(rows.x, rows.where, centroids, sample[: start_rows(len(rows), k, config)], config, rows.mesh)
-    assignment, inertia = assign_all(rows.x, rows.where, centroids, rows.mesh)
-    return KMeans(centroids, assignment, inertia)
+    centroids = fit(key, rows, k, config)
+    return KMeans(centroids, *assign_all(rows.x, rows.where, centroids, rows.mesh))
 
 
-def start(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> tuple[jax.Array, jax.Array]:
-    """A sample f32 [I'', D] and centroids f32 [K, D] that came to rest on it, to begin with on all rows."""
+def fit(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> jax.Array:
+    """The centroids f32 [K, D] of placed rows: k-means++, Lloyd on samples that grow, then on all rows."""
     sample_key, start_key = jax.random.split(key)
     sizes = sample_sizes(len(rows), k, config)
     # Growing samples need a random order; all rows at once need none.
     whole = sizes[-1] == len(rows)
     sample = take(rows, np.arange(len(rows)) if whole else drawn(sample_key, len(rows), sizes[-1]))
-    return sample, grow(start_key, sample, sizes, k, config)
-
-
-def grow(key: jax.Array, sample: jax.Array, sizes: list[int], k: int, config: KMeansConfig) -> jax.Array:
-    """k-means++ on the first of a sample f32 [I'', D] in random order, then Lloyd on ever more, f32 [K, D]."""
     first = sample[: sizes[0]]
-    centroids = plus_plus(key, first, k)
+    centroids = plus_plus(start_key, first, k)
     for size in sizes[1:]:
         centroids = lloyd(sample[:size], jnp.ones(size, bool), centroids, first, config, sampled=True)
-    return centroids
-
-
-def start_rows(rows: int, k: int, config: KMeansConfig) -> int:
-    """How many rows k-means++ looks at."""
-    return min(rows, max(config.start_rows, 4 * k))
+    return lloyd(rows.x, rows.where, centroids, first, config, rows.mesh)
 
 
 def sample_sizes(rows: int, k: int, config: KMeansConfig) -> list[int]:
     """Rows that k-means++ looks at, then those of the growing samples, which are at most half of the rows."""
-    first = start_rows(rows, k, config)
+    first = min(rows, max(config.start_rows, 4 * k))
     sizes, size = [first], max(first, 32 * k)
     while config.growth > 1 and size <= rows // 2:
         sizes.append(size)
@@ -211,7 +199,7 @@ def assign_all(
     x: jax.Array, where: jax.Array, centroids: jax.Array, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The nearest centroid of each row, int32 [I'] (K where there is no row), and the inertia, f32 []."""
-    codes, distances = assign(x, centroids) if mesh is None else _split(assign, mesh)(x, centroids)
+    codes, distances = row_by_row(assign, mesh, x, centroids)
     return jnp.where(where, codes, len(centroids)), jnp.where(where, distances, 0).sum()
 
 
@@ -230,9 +218,13 @@ def over_devices(of_device, mesh: Mesh | None, x: jax.Array, where: jax.Array, c
     return summed(x, where, centroids)
 
 
-def _split(of_device, mesh: Mesh):
+def row_by_row(of_device, mesh: Mesh | None, x: jax.Array, fitted):
+    """of_device(x, fitted) -> pytree of [I', ...], each device on its own rows; the result lies as they do."""
+    if mesh is None:
+        return of_device(x, fitted)
     rows, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
-    return jax.shard_map(of_device, mesh=mesh, in_specs=(rows, everywhere), out_specs=rows, check_vma=False)
+    split = jax.shard_map(of_device, mesh=mesh, in_specs=(rows, everywhere), out_specs=rows, check_vma=False)
+    return split(x, fitted)
 
 
 @jax.jit

@@ -10,12 +10,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import balanced
+from jaxrec.semantic_ids import balanced, kmeans
 from jaxrec.semantic_ids.balanced import BalancedConfig
-from jaxrec.semantic_ids.kmeans import KMeansConfig, by_chunk, chunk_rows, kmeans, nearest
+from jaxrec.semantic_ids.kmeans import KMeansConfig, by_chunk, chunk_rows, nearest
 from jaxrec.semantic_ids.rows import Rows, check_enough, check_rows, check_width, place
 
 
@@ -62,17 +61,17 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array | Rows, config: ResidualConfig
     """
     rows = x if isinstance(x, Rows) else place(x)
     check(config, (len(rows), rows.x.shape[1]))
-    fitted = Residual((), ())
+    levels: list[tuple[jax.Array, jax.Array | None]] = []
     for level, k in enumerate(config.sizes):
+        if levels:
+            last = Residual(*((part,) for part in levels[-1]))
+            rows = dataclasses.replace(rows, x=_encode_rows(last, rows)[1])
         level_key = jax.random.fold_in(key, level)
         if level + 1 in config.balanced:
-            found = balanced.fit(level_key, rows, k, config.balance)
-            centroids, prices = found.centroids, found.prices
+            levels.append(balanced.fit(level_key, rows, k, config.balance))
         else:
-            centroids, prices = kmeans(level_key, rows, k, config.kmeans).centroids, None
-        rows = dataclasses.replace(rows, x=left_over(Residual((centroids,), (prices,)), rows))
-        fitted = Residual((*fitted.centroids, centroids), (*fitted.prices, prices))
-    return fitted
+            levels.append((kmeans.fit(level_key, rows, k, config.kmeans), None))
+    return Residual(*zip(*levels, strict=True))
 
 
 def check(config: ResidualConfig, shape: tuple[int, ...]) -> None:
@@ -98,12 +97,7 @@ def encode(fitted: Residual, x: np.ndarray | jax.Array) -> jax.Array:
 
 def encode_rows(fitted: Residual, rows: Rows) -> jax.Array:
     """The codes of placed rows, int32 [I', levels], split over the devices as the rows are."""
-    return _encode(fitted, rows.x)[0] if rows.mesh is None else _on_devices(fitted, rows)[0]
-
-
-def left_over(fitted: Residual, rows: Rows) -> jax.Array:
-    """What the levels leave of placed rows, f32 [I', D]."""
-    return _encode(fitted, rows.x)[1] if rows.mesh is None else _on_devices(fitted, rows)[1]
+    return _encode_rows(fitted, rows)[0]
 
 
 def decode(fitted: Residual, codes: np.ndarray | jax.Array) -> jax.Array:
@@ -130,16 +124,13 @@ def encode_together(fitted: Residual, x: np.ndarray | jax.Array, config: Balance
     return jnp.stack(codes, axis=-1)
 
 
-def _on_devices(fitted: Residual, rows: Rows) -> tuple[jax.Array, jax.Array]:
-    split = PartitionSpec(rows.mesh.axis_names)
-    of_device = jax.shard_map(
-        _encode, mesh=rows.mesh, in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False
-    )
-    return jax.jit(of_device)(fitted, rows.x)
+def _encode_rows(fitted: Residual, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    return kmeans.row_by_row(lambda x, fitted: _encode(fitted, x), rows.mesh, rows.x, fitted)
 
 
 @jax.jit
 def _encode(fitted: Residual, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The codes int32 [I, levels], and what the levels leave over, f32 [I, D]."""
     finders = [nearest(*level) for level in zip(fitted.centroids, fitted.prices, strict=True)]
 
     def of_rows(rows):

@@ -23,7 +23,9 @@ import optax
 
 from jaxrec.config import UserError
 from jaxrec.run import track
-from jaxrec.semantic_ids.kmeans import KMeansConfig, assign, by_chunk, drawn, kmeans
+from jaxrec.semantic_ids import residual
+from jaxrec.semantic_ids.kmeans import KMeansConfig, assign, by_chunk, drawn
+from jaxrec.semantic_ids.residual import ResidualConfig
 from jaxrec.semantic_ids.rows import check_enough, check_rows, check_width
 
 STEPS_PER_CALL = 50
@@ -259,12 +261,7 @@ def centre_and_scale(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def start_codebooks(key: jax.Array, latents: jax.Array, config: RqVaeConfig) -> Books:
     """Residual k-means on latents f32 [I, latent width]: one codebook f32 [K, latent width] a level."""
-    books = []
-    for level, k in enumerate(config.sizes):
-        found = kmeans(jax.random.fold_in(key, level), latents, k, config.start)
-        latents = latents - found.centroids[found.assignment]
-        books.append(found.centroids)
-    return tuple(books)
+    return residual.fit(key, latents, ResidualConfig(config.sizes, kmeans=config.start)).centroids
 
 
 def begin(params: dict, codebooks: Books, rows: int, config: RqVaeConfig) -> Training:

@@ -1,6 +1,7 @@
 """The tokenize phase: tables in, semantic IDs out."""
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,32 +45,57 @@ def tokenize(
     items = pq.read_table(tables / "items.parquet")
     text = read_embeddings(items, text_config)
     pairs = read_pairs(tables / "pairs.parquet", align_config.kind)
-    categories = items["category"].to_numpy() if "category" in items.column_names else None
+    item_ids = items["item_id"].to_pylist()
+    titles, categories, popularity = (_column(items, name) for name in ("title", "category", "count"))
     alignment = align(align_key, text, pairs, align_config, categories)
-    embeddings = apply_all(alignment.params, text)
-
-    books = codebooks.fit(id_key, embeddings, id_config)
-    popularity = items["count"].to_numpy() if "count" in items.column_names else None
-    codes = codebooks.encode_catalogue(books, embeddings, id_config)
-    resolved = resolve(codes, books.sizes, collision_config, embeddings, books, popularity)
-    space = SemanticIdSpace(resolved.codes, resolved.sizes, popularity)
-
-    figures = quality(space, embeddings, partial(codebooks.decode, books), pairs)
-    figures |= {"collisions": resolved.changed, "alignment": alignment.metrics}
-    item_ids, titles = items["item_id"].to_pylist(), _column(items, "title")
-    write_page(folder / "semantic_ids.html", space, item_ids, titles, _column(items, "category"), popularity, figures)
-    codebooks.save(books, folder / "codebooks.safetensors")
-    write_codes(folder / "codes.parquet", item_ids, space)
-    save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
+    write_ids(
+        folder, id_key, item_ids, apply_all(alignment.params, text), id_config, collision_config,
+        titles=titles, categories=categories, popularity=popularity, pairs=pairs, more={"alignment": alignment.metrics},
+    )  # fmt: skip
     save_file(
         {name: np.asarray(value) for name, value in flatten_dict(alignment.params, sep=".").items()},
         folder / "alignment.safetensors",
     )
+
+
+def write_ids(
+    folder: Path,
+    key: jax.Array,
+    item_ids: list[str],
+    embeddings: np.ndarray,
+    id_config: SemanticIdConfig,
+    collision_config: CollisionConfig,
+    *,
+    titles: Sequence[str | None] | None = None,
+    categories: Sequence[str | None] | None = None,
+    popularity: np.ndarray | None = None,
+    pairs: np.ndarray | None = None,
+    more: dict | None = None,
+) -> dict:
+    """Quantize the embeddings f32 [I, D] of a catalogue and write everything about its IDs into `folder`.
+
+    These are codebooks.safetensors, codes.parquet, embeddings.safetensors, quality.json (with `more` in it) and
+    semantic_ids.html; returns the figures of quality.json.
+
+    Raises:
+      UserError: the configuration does not fit the embeddings.
+    """
+    books = codebooks.fit(key, embeddings, id_config)
+    codes = codebooks.encode_catalogue(books, embeddings, id_config)
+    resolved = resolve(codes, books.sizes, collision_config, embeddings, books, popularity)
+    space = SemanticIdSpace(resolved.codes, resolved.sizes, popularity)
+    figures = quality(space, embeddings, partial(codebooks.decode, books), pairs)
+    figures |= {"collisions": resolved.changed, **(more or {})}
+    write_page(folder / "semantic_ids.html", space, item_ids, titles, categories, popularity, figures)
+    codebooks.save(books, folder / "codebooks.safetensors")
+    write_codes(folder / "codes.parquet", item_ids, space)
+    save_file({"embeddings": np.ascontiguousarray(embeddings)}, folder / "embeddings.safetensors")
     (folder / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
 
 
-def _column(items: pa.Table, name: str) -> list | None:
-    return items[name].to_pylist() if name in items.column_names else None
+def _column(items: pa.Table, name: str) -> np.ndarray | None:
+    return items[name].to_numpy() if name in items.column_names else None
 
 
 def read_embeddings(items: pa.Table, config: EncoderConfig) -> np.ndarray:
