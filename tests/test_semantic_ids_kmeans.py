@@ -24,10 +24,12 @@ def lloyd(x, centroids, config):
 
 
 def numpy_lloyd(x, centroids, iterations):
+    """Each iteration goes one and a half times as far as the means; the last means are the result."""
     for _ in range(iterations):
         nearest, _ = numpy_assign(x, centroids)
-        centroids = np.stack([x[nearest == k].mean(0) for k in range(len(centroids))])
-    return centroids
+        means = np.stack([x[nearest == k].mean(0) for k in range(len(centroids))])
+        centroids = centroids + 1.5 * (means - centroids)
+    return means
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +70,30 @@ def test_prices_count_beside_distances():
     assert (nearest.tolist(), distances.tolist()) == ([1], [4.0])  # 1 + 4 against 4 + 0.5
 
 
-def test_lloyd_is_numpys(blobs):
-    x, _ = blobs
-    fitted = lloyd(jnp.asarray(x), jnp.asarray(x[:6]), KMeansConfig(iterations=4, tolerance=0.0))
-    expected = numpy_lloyd(x, x[:6], 4)
-    np.testing.assert_allclose(fitted.centroids, expected, atol=1e-3)
-    np.testing.assert_allclose(fitted.inertia, numpy_assign(x, expected)[1].sum(), rtol=1e-3)
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_lloyd_is_numpys(iterations):
+    x = np.random.default_rng(1).normal(size=(300, 3)).astype(np.float32)
+    fitted = lloyd(x, x[:6], KMeansConfig(iterations=iterations, tolerance=0.0))
+    expected = numpy_lloyd(x, x[:6], iterations)
+    np.testing.assert_allclose(fitted.centroids, expected, atol=1e-4)
+    np.testing.assert_allclose(fitted.inertia, numpy_assign(x, expected)[1].sum(), rtol=1e-4)
+
+
+def test_iterations_descend_to_where_every_centroid_is_the_mean_of_its_rows():
+    x = np.random.default_rng(2).normal(size=(500, 3)).astype(np.float32)
+    steps = [lloyd(x, x[:8], KMeansConfig(iterations=n, tolerance=0.0)) for n in (1, 2, 4, 8, 200)]
+    assert np.all(np.diff([fitted.inertia for fitted in steps]) < 0)
+    means = [x[np.asarray(steps[-1].assignment) == k].mean(0) for k in range(8)]
+    np.testing.assert_allclose(steps[-1].centroids, np.stack(means), atol=1e-5)
+
+
+def test_fits_to_so_many_rows_a_cluster_and_assigns_all():
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(3000, 4)).astype(np.float32)
+    fitted = kmeans(jax.random.key(0), x, 8, KMeansConfig(rows_per_cluster=50))
+    everything = kmeans(jax.random.key(0), x, 8, KMeansConfig(rows_per_cluster=0))
+    assert fitted.assignment.shape == (3000,)
+    assert everything.inertia < fitted.inertia < 1.1 * everything.inertia
 
 
 def test_finds_far_clusters(blobs):

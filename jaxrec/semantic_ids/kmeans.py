@@ -1,8 +1,9 @@
 """k-means in JAX: k-means++ start, growing samples, rows in chunks, empty clusters seeded again, stop at a tolerance.
 
-The way to the centroids is short because most of it is walked on samples: k-means++ and the first Lloyd iterations see
-a few rows a cluster, and each larger sample starts from the centroids of the smaller one and is left as soon as the
-centroids move no more than its own sampling error. Only the last iterations see all rows.
+The way to the centroids is short for three reasons. Most of it is walked on samples: k-means++ and the first Lloyd
+iterations see a few rows a cluster, and each larger sample starts from the centroids of the smaller one and is left as
+soon as the centroids move little against its own sampling error. Every iteration goes further than the mean of its rows
+(see STEP). And no more rows are looked at than decide where a centroid lies (`rows_per_cluster`).
 """
 
 from dataclasses import dataclass
@@ -12,14 +13,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.semantic_ids.rows import Rows, place
 
-DISTANCES_AT_ONCE = 1 << 18
+DISTANCES_AT_ONCE = 1 << 19
 """Distances that are held at once: a chunk of this many stays in the processor's cache."""
 GROUP = 8
 """Centroids whose least distance is found first; see `nearest`."""
+STEP = 1.5
+"""How far a centroid goes towards the mean of its rows, of 1. The inertia under a given assignment is a quadratic
+function of the centroid, which falls for any step below 2, so the iterations still descend; centroids move in one
+direction for many iterations, and go the same way in about half as many."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,14 @@ class KMeansConfig:
 
     iterations: int = 50
     """The most Lloyd iterations over all rows, and over each sample."""
-    tolerance: float = 1e-4
+    tolerance: float = 4e-4
     """Stop when the centroids move less than this share of the data's variance (mean over coordinates, squared)."""
     start_rows: int = 16384
     """Rows that k-means++ looks at (at least four a cluster); more are sampled down."""
     growth: int = 4
     """Each sample is this many times the one before, the first has 32 rows a cluster; 0: from k-means++ to all rows."""
+    rows_per_cluster: int = 256
+    """Fit to at most this many rows a cluster, a random sample; 0: to all rows."""
 
 
 class KMeans(NamedTuple):
@@ -61,10 +68,15 @@ def kmeans(key: jax.Array, x: np.ndarray | jax.Array | Rows, k: int, config: KMe
 def fit(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> jax.Array:
     """The centroids f32 [K, D] of placed rows: k-means++, Lloyd on samples that grow, then on all rows."""
     sample_key, start_key = jax.random.split(key)
-    sizes = sample_sizes(len(rows), k, config)
-    # Growing samples need a random order; all rows at once need none.
-    whole = sizes[-1] == len(rows)
-    sample = take(rows, np.arange(len(rows)) if whole else drawn(sample_key, len(rows), sizes[-1]))
+    most = min(len(rows), config.rows_per_cluster * k or len(rows))
+    sizes = sample_sizes(most, k, config)
+    order = np.arange(len(rows))
+    if most < len(rows):
+        rows = subset(rows, drawn(sample_key, len(rows), most))
+    elif sizes[-1] < most:
+        # Growing samples need a random order; all rows at once need none.
+        order = drawn(sample_key, most, sizes[-1])
+    sample = take(rows, order[: sizes[-1]])
     first = sample[: sizes[0]]
     centroids = plus_plus(start_key, first, k)
     for size in sizes[1:]:
@@ -93,14 +105,29 @@ def take(rows: Rows, numbers: np.ndarray) -> jax.Array:
     places = rows.valid[numbers]
     if rows.mesh is None:
         return rows.x[places]
-    everywhere = jax.sharding.NamedSharding(rows.mesh, PartitionSpec())
+    everywhere = NamedSharding(rows.mesh, PartitionSpec())
     return jax.jit(lambda x: x[places], out_shardings=everywhere)(rows.x)
+
+
+def subset(rows: Rows, numbers: np.ndarray) -> Rows:
+    """Real rows by their numbers in [0, I), in this order, split over the devices as `rows` are."""
+    places = rows.valid[numbers]
+    if rows.mesh is None:
+        return Rows(rows.x[places], jnp.ones(len(places), bool), np.arange(len(places)))
+    places = np.pad(places, (0, -len(places) % rows.mesh.size))
+    split = NamedSharding(rows.mesh, PartitionSpec(rows.mesh.axis_names))
+    x, where = jax.jit(lambda x: (x[places], jnp.arange(len(places)) < len(numbers)), out_shardings=split)(rows.x)
+    return Rows(x, where, np.arange(len(numbers)), rows.mesh)
 
 
 @partial(jax.jit, static_argnums=2)
 def plus_plus(key: jax.Array, x: jax.Array, k: int) -> jax.Array:
-    """Greedy k-means++: each next centroid is the best of 2 + log k rows drawn by squared distance, f32 [k, D]."""
-    candidates = 2 + int(np.log(k))
+    """Greedy k-means++: each next centroid is the best of 2 + log k rows drawn by squared distance, f32 [k, D].
+
+    The best for a few rows need not be good for the others: with fewer than four rows for each of k candidates there
+    are fewer candidates, down to one, the k-means++ without choice.
+    """
+    candidates = max(1, min(2 + int(np.log(k)), len(x) // (4 * k)))
     given, x = x, x - x.mean(0)
     squares = jnp.sum(x * x, axis=-1)
     first_key, key = jax.random.split(key)
@@ -143,24 +170,25 @@ def lloyd(
     limit = config.tolerance * _mean_variance(x, where, count)
 
     def going(state):
-        iteration, _, moved, noise, seeded = state
+        iteration, _, _, moved, noise, seeded = state
         return (iteration < config.iterations) & ((moved > jnp.maximum(limit, noise)) | seeded)
 
     def iterate(state):
         iteration, centroids, *_ = state
         sums, counts, inertia = totals(x, where, centroids, mesh)
-        updated, moved, seeded = update(centroids, sums, counts, sample)
-        # A mean over n / K rows has the variance of a cluster divided by n / K.
-        noise = inertia / x.shape[1] / count * len(centroids) / count if sampled else 0.0
-        return iteration + 1, updated, moved, noise, seeded
+        means, seeded = update(centroids, sums, counts, sample)
+        further = centroids + jnp.where(seeded[:, None], 1, STEP) * (means - centroids)
+        moved = jnp.mean((further - centroids) ** 2)
+        # A mean over n / K rows has the variance of a cluster divided by n / K; a tenth is little against that.
+        noise = 0.1 * inertia / x.shape[1] / count * len(centroids) / count if sampled else 0.0
+        return iteration + 1, further, means, moved, noise, seeded.any()
 
-    return jax.lax.while_loop(going, iterate, (0, centroids, jnp.inf, 0.0, False))[1]
+    # The last means are returned, so that a centroid is the mean of rows.
+    return jax.lax.while_loop(going, iterate, (0, centroids, centroids, jnp.inf, 0.0, False))[2]
 
 
-def update(
-    centroids: jax.Array, sums: jax.Array, counts: jax.Array, sample: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A Lloyd step from `totals`: centroids f32 [K, D], how far they moved f32 [], whether empty ones did, bool [].
+def update(centroids: jax.Array, sums: jax.Array, counts: jax.Array, sample: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A Lloyd step from `totals`: centroids f32 [K, D], and which of them were empty and start again, bool [K].
 
     An empty cluster starts again at the row of `sample` f32 [n, D] that is served worst. A row that lies on a centroid
     is no better place, so data with fewer distinct rows than clusters come to rest too.
@@ -173,10 +201,9 @@ def update(
         far, rows = jax.lax.top_k(distances, min(len(updated), len(sample)))
         rank = jnp.minimum(jnp.cumsum(empty) - 1, len(far) - 1)
         moved = empty & (far[rank] > 0)
-        return jnp.where(moved[:, None], sample[rows[rank]], updated), moved.any()
+        return jnp.where(moved[:, None], sample[rows[rank]], updated), moved
 
-    updated, seeded = jax.lax.cond(empty.any(), seed, lambda c: (c, jnp.asarray(False)), updated)
-    return updated, jnp.mean((updated - centroids) ** 2), seeded
+    return jax.lax.cond(empty.any(), seed, lambda c: (c, jnp.zeros(len(c), bool)), updated)
 
 
 def totals(
