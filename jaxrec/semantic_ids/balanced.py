@@ -3,7 +3,9 @@
 Each cluster has a price, added to the squared distance to its centroid, and every row takes the cheapest. Prices of
 clusters that are too full rise and those of clusters that are too empty fall until the sizes are within a bound; these
 prices are the dual variables of the transport problem, so the assignment is the cheapest one with its sizes. Centroids
-and prices take turns, as in Lloyd's algorithm. A new row is encoded by the same prices, by itself.
+and prices take turns, as in Lloyd's algorithm. At first rows are shared between clusters, at a temperature that falls
+(Sinkhorn's algorithm), as a price has to pass many rows that lie together before one of them moves. A new row is
+encoded by the same prices, by itself.
 """
 
 from dataclasses import dataclass
@@ -14,8 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.semantic_ids.kmeans import by_chunk, chunk_rows, drawn, take
+from jaxrec.semantic_ids.kmeans import STEP, by_chunk, chunk_rows, drawn, nearest, take
 from jaxrec.semantic_ids.rows import Rows, place
+
+HOT, COLD = 1.0, 0.01
+"""The first and the last temperature at which rows are shared, of the mean squared distance of a row to the mean."""
+SETTLING, SHARES = 5, 16
+"""How often the centroids are moved at the last temperature, and the changes of the prices before each of these; at the
+falling ones there are two."""
+BINS = 64
+"""Bins of the margins: the greatest is 2^16 times the least that is told apart."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,12 @@ class BalancedConfig:
 
     slack: float = 0.1
     """No cluster is larger or smaller than the mean size by more than this share (and less than one row)."""
-    iterations: int = 20
-    """How often the centroids are moved."""
+    iterations: int = 60
+    """How often the centroids are moved while rows are shared between clusters."""
+    whole_iterations: int = 10
+    """How often they are moved after that, when every row belongs to one cluster."""
     rounds: int = 10
-    """The most changes of the prices between two moves of the centroids; four times as many after the last."""
+    """The most changes of the prices before each of these; twice as many at the end."""
     rows: int = 1 << 17
     """Rows to fit to (at least 128 a cluster); more are sampled down."""
 
@@ -55,25 +67,93 @@ def fit(
 
 @partial(jax.jit, static_argnames="config")
 def _alternate(x: jax.Array, centroids: jax.Array, config: BalancedConfig) -> Balanced:
-    """Prices and centroids in turn; prices aim at half of the slack, since other rows will not fall quite the same."""
+    """Prices and centroids in turn, from centroids f32 [K, D]: at a falling temperature, at the last one, at none."""
+    spread = _spread(x)
+    temperatures = spread * jnp.geomspace(HOT, COLD, config.iterations)
 
-    def iterate(_, state):
+    def move_shared(changes, state, temperature):
         centroids, prices = state
-        prices, codes = find_prices(x, centroids, prices, config.slack / 2, config.rounds)
-        counts = jax.ops.segment_sum(jnp.ones(len(x)), codes, len(centroids))
-        sums = jax.ops.segment_sum(x, codes, len(centroids))
-        return jnp.where((counts == 0)[:, None], centroids, sums / jnp.maximum(counts, 1)[:, None]), prices
+        prices = share(x, centroids, prices, temperature, config.slack, changes)
+        return _means(x, by_chunk(nearest(centroids, prices), x, chunk_rows(len(centroids))), centroids), prices
+
+    def move_whole(_, state):
+        centroids, prices = state
+        prices, codes = find_prices(x, centroids, prices, config.slack, config.rounds)
+        return _means(x, codes, centroids), prices
 
     state = (centroids, jnp.zeros(len(centroids)))
-    centroids, prices = jax.lax.fori_loop(0, config.iterations, iterate, state)
-    prices, _ = find_prices(x, centroids, prices, config.slack / 2, 4 * config.rounds)
-    return Balanced(centroids, prices)
+    state = jax.lax.fori_loop(0, config.iterations, lambda i, state: move_shared(2, state, temperatures[i]), state)
+    state = jax.lax.fori_loop(0, SETTLING, lambda _, state: move_shared(SHARES, state, spread * COLD), state)
+    centroids, prices = jax.lax.fori_loop(0, config.whole_iterations, move_whole, state)
+    prices = share(x, centroids, prices, spread * COLD, config.slack, SHARES)
+    return Balanced(centroids, find_prices(x, centroids, prices, config.slack, 2 * config.rounds)[0])
+
+
+def _means(x: jax.Array, codes: jax.Array, centroids: jax.Array) -> jax.Array:
+    """The mean of each cluster's rows f32 [K, D]; an empty one stays where it was."""
+    counts = jax.ops.segment_sum(jnp.ones(len(x)), codes, len(centroids))
+    sums = jax.ops.segment_sum(x, codes, len(centroids))
+    return jnp.where((counts == 0)[:, None], centroids, sums / jnp.maximum(counts, 1)[:, None])
+
+
+def share(
+    x: jax.Array, centroids: jax.Array, prices: jax.Array, temperature: jax.Array, slack: float, steps: int
+) -> jax.Array:
+    """Prices f32 [K] after steps of Sinkhorn's algorithm.
+
+    Every row is shared between the clusters by the softmax of its costs at the temperature; a price rises by the
+    temperature times the logarithm of its cluster's size over the size that is wanted.
+    """
+    least, most = bounds(len(x), len(centroids), slack)
+
+    def step(_, prices):
+        sizes = shared_sizes(x, centroids, prices, temperature)
+        excess = jnp.log(jnp.maximum(sizes, 1e-3) / jnp.maximum(_wanted(prices, sizes, least, most), 1e-3))
+        return _up_to_zero(prices, STEP * temperature * excess)
+
+    return jax.lax.fori_loop(0, steps, step, prices)
+
+
+def _spread(x: jax.Array) -> jax.Array:
+    """The mean squared distance of rows to their mean, the unit of temperatures."""
+    return jnp.mean(jnp.sum((x - x.mean(0)) ** 2, axis=-1))
+
+
+def shared_sizes(x: jax.Array, centroids: jax.Array, prices: jax.Array, temperature: jax.Array) -> jax.Array:
+    """The sizes f32 [K] of clusters among which every row of x f32 [I, D] is shared."""
+    chunk = min(chunk_rows(len(centroids)), len(x))
+    chunks = -(-len(x) // chunk)
+    padded = jnp.pad(x, ((0, chunks * chunk - len(x)), (0, 0))).reshape(chunks, chunk, -1)
+    where = (jnp.arange(chunks * chunk) < len(x)).reshape(chunks, chunk)
+    centre = centroids.mean(0)
+    moved = centroids - centre
+    offsets = (jnp.sum(moved * moved, axis=-1) + prices)[:, None]
+
+    def of_rows(chunk):
+        rows, where = chunk
+        logits = ((2 * moved) @ (rows - centre).T - offsets) / temperature
+        shares = jnp.exp(logits - logits.max(0))
+        return shares @ (where / shares.sum(0))
+
+    return jax.lax.map(of_rows, (padded, where)).sum(0)
+
+
+def _wanted(prices: jax.Array, sizes: jax.Array, least: int, most: int) -> jax.Array:
+    """The size that each cluster should have: a price above zero is paid for a full cluster, one below for an empty."""
+    return jnp.where(prices > 0, most, jnp.where(prices < 0, least, jnp.clip(sizes, least, most)))
+
+
+def _up_to_zero(prices: jax.Array, change: jax.Array) -> jax.Array:
+    """Changed prices, but none beyond zero: there the other bound begins to count."""
+    moved = prices + change
+    return jnp.where(moved * prices < 0, 0, moved)
 
 
 def bounds(rows: int, k: int, slack: float) -> tuple[int, int]:
     """The least and the greatest size of a cluster: the mean less and more the slack, rounded outwards."""
-    mean = rows / k
-    return int(np.floor(mean * (1 - slack))), int(np.ceil(mean * (1 + slack)))
+    # 50 * 1.1 is a little more than 55, which is no reason to allow 56.
+    mean, rounding = rows / k, 1e-9 * rows
+    return int(np.floor(mean * (1 - slack) + rounding)), int(np.ceil(mean * (1 + slack) - rounding))
 
 
 def find_prices(
@@ -88,21 +168,21 @@ def find_prices(
     each goes a part of the way only, a smaller one whenever it went too far.
     """
     k = len(centroids)
-    target = len(x) / k
     least, most = bounds(len(x), k, slack)
 
     def measure(prices):
         codes, second, margin = cheapest(x, centroids, prices)
         counts = jax.ops.segment_sum(jnp.ones(len(x), jnp.int32), codes, k)
         off = jnp.sum(jnp.maximum(counts - most, 0) + jnp.maximum(least - counts, 0))
-        return {"codes": codes, "second": second, "margin": margin, "excess": counts - target, "off": off}
+        excess = counts - _wanted(prices, counts, least, most)
+        return {"codes": codes, "second": second, "margin": margin, "excess": excess, "off": off}
 
     def iterate(state):
         number, prices, rate, now, best = state
         excess = now["excess"]
         rise = smallest(now["margin"], now["codes"], excess, k)
         fall = smallest(now["margin"], now["second"], -excess, k)
-        prices = prices + rate * jnp.where(excess > 0, rise, -fall)
+        prices = _up_to_zero(prices, rate * jnp.where(excess > 0, rise, jnp.where(excess < 0, -fall, 0)))
         now = measure(prices)
         turned = jnp.sign(now["excess"]) * jnp.sign(excess) < 0
         rate = jnp.clip(jnp.where(turned, rate * 0.6, rate * 1.05), 0.05, 0.4)
@@ -118,15 +198,19 @@ def find_prices(
 
 
 def smallest(margin: jax.Array, group: jax.Array, rank: jax.Array, k: int) -> jax.Array:
-    """The margin of the given rank f32 [K] (from 0, at most the last) among the rows of each group, f32 [K].
+    """About the margin of the given rank f32 [K] (from 0, at most the last) among the rows of each group, f32 [K].
 
-    A group without rows has no margin of its own and gets the mean of all.
+    It is read from a histogram of the margins' logarithms, whose bins are a quarter of an octave wide; rounded up to
+    the end of its bin. A group without rows has no margin of its own and gets the mean of all.
     """
-    sizes = jax.ops.segment_sum(jnp.ones(len(group), jnp.int32), group, k)
-    first = jnp.cumsum(sizes) - sizes
-    place = first + jnp.clip(rank.astype(jnp.int32), 0, jnp.maximum(sizes - 1, 0))
-    order = jnp.lexsort((margin, group))
-    return jnp.where(sizes > 0, margin[order[jnp.minimum(place, len(group) - 1)]], margin.mean())
+    largest = jnp.maximum(margin.max(), jnp.finfo(margin.dtype).tiny)
+    places = jnp.floor(BINS + 4 * jnp.log2(margin / largest))
+    places = jnp.clip(places, 0, BINS - 1).astype(jnp.int32)
+    counts = jax.ops.segment_sum(jnp.ones(len(group), jnp.int32), group * BINS + places, k * BINS).reshape(k, BINS)
+    reached = jnp.cumsum(counts, axis=1)
+    wanted = jnp.clip(rank, 0, jnp.maximum(reached[:, -1] - 1, 0))
+    place = jnp.sum(reached <= wanted[:, None], axis=1)
+    return jnp.where(reached[:, -1] > 0, largest * 2 ** ((place + 1 - BINS) / 4), margin.mean())
 
 
 def cheapest(x: jax.Array, centroids: jax.Array, prices: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -155,11 +239,10 @@ def assign_within(x: np.ndarray | jax.Array, centroids: jax.Array, prices: jax.A
     Prices are first set anew for these rows; what is still too much in a cluster goes, dearest rows first, to the
     cheapest cluster with room, and a cluster with too few takes the rows that lose least.
     """
-    x = jnp.asarray(x)
     k = len(centroids)
     least, most = bounds(len(x), k, slack)
-    prices, codes = _find_prices(x, centroids, prices, slack)
-    codes = np.array(codes)
+    prices, codes = _find_prices(jnp.asarray(x), centroids, prices, slack)
+    x, centroids, prices, codes = np.asarray(x), np.asarray(centroids), np.asarray(prices), np.array(codes)
     counts = np.bincount(codes, minlength=k)
     for cluster in np.flatnonzero(counts > most):
         _give_away(x, centroids, prices, codes, counts, cluster, most)
@@ -168,7 +251,10 @@ def assign_within(x: np.ndarray | jax.Array, centroids: jax.Array, prices: jax.A
     return codes
 
 
-_find_prices = jax.jit(partial(find_prices, rounds=48), static_argnames="slack")
+@partial(jax.jit, static_argnames="slack")
+def _find_prices(x, centroids, prices, slack):
+    prices = share(x, centroids, prices, _spread(x) * COLD / 4, slack, SHARES)
+    return find_prices(x, centroids, prices, slack, rounds=48)
 
 
 def _give_away(x, centroids, prices, codes, counts, cluster: int, most: int) -> None:
@@ -193,7 +279,7 @@ def _give_away(x, centroids, prices, codes, counts, cluster: int, most: int) -> 
 
 def _take_in(x, centroids, prices, codes, counts, cluster: int, least: int) -> None:
     """Moves rows of clusters that can spare them into a cluster with fewer than `least`; changes codes and counts."""
-    gain = np.asarray(_loss_of_moving(x, centroids, prices, codes, cluster))
+    gain = _loss_of_moving(x, centroids, prices, codes, cluster)
     for row in np.argsort(gain, kind="stable"):
         if counts[cluster] >= least:
             return
@@ -203,12 +289,11 @@ def _take_in(x, centroids, prices, codes, counts, cluster: int, least: int) -> N
             codes[row] = cluster
 
 
-def _costs(x: jax.Array, centroids: jax.Array, prices: jax.Array) -> np.ndarray:
-    squares = jnp.sum(centroids * centroids, axis=-1) + prices
-    return np.array(squares - 2 * x @ centroids.T)
+def _costs(x: np.ndarray, centroids: np.ndarray, prices: np.ndarray) -> np.ndarray:
+    return np.sum(centroids * centroids, axis=-1) + prices - 2 * x @ centroids.T
 
 
-@jax.jit
-def _loss_of_moving(x, centroids, prices, codes, cluster):
-    own = jnp.sum((x - centroids[codes]) ** 2, axis=-1) + prices[codes]
-    return jnp.sum((x - centroids[cluster]) ** 2, axis=-1) + prices[cluster] - own
+def _loss_of_moving(x, centroids, prices, codes, cluster: int) -> np.ndarray:
+    """What each row f32 [I] costs more in a cluster than in its own."""
+    own = np.sum((x - centroids[codes]) ** 2, axis=-1) + prices[codes]
+    return np.sum((x - centroids[cluster]) ** 2, axis=-1) + prices[cluster] - own
