@@ -96,6 +96,20 @@ def test_samples_are_uniform(tmp_path):
     assert ((drawn - 400) ** 2 / (400 * 0.8)).sum() < 100
 
 
+def test_a_large_row_group_is_never_read_whole(tmp_path):
+    x = np.random.default_rng(0).normal(size=(300_000, 32)).astype(np.float32)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), 32).cast(pa.list_(pa.float32()))
+    table = pa.table({"item_id": pa.array(np.arange(len(x))).cast(pa.string()), "embedding": vectors})
+    pq.write_table(table, tmp_path / "items.parquet", row_group_size=len(x))
+    del table, vectors
+    before, most, start = pa.total_allocated_bytes(), 0, 0
+    for block in open_items(tmp_path / "items.parquet").blocks(4096):
+        most = max(most, pa.total_allocated_bytes() - before)
+        np.testing.assert_array_equal(block.x, x[start : start + 4096])
+        start += len(block.x)
+    assert most < x.nbytes / 2
+
+
 def test_other_columns(tmp_path):
     path = write_table(tmp_path / "items.parquet", title=[f"Thing {row}" for row in range(49)] + [None])
     assert open_items(path).column("title")[-2:] == ["Thing 48", None]

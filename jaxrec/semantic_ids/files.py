@@ -24,8 +24,8 @@ from jaxrec.config import UserError
 from jaxrec.run import progress
 
 BLOCK_ROWS = 1 << 16
-BUFFER_BYTES = 1 << 22
-"""Parquet is read in pieces of this many bytes; without a buffer, a row group's column is read as a whole."""
+BUFFER_BYTES = 1 << 20
+"""Bytes of parquet that are read at once; by default it is a whole column of a row group, perhaps of the file."""
 
 
 class Block(NamedTuple):
@@ -138,10 +138,13 @@ class Items:
 
     def column(self, name: str) -> list | None:
         """Another column of all items, [I]; None when there is none."""
-        tables = [_open(part.path) for part in self.parts] if self.named else []
-        if not tables or any(name not in table.schema_arrow.names for table in tables):
-            return None
-        return [value for table in tables for value in table.read([name])[name].to_pylist()]
+        values: list = []
+        for part in self.parts if self.named else ():
+            file = _open(part.path)
+            if name not in file.schema_arrow.names:
+                return None
+            values += file.read([name])[name].to_pylist()
+        return values or None
 
 
 def open_items(path: Path) -> Items:
@@ -237,7 +240,7 @@ def as_floats(values: np.ndarray) -> np.ndarray:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES)
+        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path} cannot be read as parquet ({error}): give a parquet file of items") from error
 
