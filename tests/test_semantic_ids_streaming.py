@@ -24,6 +24,7 @@ from jaxrec.semantic_ids import (
 )
 from jaxrec.semantic_ids.__main__ import FitConfig
 from jaxrec.semantic_ids.__main__ import fit as fit_command
+from jaxrec.semantic_ids.drift import drift
 from jaxrec.semantic_ids.files import open_items
 from jaxrec.semantic_ids.versions import read_version
 
@@ -122,6 +123,7 @@ def test_the_catalogue_lives_on_without_embeddings(parquet):
     assert table.version == 3 and len(table.item_ids) == 301
     assert np.isnan(table.errors[:300]).all() and np.isfinite(table.errors[300])
     np.testing.assert_array_equal(table.encoded, table.codes)
+    assert [row["error_ratio"] for row in drift(parquet / "out")] == [None, 1, None]
 
 
 def test_as_many_items_as_it_holds_are_quantized_in_memory(parquet):
