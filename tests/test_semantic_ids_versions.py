@@ -460,7 +460,7 @@ def test_text_embeddings_go_through_the_alignment(folder, tmp_path):
         ({"embedding": [[1.0]]}, "no column 'item_id'"),
         ({"item_id": ["x", None], "embedding": [[1.0], [2.0]]}, "row 1 has no item_id"),
         ({"item_id": ["x", "y"], "embedding": [[1.0], None]}, r"item_id 'y' \(row 1\) is missing"),
-        ({"item_id": ["x", "y"], "embedding": [[1.0], [1.0, 2.0]]}, r"'y' \(row 1\) is 2 wide, that of 'x' 1"),
+        ({"item_id": ["x", "y"], "embedding": [[1.0], [1.0, 2.0]]}, r"'y' \(row 1\) is 2 wide, those before it 1"),
         ({"item_id": ["x"], "embedding": ["1.0"]}, "'embedding' is string"),
         ({"item_id": ["x"], "embedding": [["1"]]}, "must be a list of numbers"),
         ({"item_id": ["x"], "embedding": [[1.0]], "count": ["3"]}, "'count' is string"),

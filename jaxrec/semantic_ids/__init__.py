@@ -6,6 +6,8 @@
     books = fit(jax.random.key(0), x, config)      # x: NumPy, f32 [I, D]
     codes = encode(books, x)                       # int32 [I, 4]
 
+Embeddings larger than memory: `files.open_items`, `streaming.fit` and `streaming.encode`.
+
 The quantizers alone are the modules `kmeans`, `balanced`, `residual`, `fsq`, `opq` and `rqvae`.
 """
 

@@ -1,6 +1,6 @@
 """Semantic IDs on the command line: `python -m jaxrec.semantic_ids COMMAND --help`.
 
-fit --items items.parquet --out ids        codebooks, IDs, figures and a page, from a parquet file of embeddings
+fit --items items.parquet --out ids        codebooks, IDs, figures and a page, from files of embeddings
 append | remove | reencode FOLDER ITEMS    a new version of the IDs for items that came, left or changed
 rollback FOLDER VERSION                    back to an earlier version
 versions | drift FOLDER                    what there is, and whether the codebooks still fit
@@ -8,19 +8,18 @@ versions | drift FOLDER                    what there is, and whether the codebo
 
 import shutil
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import pyarrow.parquet as pq
 import tyro
 
 from jaxrec.config import UserError, choose_types
 from jaxrec.run import console, report_user_errors, writing
-from jaxrec.semantic_ids import commands
+from jaxrec.semantic_ids import commands, streaming
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig, describe
+from jaxrec.semantic_ids.files import Items, check_distinct, open_items
 from jaxrec.semantic_ids.tokenize import write_ids
 
 COMMANDS = {
@@ -35,12 +34,16 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Give every item of a parquet file a semantic ID."""
+    """Give every item of some files a semantic ID."""
 
     items: Path
-    """Parquet with item_id and embedding (a list of numbers); optionally title, category, and count (popularity)."""
+    """Parquet with item_id and embedding (a list of numbers), and optionally title, category, and count (popularity);
+    a .npy matrix, whose row numbers are the item ids; or a folder of either, its files following each other by name."""
     out: Path
     """Folder to make, with codebooks.safetensors, codes.parquet, quality.json and semantic_ids.html."""
+    in_memory: int = 1_000_000
+    """Embeddings that memory holds. Of more items, as many are drawn to fit the codebooks to, and all are encoded block
+    by block; then no embeddings.safetensors is written, and the page has no titles."""
     semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
     """Quantizers."""
     collisions: CollisionConfig = field(default_factory=CollisionConfig)
@@ -82,33 +85,42 @@ def fit(config: FitConfig) -> dict:
     """
     if config.out.exists():
         raise UserError(f"{config.out} is there already: give another --out, or delete it")
-    ids, x, popularity = commands.read_items(config.items)
-    if len(set(ids)) < len(ids):
-        twice = next(item for item, count in Counter(ids).items() if count > 1)
-        raise UserError(f"{config.items}: item_id {twice!r} is listed more than once; keep one row an item")
-    table = pq.read_table(config.items)
-    titles, categories = (
-        table[name].to_pylist() if name in table.column_names else None for name in ("title", "category")
-    )
+    if config.in_memory < 1:
+        raise UserError(f"in_memory={config.in_memory}: let memory hold at least one embedding")
+    items = open_items(config.items)
+    write = _write_in_memory if len(items) <= config.in_memory else _write_by_block
     partial = config.out.with_name(f"{config.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(config.out):
             partial.mkdir(parents=True)
-            figures = write_ids(
-                partial, jax.random.key(config.seed), ids, x, config.semantic_ids, config.collisions,
-                titles=titles, categories=categories, popularity=popularity,
-            )  # fmt: skip
+            figures = write(partial, items, config)
             partial.rename(config.out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    sampled = f", fitted to {config.in_memory:,} of them" if "sample" in figures else ""
     console.print(
-        f"{len(ids):,} items, {figures['distinct_ids']:,} distinct IDs, conflict rate {figures['conflict_rate']:.1%}; "
-        f"{describe(figures['collisions'])}. Look at {config.out / 'semantic_ids.html'}.",
+        f"{len(items):,} items{sampled}, {figures['distinct_ids']:,} distinct IDs, "
+        f"conflict rate {figures['conflict_rate']:.1%}; {describe(figures['collisions'])}. "
+        f"Look at {config.out / 'semantic_ids.html'}.",
         markup=False,
     )
     return figures
+
+
+def _write_in_memory(folder: Path, items: Items, config: FitConfig) -> dict:
+    scan = items.scan()
+    check_distinct(scan.item_ids, items.path)
+    return write_ids(
+        folder, jax.random.key(config.seed), scan.item_ids, scan.x, config.semantic_ids, config.collisions,
+        titles=items.column("title"), categories=items.column("category"), popularity=scan.counts,
+    )  # fmt: skip
+
+
+def _write_by_block(folder: Path, items: Items, config: FitConfig) -> dict:
+    key = jax.random.key(config.seed)
+    return streaming.write_ids(folder, key, items, config.semantic_ids, config.collisions, config.in_memory)
 
 
 if __name__ == "__main__":

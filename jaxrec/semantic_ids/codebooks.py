@@ -26,7 +26,7 @@ from jaxrec.semantic_ids import fsq, opq, residual, rqvae
 from jaxrec.semantic_ids.fsq import Fsq, FsqConfig
 from jaxrec.semantic_ids.opq import Opq, OpqConfig
 from jaxrec.semantic_ids.residual import Residual, ResidualConfig
-from jaxrec.semantic_ids.rows import check_rows, check_width
+from jaxrec.semantic_ids.rows import check_enough, check_rows, check_width
 from jaxrec.semantic_ids.rqvae import RqVae, RqVaeConfig
 
 MODULES = {
@@ -34,7 +34,8 @@ MODULES = {
     Residual: residual, RqVae: rqvae, Fsq: fsq, Opq: opq,
 }  # fmt: skip
 FITTED = {fitted.__name__: fitted for fitted in (Residual, RqVae, Fsq, Opq)}
-ENCODED_AT_ONCE = 1 << 18
+ENCODED_AT_ONCE = 1 << 16
+"""Rows; more are no faster, and embeddings may be thousands wide."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,10 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: SemanticIdConfig = Se
       UserError: no level, or what the quantizers refuse: fewer rows than codes, a row with NaN or infinity, sizes that
         do not fit the width.
     """
-    if config.hierarchy is None and config.remainder is None:
-        raise UserError("semantic_ids has neither a hierarchy nor a remainder: give at least one of them a quantizer")
-    x = check_rows(x, 1)
+    x = check_rows(x, 0)
+    check(config, x.shape)
     hierarchy_key, remainder_key = jax.random.split(key)
     hierarchy = remainder = None
-    if config.remainder is not None:
-        # What can be refused is refused before the long work of the levels above.
-        MODULES[type(config.remainder)].check(config.remainder, x.shape)
     if config.hierarchy is not None:
         hierarchy = MODULES[type(config.hierarchy)].fit(hierarchy_key, x, config.hierarchy)
         if config.remainder is not None:
@@ -92,6 +89,16 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: SemanticIdConfig = Se
     if config.remainder is not None:
         remainder = MODULES[type(config.remainder)].fit(remainder_key, x, config.remainder)
     return Codebooks(hierarchy, remainder)
+
+
+def check(config: SemanticIdConfig, shape: tuple[int, ...]) -> None:
+    """UserError when the configuration cannot be, or does not fit rows of a shape [I, D]."""
+    parts = [part for part in (config.hierarchy, config.remainder) if part is not None]
+    if not parts:
+        raise UserError("semantic_ids has neither a hierarchy nor a remainder: give at least one of them a quantizer")
+    check_enough(shape[0], 1)
+    for part in parts:
+        MODULES[type(part)].check(part, shape)
 
 
 def left_over(hierarchy: Residual | RqVae, x: np.ndarray | jax.Array) -> np.ndarray:

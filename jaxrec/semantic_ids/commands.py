@@ -1,7 +1,7 @@
 """The living catalogue on the command line: each function reads files, changes the versions and prints what it did.
 
-Items come as a parquet file with columns `item_id` and `embedding` (a list of numbers), for `remove` `item_id` alone,
-and optionally `count`, the popularity that decides who comes first under an ID.
+Items come as a parquet file, or a folder of them, with columns `item_id` and `embedding` (a list of numbers), for
+`remove` `item_id` alone, and optionally `count`, the popularity that decides who comes first under an ID.
 """
 
 import json
@@ -9,8 +9,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from flax.traverse_util import unflatten_dict
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -21,7 +19,7 @@ from tyro.conf import Positional
 
 from jaxrec.config import UserError
 from jaxrec.run import console
-from jaxrec.semantic_ids import catalogue, versions
+from jaxrec.semantic_ids import catalogue, files, versions
 from jaxrec.semantic_ids.drift import drift, drift_table
 from jaxrec.text import align
 
@@ -49,7 +47,7 @@ def append(folder: Positional[Path], items: Positional[Path], text: bool = False
 
 def remove(folder: Positional[Path], items: Positional[Path], publish: bool = False) -> None:
     """Takes the items of a parquet file (item_id) out of the catalogue; they keep their IDs for when they come back."""
-    made = catalogue.remove(folder, read_ids(_read(items, ["item_id"]), items))
+    made = catalogue.remove(folder, read_ids(items))
     gone = f", {made['known']:,} had left before" if made["known"] else ""
     console.print(f"Version {made['version']}: {made['removed']:,} items left{gone}.")
     if publish:
@@ -115,37 +113,28 @@ def show_drift(folder: Positional[Path], as_json: bool = False) -> None:
 
 
 def read_items(path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
-    """item_id, embedding f32 [n, D], and count [n] or None, of a parquet file.
+    """item_id, embedding f32 [n, D], and count [n] or None, of a parquet file, or of a folder of them.
 
     Raises:
-      UserError: the file is no parquet, a column is missing or mistyped, or an embedding is missing or of another width
-        than the first; the item is named.
+      UserError: as `files.open_items` and `Items.blocks`; or the items have no ids.
     """
-    table = _read(path, ["item_id", "embedding"])
-    ids, column = read_ids(table, path), table["embedding"].combine_chunks()
-    if pa.types.is_fixed_size_list(column.type):
-        column = column.cast(pa.list_(column.type.value_type))
-    kind = column.type.value_type if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else None
-    if kind is None or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-        raise UserError(f"{path}: column 'embedding' is {column.type}, but must be a list of numbers")
-    widths = column.value_lengths().to_numpy(zero_copy_only=False)
-    for row in np.flatnonzero(~(widths == widths[:1]))[:1]:
-        found = "missing" if np.isnan(widths[row]) else f"{widths[row]:.0f} wide, that of {ids[0]!r} {widths[0]:.0f}"
-        raise UserError(
-            f"{path}: the embedding of item_id {ids[row]!r} (row {row}) is {found}: give all the same width"
-        )
-    x = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(ids), -1)
-    return ids, x, _read_counts(table, path)
+    items = files.open_items(path)
+    if not items.named:
+        raise UserError(f"{path} has no item ids: give a parquet file with item_id and embedding")
+    scan = items.scan()
+    return scan.item_ids.to_pylist(), scan.x, scan.counts
 
 
-def read_ids(table: pa.Table, path: Path) -> list[str]:
-    """The column item_id; UserError when there are no rows, or an id is missing."""
-    if not len(table):
+def read_ids(path: Path) -> list[str]:
+    """The column item_id of a parquet file, or of a folder of them; UserError when there are no rows, or no id."""
+    ids: list[str] = []
+    for part in files.parts_of(path):
+        start = len(ids)
+        for batch in files.read_batches(part, files.BLOCK_ROWS, ["item_id"]):
+            ids += files.check_ids(batch["item_id"], part, len(ids) - start).to_pylist()
+    if not ids:
         raise UserError(f"{path} has no rows: give at least one item")
-    column = table["item_id"]
-    for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
-        raise UserError(f"{path}: row {row} has no item_id: give every item its own")
-    return column.cast(pa.string()).to_pylist()
+    return ids
 
 
 def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
@@ -172,24 +161,3 @@ def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
 
 def _publish(folder: Path) -> None:
     console.print(f"{versions.publish(folder)} holds these IDs now.", markup=False)
-
-
-def _read(path: Path, names: list[str]) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} cannot be read as parquet ({error}): give a parquet file of items") from error
-    for name in names:
-        if name not in table.column_names:
-            listed = ", ".join(table.column_names)
-            raise UserError(f"{path} has no column {name!r}; it needs {' and '.join(names)} (found {listed})")
-    return table
-
-
-def _read_counts(table: pa.Table, path: Path) -> np.ndarray | None:
-    if "count" not in table.column_names:
-        return None
-    column = table["count"]
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise UserError(f"{path}: column 'count' is {column.type}, but must be numbers")
-    return column.fill_null(0).to_numpy().astype(np.float64)

@@ -248,6 +248,8 @@ def _kept(figures: dict) -> Section | None:
         "Variance lost is the part of the embeddings that the first levels leave unexplained; neighbours are the ten "
         "items with the nearest embeddings."
     )
+    if sample := figures.get("sample"):
+        note += f" Measured on {number(sample['rows'])} items, drawn at random."
     body = (tiles(recalls) if recalls else "") + f'<div class="curves">{"".join(drawn)}</div>'
     return "kept", "What is kept of the embeddings", note, body
 

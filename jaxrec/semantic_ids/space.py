@@ -114,9 +114,9 @@ def _sort_keys(codes: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
     return keys
 
 
-def write_codes(path: Path, item_ids: list[str] | pa.Array, space: SemanticIdSpace) -> None:
+def write_codes(path: Path, item_ids: list[str] | pa.ChunkedArray, space: SemanticIdSpace) -> None:
     """Write codes.parquet: item_id, c1..cM int32; the codebook sizes are in the schema's metadata."""
-    columns = {"item_id": pa.array(item_ids, pa.string())}
+    columns = {"item_id": item_ids if isinstance(item_ids, pa.ChunkedArray) else pa.array(item_ids, pa.string())}
     columns |= {f"c{level + 1}": pa.array(space.codes[:, level], pa.int32()) for level in range(space.levels)}
     sizes = ",".join(str(size) for size in space.codebook_sizes).encode()
     pq.write_table(pa.table(columns).replace_schema_metadata({SIZES_KEY: sizes}), path)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxrec.config import UserError
 from jaxrec.semantic_ids import codebooks
-from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids.codebooks import Codebooks, SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.page import write_page
 from jaxrec.semantic_ids.quality import quality
@@ -61,7 +61,7 @@ def tokenize(
 def write_ids(
     folder: Path,
     key: jax.Array,
-    item_ids: list[str],
+    item_ids: list[str] | pa.ChunkedArray,
     embeddings: np.ndarray,
     id_config: SemanticIdConfig,
     collision_config: CollisionConfig,
@@ -86,12 +86,25 @@ def write_ids(
     space = SemanticIdSpace(resolved.codes, resolved.sizes, popularity)
     figures = quality(space, embeddings, partial(codebooks.decode, books), pairs)
     figures |= {"collisions": resolved.changed, **(more or {})}
-    write_page(folder / "semantic_ids.html", space, item_ids, titles, categories, popularity, figures)
+    write_space(folder, books, space, item_ids, figures, titles, categories)
+    save_file({"embeddings": np.ascontiguousarray(embeddings)}, folder / "embeddings.safetensors")
+    return figures
+
+
+def write_space(
+    folder: Path,
+    books: Codebooks,
+    space: SemanticIdSpace,
+    item_ids: list[str] | pa.ChunkedArray,
+    figures: dict,
+    titles: Sequence[str | None] | None = None,
+    categories: Sequence[str | None] | None = None,
+) -> None:
+    """Write codebooks.safetensors, codes.parquet, quality.json and semantic_ids.html into `folder`."""
+    write_page(folder / "semantic_ids.html", space, item_ids, titles, categories, figures=figures)
     codebooks.save(books, folder / "codebooks.safetensors")
     write_codes(folder / "codes.parquet", item_ids, space)
-    save_file({"embeddings": np.ascontiguousarray(embeddings)}, folder / "embeddings.safetensors")
     (folder / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
-    return figures
 
 
 def _column(items: pa.Table, name: str) -> np.ndarray | None:
