@@ -8,7 +8,6 @@ versions | drift FOLDER                    what there is, and whether the codebo
 
 import shutil
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,9 +82,6 @@ def fit(config: FitConfig) -> dict:
     if config.out.exists():
         raise UserError(f"{config.out} is there already: give another --out, or delete it")
     ids, x, popularity = commands.read_items(config.items)
-    if len(set(ids)) < len(ids):
-        twice = next(item for item, count in Counter(ids).items() if count > 1)
-        raise UserError(f"{config.items}: item_id {twice!r} is listed more than once; keep one row an item")
     table = pq.read_table(config.items)
     titles, categories = (
         table[name].to_pylist() if name in table.column_names else None for name in ("title", "category")

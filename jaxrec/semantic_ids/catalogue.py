@@ -16,7 +16,7 @@ import numpy as np
 from jaxrec.config import UserError
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.collisions import describe, resolve, squared_errors
-from jaxrec.semantic_ids.rows import check_rows, check_width
+from jaxrec.semantic_ids.rows import check_width, to_matrix
 from jaxrec.semantic_ids.versions import BOOKS, Changes, IdTable, begin_locked, commit, locked
 
 
@@ -120,32 +120,35 @@ def reencode(
         return {"version": table.version, **counts, **report}
 
 
-def check_ids(item_ids: Sequence[str]) -> None:
-    """UserError when there are no items, one is no text or is empty, or one is listed twice."""
+def check_ids(item_ids: Sequence[str], place: str = "") -> None:
+    """UserError when there are no items, one is no text or is empty, or one is listed twice; `place` begins it."""
     if not len(item_ids):
-        raise UserError("the table of items is empty: give at least one item_id")
+        raise UserError(f"{place}the table of items is empty: give at least one item_id")
     seen: dict[str, int] = {}
     for row, item in enumerate(item_ids):
         if not isinstance(item, str) or not item:
-            raise UserError(f"row {row} of the items has item_id {item!r}: give every item its own text")
+            raise UserError(f"{place}row {row} of the items has item_id {item!r}: give every item its own text")
         if seen.setdefault(item, row) != row:
-            raise UserError(f"item_id {item!r} is listed in row {seen[item]} and row {row}: keep one row an item")
+            raise UserError(
+                f"{place}item_id {item!r} is listed in row {seen[item]} and row {row}: keep one row an item"
+            )
+
+
+def check_finite(item_ids: Sequence[str], x: np.ndarray, place: str = "") -> None:
+    """UserError when an embedding of x f32 [n, D] holds NaN or infinity, naming the item; `place` begins it."""
+    for row in np.flatnonzero(~np.isfinite(x).all(axis=1))[:1]:
+        raise UserError(
+            f"{place}the embedding of item_id {item_ids[row]!r} (row {row}) holds NaN or infinity: mend it first"
+        )
 
 
 def check_items(item_ids: Sequence[str], embeddings: np.ndarray, width: int) -> np.ndarray:
     """Embeddings as f32 [n, width]; UserError when they or the item ids cannot be used, naming the item."""
     check_ids(item_ids)
-    x = np.asarray(embeddings)
-    if x.ndim == 2 and len(x) != len(item_ids):
+    x = np.asarray(to_matrix(embeddings))
+    if len(x) != len(item_ids):
         raise UserError(f"{len(x)} embeddings do not fit {len(item_ids)} items: give one embedding an item")
-    if x.ndim == 2 and np.issubdtype(x.dtype, np.floating):
-        with np.errstate(over="ignore"):
-            x = x.astype(np.float32)
-        for row in np.flatnonzero(~np.isfinite(x).all(axis=1))[:1]:
-            raise UserError(
-                f"the embedding of item_id {item_ids[row]!r} (row {row}) holds NaN or infinity: mend it first"
-            )
-    x = np.asarray(check_rows(x, 1))
+    check_finite(item_ids, x)
     check_width(x, width)
     return x
 

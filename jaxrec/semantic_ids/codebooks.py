@@ -26,7 +26,7 @@ from jaxrec.semantic_ids import fsq, opq, residual, rqvae
 from jaxrec.semantic_ids.fsq import Fsq, FsqConfig
 from jaxrec.semantic_ids.opq import Opq, OpqConfig
 from jaxrec.semantic_ids.residual import Residual, ResidualConfig
-from jaxrec.semantic_ids.rows import check_rows, check_width
+from jaxrec.semantic_ids.rows import check_rows, check_width, to_matrix
 from jaxrec.semantic_ids.rqvae import RqVae, RqVaeConfig
 
 MODULES = {
@@ -79,7 +79,7 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: SemanticIdConfig = Se
     """
     if config.hierarchy is None and config.remainder is None:
         raise UserError("semantic_ids has neither a hierarchy nor a remainder: give at least one of them a quantizer")
-    x = check_rows(x, 1)
+    x = to_matrix(x)  # The quantizers look for NaN.
     hierarchy_key, remainder_key = jax.random.split(key)
     hierarchy = remainder = None
     if config.remainder is not None:

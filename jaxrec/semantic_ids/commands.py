@@ -118,8 +118,8 @@ def read_items(path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
     """item_id, embedding f32 [n, D], and count [n] or None, of a parquet file.
 
     Raises:
-      UserError: the file is no parquet, a column is missing or mistyped, or an embedding is missing or of another width
-        than the first; the item is named.
+      UserError: the file is no parquet, a column is missing or mistyped, an item is listed twice, or an embedding is
+        missing, holds NaN or infinity, or is of another width than the first; the item is named.
     """
     table = _read(path, ["item_id", "embedding"])
     ids, column = read_ids(table, path), table["embedding"].combine_chunks()
@@ -134,18 +134,22 @@ def read_items(path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
         raise UserError(
             f"{path}: the embedding of item_id {ids[row]!r} (row {row}) is {found}: give all the same width"
         )
-    x = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(ids), -1)
+    with np.errstate(over="ignore"):
+        x = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(ids), -1)
+    catalogue.check_finite(ids, x, f"{path}: ")
     return ids, x, _read_counts(table, path)
 
 
 def read_ids(table: pa.Table, path: Path) -> list[str]:
-    """The column item_id; UserError when there are no rows, or an id is missing."""
+    """The column item_id; UserError when there are no rows, or an id is missing, empty or listed twice."""
     if not len(table):
         raise UserError(f"{path} has no rows: give at least one item")
     column = table["item_id"]
     for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
         raise UserError(f"{path}: row {row} has no item_id: give every item its own")
-    return column.cast(pa.string()).to_pylist()
+    ids = column.cast(pa.string()).to_pylist()
+    catalogue.check_ids(ids, f"{path}: ")
+    return ids
 
 
 def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
