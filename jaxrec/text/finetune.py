@@ -33,7 +33,9 @@ from jaxrec.text.encoder import (
     embed_texts,
     encode_batches,
     load_encoder,
+    save_encoder,
     token_ids,
+    with_params,
 )
 from jaxrec.text.pair_batches import (
     CONTRASTIVE,
@@ -49,7 +51,6 @@ from jaxrec.text.pair_batches import (
     similar,
     split,
 )
-from jaxrec.text.weights import save_encoder, with_params
 from jaxrec.training.loop import LoopConfig, Metrics, TrainState, fit
 from jaxrec.training.optim import OptimConfig, make_optimizer
 
