@@ -7,23 +7,19 @@ and optionally `count`, the popularity that decides who comes first under an ID.
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from flax.traverse_util import unflatten_dict
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from tyro.conf import Positional
 
 from jaxrec.config import UserError
 from jaxrec.run import console
 from jaxrec.semantic_ids import catalogue, versions
 from jaxrec.semantic_ids.drift import drift, drift_table
-from jaxrec.text import align
+from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts
 
 
 def append(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
@@ -32,11 +28,10 @@ def append(folder: Positional[Path], items: Positional[Path], text: bool = False
     Args:
       folder: the semantic_ids folder of a run.
       items: parquet with item_id, embedding, and optionally count.
-      text: the embeddings are those of the text encoder: put them through the run's alignment first.
+      text: the file has `text`, or as `embedding` those of the text encoder: embed the items as the run did its own.
       publish: replace codes.parquet too; the run's items.parquet has to list the same items.
     """
-    ids, x, popularity = read_items(items)
-    made = catalogue.append(folder, ids, aligned(folder, x) if text else x, popularity)
+    made = catalogue.append(folder, *(read_text_items(folder, items) if text else read_items(items)))
     said = [f"{made[name]:,} {word}" for name, word in (("added", "new"), ("returned", "came back")) if made[name]]
     if made["known"]:
         said.append(f"{made['known']:,} were there and keep their IDs")
@@ -58,8 +53,7 @@ def remove(folder: Positional[Path], items: Positional[Path], publish: bool = Fa
 
 def reencode(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
     """Encodes items anew whose embeddings changed and prints the share of codes that changed; arguments as `append`."""
-    ids, x, popularity = read_items(items)
-    made = catalogue.reencode(folder, ids, aligned(folder, x) if text else x, popularity)
+    made = catalogue.reencode(folder, *(read_text_items(folder, items) if text else read_items(items)))
     levels = ", ".join(f"{share:.1%}" for share in made["changed_codes"])
     console.print(
         f"Version {made['version']}: {made['changed']:,} of {made['encoded']:,} items have another ID "
@@ -140,6 +134,26 @@ def read_items(path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
     return ids, x, _read_counts(table, path)
 
 
+def read_text_items(folder: Path, path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """As `read_items`, embedded as the run of a semantic_ids folder embedded its items.
+
+    From their `text`, where the run encoded texts; else from `embedding`, those of the encoder before any alignment.
+
+    Raises:
+      UserError: as `read_items`; neither column will do, or the column `text` holds something else.
+    """
+    table = _read(path, ["item_id"])
+    if "text" not in table.column_names or not encodes_texts(folder):
+        ids, x, counts = read_items(path)
+        return ids, aligned(folder, x), counts
+    ids, column = read_ids(table, path), table["text"]
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise UserError(f"{path}: column 'text' is {column.type}, but must be text")
+    for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
+        raise UserError(f"{path}: item_id {ids[row]!r} (row {row}) has no text: give every item one")
+    return ids, embed_new(folder, column.to_pylist()), _read_counts(table, path)
+
+
 def read_ids(table: pa.Table, path: Path) -> list[str]:
     """The column item_id; UserError when there are no rows, or an id is missing, empty or listed twice."""
     if not len(table):
@@ -150,28 +164,6 @@ def read_ids(table: pa.Table, path: Path) -> list[str]:
     ids = column.cast(pa.string()).to_pylist()
     catalogue.check_ids(ids, f"{path}: ")
     return ids
-
-
-def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
-    """Text embeddings f32 [n, D] of new items, through the alignment that the run learned, f32 [n, width].
-
-    Raises:
-      UserError: there is no alignment, or the embeddings are not as wide as those that it was learned on.
-    """
-    path = Path(folder) / "alignment.safetensors"
-    try:
-        params = unflatten_dict(load_file(path), sep=".")
-        width = len(params["mean"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(
-            f"{path} holds no alignment ({error}): give the embeddings that the codebooks encode"
-        ) from error
-    if text.shape[1] != width:
-        raise UserError(
-            f"the text embeddings are {text.shape[1]} wide, but the alignment of {path} takes {width}: "
-            "encode the texts with the encoder of this run"
-        )
-    return np.asarray(jax.jit(align.apply)(params, text))
 
 
 def _publish(folder: Path) -> None:
