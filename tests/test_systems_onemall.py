@@ -84,7 +84,7 @@ def test_a_run_ends_with_everything_in_its_place(folder):
     assert steps == list(range(15, 241, 15))
     losses = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
-    assert checkpoint.steps(run / STAGE) == [210, 240]
+    assert checkpoint.steps(run / STAGE) == [192, 240]
     assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
     page = (run / "report.html").read_text()
     assert "onemall" in page and "itemknn" in page
@@ -119,7 +119,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(folder):
     for name in ("evaluation.json", "examples_shown.json", "config.json"):
         assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes()
     said = (folder / "killed.txt").read_text()
-    assert "going on from step 30" in said and "going on from step 90" in said
+    assert "going on from step 48" in said and "going on from step 96" in said
 
 
 def test_a_finished_run_says_no_to_another_configuration(folder):
@@ -144,7 +144,7 @@ def test_a_corrupt_checkpoint_is_passed_over(folder, tmp_path, capsys):
     params = load_recommender(run).variables["params"]
     said = capsys.readouterr().out
     assert "the checkpoint of step 240 is damaged" in said
-    assert "going on from the checkpoint of step 210" in said
+    assert "going on from the checkpoint of step 192" in said
     assert not same_arrays(params, before)
 
 
