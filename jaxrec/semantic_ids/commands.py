@@ -19,7 +19,7 @@ from jaxrec.config import UserError
 from jaxrec.run import console
 from jaxrec.semantic_ids import catalogue, versions
 from jaxrec.semantic_ids.drift import drift, drift_table
-from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts
+from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts, with_products
 
 
 def append(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
@@ -138,6 +138,7 @@ def read_text_items(folder: Path, path: Path) -> tuple[list[str], np.ndarray, np
     """As `read_items`, embedded as the run of a semantic_ids folder embedded its items.
 
     From their `text`, where the run encoded texts; else from `embedding`, those of the encoder before any alignment.
+    Where the run knows scenarios, by `scenario` and `product_ids` too.
 
     Raises:
       UserError: as `read_items`; neither column will do, or the column `text` holds something else.
@@ -145,13 +146,13 @@ def read_text_items(folder: Path, path: Path) -> tuple[list[str], np.ndarray, np
     table = _read(path, ["item_id"])
     if "text" not in table.column_names or not encodes_texts(folder):
         ids, x, counts = read_items(path)
-        return ids, aligned(folder, x), counts
+        return ids, with_products(folder, aligned(folder, x), table), counts
     ids, column = read_ids(table, path), table["text"]
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise UserError(f"{path}: column 'text' is {column.type}, but must be text")
     for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
         raise UserError(f"{path}: item_id {ids[row]!r} (row {row}) has no text: give every item one")
-    return ids, embed_new(folder, column.to_pylist()), _read_counts(table, path)
+    return ids, with_products(folder, embed_new(folder, column.to_pylist()), table), _read_counts(table, path)
 
 
 def read_ids(table: pa.Table, path: Path) -> list[str]:

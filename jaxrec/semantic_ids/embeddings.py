@@ -2,12 +2,17 @@
 
     text ──encoder──▶ vectors ──alignment──▶ embeddings
 
+With scenarios (OneMall §3.1.3) a short video's embedding gets that of its product beside it, and a live stream's comes
+from an item tower, of what it sells now (`jaxrec.text.scenarios`).
+
 `AlignConfig` learns a projection of the vectors and a free vector an item, `FinetuneConfig` the encoder itself or a
 projection. For new items the semantic_ids folder keeps
 
     text.json               the encoder (a package, a folder, or `encoder`, the one beside it) and how much it reads
     alignment.safetensors   the projection, where there is one
     encoder/                the encoder, where it was fine-tuned
+    own.parquet             with scenarios: item_id, embedding: of the items before their products were put beside them
+    item_tower.safetensors  with live streams: what makes their embeddings
 """
 
 import shutil
@@ -31,8 +36,19 @@ from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig, embed_texts
 from jaxrec.text.finetune import FinetuneConfig
 from jaxrec.text.pair_batches import TextPairs
+from jaxrec.text.scenarios import (
+    LIVE_STREAM,
+    TowersConfig,
+    compose,
+    encode_items,
+    product_table,
+    scenario_embeddings,
+    tower_data,
+    train_towers,
+)
 
 TEXT, ALIGNMENT, ENCODER = "text.json", "alignment.safetensors", "encoder"
+OWN, TOWER = "own.parquet", "item_tower.safetensors"
 
 
 def finetune_items(tables: Path, folder: Path, text_config: EncoderConfig, config: FinetuneConfig, seed: int) -> Path:
@@ -94,6 +110,65 @@ def embed_catalogue(
         figures = found.metrics
     write_json(folder / TEXT, text)
     return embeddings, pairs, figures
+
+
+def embed_scenarios(key: jax.Array, tables: Path, folder: Path, own: np.ndarray, config: TowersConfig) -> np.ndarray:
+    """Embeddings of all scenarios, unit f32 [I, 2 D], from the items' own, f32 [I, D] (OneMall §3.1.3).
+
+    Where there are live streams, the towers are trained on the events first. `folder` gets what new items need.
+
+    Raises:
+      UserError: the items have no column `scenario`, or what `tower_data` refuses.
+    """
+    items = pq.read_table(tables / "items.parquet")
+    if "scenario" not in items.column_names:
+        raise UserError("items.parquet has no column `scenario`: add it to the items, or set --scenarios None")
+    path, tower = tables / "live_streams.parquet", None
+    live_streams = pq.read_table(path) if path.is_file() else None
+    if LIVE_STREAM in items["scenario"].to_pylist():
+        data = tower_data(own, items, pq.read_table(tables / "events.parquet"), live_streams, config)
+        tower = jax.tree.map(np.asarray, train_towers(key, data, config)["item"])
+        save_file(flatten_dict(tower, sep="."), folder / TOWER)
+    pq.write_table(pa.table({"item_id": items["item_id"], "embedding": list(own)}), folder / OWN)
+    return scenario_embeddings(own, items, live_streams, tower)
+
+
+def with_products(folder: Path, own: np.ndarray, items: pa.Table) -> np.ndarray:
+    """Embeddings of new items by their scenarios, unit f32 [n, 2 D], from their own f32 [n, D]; without scenarios own.
+
+    Args:
+      items: item_id, and scenario and product_ids (lists of str) where there are any; products are items that the run
+        was made with, or others of this table.
+
+    Raises:
+      UserError: a product is neither, or a live stream comes to a run without any.
+    """
+    folder = Path(folder)
+    if not (folder / OWN).is_file():
+        return own
+    known = pq.read_table(folder / OWN)
+    vectors = np.concatenate([own, np.stack(known["embedding"].to_numpy(zero_copy_only=False))])
+    ids = pa.concat_arrays([items["item_id"].cast(pa.string()).combine_chunks(), known["item_id"].combine_chunks()])
+    products = np.full((len(own), 1), -1)
+    if "product_ids" in items.column_names:
+        lists = items["product_ids"].combine_chunks()
+        if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+            raise UserError(f"column 'product_ids' is {lists.type}, but must be a list of item ids")
+        named = lists.flatten()
+        if len(unknown := named.filter(pc.invert(pc.is_in(named, ids)))):
+            raise UserError(
+                f"product_ids names {unknown[0].as_py()!r}, whose own embedding is not at hand: give that item in the "
+                "same file, or leave it out"
+            )
+        products = product_table(lists, ids)
+    inputs = compose(own, products, vectors)
+    scenarios = items["scenario"].to_pylist() if "scenario" in items.column_names else []
+    live = np.array([each == LIVE_STREAM for each in scenarios], bool)
+    if live.any():
+        if not (folder / TOWER).is_file():
+            raise UserError(f"{folder} holds no {TOWER}: the run had no live streams to learn from; train it with some")
+        inputs[live] = encode_items(unflatten_dict(load_file(folder / TOWER), sep="."), inputs[live])
+    return inputs
 
 
 def encodes_texts(folder: Path) -> bool:

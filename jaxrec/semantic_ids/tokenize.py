@@ -14,13 +14,14 @@ from safetensors.numpy import save_file
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
-from jaxrec.semantic_ids.embeddings import embed_catalogue
+from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_scenarios
 from jaxrec.semantic_ids.page import write_page
 from jaxrec.semantic_ids.quality import quality
 from jaxrec.semantic_ids.space import SemanticIdSpace, write_codes
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.text.scenarios import TowersConfig
 
 
 def tokenize(
@@ -32,6 +33,7 @@ def tokenize(
     collision_config: CollisionConfig,
     seed: int,
     tuned: Path | None = None,
+    scenarios: TowersConfig | None = None,
 ) -> None:
     """Encode, align and quantize the items of a tables folder (OneMall §3.1).
 
@@ -40,6 +42,7 @@ def tokenize(
 
     Args:
       tuned: of a `FinetuneConfig`, what `finetune_items` made of these tables.
+      scenarios: how live streams are embedded, and that products count (`embed_scenarios`); None: texts alone.
 
     Raises:
       UserError: a table cannot be used, or the configuration does not fit it.
@@ -47,6 +50,9 @@ def tokenize(
     align_key, id_key = jax.random.split(jax.random.key(seed))
     items = pq.read_table(tables / "items.parquet")
     embeddings, pairs, figures = embed_catalogue(align_key, tables, folder, text_config, align_config, tuned)
+    if scenarios is not None:
+        tower_key = jax.random.fold_in(jax.random.key(seed), 2)
+        embeddings = embed_scenarios(tower_key, tables, folder, embeddings, scenarios)
     titles, categories, popularity = (_column(items, name) for name in ("title", "category", "count"))
     write_ids(
         folder, id_key, items["item_id"].to_pylist(), embeddings, id_config, collision_config,

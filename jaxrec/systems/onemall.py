@@ -27,6 +27,7 @@ from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.text.scenarios import TowersConfig
 from jaxrec.training import checkpoint
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -65,6 +66,8 @@ class OneMallConfig:
     """Text encoder."""
     align: AlignConfig | FinetuneConfig = field(default_factory=AlignConfig)
     """Contrastive alignment of the embeddings: by a projection and a free vector an item, or of the text encoder."""
+    scenarios: TowersConfig | None = None
+    """Embeddings by scenario: a video's product beside it, live streams by an item tower; None: by the texts alone."""
     semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
     """Quantizers."""
     collisions: CollisionConfig = field(default_factory=CollisionConfig)
@@ -107,9 +110,15 @@ def train(run: Run, config: OneMallConfig) -> None:
     id_configs = (config.align, config.semantic_ids, config.collisions)
     ids = run.phase(
         "semantic_ids",
-        fingerprint(tables, *encoder, *id_configs, config.seed),
+        fingerprint(tables, *encoder, *id_configs, config.scenarios, config.seed),
         lambda folder: tokenize(
-            run.tables, folder, config.text, *id_configs, config.seed, tuned=run.path / ALIGNMENT / "tuned"
+            run.tables,
+            folder,
+            config.text,
+            *id_configs,
+            config.seed,
+            tuned=run.path / ALIGNMENT / "tuned",
+            scenarios=config.scenarios,
         ),
     )
     examples = run.phase(
