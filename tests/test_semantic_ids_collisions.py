@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from itertools import product
+from itertools import pairwise, product
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxrec.semantic_ids import (
 from jaxrec.semantic_ids.collisions import CollisionConfig, describe, resolve, squared_errors
 from jaxrec.semantic_ids.opq import Opq
 from jaxrec.semantic_ids.residual import Residual
+from jaxrec.semantic_ids.rqvae import RqVae
 
 NEAREST = CollisionConfig("nearest_free")
 EXTRA = CollisionConfig("extra_level")
@@ -50,10 +51,17 @@ def counts_of(codes):
     return Counter(map(tuple, np.asarray(codes).tolist()))
 
 
+def stand_for(books, codes, x):
+    """Squared distances of x [D] to what IDs or prefixes of one length stand for."""
+    if isinstance(books.hierarchy, Residual):
+        levels = [np.asarray(level, np.float64) for level in books.hierarchy.centroids]
+        return [((x - sum(level[c] for level, c in zip(levels, code))) ** 2).sum() for code in codes]
+    return ((x - codebooks.decode(books, np.array(codes)).astype(np.float64)) ** 2).sum(1)
+
+
 def slow_nearest_free(codes, sizes, x, books, capacity, popularity, taken=()):
     """One item after the other, over all IDs written out."""
     codes = [tuple(code) for code in np.asarray(codes).tolist()]
-    levels = [np.asarray(level, np.float64) for level in books.hierarchy.centroids]
     order = sorted(range(len(codes)), key=lambda i: (-popularity[i], i))
     count = Counter(map(tuple, np.asarray(taken, int).reshape(-1, len(sizes)).tolist()))
     waiting = []
@@ -75,8 +83,7 @@ def slow_nearest_free(codes, sizes, x, books, capacity, popularity, taken=()):
                 ]
                 if not free:
                     break
-                far = [((x[i] - sum(level[c] for level, c in zip(levels, code))) ** 2).sum() for code in free]
-                prefix = free[int(np.argmin(far))]
+                prefix = free[int(np.argmin(stand_for(books, free, x[i])))]
             if len(prefix) == len(sizes):
                 codes[i] = prefix
                 count[prefix] += 1
@@ -171,10 +178,35 @@ def other_quantizers():
     first = books_of(rng.normal(size=(3, 4))).hierarchy
     x = rng.normal(size=(40, 4)).astype(np.float32)
     grid = fsq.fit(jax.random.key(0), x, FsqConfig((4, 5), steps=0))
-    return {"rq-opq": Codebooks(first, halves), "rq-fsq": Codebooks(first, grid), "opq": Codebooks(None, halves)}
+    nonlinear = autoencoder((3, 4))
+    return {
+        "rq-opq": Codebooks(first, halves),
+        "rq-fsq": Codebooks(first, grid),
+        "opq": Codebooks(None, halves),
+        "rqvae": Codebooks(nonlinear, None),
+        "rqvae-opq": Codebooks(nonlinear, halves),
+        "rqvae-fsq": Codebooks(nonlinear, grid),
+    }
 
 
-@pytest.mark.parametrize("kind", ["rq-opq", "rq-fsq", "opq"])
+def autoencoder(sizes):
+    """An RQ-VAE of width 4 with random weights: what its codes stand for is no sum of vectors."""
+    rng = np.random.default_rng(2)
+
+    def layers(*widths):
+        shapes = list(pairwise(widths))
+        drawn = {
+            f"layer_{i}": {"kernel": rng.normal(size=s), "bias": rng.normal(size=s[1])} for i, s in enumerate(shapes)
+        }
+        return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), drawn)
+
+    books = tuple(
+        jnp.asarray(rng.normal(size=(size, 3)) / (1 + level), jnp.float32) for level, size in enumerate(sizes)
+    )
+    return RqVae({"encoder": layers(4, 8, 3), "decoder": layers(3, 8, 4)}, books, jnp.zeros(4), jnp.float32(1))
+
+
+@pytest.mark.parametrize("kind", ["rq-opq", "rq-fsq", "opq", "rqvae", "rqvae-opq", "rqvae-fsq"])
 def test_other_quantizers_move_to_the_nearest_too(kind):
     x = (np.random.default_rng(0).normal(size=(60, 4)) * 0.8).astype(np.float32)
     books = other_quantizers()[kind]
@@ -193,6 +225,26 @@ def test_other_quantizers_move_to_the_nearest_too(kind):
         far = ((x[item] - codebooks.decode(books, free)) ** 2).sum(1)
         assert tuple(moved.codes[item]) == tuple(free[far.argmin()])
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("capacity", [1, 2])
+def test_an_rqvae_moves_to_what_one_after_the_other_finds(monkeypatch, capacity):
+    monkeypatch.setattr(collisions, "DECODED_AT_ONCE", 20)
+    books = Codebooks(autoencoder((3, 4, 5)), None)
+    rng = np.random.default_rng(3)
+    x, popularity = rng.normal(size=(60, 4)).astype(np.float32), rng.integers(0, 5, 60)
+    codes = codebooks.encode(books, x)
+    taken = codes[:10]
+    config = CollisionConfig("nearest_free", capacity=capacity)
+    moved = resolve(codes[10:], books.sizes, config, x[10:], books, popularity[10:], taken)
+    slow, without_room = slow_nearest_free(codes[10:], books.sizes, x[10:], books, capacity, popularity[10:], taken)
+    np.testing.assert_array_equal(moved.codes, slow)
+    assert moved.changed["without_room"] == without_room
+    assert moved.changed["moved"] == (slow != codes[10:]).any(1).sum() > 5
+    assert len(moved.changed["moved_at"]) > 1
+    before, after = (squared_errors(books, some, x[10:]) for some in (codes[10:], moved.codes))
+    went = (slow != codes[10:]).any(1)
+    assert moved.changed["extra_error"] == pytest.approx((after - before)[went].mean(), rel=1e-5)
 
 
 def test_codebooks_that_are_no_sum_are_decoded(monkeypatch):

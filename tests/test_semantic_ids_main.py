@@ -56,7 +56,7 @@ def test_mistakes_are_named(items, monkeypatch):
         run(monkeypatch, "fit", "--items", items / "items.parquet", "--out", items / "there")
     table = pq.read_table(items / "items.parquet")
     pq.write_table(pa.concat_tables([table, table]), items / "twice.parquet")
-    with pytest.raises(UserError, match="'i000' is listed more than once"):
+    with pytest.raises(UserError, match=r"twice.parquet: item_id 'i000' is listed more than once"):
         run(monkeypatch, "fit", "--items", items / "twice.parquet", "--out", items / "new", *SMALL)
     with pytest.raises(UserError, match="100 rows cannot fill a codebook of 256"):
         run(monkeypatch, "fit", "--items", items / "items.parquet", "--out", items / "new",

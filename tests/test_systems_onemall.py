@@ -24,8 +24,9 @@ STAGE = "stages/pretrain"
 PARTS = ("step", "params", "opt_state", "extra")
 # One after the other in one run directory; every process goes on where the one before it was killed.
 KILLS = ("phase:tables", "partial:semantic_ids", "step:50", "step:100", "phase:evaluation")
-# Measured: 0.65 of the best possible; ItemKNN, the best baseline, has 0.47.
-SHARE_OF_BEST = 0.55
+# Measured: 0.75 to 0.77 of the best possible, whatever numbers the clusters get (four seeds of the quantizers);
+# ItemKNN, the best baseline, has 0.47. After half of the steps it is still 0.55 to 0.69, by the numbering.
+SHARE_OF_BEST = 0.65
 
 
 def command(program: str, *args: object, **environment: str) -> subprocess.CompletedProcess:
@@ -80,10 +81,10 @@ def same_arrays(left, right) -> bool:
 def test_a_run_ends_with_everything_in_its_place(folder):
     run = folder / "whole"
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl")]
-    assert steps == list(range(15, 121, 15))
+    assert steps == list(range(15, 241, 15))
     losses = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
-    assert checkpoint.steps(run / STAGE) == [90, 120]
+    assert checkpoint.steps(run / STAGE) == [192, 240]
     assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
     page = (run / "report.html").read_text()
     assert "onemall" in page and "itemknn" in page
@@ -111,14 +112,14 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(folder):
     whole, killed = (checkpoint.load_parts(folder / name / STAGE, *PARTS) for name in ("whole", "killed"))
     assert len(jax.tree.leaves(whole["params"])) > 50
     assert jax.tree.leaves(whole["opt_state"])
-    assert int(whole["step"]) == 120
+    assert int(whole["step"]) == 240
     assert same_arrays(whole, killed)
     lines = [[untimed(line) for line in read_lines(folder / name / "metrics.jsonl")] for name in ("whole", "killed")]
     assert lines[0] == lines[1]
     for name in ("evaluation.json", "examples_shown.json", "config.json"):
         assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes()
     said = (folder / "killed.txt").read_text()
-    assert "going on from step 30" in said and "going on from step 90" in said
+    assert "going on from step 48" in said and "going on from step 96" in said
 
 
 def test_a_finished_run_says_no_to_another_configuration(folder):
@@ -137,13 +138,13 @@ def test_a_finished_run_says_no_to_another_configuration(folder):
 def test_a_corrupt_checkpoint_is_passed_over(folder, tmp_path, capsys):
     run = Run(Path(shutil.copytree(folder / "whole", tmp_path / "run")))
     before = checkpoint.load_parts(run.path / STAGE, "params")["params"]
-    files = [path for path in (run.path / STAGE / "00000120" / "state").rglob("*") if path.is_file()]
+    files = [path for path in (run.path / STAGE / "00000240" / "state").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(bytes(largest.stat().st_size))
     params = load_recommender(run).variables["params"]
     said = capsys.readouterr().out
-    assert "the checkpoint of step 120 is damaged" in said
-    assert "going on from the checkpoint of step 90" in said
+    assert "the checkpoint of step 240 is damaged" in said
+    assert "going on from the checkpoint of step 192" in said
     assert not same_arrays(params, before)
 
 

@@ -17,8 +17,9 @@ from jaxrec.text.encoder import (
     EncoderConfig,
     embed_texts,
     find_model,
-    from_huggingface,
     load_encoder,
+    save_encoder,
+    with_params,
 )
 from jaxrec.text.finetune import FinetuneConfig, TokenInputs, embed, finetune, load_projection, losses, represent, save
 from jaxrec.text.pair_batches import (
@@ -30,7 +31,7 @@ from jaxrec.text.pair_batches import (
     merge_equal_texts,
     rank_lists,
 )
-from jaxrec.text.weights import save_encoder, to_huggingface, with_params
+from jaxrec.text.weights import from_huggingface, to_huggingface
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from jaxrec.text.encoder import Bert, BertConfig, TextEncoder
-from jaxrec.text.weights import save_encoder
+from jaxrec.text.encoder import Bert, BertConfig, TextEncoder, save_encoder
 
 
 def make_encoder(folder: Path, words: list[str], *, seed: int = 0) -> TextEncoder:

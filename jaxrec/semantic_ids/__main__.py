@@ -41,15 +41,15 @@ class FitConfig:
     a .npy matrix, whose row numbers are the item ids; or a folder of either, its files following each other by name."""
     out: Path
     """Folder to make, with codebooks.safetensors, codes.parquet, quality.json and semantic_ids.html."""
-    in_memory: int = 1_000_000
-    """Embeddings that memory holds. Of more items, as many are drawn to fit the codebooks to, and all are encoded block
-    by block; then no embeddings.safetensors is written, and the page has no titles."""
     semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
     """Quantizers."""
     collisions: CollisionConfig = field(default_factory=CollisionConfig)
     """What is done about items that share an ID."""
     seed: int = 0
     """Seed of everything that is drawn."""
+    in_memory: int = 1_000_000
+    """Embeddings that memory holds. Of more items, as many are drawn to fit the codebooks to, and all are encoded block
+    by block; then no embeddings.safetensors is written, and the page has no titles."""
 
 
 def main() -> None:

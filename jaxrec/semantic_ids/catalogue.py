@@ -16,7 +16,7 @@ import numpy as np
 from jaxrec.config import UserError
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.collisions import describe, resolve, squared_errors
-from jaxrec.semantic_ids.rows import check_rows, check_width
+from jaxrec.semantic_ids.rows import check_width, to_matrix
 from jaxrec.semantic_ids.versions import BOOKS, Changes, IdTable, begin_locked, commit, locked
 
 
@@ -135,17 +135,11 @@ def check_ids(item_ids: Sequence[str]) -> None:
 def check_items(item_ids: Sequence[str], embeddings: np.ndarray, width: int) -> np.ndarray:
     """Embeddings as f32 [n, width]; UserError when they or the item ids cannot be used, naming the item."""
     check_ids(item_ids)
-    x = np.asarray(embeddings)
-    if x.ndim == 2 and len(x) != len(item_ids):
+    x = np.asarray(to_matrix(embeddings))
+    if len(x) != len(item_ids):
         raise UserError(f"{len(x)} embeddings do not fit {len(item_ids)} items: give one embedding an item")
-    if x.ndim == 2 and np.issubdtype(x.dtype, np.floating):
-        with np.errstate(over="ignore"):
-            x = x.astype(np.float32)
-        for row in np.flatnonzero(~np.isfinite(x).all(axis=1))[:1]:
-            raise UserError(
-                f"the embedding of item_id {item_ids[row]!r} (row {row}) holds NaN or infinity: mend it first"
-            )
-    x = np.asarray(check_rows(x, 1))
+    for row in np.flatnonzero(~np.isfinite(x).all(axis=1))[:1]:
+        raise UserError(f"the embedding of item_id {item_ids[row]!r} (row {row}) holds NaN or infinity: mend it first")
     check_width(x, width)
     return x
 

@@ -26,7 +26,7 @@ from jaxrec.semantic_ids import fsq, opq, residual, rqvae
 from jaxrec.semantic_ids.fsq import Fsq, FsqConfig
 from jaxrec.semantic_ids.opq import Opq, OpqConfig
 from jaxrec.semantic_ids.residual import Residual, ResidualConfig
-from jaxrec.semantic_ids.rows import check_enough, check_rows, check_width
+from jaxrec.semantic_ids.rows import check_enough, check_rows, check_width, to_matrix
 from jaxrec.semantic_ids.rqvae import RqVae, RqVaeConfig
 
 MODULES = {
@@ -78,7 +78,7 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: SemanticIdConfig = Se
       UserError: no level, or what the quantizers refuse: fewer rows than codes, a row with NaN or infinity, sizes that
         do not fit the width.
     """
-    x = check_rows(x, 0)
+    x = to_matrix(x)  # The quantizers look for NaN.
     check(config, x.shape)
     hierarchy_key, remainder_key = jax.random.split(key)
     hierarchy = remainder = None

@@ -7,21 +7,18 @@ Items come as a parquet file, or a folder of them, with columns `item_id` and `e
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
+import pyarrow as pa
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from tyro.conf import Positional
 
 from jaxrec.config import UserError
 from jaxrec.run import console
 from jaxrec.semantic_ids import catalogue, files, versions
 from jaxrec.semantic_ids.drift import drift, drift_table
-from jaxrec.text import align
+from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts, with_products
 
 
 def append(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
@@ -30,11 +27,10 @@ def append(folder: Positional[Path], items: Positional[Path], text: bool = False
     Args:
       folder: the semantic_ids folder of a run.
       items: parquet with item_id, embedding, and optionally count.
-      text: the embeddings are those of the text encoder: put them through the run's alignment first.
+      text: the file has `text`, or as `embedding` those of the text encoder: embed the items as the run did its own.
       publish: replace codes.parquet too; the run's items.parquet has to list the same items.
     """
-    ids, x, popularity = read_items(items)
-    made = catalogue.append(folder, ids, aligned(folder, x) if text else x, popularity)
+    made = catalogue.append(folder, *(read_text_items(folder, items) if text else read_items(items)))
     said = [f"{made[name]:,} {word}" for name, word in (("added", "new"), ("returned", "came back")) if made[name]]
     if made["known"]:
         said.append(f"{made['known']:,} were there and keep their IDs")
@@ -56,8 +52,7 @@ def remove(folder: Positional[Path], items: Positional[Path], publish: bool = Fa
 
 def reencode(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
     """Encodes items anew whose embeddings changed and prints the share of codes that changed; arguments as `append`."""
-    ids, x, popularity = read_items(items)
-    made = catalogue.reencode(folder, ids, aligned(folder, x) if text else x, popularity)
+    made = catalogue.reencode(folder, *(read_text_items(folder, items) if text else read_items(items)))
     levels = ", ".join(f"{share:.1%}" for share in made["changed_codes"])
     console.print(
         f"Version {made['version']}: {made['changed']:,} of {made['encoded']:,} items have another ID "
@@ -116,47 +111,40 @@ def read_items(path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
     """item_id, embedding f32 [n, D], and count [n] or None, of a parquet file, or of a folder of them.
 
     Raises:
-      UserError: as `files.open_items` and `Items.blocks`; or the items have no ids.
+      UserError: as `files.open_items` and `Items.blocks`; the items have no ids, or one is listed twice.
     """
     items = files.open_items(path)
     if not items.named:
         raise UserError(f"{path} has no item ids: give a parquet file with item_id and embedding")
     scan = items.scan()
+    files.check_distinct(scan.item_ids, path)
     return scan.item_ids.to_pylist(), scan.x, scan.counts
 
 
-def read_ids(path: Path) -> list[str]:
-    """The column item_id of a parquet file, or of a folder of them; UserError when there are no rows, or no id."""
-    ids: list[str] = []
-    for part in files.parts_of(path):
-        start = len(ids)
-        for batch in files.read_batches(part, files.BLOCK_ROWS, ["item_id"]):
-            ids += files.check_ids(batch["item_id"], part, len(ids) - start).to_pylist()
-    if not ids:
-        raise UserError(f"{path} has no rows: give at least one item")
-    return ids
+def read_text_items(folder: Path, path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """As `read_items`, embedded as the run of a semantic_ids folder embedded its items.
 
-
-def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
-    """Text embeddings f32 [n, D] of new items, through the alignment that the run learned, f32 [n, width].
+    From their `text`, where the run encoded texts; else from `embedding`, those of the encoder before any alignment.
+    Where the run knows scenarios, by `scenario` and `product_ids` too.
 
     Raises:
-      UserError: there is no alignment, or the embeddings are not as wide as those that it was learned on.
+      UserError: as `read_items`; neither column will do, or the column `text` holds something else.
     """
-    path = Path(folder) / "alignment.safetensors"
-    try:
-        params = unflatten_dict(load_file(path), sep=".")
-        width = len(params["mean"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(
-            f"{path} holds no alignment ({error}): give the embeddings that the codebooks encode"
-        ) from error
-    if text.shape[1] != width:
-        raise UserError(
-            f"the text embeddings are {text.shape[1]} wide, but the alignment of {path} takes {width}: "
-            "encode the texts with the encoder of this run"
-        )
-    return np.asarray(jax.jit(align.apply)(params, text))
+    table = files.read_table(path, ["item_id"])
+    if "text" not in table.column_names or not encodes_texts(folder):
+        ids, x, counts = read_items(path)
+        return ids, with_products(folder, aligned(folder, x), table), counts
+    ids, column = table["item_id"].to_pylist(), table["text"]
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise UserError(f"{path}: column 'text' is {column.type}, but must be text")
+    for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
+        raise UserError(f"{path}: item_id {ids[row]!r} (row {row}) has no text: give every item one")
+    return ids, with_products(folder, embed_new(folder, column.to_pylist()), table), files.counts_of(table)
+
+
+def read_ids(path: Path) -> list[str]:
+    """The column item_id of a parquet file, or of a folder of them; UserError as `files.read_table`."""
+    return files.read_table(path, ["item_id"])["item_id"].to_pylist()
 
 
 def _publish(folder: Path) -> None:

@@ -83,8 +83,7 @@ class Table:
             ids = check_ids(batch["item_id"], self.path, start)
             x = _vectors(batch["embedding"], ids, self.path, start, width)
             _check_finite(x, self.path, start, ids)
-            counts = batch["count"].fill_null(0).to_numpy(zero_copy_only=False) if "count" in self.names else None
-            yield Block(ids, x, None if counts is None else counts.astype(np.float64))
+            yield Block(ids, x, counts_of(batch))
             start, width = start + len(ids), x.shape[1]
 
 
@@ -203,11 +202,44 @@ def read_batches(path: Path, rows: int, names: Sequence[str]) -> Iterator[pa.Rec
         raise UserError(f"{path} is damaged ({error}): restore it from a copy") from error
 
 
-def check_ids(column: pa.Array, path: Path, start: int = 0) -> pa.Array:
-    """A column item_id as strings [n]; UserError when one is missing, its row counted from `start`."""
-    for row in np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[:1]:
+def read_table(path: Path, names: Sequence[str]) -> pa.Table:
+    """All columns of a parquet file, or of a folder of them, among them `names`; `item_id` as distinct strings.
+
+    Raises:
+      UserError: a file cannot be read, a column of `names` is missing, there are no rows, an item_id is missing or
+        listed twice, or `count` is no number.
+    """
+    tables = []
+    for part in parts_of(path):
+        file = _open(part)
+        found = file.schema_arrow.names
+        _check_columns(part, file.schema_arrow, (*names, *(["count"] if "count" in found else [])))
+        try:
+            table = file.read()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{part} is damaged ({error}): restore it from a copy") from error
+        ids = check_ids(table["item_id"], part)
+        tables.append(table.set_column(found.index("item_id"), "item_id", ids))
+    table = pa.concat_tables(tables, promote_options="default")
+    if not len(table):
+        raise UserError(f"{path} has no rows: give at least one item")
+    check_distinct(table["item_id"], path)
+    return table
+
+
+def counts_of(table: pa.Table | pa.RecordBatch) -> np.ndarray | None:
+    """The column `count`, f64 [n], nothing counted as 0; None when there is none."""
+    if "count" not in table.schema.names:
+        return None
+    return table["count"].fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def check_ids(column: pa.Array | pa.ChunkedArray, path: Path, start: int = 0) -> pa.Array | pa.ChunkedArray:
+    """A column item_id as strings [n]; UserError when one is missing or empty, its row counted from `start`."""
+    ids = column.cast(pa.string())
+    for row in np.flatnonzero(pc.fill_null(pc.equal(ids, ""), True).to_numpy(zero_copy_only=False))[:1]:
         raise UserError(f"{path}: row {start + row} has no item_id: give every item its own")
-    return column.cast(pa.string())
+    return ids
 
 
 def check_distinct(item_ids: pa.ChunkedArray, path: Path) -> None:

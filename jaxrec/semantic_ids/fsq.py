@@ -109,22 +109,31 @@ def init(key: jax.Array, x: np.ndarray, config: FsqConfig) -> dict:
     slope = 1.7
     directions = principal_directions(x, n)
     projected = x @ directions
-    scale = slope / np.maximum(projected.std(0), 1e-12)
+    spread = projected.std(0)
+    # What is no more than the rounding of the rows is no coordinate: stretched, it would give equal rows other codes.
+    largest = np.abs(x).max()
+    told_apart = spread > 1e-6 * largest
+    scale = np.where(told_apart, slope / np.maximum(spread, 1e-30), 0)
+    unit = 1 / scale[told_apart].mean() if told_apart.any() else max(largest, 1e-12)
     quantized = np.asarray(centres(to_digits((projected - np.median(projected, 0)) * scale, levels), levels))
-    design = np.concatenate([quantized, np.ones((len(x), 1))], axis=1)
-    back = np.linalg.lstsq(design, x, rcond=None)[0].astype(np.float32)
+    # About the means, so that coordinates that never change have no part in the way back.
+    mean, middle = x.mean(0, dtype=np.float64), quantized.mean(0, dtype=np.float64)
+    back = np.linalg.lstsq(quantized - middle, x - mean, rcond=None)[0]
     dense = jax.nn.initializers.lecun_normal()
     return jax.tree.map(
         jnp.asarray,
         {
-            "unit": (1 / scale.mean()).astype(np.float32),
+            "unit": np.float32(unit),
             "linear": {
                 "kernel": (directions * scale).astype(np.float32),
                 "bias": (-np.median(projected, 0) * scale).astype(np.float32),
             },
             "up": {"kernel": dense(up_key, (width, config.hidden)), "bias": np.zeros(config.hidden, np.float32)},
             "down": {"kernel": np.zeros((config.hidden, n), np.float32)},
-            "back_linear": {"kernel": back[:-1], "bias": back[-1]},
+            "back_linear": {
+                "kernel": back.astype(np.float32),
+                "bias": (mean - middle @ back).astype(np.float32),
+            },
             "back_up": {"kernel": dense(back_key, (n, config.hidden)), "bias": np.zeros(config.hidden, np.float32)},
             "back_down": {"kernel": np.zeros((config.hidden, width), np.float32)},
         },

@@ -275,7 +275,7 @@ def by_chunk(function, x: jax.Array, chunk: int):
     """function(rows [chunk, D]) -> pytree of [chunk, ...], over all rows x [I, D], as [I, ...]."""
     chunk = min(chunk, max(len(x), 1))
     chunks = -(-len(x) // chunk)
-    padded = jnp.pad(x, ((0, chunks * chunk - len(x)), (0, 0))).reshape(chunks, chunk, -1)
+    padded = jnp.pad(x, ((0, chunks * chunk - len(x)), (0, 0))).reshape(chunks, chunk, x.shape[1])
     return jax.tree.map(lambda found: found.reshape(-1, *found.shape[2:])[: len(x)], jax.lax.map(function, padded))
 
 

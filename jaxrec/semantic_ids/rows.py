@@ -46,9 +46,24 @@ def check_rows(x: np.ndarray | jax.Array, k: int) -> np.ndarray | jax.Array:
       UserError: no matrix, no numbers, no width, fewer than k rows, or a row with NaN or infinity; also a double too
         large for float32, which is infinite there.
     """
-    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    x = to_matrix(x)
+    check_enough(len(x), k)
+    bad = [start + row for start in range(0, len(x), CHECKED_AT_ONCE) for row in _not_finite(x, start)]
+    if bad:
+        raise UserError(f"row {bad[0]} of the embeddings holds NaN or infinity ({len(bad)} such rows): mend them first")
+    return x
+
+
+def to_matrix(x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """x [I, D] as float32, what `check_rows` refuses refused except for the rows' number and content."""
+    try:
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+    except ValueError as error:
+        raise UserError(f"the embeddings are no matrix [items, width]: {_odd_row(x) or error}") from error
     if x.ndim != 2 or x.shape[1] == 0:
-        raise UserError(f"embeddings must be a matrix [items, width], but have shape {x.shape}")
+        raise UserError(
+            f"embeddings must be a matrix [items, width], but have shape {x.shape}: stack vectors of one width"
+        )
     if not (jax.dtypes.issubdtype(x.dtype, np.floating) or jax.dtypes.issubdtype(x.dtype, np.integer)):
         raise UserError(
             f"embeddings are of type {x.dtype}, which are no numbers: give float32 vectors of one width, a row an item"
@@ -56,10 +71,6 @@ def check_rows(x: np.ndarray | jax.Array, k: int) -> np.ndarray | jax.Array:
     if x.dtype != np.float32:
         with np.errstate(over="ignore"):
             x = x.astype(np.float32)
-    check_enough(len(x), k)
-    bad = [start + row for start in range(0, len(x), CHECKED_AT_ONCE) for row in _not_finite(x, start)]
-    if bad:
-        raise UserError(f"row {bad[0]} of the embeddings holds NaN or infinity ({len(bad)} such rows): mend them first")
     return x
 
 
@@ -104,6 +115,13 @@ def place(x: np.ndarray | jax.Array, mesh: Mesh | None = None, at_least: int = 1
 
 def _not_finite(x: np.ndarray | jax.Array, start: int) -> np.ndarray:
     return np.flatnonzero(~np.isfinite(np.asarray(x[start : start + CHECKED_AT_ONCE])).all(axis=1))
+
+
+def _odd_row(x: list) -> str:
+    """Names the first of some lists that is not as long as the first; "" when that is not what is wrong."""
+    widths = [len(row) if hasattr(row, "__len__") else 0 for row in x]
+    odd = next((row for row, width in enumerate(widths) if width != widths[0]), None)
+    return "" if odd is None else f"row {odd} is of another width ({widths[odd]}) than row 0 ({widths[0]})"
 
 
 def _in_order(values: jax.Array) -> list:

@@ -18,6 +18,7 @@ from jaxrec.models.cross_decoder import CrossDecoderConfig
 from jaxrec.run import Run
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig
+from jaxrec.semantic_ids.embeddings import finetune_items
 from jaxrec.semantic_ids.tokenize import tokenize
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
 from jaxrec.systems.onemall_model import assemble
@@ -25,12 +26,14 @@ from jaxrec.systems.onemall_training import train_model
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
+from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.text.scenarios import TowersConfig
 from jaxrec.training import checkpoint
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 from jaxrec.training.sharding import MeshConfig
 
-STAGE = "stages/pretrain"
+ALIGNMENT, STAGE = "stages/alignment", "stages/pretrain"
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,10 @@ class OneMallConfig:
     """Cleaning, splits and pair statistics."""
     text: EncoderConfig = field(default_factory=EncoderConfig)
     """Text encoder."""
-    align: AlignConfig = field(default_factory=AlignConfig)
-    """Contrastive alignment of the embeddings."""
+    align: AlignConfig | FinetuneConfig = field(default_factory=AlignConfig)
+    """Contrastive alignment of the embeddings: by a projection and a free vector an item, or of the text encoder."""
+    scenarios: TowersConfig | None = None
+    """Embeddings by scenario: a video's product beside it, live streams by an item tower; None: by the texts alone."""
     semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
     """Quantizers."""
     collisions: CollisionConfig = field(default_factory=CollisionConfig)
@@ -95,11 +100,26 @@ def train(run: Run, config: OneMallConfig) -> None:
         fingerprint(source.fingerprint(), config.prepare),
         lambda folder: prepare(source, config.prepare, folder),
     )
+    encoder = (config.text.model, config.text.max_tokens)
+    if isinstance(config.align, FinetuneConfig):
+        run.stage(
+            ALIGNMENT,
+            fingerprint(tables, *encoder, config.align, config.seed),
+            lambda folder: finetune_items(run.tables, folder, config.text, config.align, config.seed),
+        )
     id_configs = (config.align, config.semantic_ids, config.collisions)
     ids = run.phase(
         "semantic_ids",
-        fingerprint(tables, config.text.model, config.text.max_tokens, *id_configs, config.seed),
-        lambda folder: tokenize(run.tables, folder, config.text, *id_configs, config.seed),
+        fingerprint(tables, *encoder, *id_configs, config.scenarios, config.seed),
+        lambda folder: tokenize(
+            run.tables,
+            folder,
+            config.text,
+            *id_configs,
+            config.seed,
+            tuned=run.path / ALIGNMENT / "tuned",
+            scenarios=config.scenarios,
+        ),
     )
     examples = run.phase(
         "examples", fingerprint(tables), lambda folder: write_examples(run.tables, folder, source.behaviors)

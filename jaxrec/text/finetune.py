@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError
 from jaxrec.losses.contrastive import margin_rank, pair_loss, relevance_regression
-from jaxrec.run import writing
+from jaxrec.run import read_json, writing
 from jaxrec.text import align
 from jaxrec.text.encoder import (
     Bert,
@@ -33,7 +33,9 @@ from jaxrec.text.encoder import (
     embed_texts,
     encode_batches,
     load_encoder,
+    save_encoder,
     token_ids,
+    with_params,
 )
 from jaxrec.text.pair_batches import (
     CONTRASTIVE,
@@ -49,7 +51,6 @@ from jaxrec.text.pair_batches import (
     similar,
     split,
 )
-from jaxrec.text.weights import save_encoder, with_params
 from jaxrec.training.loop import LoopConfig, Metrics, TrainState, fit
 from jaxrec.training.optim import OptimConfig, make_optimizer
 
@@ -63,6 +64,8 @@ PROJECTION_FILE, METRICS_FILE = "projection.safetensors", "alignment.json"
 class FinetuneConfig:
     """How a text encoder is aligned."""
 
+    kinds: tuple[str, ...] = ("swing",)
+    """Which pairs of a run's pairs.parquet are the term i2i."""
     trains: Literal["encoder", "projection"] = "encoder"
     """All weights of the encoder, or only a projection of its vectors, which costs next to nothing a step."""
     terms: TermsConfig = field(default_factory=TermsConfig)
@@ -178,6 +181,14 @@ def save(tuned: Tuned, folder: Path) -> None:
             save_file({name: np.asarray(value) for name, value in flat.items()}, folder / PROJECTION_FILE)
     if tuned.projection is None:
         save_encoder(tuned.encoder, folder)
+
+
+def load(folder: Path, text_config: EncoderConfig) -> Tuned:
+    """What `save` wrote; a projection goes behind the encoder of `text_config`."""
+    metrics = read_json(Path(folder) / METRICS_FILE)
+    if (Path(folder) / PROJECTION_FILE).is_file():
+        return Tuned(load_encoder(text_config.model), load_projection(folder), metrics)
+    return Tuned(load_encoder(str(folder)), None, metrics)
 
 
 def load_projection(folder: Path) -> dict:

@@ -1,19 +1,47 @@
-"""Writing a text encoder: the inverse of `encoder.from_huggingface`, and the folder that `text.model` accepts."""
-
-import dataclasses
-import hashlib
-import json
-from pathlib import Path
+"""BERT weights as Hugging Face lays them out, and as `encoder.Bert` does: both ways, bit for bit."""
 
 import jax
 import numpy as np
-from safetensors.numpy import save
-from tokenizers import Tokenizer
 
-from jaxrec.config import UserError
-from jaxrec.run import disk_full
-from jaxrec.text.cache import write_atomically
-from jaxrec.text.encoder import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, BertConfig, TextEncoder, load_encoder
+
+def from_huggingface(tensors: dict[str, np.ndarray], layers: int) -> dict:
+    """Hugging Face BERT tensors as the parameters of `Bert`; query, key and value become one matrix."""
+
+    def dense(*names: str) -> dict:
+        kernel = np.concatenate([tensors[f"{name}.weight"] for name in names]).T
+        return {
+            "kernel": np.ascontiguousarray(kernel, np.float32),
+            "bias": np.concatenate([tensors[f"{name}.bias"] for name in names]).astype(np.float32),
+        }
+
+    def norm(name: str) -> dict:
+        return {
+            "scale": tensors[f"{name}.weight"].astype(np.float32),
+            "bias": tensors[f"{name}.bias"].astype(np.float32),
+        }
+
+    def table(name: str) -> dict:
+        return {"embedding": tensors[f"embeddings.{name}_embeddings.weight"].astype(np.float32)}
+
+    def layer(prefix: str) -> dict:
+        return {
+            "qkv": dense(*(f"{prefix}.attention.self.{part}" for part in ("query", "key", "value"))),
+            "attention_out": dense(f"{prefix}.attention.output.dense"),
+            "attention_norm": norm(f"{prefix}.attention.output.LayerNorm"),
+            "up": dense(f"{prefix}.intermediate.dense"),
+            "down": dense(f"{prefix}.output.dense"),
+            "feed_forward_norm": norm(f"{prefix}.output.LayerNorm"),
+        }
+
+    prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
+    tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    params = {f"layer_{i}": layer(f"encoder.layer.{i}") for i in range(layers)}
+    return params | {
+        "words": table("word"),
+        "positions": table("position"),
+        "types": table("token_type"),
+        "norm": norm("embeddings.LayerNorm"),
+    }
 
 
 def to_huggingface(params: dict) -> dict[str, np.ndarray]:
@@ -49,46 +77,3 @@ def to_huggingface(params: dict) -> dict[str, np.ndarray]:
         dense(layer["down"], f"{prefix}.output.dense")
         norm(layer["feed_forward_norm"], f"{prefix}.output.LayerNorm")
     return tensors
-
-
-def config_json(config: BertConfig) -> str:
-    """The config.json that `encoder.read_config` and other readers of BERT understand."""
-    fixed = {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"}
-    return json.dumps(fixed | {"position_embedding_type": "absolute"} | dataclasses.asdict(config), indent=2) + "\n"
-
-
-def with_params(encoder: TextEncoder, params: dict) -> TextEncoder:
-    """The encoder with other weights, and the fingerprint that `load_encoder` gives to it when it is saved."""
-    digest = hashlib.sha256(save(to_huggingface(params))).hexdigest()
-    fingerprint = hashlib.sha256(digest.encode() + _tokenizer_json(encoder)).hexdigest()
-    return dataclasses.replace(encoder, params=params, fingerprint=fingerprint)
-
-
-def save_encoder(encoder: TextEncoder, folder: Path) -> None:
-    """Writes model.safetensors, tokenizer.json and config.json into a folder, which `text.model` then accepts.
-
-    Raises:
-      UserError: the folder can't be written.
-    """
-    files = {
-        TOKENIZER_FILE: _tokenizer_json(encoder),
-        CONFIG_FILE: config_json(encoder.config).encode(),
-        WEIGHTS_FILE: save(to_huggingface(encoder.params)),
-    }
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, raw in files.items():
-            write_atomically(Path(folder) / name, raw)
-    except OSError as error:
-        mend = "free some space" if disk_full(error) else "choose a folder that can be written"
-        raise UserError(f"the text encoder can't be saved in {folder} ({error.strerror}): {mend}") from error
-    # It remembers encoders by folder, and this one may have been another.
-    load_encoder.cache_clear()
-
-
-def _tokenizer_json(encoder: TextEncoder) -> bytes:
-    # Encoding sets truncation on the tokenizer, which must not end up in the file.
-    clean = Tokenizer.from_str(encoder.tokenizer.to_str())
-    clean.no_truncation()
-    clean.no_padding()
-    return clean.to_str(pretty=True).encode()

@@ -1,0 +1,257 @@
+"""Item embeddings as the codebooks take them: of a run's catalogue, and in the same way of items that come later.
+
+    text ──encoder──▶ vectors ──alignment──▶ embeddings
+
+With scenarios (OneMall §3.1.3) a short video's embedding gets that of its product beside it, and a live stream's comes
+from an item tower, of what it sells now (`jaxrec.text.scenarios`).
+
+`AlignConfig` learns a projection of the vectors and a free vector an item, `FinetuneConfig` the encoder itself or a
+projection. For new items the semantic_ids folder keeps
+
+    text.json               the encoder (a package, a folder, or `encoder`, the one beside it) and how much it reads
+    alignment.safetensors   the projection, where there is one
+    encoder/                the encoder, where it was fine-tuned
+    own.parquet             with scenarios: item_id, embedding: of the items before their products were put beside them
+    item_tower.safetensors  with live streams: what makes their embeddings
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jaxrec.config import UserError
+from jaxrec.run import read_json, write_json
+from jaxrec.text import align, finetune
+from jaxrec.text.align import AlignConfig
+from jaxrec.text.encoder import EncoderConfig, embed_texts
+from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.text.pair_batches import TextPairs
+from jaxrec.text.scenarios import (
+    LIVE_STREAM,
+    TowersConfig,
+    compose,
+    encode_items,
+    product_table,
+    scenario_embeddings,
+    tower_data,
+    train_towers,
+)
+
+TEXT, ALIGNMENT, ENCODER = "text.json", "alignment.safetensors", "encoder"
+OWN, TOWER = "own.parquet", "item_tower.safetensors"
+
+
+def finetune_items(tables: Path, folder: Path, text_config: EncoderConfig, config: FinetuneConfig, seed: int) -> Path:
+    """Fine-tunes the text encoder, or a projection, on the item pairs of a tables folder (OneMall §3.1.2).
+
+    Goes on from the checkpoints in `folder`; returns the folder in it that holds the result for `finetune.load`.
+
+    Raises:
+      UserError: the items bring embeddings of their own, or there are no pairs.
+    """
+    items = pq.read_table(tables / "items.parquet")
+    if "embedding" in items.column_names:
+        raise UserError(
+            "items.parquet has embeddings of its own, which no text encoder made: align them with --align AlignConfig, "
+            "or leave the column out"
+        )
+    pairs = read_pairs(tables / "pairs.parquet", config.kinds)
+    typed = {"i2i": TextPairs(pairs[:, 0], pairs[:, 1])}
+    tuned = finetune.finetune(read_texts(items), typed, config, text_config, folder, seed)
+    finetune.save(tuned, folder / "tuned")
+    return folder / "tuned"
+
+
+def embed_catalogue(
+    key: jax.Array,
+    tables: Path,
+    folder: Path,
+    text_config: EncoderConfig,
+    align_config: AlignConfig | FinetuneConfig,
+    tuned: Path | None = None,
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """The embeddings of a tables folder's items, f32 [I, D], the pairs they were aligned on, int32 [n, 2], and figures.
+
+    Args:
+      folder: gets what new items need, see above.
+      tuned: what `finetune_items` made; only a `FinetuneConfig` needs it.
+    """
+    items = pq.read_table(tables / "items.parquet")
+    own = "embedding" in items.column_names
+    text = {"model": None if own else text_config.model, "max_tokens": text_config.max_tokens}
+    pairs = read_pairs(tables / "pairs.parquet", pair_kinds(align_config))
+    if isinstance(align_config, AlignConfig):
+        vectors = read_embeddings(items, text_config)
+        categories = items["category"].to_numpy() if "category" in items.column_names else None
+        alignment = align.align(key, vectors, pairs, align_config, categories)
+        flat = flatten_dict(alignment.params, sep=".")
+        save_file({name: np.asarray(value) for name, value in flat.items()}, folder / ALIGNMENT)
+        embeddings, figures = align.apply_all(alignment.params, vectors), alignment.metrics
+    else:
+        found = finetune.load(tuned, text_config)
+        if found.projection is None:
+            # From its folder, so that the embeddings are remembered.
+            embeddings = embed_texts(read_texts(items), replace(text_config, model=str(tuned)))
+            shutil.copytree(tuned, folder / ENCODER)
+            text["model"] = ENCODER
+        else:
+            embeddings = finetune.embed(found, read_texts(items), text_config)
+            shutil.copy(tuned / finetune.PROJECTION_FILE, folder / ALIGNMENT)
+        figures = found.metrics
+    write_json(folder / TEXT, text)
+    return embeddings, pairs, figures
+
+
+def embed_scenarios(key: jax.Array, tables: Path, folder: Path, own: np.ndarray, config: TowersConfig) -> np.ndarray:
+    """Embeddings of all scenarios, unit f32 [I, 2 D], from the items' own, f32 [I, D] (OneMall §3.1.3).
+
+    Where there are live streams, the towers are trained on the events first. `folder` gets what new items need.
+
+    Raises:
+      UserError: the items have no column `scenario`, or what `tower_data` refuses.
+    """
+    items = pq.read_table(tables / "items.parquet")
+    if "scenario" not in items.column_names:
+        raise UserError("items.parquet has no column `scenario`: add it to the items, or set --scenarios None")
+    path, tower = tables / "live_streams.parquet", None
+    live_streams = pq.read_table(path) if path.is_file() else None
+    if LIVE_STREAM in items["scenario"].to_pylist():
+        data = tower_data(own, items, pq.read_table(tables / "events.parquet"), live_streams, config)
+        tower = jax.tree.map(np.asarray, train_towers(key, data, config)["item"])
+        save_file(flatten_dict(tower, sep="."), folder / TOWER)
+    pq.write_table(pa.table({"item_id": items["item_id"], "embedding": list(own)}), folder / OWN)
+    return scenario_embeddings(own, items, live_streams, tower)
+
+
+def with_products(folder: Path, own: np.ndarray, items: pa.Table) -> np.ndarray:
+    """Embeddings of new items by their scenarios, unit f32 [n, 2 D], from their own f32 [n, D]; without scenarios own.
+
+    Args:
+      items: item_id, and scenario and product_ids (lists of str) where there are any; products are items that the run
+        was made with, or others of this table.
+
+    Raises:
+      UserError: a product is neither, or a live stream comes to a run without any.
+    """
+    folder = Path(folder)
+    if not (folder / OWN).is_file():
+        return own
+    known = pq.read_table(folder / OWN)
+    vectors = np.concatenate([own, np.stack(known["embedding"].to_numpy(zero_copy_only=False))])
+    ids = pa.concat_arrays([items["item_id"].cast(pa.string()).combine_chunks(), known["item_id"].combine_chunks()])
+    products = np.full((len(own), 1), -1)
+    if "product_ids" in items.column_names:
+        lists = items["product_ids"].combine_chunks()
+        if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+            raise UserError(f"column 'product_ids' is {lists.type}, but must be a list of item ids")
+        named = lists.flatten()
+        if len(unknown := named.filter(pc.invert(pc.is_in(named, ids)))):
+            raise UserError(
+                f"product_ids names {unknown[0].as_py()!r}, whose own embedding is not at hand: give that item in the "
+                "same file, or leave it out"
+            )
+        products = product_table(lists, ids)
+    inputs = compose(own, products, vectors)
+    scenarios = items["scenario"].to_pylist() if "scenario" in items.column_names else []
+    live = np.array([each == LIVE_STREAM for each in scenarios], bool)
+    if live.any():
+        if not (folder / TOWER).is_file():
+            raise UserError(f"{folder} holds no {TOWER}: the run had no live streams to learn from; train it with some")
+        inputs[live] = encode_items(unflatten_dict(load_file(folder / TOWER), sep="."), inputs[live])
+    return inputs
+
+
+def encodes_texts(folder: Path) -> bool:
+    """Whether a semantic_ids folder says how texts become embeddings."""
+    path = Path(folder) / TEXT
+    return path.is_file() and read_json(path)["model"] is not None
+
+
+def embed_new(folder: Path, texts: Sequence[str]) -> np.ndarray:
+    """Embeddings of new items from their texts, made as those of the catalogue were, f32 [n, D]."""
+    made = read_json(Path(folder) / TEXT)
+    beside = made["model"] == ENCODER
+    model = str(Path(folder) / ENCODER) if beside else made["model"]
+    vectors = embed_texts(texts, EncoderConfig(model=model, max_tokens=made["max_tokens"]))
+    return vectors if beside else aligned(folder, vectors)
+
+
+def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
+    """Text embeddings f32 [n, D] of new items, through the alignment that the run learned, f32 [n, width].
+
+    Raises:
+      UserError: there is no alignment, or the embeddings are not as wide as those that it was learned on.
+    """
+    path = Path(folder) / ALIGNMENT
+    if (Path(folder) / ENCODER).is_dir():
+        raise UserError(
+            f"the embeddings of {folder} are those of an encoder that was fine-tuned: give the items' texts, as a "
+            "column 'text'"
+        )
+    try:
+        params = unflatten_dict(load_file(path), sep=".")
+        width = len(params["mean"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(
+            f"{path} holds no alignment ({error}): give the embeddings that the codebooks encode"
+        ) from error
+    if text.shape[1] != width:
+        raise UserError(
+            f"the text embeddings are {text.shape[1]} wide, but the alignment of {path} takes {width}: "
+            "encode the texts with the encoder of this run"
+        )
+    return np.asarray(jax.jit(align.apply)(params, text))
+
+
+def read_texts(items: pa.Table) -> list[str]:
+    """The items' column `text`."""
+    if "text" not in items.column_names:
+        raise UserError(
+            "items.parquet has neither a column `text` nor a column `embedding`: "
+            "prepare the tables again with one of them"
+        )
+    return [text or "" for text in items["text"].to_pylist()]
+
+
+def read_embeddings(items: pa.Table, config: EncoderConfig) -> np.ndarray:
+    """The items' own `embedding` column where there is one, else their encoded `text`, f32 [I, D]."""
+    if "embedding" not in items.column_names:
+        return embed_texts(read_texts(items), config)
+    widths = pc.list_value_length(items["embedding"]).to_numpy()
+    if len(odd := np.flatnonzero(~(widths == widths[0]))):
+        raise UserError(
+            f"items.parquet: the embedding in row {odd[0]} is {widths[odd[0]]} wide, that in row 0 is "
+            f"{widths[0]}: give every item an embedding of the same width"
+        )
+    return items["embedding"].combine_chunks().flatten().to_numpy().astype(np.float32).reshape(len(items), -1)
+
+
+def pair_kinds(config: AlignConfig | FinetuneConfig) -> tuple[str, ...]:
+    """The kinds of pairs that teach an alignment."""
+    return (config.kind,) if isinstance(config, AlignConfig) else config.kinds
+
+
+def read_pairs(path: Path, kinds: Sequence[str]) -> np.ndarray:
+    """Pairs of some kinds from pairs.parquet, int32 [n, 2]; none when the file is not there."""
+    if not path.is_file():
+        return np.zeros((0, 2), np.int32)
+    pairs = pq.read_table(path)
+    there = pc.unique(pairs["kind"]).to_pylist()
+    for kind in kinds:
+        if there and kind not in there:
+            raise UserError(
+                f"{path} has no pairs of kind {kind!r} (it has {', '.join(map(repr, there))}): set align.kind, or "
+                "align.kinds of a fine-tuning"
+            )
+    pairs = pairs.filter(pc.is_in(pairs["kind"], pa.array(list(kinds), pa.string())))
+    return np.stack([pairs["item"].to_numpy(), pairs["other"].to_numpy()], axis=1).astype(np.int32)
