@@ -11,14 +11,15 @@ import jax
 def best_of(functions: list[Callable], repeats: int) -> list[float]:
     """Milliseconds of each function: the best of `repeats` turns, after one to warm up.
 
-    The functions take turns, so that other work on the machine slows all of them.
+    The functions take turns, so that other work on the machine slows all of them. 0 repeats: the first turn counts, for
+    work that takes minutes.
     """
     best = [float("inf")] * len(functions)
     for turn in range(repeats + 1):
         for index, function in enumerate(functions):
             start = time.perf_counter()
             jax.block_until_ready(function())
-            if turn:
+            if turn or not repeats:
                 best[index] = min(best[index], 1e3 * (time.perf_counter() - start))
     return best
 

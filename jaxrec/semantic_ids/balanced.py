@@ -21,7 +21,7 @@ from jaxrec.semantic_ids.rows import Rows, place
 
 HOT, COLD = 1.0, 0.01
 """The first and the last temperature at which rows are shared, of the mean squared distance of a row to the mean."""
-SETTLING, SHARES = 5, 16
+SETTLING, SHARES = 5, 12
 """How often the centroids are moved at the last temperature, and the changes of the prices before each of these; at the
 falling ones there are two."""
 BINS = 64
@@ -36,7 +36,7 @@ class BalancedConfig:
     """No cluster is larger or smaller than the mean size by more than this share (and less than one row)."""
     iterations: int = 60
     """How often the centroids are moved while rows are shared between clusters."""
-    whole_iterations: int = 10
+    whole_iterations: int = 8
     """How often they are moved after that, when every row belongs to one cluster."""
     rounds: int = 10
     """The most changes of the prices before each of these; twice as many at the end."""

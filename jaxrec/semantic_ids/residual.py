@@ -5,6 +5,7 @@ Levels may be balanced, all their clusters about equally large (OneSearch §3.1.
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 
 import flax.struct
 import jax
@@ -26,8 +27,8 @@ class ResidualConfig:
     """Codes in each level."""
     balanced: tuple[int, ...] = ()
     """Levels, counted from 1, whose clusters are kept about equally large; OneSearch: the last one, (3,)."""
-    kmeans: KMeansConfig = field(default_factory=KMeansConfig)
-    """How the other levels are fitted."""
+    kmeans: KMeansConfig = field(default_factory=partial(KMeansConfig, rows_per_cluster=1024))
+    """How the other levels are fitted: to more rows than a single level needs, as errors add up."""
     balance: BalancedConfig = field(default_factory=BalancedConfig)
     """How the balanced levels are balanced."""
 
