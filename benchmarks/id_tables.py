@@ -2,11 +2,12 @@
 
     python benchmarks/id_tables.py DIR [--quick] [--published FILE]
 
-DIR holds a log in the layout of S3-Rec, as for configs/onemall_beauty.py. Items are embedded by MiniLM and aligned on 95%
-of the Swing pairs of the train split (`text/align.py`), then quantized by each way below, which are those of OneMall,
-OneSearch (Tables 2 and 3), OneSug and TIGER, with codebooks scaled down to the catalogue. Collisions are kept. `ours` is
-the share of items whose ID another item has too; the peer is the same share under the ID table in FILE (JSON: item ->
-list of codes), before a last level that only tells items apart, or under residual k-means 3 x 256. The figures beside it:
+DIR holds a log in the layout of S3-Rec, as for configs/onemall_beauty.py. Items are embedded by MiniLM and aligned on
+95% of the Swing pairs of the train split (`text/align.py`), then quantized by each way below, which are those of
+OneMall, OneSearch (Tables 2 and 3), OneSug and TIGER, with codebooks scaled down to the catalogue. Collisions are kept.
+`ours` is the share of items whose ID another item has too; the peer is the same share under the ID table in FILE
+(JSON: item -> list of codes), before a last level that only tells items apart, or under residual k-means 3 x 256.
+Beside it:
 
     duplicate   1 - distinct IDs / items
     icr         IDs in use that belong to one item, as a share of the IDs in use (OneSearch)
@@ -140,7 +141,7 @@ def found(decoded: np.ndarray, leaf: np.ndarray, x: np.ndarray, test: np.ndarray
 
 
 def published_conflicts(path: Path, items: int) -> float:
-    """The share of conflicting items under a published table, its last level dropped where it only tells items apart."""
+    """The share of conflicting items under a published table, without a last level that only tells items apart."""
     try:
         codes = np.array(list(json.loads(path.read_text()).values()), np.int64)
     except (OSError, ValueError, TypeError, AttributeError) as error:

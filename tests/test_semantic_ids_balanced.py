@@ -86,6 +86,14 @@ def test_smallest_margin_of_a_rank_is_at_most_a_bin_too_large():
     np.testing.assert_allclose(found[4], margin.mean(), rtol=1e-5)
 
 
+def test_rows_all_the_same_have_finite_prices():
+    fitted = balanced.fit(jax.random.key(0), np.ones((40, 3), np.float32), 4)
+    assert np.isfinite(fitted.prices).all() and np.isfinite(fitted.centroids).all()
+    codes = assign_within(np.ones((40, 3), np.float32), *fitted, slack=0.1)
+    sizes = np.bincount(codes, minlength=4)
+    assert sizes.min() >= 9 and sizes.max() <= 11
+
+
 def test_shared_sizes_and_prices_by_hand():
     # At temperature 1 the costs 0 and log 3 + price share a row 3 : 1, those of the other row the other way round.
     x = jnp.array([[0.0], [np.sqrt(np.log(3))]])

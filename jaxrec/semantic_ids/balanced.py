@@ -115,8 +115,8 @@ def share(
 
 
 def _spread(x: jax.Array) -> jax.Array:
-    """The mean squared distance of rows to their mean, the unit of temperatures."""
-    return jnp.mean(jnp.sum((x - x.mean(0)) ** 2, axis=-1))
+    """The mean squared distance of rows to their mean, the unit of temperatures; above zero for rows all the same."""
+    return jnp.maximum(jnp.mean(jnp.sum((x - x.mean(0)) ** 2, axis=-1)), 1e-30)
 
 
 def shared_sizes(x: jax.Array, centroids: jax.Array, prices: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -290,7 +290,9 @@ def _take_in(x, centroids, prices, codes, counts, cluster: int, least: int) -> N
 
 
 def _costs(x: np.ndarray, centroids: np.ndarray, prices: np.ndarray) -> np.ndarray:
-    return np.sum(centroids * centroids, axis=-1) + prices - 2 * x @ centroids.T
+    centre = centroids.mean(0)  # Far from zero, the products would lose the digits that tell clusters apart.
+    moved = centroids - centre
+    return np.sum(moved * moved, axis=-1) + prices - 2 * (x - centre) @ moved.T
 
 
 def _loss_of_moving(x, centroids, prices, codes, cluster: int) -> np.ndarray:

@@ -74,7 +74,8 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: FsqConfig = FsqConfig
     optimiser = optax.adam(optax.cosine_decay_schedule(config.learning_rate, max(config.steps, 1)))
     state = params, optimiser.init(params)
     # Errors are measured in units of the data, so that `balance` means the same whatever its scale.
-    variance = jnp.maximum(jnp.var(x, axis=0).sum(), 1e-12)
+    variance = jnp.var(x, axis=0).sum()
+    variance = jnp.where(variance > 0, variance, 1.0)
     for start in track(range(0, config.steps, STEPS_PER_CALL), "Fitting the FSQ level"):
         steps = jnp.arange(start, min(start + STEPS_PER_CALL, config.steps))
         state = _train(config, state, x, variance, jax.vmap(partial(jax.random.fold_in, order_key))(steps))

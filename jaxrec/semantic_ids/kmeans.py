@@ -35,10 +35,11 @@ class KMeansConfig:
     """The most Lloyd iterations over all rows, and over each sample."""
     tolerance: float = 4e-4
     """Stop when the centroids move less than this share of the data's variance (mean over coordinates, squared)."""
-    start_rows: int = 16384
-    """Rows that k-means++ looks at (at least four a cluster); more are sampled down."""
+    start_rows: tuple[int, int] = (16384, 32768)
+    """k-means++ looks at an eighth of the rows, but at no fewer and no more than these, and at least four a cluster."""
     growth: int = 4
-    """Each sample is this many times the one before, the first has 32 rows a cluster; 0: from k-means++ to all rows."""
+    """Each sample is this many times the one before, the first has 128 rows a cluster, as fewer lead to a worse end; 0:
+    from k-means++ to all rows."""
     rows_per_cluster: int = 256
     """Fit to at most this many rows a cluster, a random sample; 0: to all rows."""
 
@@ -86,8 +87,8 @@ def fit(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> jax.Array:
 
 def sample_sizes(rows: int, k: int, config: KMeansConfig) -> list[int]:
     """Rows that k-means++ looks at, then those of the growing samples, which are at most half of the rows."""
-    first = min(rows, max(config.start_rows, 4 * k))
-    sizes, size = [first], max(first, 32 * k)
+    first = min(rows, max(int(np.clip(rows // 8, *config.start_rows)), 4 * k))
+    sizes, size = [first], max(first, 128 * k)
     while config.growth > 1 and size <= rows // 2:
         sizes.append(size)
         size *= config.growth

@@ -173,7 +173,7 @@ def reconstruction_error(codes: np.ndarray, embeddings: np.ndarray, decode: Deco
         x, some = embeddings[start : start + CHUNK_ROWS], codes[start : start + CHUNK_ROWS]
         variance += np.sum((x - mean) ** 2, dtype=np.float64)
         lost += [np.sum((x - decode(some[:, : m + 1])) ** 2, dtype=np.float64) for m in range(len(lost))]
-    return (lost / max(variance, 1e-12)).tolist()
+    return (lost / (variance or 1.0)).tolist()
 
 
 def neighbour_recall(

@@ -63,7 +63,8 @@ class RqVaeConfig:
     learning_rate: float = 2e-3
     """Learning rate of Adam; it falls to zero along a cosine while the latent is quantized."""
     revive_after: int = 20
-    """Steps without a row after which a code moves to a random residual of the batch."""
+    """Steps without a row after which a code moves to a random residual of the batch; where a level has more codes than
+    a batch has rows, as many times more."""
     start_rows: int = 256
     """Rows a code of the largest level, sampled, whose principal components and latents start the training."""
     start: KMeansConfig = field(default_factory=partial(KMeansConfig, iterations=20))
@@ -360,7 +361,9 @@ def train(config: RqVaeConfig, state: Training, x: jax.Array, keys: jax.Array) -
                 book, counts = follow(book, counts, residuals[:, m], codes[:, m], config.ema_decay)
             idle = (idle + 1).at[codes[:, m]].set(0)
             level_key = jax.random.fold_in(revive_key, m)
-            levels.append(revive(level_key, book, counts, idle, residuals[:, m], config.revive_after))
+            # A batch with fewer rows than codes leaves most codes idle, dead or not.
+            after = config.revive_after * max(1, -(-len(book) // len(residuals)))
+            levels.append(revive(level_key, book, counts, idle, residuals[:, m], after))
         codebooks, counts, idle = zip(*levels, strict=True)
         return Training(params, codebooks, moments, counts, idle), None
 
