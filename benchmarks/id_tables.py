@@ -89,6 +89,8 @@ def configurations(quick: bool) -> dict[str, SemanticIdConfig]:
         table[f"Table 2: {LARGEST} {what}"] = SemanticIdConfig(config, None)
     last = ResidualConfig(SIZES[LARGEST], balanced=(3,))
     table["Table 3: RQ-VAE 256-64-32"] = SemanticIdConfig(RqVaeConfig(SIZES[LARGEST]), None)
+    blocks = RqVaeConfig(SIZES[LARGEST], linear=False)
+    table["Table 3: RQ-VAE 256-64-32, blocks alone as in the papers"] = SemanticIdConfig(blocks, None)
     table["Table 3: RQ-OPQ, l3 balanced + 16-16"] = SemanticIdConfig(last, OpqConfig((16, 16)))
     return QUANTIZERS | table
 
