@@ -2,11 +2,11 @@
 
     pip install jaxrec[peers]; python benchmarks/semantic_ids.py [--quick]
 
-Each task is fit on all rows and encode all rows, two threads each, in turns, best of several; `mse` is the mean squared
-distance of a row to what its codes stand for, and a faster but worse quantizer is no better: look at both. The data are
-seeded Gaussians with falling variances (`gauss`), which have no clusters to find, and a mixture with a few heavy and
-many light clusters (`mix`). One JSON line a row; ratio = ours / peer. In full it takes half an hour; cases of minutes
-run once, compiling included.
+Each task is fit on all rows and encode all rows, two threads each, in turns, best of several; `mse`, not timed, is the
+mean squared distance of a row to what its codes stand for, and a faster but worse quantizer is no better: look at both.
+The data are seeded Gaussians with falling variances (`gauss`), which have no clusters to find, and a mixture with a few
+heavy and many light clusters (`mix`). One JSON line a row; ratio = ours / peer. In full it takes a quarter of an hour;
+cases of minutes run once, compiling included.
 """
 
 import os
@@ -78,34 +78,39 @@ def make(kind: str, rows: int, width: int) -> np.ndarray:
 
 
 def compare(claim: str, case: str, x: np.ndarray, repeats: int, ours, peers: dict) -> None:
-    """Times functions () -> what the rows are decoded to, f32 like x, in turns, and prints a row a peer."""
+    """Times functions () -> (a function that decodes, what it takes) in turns, and prints a row a peer."""
     kept = {}
 
     def keep(name, function):
-        kept[name] = np.asarray(function())
-        return ()
+        kept[name] = function()
+        return kept[name][1]
 
     functions = {"ours": ours, **peers}
     times = best_of([functools.partial(keep, *pair) for pair in functions.items()], repeats)
-    errors = {name: float(((x - kept[name]) ** 2).sum(1).mean()) for name in functions}
+    errors = {name: squared_error(x, *made) for name, made in kept.items()}
     for name, milliseconds in list(zip(functions, times, strict=True))[1:]:
         mse = {"mse": round(errors["ours"], 4), "peer_mse": round(errors[name], 4)}
         report(claim, case, times[0], milliseconds, name, **mse)
 
 
+def squared_error(x: np.ndarray, decode, codes) -> float:
+    """The mean squared distance of rows to what their codes are decoded to."""
+    return float(((x - np.asarray(decode(codes))) ** 2).sum(1).mean())
+
+
 def compare_kmeans(case: str, x: np.ndarray, k: int, repeats: int, sklearn: bool = False) -> None:
     def ours():
         fitted = kmeans(jax.random.key(0), x, k)
-        return fitted.centroids[fitted.assignment]
+        return lambda codes: fitted.centroids[codes], fitted.assignment
 
     def of_faiss():
         made = faiss.Kmeans(x.shape[1], k, niter=20, seed=1)
         made.train(x)
-        return made.centroids[made.index.search(x, 1)[1][:, 0]]
+        return made.centroids.__getitem__, made.index.search(x, 1)[1][:, 0]
 
     def of_sklearn():
         made = KMeans(k, n_init=1, max_iter=20, random_state=0).fit(x)
-        return made.cluster_centers_[made.labels_]
+        return made.cluster_centers_.__getitem__, made.labels_
 
     peers = {"faiss.Kmeans, 20 iterations": of_faiss}
     if sklearn:
@@ -116,13 +121,13 @@ def compare_kmeans(case: str, x: np.ndarray, k: int, repeats: int, sklearn: bool
 def compare_residual(case: str, x: np.ndarray, k: int, repeats: int) -> None:
     def ours():
         fitted = residual.fit(jax.random.key(0), x, ResidualConfig((k,) * 3))
-        return residual.decode(fitted, residual.encode(fitted, x))
+        return functools.partial(residual.decode, fitted), residual.encode(fitted, x)
 
     def of_faiss():
         made = faiss.ResidualQuantizer(x.shape[1], 3, int(np.log2(k)))
         made.max_beam_size = 1
         made.train(x)
-        return made.decode(made.compute_codes(x))
+        return made.decode, made.compute_codes(x)
 
     compare("residual k-means", case, x, repeats, ours, {"faiss.ResidualQuantizer, beam 1": of_faiss})
 
@@ -130,12 +135,12 @@ def compare_residual(case: str, x: np.ndarray, k: int, repeats: int) -> None:
 def compare_opq(case: str, x: np.ndarray, repeats: int) -> None:
     def ours():
         fitted = opq.fit(jax.random.key(0), x, OpqConfig((256, 256)))
-        return opq.decode(fitted, opq.encode(fitted, x))
+        return functools.partial(opq.decode, fitted), opq.encode(fitted, x)
 
     def of_faiss():
         made = faiss.index_factory(x.shape[1], "OPQ2,IVF1,PQ2x8")
         made.train(x)
-        return made.sa_decode(made.sa_encode(x))
+        return made.sa_decode, made.sa_encode(x)
 
     compare("OPQ", case, x, repeats, ours, {"faiss OPQ2,IVF1,PQ2x8": of_faiss})
 
@@ -147,11 +152,11 @@ def compare_balanced(case: str, x: np.ndarray, repeats: int) -> None:
         fitted = balanced.fit(jax.random.key(0), x, 64, BalancedConfig(slack=0.1))
         codes = balanced.assign_within(x, *fitted, slack=0.1)
         assert least <= np.bincount(codes, minlength=64).min() and np.bincount(codes).max() <= most
-        return np.asarray(fitted.centroids)[codes]
+        return np.asarray(fitted.centroids).__getitem__, codes
 
     def constrained():
         made = KMeansConstrained(64, size_min=least, size_max=most, n_init=1, random_state=0).fit(x)
-        return made.cluster_centers_[made.labels_]
+        return made.cluster_centers_.__getitem__, made.labels_
 
     compare("balanced k-means", case, x, repeats, ours, {"k-means-constrained, n_init=1": constrained})
 
@@ -160,7 +165,7 @@ def measure_encoding(x: np.ndarray, repeats: int) -> None:
     """Three levels of 1024 against the time that their distances take at the matmul peak of the same run."""
     fitted = Residual(tuple(jnp.asarray(x[level * 1024 : (level + 1) * 1024]) for level in range(3)), (None,) * 3)
     rows, square = jnp.asarray(x), jnp.ones((2048, 2048))
-    times = best_of([lambda: residual._encode(fitted, rows)[0], lambda: square @ square], 4 * repeats)
+    times = best_of([lambda: residual._codes(fitted, rows), lambda: square @ square], 4 * repeats)
     at_peak = times[1] * 3 * len(x) * x.shape[1] * 1024 / 2048**3
     report("encoding", f"{len(x)} x 64, 3 x 1024", times[0], at_peak, "the same products at the matmul peak")
 

@@ -15,25 +15,25 @@ CODES = 6
 
 
 def points() -> np.ndarray:
-    """Groups of groups, f32 [3000, 2]; some are larger than others."""
+    """Groups of groups, f32 [300, 2]; some are larger than others."""
     rng = np.random.default_rng(3)
     outer = 4 * np.stack(
         [np.cos(np.arange(CODES) * 2 * np.pi / CODES), np.sin(np.arange(CODES) * 2 * np.pi / CODES)], 1
     )
     inner = rng.normal(scale=0.9, size=(CODES, 5, 2))
-    group, part = rng.choice(CODES, 3000, p=np.arange(1, 7) / 21), rng.integers(0, 5, 3000)
-    return (outer[group] + inner[group, part] + rng.normal(scale=0.18, size=(3000, 2))).astype(np.float32)
+    group, part = rng.choice(CODES, 300, p=np.arange(1, 7) / 21), rng.integers(0, 5, 300)
+    return (outer[group] + inner[group, part] + rng.normal(scale=0.18, size=(300, 2))).astype(np.float32)
 
 
 def scatter(place, x: np.ndarray, codes: np.ndarray, centroids: np.ndarray, title: str) -> None:
     """Points in the color of their code, and the centroids as crosses."""
-    place.scatter(*x.T, s=2, c=np.array(COLORS)[codes], linewidths=0, rasterized=False)
+    place.scatter(*x.T, s=5, c=np.array(COLORS)[codes], linewidths=0)
     place.plot(*np.asarray(centroids).T, "x", color=GREY, markersize=7, markeredgewidth=2)
     place.set(title=title, xticks=[], yticks=[], aspect="equal")
 
 
 def main() -> None:
-    x = points()[::3]
+    x = points()
     fitted = residual.fit(jax.random.key(0), x, ResidualConfig((CODES,) * 4))
     codes = np.asarray(residual.encode(fitted, x))
     left = x - np.asarray(residual.decode(fitted, codes[:, :1]))
@@ -48,7 +48,7 @@ def main() -> None:
     for shift, (name, size) in enumerate(zip(("as they fall", "balanced"), sizes, strict=True)):
         bars = np.arange(CODES) + 0.4 * shift
         places[3].bar(bars, np.sort(size)[::-1], 0.38, color=COLORS[shift], label=name)
-    places[3].set(title="items under each second code", xticks=[])
+    places[3].set(title="items a second code", xticks=[])
     places[3].legend(frameon=False, labelcolor="linecolor", fontsize=8)
     save(figure, Path(__file__).with_suffix(".svg"))
 

@@ -19,6 +19,8 @@ from jaxrec.semantic_ids.rows import Rows, place
 
 DISTANCES_AT_ONCE = 1 << 19
 """Distances that are held at once: a chunk of this many stays in the processor's cache."""
+ASSIGNED_AT_ONCE = 1 << 14
+"""Rows that go to the device at once for their codes."""
 GROUP = 8
 """Centroids whose least distance is found first; see `nearest`."""
 STEP = 1.5
@@ -63,7 +65,7 @@ def kmeans(key: jax.Array, x: np.ndarray | jax.Array | Rows, k: int, config: KMe
     """
     rows = x if isinstance(x, Rows) else place(x, at_least=k)
     centroids = fit(key, rows, k, config)
-    return KMeans(centroids, *assign_all(rows.x, rows.where, centroids, rows.mesh))
+    return KMeans(centroids, *assign_rows(rows, centroids))
 
 
 def fit(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> jax.Array:
@@ -105,7 +107,7 @@ def take(rows: Rows, numbers: np.ndarray) -> jax.Array:
     """Real rows by their numbers in [0, I), f32 [n, D], on every device."""
     places = rows.valid[numbers]
     if rows.mesh is None:
-        return rows.x[places]
+        return jnp.asarray(rows.x[places])
     everywhere = NamedSharding(rows.mesh, PartitionSpec())
     return jax.jit(lambda x: x[places], out_shardings=everywhere)(rows.x)
 
@@ -114,7 +116,7 @@ def subset(rows: Rows, numbers: np.ndarray) -> Rows:
     """Real rows by their numbers in [0, I), in this order, split over the devices as `rows` are."""
     places = rows.valid[numbers]
     if rows.mesh is None:
-        return Rows(rows.x[places], jnp.ones(len(places), bool), np.arange(len(places)))
+        return Rows(jnp.asarray(rows.x[places]), jnp.ones(len(places), bool), np.arange(len(places)))
     places = np.pad(places, (0, -len(places) % rows.mesh.size))
     split = NamedSharding(rows.mesh, PartitionSpec(rows.mesh.axis_names))
     x, where = jax.jit(lambda x: (x[places], jnp.arange(len(places)) < len(numbers)), out_shardings=split)(rows.x)
@@ -222,6 +224,16 @@ def totals(
     return over_devices(of_device, mesh, x, where, centroids)
 
 
+def assign_rows(rows: Rows, centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The nearest centroid of each row, int32 [I'] (K where there is no row), and the inertia, f32 []."""
+    if not isinstance(rows.x, np.ndarray):
+        return assign_all(rows.x, rows.where, centroids, rows.mesh)
+    # By blocks: rows in the host's memory need no copy of all of them on the device.
+    starts = range(0, len(rows.x), ASSIGNED_AT_ONCE)
+    codes, distances = zip(*(assign(rows.x[s : s + ASSIGNED_AT_ONCE], centroids) for s in starts), strict=True)
+    return jnp.concatenate(codes), sum(jnp.sum(each) for each in distances)
+
+
 @partial(jax.jit, static_argnames="mesh")
 def assign_all(
     x: jax.Array, where: jax.Array, centroids: jax.Array, mesh: Mesh | None = None
@@ -262,9 +274,13 @@ def assign(x: jax.Array, centroids: jax.Array, prices: jax.Array | None = None) 
     prices: f32 [K], added to the squared distances before the least is taken (`jaxrec.semantic_ids.balanced`).
     """
     find = nearest(centroids, prices)
-    codes = by_chunk(find, x, chunk_rows(len(centroids)))
-    # The distance by difference, as |x|^2 - 2xc + |c|^2 loses all digits for rows near their centroid.
-    return codes, jnp.sum((x - centroids[codes]) ** 2, axis=-1)
+
+    def of_rows(rows):
+        codes = find(rows)
+        # The distance by difference, as |x|^2 - 2xc + |c|^2 loses all digits for rows near their centroid.
+        return codes, jnp.sum((rows - centroids[codes]) ** 2, axis=-1)
+
+    return by_chunk(of_rows, x, chunk_rows(len(centroids)))
 
 
 def chunk_rows(k: int) -> int:
@@ -273,11 +289,20 @@ def chunk_rows(k: int) -> int:
 
 
 def by_chunk(function, x: jax.Array, chunk: int):
-    """function(rows [chunk, D]) -> pytree of [chunk, ...], over all rows x [I, D], as [I, ...]."""
+    """function(rows [chunk, D]) -> pytree of [chunk, ...], each row by itself, over all rows x [I, D], as [I, ...]."""
     chunk = min(chunk, max(len(x), 1))
-    chunks = -(-len(x) // chunk)
-    padded = jnp.pad(x, ((0, chunks * chunk - len(x)), (0, 0))).reshape(chunks, chunk, x.shape[1])
-    return jax.tree.map(lambda found: found.reshape(-1, *found.shape[2:])[: len(x)], jax.lax.map(function, padded))
+    if not len(x):
+        x = jnp.zeros((1, x.shape[1]), x.dtype)
+        return jax.tree.map(lambda found: found[:0], function(x))
+    # The last chunk reaches back over rows that were done: to fill it up would copy all rows.
+    starts = np.minimum(np.arange(0, len(x), chunk), len(x) - chunk)
+    found = jax.lax.map(lambda start: function(jax.lax.dynamic_slice_in_dim(x, start, chunk)), jnp.asarray(starts))
+    last = len(x) - (len(starts) - 1) * chunk
+
+    def joined(parts):
+        return jnp.concatenate([parts[:-1].reshape(-1, *parts.shape[2:]), parts[-1, chunk - last :]])
+
+    return jax.tree.map(joined, found)
 
 
 def nearest(centroids: jax.Array, prices: jax.Array | None = None):

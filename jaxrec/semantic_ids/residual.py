@@ -93,7 +93,7 @@ def encode(fitted: Residual, x: np.ndarray | jax.Array) -> jax.Array:
     """The codes of x f32 [I, D], int32 [I, levels] (OneMall Eq. 2); each row's by itself, whatever the others are."""
     x = check_rows(x, 0)
     check_width(x, fitted.width)
-    return _encode(fitted, x)[0]
+    return _codes(fitted, x)
 
 
 def encode_rows(fitted: Residual, rows: Rows) -> jax.Array:
@@ -117,7 +117,7 @@ def encode_together(fitted: Residual, x: np.ndarray | jax.Array, config: Balance
     codes = []
     for centroids, prices in zip(fitted.centroids, fitted.prices, strict=True):
         if prices is None:
-            level = _encode(Residual((centroids,), (None,)), x)[0][:, 0]
+            level = _codes(Residual((centroids,), (None,)), x)[:, 0]
         else:
             level = jnp.asarray(balanced.assign_within(x, centroids, prices, config.slack))
         codes.append(level)
@@ -127,6 +127,12 @@ def encode_together(fitted: Residual, x: np.ndarray | jax.Array, config: Balance
 
 def _encode_rows(fitted: Residual, rows: Rows) -> tuple[jax.Array, jax.Array]:
     return kmeans.row_by_row(lambda x, fitted: _encode(fitted, x), rows.mesh, rows.x, fitted)
+
+
+@jax.jit
+def _codes(fitted: Residual, x: jax.Array) -> jax.Array:
+    """The first part of `_encode`; the second, as large as x, is then never made."""
+    return _encode(fitted, x)[0]
 
 
 @jax.jit

@@ -20,11 +20,12 @@ CHECKED_AT_ONCE = 65_536
 class Rows:
     """Checked rows on the devices.
 
-    x: f32 [I', D], I' >= I rows, filled up with zeros so that they split evenly. where: bool [I'], True for a real row.
-    valid: int64 [I], the places of the real rows. mesh: over whose devices the rows are split, or None.
+    x: f32 [I', D], I' >= I rows, filled up with zeros so that they split evenly; without a mesh as they were given, so
+    that no copy of all is made where a sample will do. where: bool [I'], True for a real row. valid: int64 [I], the
+    places of the real rows. mesh: over whose devices the rows are split, or None.
     """
 
-    x: jax.Array
+    x: np.ndarray | jax.Array
     where: jax.Array
     valid: np.ndarray
     mesh: Mesh | None = None
@@ -97,7 +98,7 @@ def place(x: np.ndarray | jax.Array, mesh: Mesh | None = None, at_least: int = 1
     x = check_rows(x, 0)
     if mesh is None:
         check_enough(len(x), at_least)
-        return Rows(jax.numpy.asarray(x), jax.numpy.ones(len(x), bool), np.arange(len(x)), None)
+        return Rows(x, jax.numpy.ones(len(x), bool), np.arange(len(x)), None)
     counts = np.atleast_1d(multihost_utils.process_allgather(np.int64(len(x))))
     check_enough(int(counts.sum()), at_least)
     devices = mesh.size // len(counts)
