@@ -209,7 +209,7 @@ def _choose_codes(
     """As `choose` among all codes, in the catalogue or not; a filter is applied to the finished IDs."""
     grid = free_grid(log_probs, beams, trie, level)
     best, index = top(summed(grid, beams), width)
-    return grown(beams, trie, level, best, grid.locate(index), grid.bad, in_order=in_order)
+    return grown(beams, trie, level, grid, best, index, in_order=in_order)
 
 
 def _best_children(
@@ -229,7 +229,7 @@ def _best_children(
     batch, width, places = grid.log_probs.shape
     best, place = jax.lax.top_k(beams.log_probs[..., None] + grid.log_probs, min(count, places))
     index = (place + jnp.arange(width, dtype=jnp.int32)[:, None] * places).reshape(batch, -1)
-    return grown(beams, trie, level, best.reshape(batch, -1), grid.locate(index), grid.bad, in_order=True)
+    return grown(beams, trie, level, grid, best.reshape(batch, -1), index, in_order=True)
 
 
 def _rescored(

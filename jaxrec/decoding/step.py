@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxrec.config import UserError
 from jaxrec.decoding.filters import ItemFilter, build_filter
-from jaxrec.decoding.top import SHORT, top, top_allowed
+from jaxrec.decoding.top import top
 from jaxrec.decoding.trie import WORD, Trie
 
 Extend = Callable[[jax.Array | None, Any, int], tuple[jax.Array, Any]]
@@ -173,32 +173,13 @@ def choose(
     *,
     in_order: bool,
 ) -> tuple[Beams, jax.Array]:
-    """The `width` children of highest summed log-probability, and the beam each grew from int32 [B, width].
-
-    A filter is asked about the best candidates only; where too few of them are allowed, about all (`lax.cond`).
-    """
-
-    def in_full(item_filter: ItemFilter | None) -> tuple[jax.Array, Located]:
-        grid = children_grid(log_probs, beams, trie, level, item_filter)
-        best, index = top(summed(grid, beams), width)
-        return best, grid.locate(index)
-
-    make = children_grid if trie.bits[level] is None else dense_grid
-    grid = make(log_probs, beams, trie, level)
-    scores = summed(grid, beams)
-    if item_filter is None:
-        best, index = top(scores, width)
-        located = grid.locate(index)
-    elif scores.shape[1] <= 2 * SHORT:
-        best, located = in_full(item_filter)
+    """The `width` children of highest summed log-probability, and the beam each grew from int32 [B, width]."""
+    if item_filter is None and trie.bits[level] is not None:
+        grid = dense_grid(log_probs, beams, trie, level)
     else:
-
-        def is_allowed(index: jax.Array) -> jax.Array:
-            return has_allowed(item_filter, trie, level, beams, *grid.locate(index)[:2])
-
-        best, index, enough = top_allowed(scores, width, is_allowed)
-        best, located = jax.lax.cond(enough.all(), lambda: (best, grid.locate(index)), lambda: in_full(item_filter))
-    return grown(beams, trie, level, best, located, grid.bad, in_order=in_order)
+        grid = children_grid(log_probs, beams, trie, level, item_filter)
+    best, index = top(summed(grid, beams), width)
+    return grown(beams, trie, level, grid, best, index, in_order=in_order)
 
 
 def summed(grid: Grid, beams: Beams) -> jax.Array:
@@ -210,27 +191,27 @@ def grown(
     beams: Beams,
     trie: Trie | None,
     level: int,
+    grid: Grid,
     log_probs: jax.Array,
-    located: Located,
-    bad: jax.Array,
+    index: jax.Array,
     *,
     in_order: bool,
 ) -> tuple[Beams, jax.Array]:
-    """The beams one level on, and the beam each grew from; in node order again if `in_order`, else as they came."""
-    parents, nodes, tokens = located
+    """The candidates at index int32 [B, m] of the grid as beams, and the beam each grew from.
+
+    In node order again if `in_order`, else as they came.
+    """
     if in_order:
-        # Beams are in node order, so (parent, token) is too. Dead candidates go anywhere.
-        place = jax.lax.broadcasted_iota(jnp.int32, parents.shape, 1)
-        _, _, place = jax.lax.sort((parents, tokens, place), dimension=1, num_keys=2)
-        parents, nodes, tokens, log_probs = (
-            jnp.take_along_axis(values, place, axis=1) for values in (parents, nodes, tokens, log_probs)
-        )
+        place = jax.lax.broadcasted_iota(jnp.int32, index.shape, 1)
+        index, place = jax.lax.sort((index, place), dimension=1, num_keys=1)
+        log_probs = jnp.take_along_axis(log_probs, place, axis=1)
+    parents, nodes, tokens = grid.locate(index)
     alive = log_probs > -jnp.inf
     codes = jnp.take_along_axis(beams.codes, parents[..., None], axis=1)
     codes = jnp.concatenate([codes, tokens[..., None]], axis=2)
     nodes = jnp.where(alive, nodes, -1)
     ends = jnp.zeros_like(nodes) if trie is None else _ends(trie, level, beams, parents, nodes)
-    beams = Beams(jnp.where(alive[..., None], codes, -1), log_probs, nodes, ends, beams.bad | bad)
+    beams = Beams(jnp.where(alive[..., None], codes, -1), log_probs, nodes, ends, beams.bad | grid.bad)
     return beams, parents
 
 

@@ -1,11 +1,9 @@
 """Exact top-k of long rows, with `jax.lax.top_k`'s order: the higher score first, of equal ones the lower index.
 
-`lax.top_k` takes every element to a heap; on CPU that is 15 times as slow as a maximum. Long rows are therefore cut into
-blocks: the k best elements lie in the k blocks of highest maximum (of equal maxima the lower block, as for elements),
-because any element of another block is beaten by the maximum of each of those. Only they are searched.
+`lax.top_k` takes every element to a heap; on CPU that is 15 times as slow as a maximum. Long rows are cut into blocks:
+the k best elements lie in the k blocks of highest maximum (of equal maxima the lower block, as for elements), because
+any element of another block is beaten by the maximum of each of those. Only they are searched.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,28 +23,6 @@ def top(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return best, jnp.take_along_axis(index, place, axis=1)
 
 
-def top_allowed(
-    scores: jax.Array, k: int, is_allowed: Callable[[jax.Array], jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `top`, among the elements for which `is_allowed(index int32 [B, m]) -> bool [B, m]`; others give -inf.
-
-    Asks about the elements of the best 2k blocks only. The third array, bool [B], is whether that was enough: where
-    most elements are allowed it is; where it is False the row must be searched in full.
-    """
-    n = scores.shape[1]
-    block = _block_size(n, 2 * k, at_least=2)
-    blocks = _blocks(scores, block)
-    count = min(2 * k, blocks.shape[1])
-    bounds, chosen = top(blocks.max(-1), count)
-    values, index = _members(blocks, jnp.sort(chosen, axis=1))
-    values = jnp.where(is_allowed(jnp.minimum(index, n - 1)), values, -jnp.inf)
-    best, place = jax.lax.top_k(values, k)
-    # What wasn't looked at is at most the lowest maximum; at equality an unseen element could have the lower index.
-    seen_all = count == blocks.shape[1]
-    enough = seen_all | (best[:, -1] > bounds[:, -1]) | (bounds[:, -1] == -jnp.inf)
-    return best, jnp.take_along_axis(index, place, axis=1), enough
-
-
 def capped(scores: jax.Array, groups: jax.Array, cap: int) -> jax.Array:
     """scores [B, n], -inf where `cap` better ones (of equal ones, earlier ones) are of the same group int32 [B, n]."""
     place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
@@ -57,9 +33,9 @@ def capped(scores: jax.Array, groups: jax.Array, cap: int) -> jax.Array:
     return jnp.where(keep, scores, -jnp.inf)
 
 
-def _block_size(n: int, k: int, at_least: int = 256) -> int:
+def _block_size(n: int, k: int) -> int:
     """About sqrt(n / k), so that both halves are equally long; 1 where the row is too short to gain."""
-    if n <= SHORT or n < at_least * k:
+    if n <= SHORT or n < 256 * k:
         return 1
     return 2 ** max(1, (n // k).bit_length() // 2)
 
