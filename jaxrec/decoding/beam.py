@@ -20,17 +20,19 @@ from jaxrec.decoding.filters import ItemFilter
 from jaxrec.decoding.step import (
     Beams,
     Extend,
+    Grid,
     as_filter,
     children_grid,
     choose,
     extended,
+    filled,
     free_grid,
     grown,
     reorder,
     root,
     summed,
 )
-from jaxrec.decoding.top import capped, top
+from jaxrec.decoding.top import capped, top, top_capped
 from jaxrec.decoding.trie import Trie
 
 __all__ = ["BeamResult", "Candidates", "Rescore", "beam_search", "expand_items", "reorder"]
@@ -129,23 +131,24 @@ def beam_search(
     for level, (width, pool) in enumerate(zip(widths, pools, strict=True)):
         last = level == trie.levels - 1
         log_probs, cache = extended(extend, beams, cache, level, trie.codebook_sizes[level])
-        chosen_by_model = rescore is None and (per_prefix is None or level == 0)
-        in_order = not (last and chosen_by_model)
-        if rescore is None and not chosen_by_model:
-            beams, parents = _best_children(log_probs, beams, trie, level, per_prefix, item_filter, constrained)
+        in_order = not last or rescore is not None
+        cap = per_prefix if level else None
+        if cap is not None and rescore is None:
+            if constrained:
+                grid = children_grid(log_probs, beams, trie, level, item_filter)
+            else:
+                grid = free_grid(log_probs, beams, trie, level)
+            beams, parents = _choose_capped(grid, beams, trie, level, width, cap, in_order=in_order)
         elif constrained:
-            pool = min(pool, trie.nodes(level), beams.log_probs.shape[1] * trie.branching[level])
             beams, parents = choose(log_probs, beams, trie, level, pool, item_filter, in_order=in_order)
         else:
-            pool = min(pool, beams.log_probs.shape[1] * log_probs.shape[2])
-            beams, parents = _choose_codes(log_probs, beams, trie, level, pool, in_order=in_order)
+            beams, parents = _choose_freely(log_probs, beams, trie, level, pool, in_order=in_order)
         if rescore is None:
             scores = beams.log_probs
         else:
             beams, scores = _rescored(rescore, beams, parents, scores, cache, level)
-        if not chosen_by_model:
-            if per_prefix is not None and level:
-                scores = capped(scores, beams.codes[..., 0], per_prefix)
+            if cap is not None:
+                scores = capped(scores, beams.codes[..., 0], cap)
             beams, parents, scores = _best(beams, parents, scores, width, in_order=not last)
         if not last:
             cache = reorder(cache, parents)
@@ -203,33 +206,23 @@ def _pools(candidates, rescore: Rescore | None, widths: tuple[int, ...]) -> tupl
     return pools
 
 
-def _choose_codes(
+def _choose_freely(
     log_probs: jax.Array, beams: Beams, trie: Trie, level: int, width: int, *, in_order: bool
 ) -> tuple[Beams, jax.Array]:
     """As `choose` among all codes, in the catalogue or not; a filter is applied to the finished IDs."""
     grid = free_grid(log_probs, beams, trie, level)
-    best, index = top(summed(grid, beams), width)
+    scores = summed(grid, beams)
+    best, index = top(scores, min(width, scores.shape[1]))
     return grown(beams, trie, level, grid, best, index, in_order=in_order)
 
 
-def _best_children(
-    log_probs: jax.Array,
-    beams: Beams,
-    trie: Trie,
-    level: int,
-    count: int,
-    item_filter: ItemFilter | None,
-    constrained: bool,
+def _choose_capped(
+    grid: Grid, beams: Beams, trie: Trie, level: int, width: int, cap: int, *, in_order: bool
 ) -> tuple[Beams, jax.Array]:
-    """The best `count` children of every beam, in node order: all that a cap of `count` a first code can keep."""
-    if constrained:
-        grid = children_grid(log_probs, beams, trie, level, item_filter)
-    else:
-        grid = free_grid(log_probs, beams, trie, level)
-    batch, width, places = grid.log_probs.shape
-    best, place = jax.lax.top_k(beams.log_probs[..., None] + grid.log_probs, min(count, places))
-    index = (place + jnp.arange(width, dtype=jnp.int32)[:, None] * places).reshape(batch, -1)
-    return grown(beams, trie, level, grid, best.reshape(batch, -1), index, in_order=True)
+    """The best `width` of the grid, at most `cap` with one first code."""
+    scores = beams.log_probs[..., None] + grid.log_probs
+    best, index = top_capped(scores, beams.codes[..., 0], cap, width)
+    return grown(beams, trie, level, grid, best, index, in_order=in_order)
 
 
 def _rescored(
@@ -280,18 +273,11 @@ def _result(
     if item_filter is not None and not constrained:
         first, end = trie.leaf_ranges(jnp.maximum(beams.nodes, 0))
         valid &= item_filter.count_before(end) > item_filter.count_before(first)
-    missing = ((0, 0), (0, width - valid.shape[1]))
-
-    def filled(values: jax.Array, where: jax.Array, fill: float) -> jax.Array:
-        more = ((0, 0),) * (values.ndim - 2)
-        where = where.reshape(*where.shape, *(1,) * (values.ndim - 2))
-        return jnp.pad(jnp.where(where, values, fill), (*missing, *more), constant_values=fill)
-
     return BeamResult(
-        codes=filled(beams.codes, shown, -1),
-        log_probs=filled(beams.log_probs, shown, -jnp.inf),
-        scores=filled(scores, shown, -jnp.inf),
-        valid=jnp.pad(valid, missing),
-        leaf=filled(beams.nodes, valid, -1),
+        codes=filled(beams.codes, shown, width, -1),
+        log_probs=filled(beams.log_probs, shown, width, -jnp.inf),
+        scores=filled(scores, shown, width, -jnp.inf),
+        valid=filled(valid, shown, width, False),
+        leaf=filled(beams.nodes, valid, width, -1),
         nan=beams.bad,
     )

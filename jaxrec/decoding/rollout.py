@@ -2,8 +2,8 @@
 
 Give every ID an independent Gumbel variable located at its log-probability: the n largest are n draws without
 replacement. The search finds them without looking at all IDs, since the largest below a prefix is itself Gumbel,
-located at the prefix's log-probability: each prefix carries that maximum, its children's variables are drawn so that the
-largest of them equals it, and the n prefixes of largest maximum hold the n IDs sought.
+located at the prefix's log-probability: each prefix carries that maximum, its children's variables are drawn so that
+the largest of them equals it, and the n prefixes of largest maximum hold the n IDs sought.
 
 The distribution sampled from is the model's at a temperature, restricted to the trie and the filter level by level: at
 each prefix, softmax(log p / temperature) over the codes that lead to an allowed item.
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from jaxrec.config import UserError
 from jaxrec.decoding.filters import ItemFilter
-from jaxrec.decoding.step import Beams, Extend, as_filter, children_grid, extended, grown, reorder, root
-from jaxrec.decoding.top import capped, top
+from jaxrec.decoding.step import Beams, Extend, as_filter, children_grid, extended, filled, grown, reorder, root
+from jaxrec.decoding.top import top, top_capped
 from jaxrec.decoding.trie import Trie
 
 
@@ -104,15 +104,12 @@ def rollout(
         noise = jax.vmap(lambda k, shape=grid.log_probs.shape[1:]: jax.random.gumbel(k, shape))(
             jax.vmap(jax.random.fold_in, (0, None))(keys, level)
         )
-        scores = _conditioned(child_sampling + noise, perturbed[..., None]).reshape(batch, -1)
+        scores = _conditioned(child_sampling + noise, perturbed[..., None])
+        flat = scores.reshape(batch, -1)
         if per_prefix is not None and level:
-            groups = jnp.broadcast_to(beams.codes[..., :1], grid.log_probs.shape).reshape(batch, -1)
-            scores = capped(scores, groups, per_prefix)
-        width = min(samples + 1, trie.nodes(level), scores.shape[1])
-        perturbed, index = top(scores, width)
-        if level < trie.levels - 1:
-            index = jnp.sort(index, axis=1)
-            perturbed = jnp.take_along_axis(scores, index, axis=1)
+            perturbed, index = top_capped(scores, beams.codes[..., 0], per_prefix, samples + 1)
+        else:
+            perturbed, index = top(flat, min(samples + 1, trie.nodes(level), flat.shape[1]))
         sampling = jnp.take_along_axis(child_sampling.reshape(batch, -1), index, axis=1)
         beams, parents = _grown(beams, trie, level, grid, perturbed, index)
         if level < trie.levels - 1:
@@ -151,23 +148,19 @@ def _grown(beams: Beams, trie: Trie, level: int, grid, perturbed, index) -> tupl
 
 
 def _result(beams: Beams, sampling: jax.Array, perturbed: jax.Array, samples: int, is_capped: bool) -> Rollouts:
-    missing = max(0, samples + 1 - perturbed.shape[1])
     valid = (perturbed > -jnp.inf) & ~beams.bad[:, None]
 
-    def filled(values: jax.Array, fill: float) -> jax.Array:
-        more = values.ndim - 2
-        where = valid.reshape(*valid.shape, *(1,) * more)
-        padding = ((0, 0), (0, missing), *((0, 0),) * more)
-        return jnp.pad(jnp.where(where, values, fill), padding, constant_values=fill)
+    def filled_up(values: jax.Array, fill: float) -> jax.Array:
+        return filled(values, valid, samples + 1, fill)
 
-    perturbed = filled(perturbed, -jnp.inf)
+    perturbed = filled_up(perturbed, -jnp.inf)
     threshold = jnp.full(len(perturbed), jnp.nan) if is_capped else perturbed[:, samples]
     return Rollouts(
-        codes=filled(beams.codes, -1)[:, :samples],
-        leaf=filled(beams.nodes, -1)[:, :samples],
-        valid=jnp.pad(valid, ((0, 0), (0, missing)))[:, :samples],
-        log_probs=filled(beams.log_probs, -jnp.inf)[:, :samples],
-        sampling_log_probs=filled(sampling, -jnp.inf)[:, :samples],
+        codes=filled_up(beams.codes, -1)[:, :samples],
+        leaf=filled_up(beams.nodes, -1)[:, :samples],
+        valid=filled_up(valid, False)[:, :samples],
+        log_probs=filled_up(beams.log_probs, -jnp.inf)[:, :samples],
+        sampling_log_probs=filled_up(sampling, -jnp.inf)[:, :samples],
         perturbed=perturbed[:, :samples],
         threshold=threshold,
         nan=beams.bad,

@@ -178,7 +178,8 @@ def choose(
         grid = dense_grid(log_probs, beams, trie, level)
     else:
         grid = children_grid(log_probs, beams, trie, level, item_filter)
-    best, index = top(summed(grid, beams), width)
+    scores = summed(grid, beams)
+    best, index = top(scores, min(width, trie.nodes(level), scores.shape[1]))
     return grown(beams, trie, level, grid, best, index, in_order=in_order)
 
 
@@ -213,6 +214,14 @@ def grown(
     ends = jnp.zeros_like(nodes) if trie is None else _ends(trie, level, beams, parents, nodes)
     beams = Beams(jnp.where(alive[..., None], codes, -1), log_probs, nodes, ends, beams.bad | grid.bad)
     return beams, parents
+
+
+def filled(values: jax.Array, where: jax.Array, size: int, fill: float) -> jax.Array:
+    """values [B, W, ...] with `fill` where not `where` [B, W] and up to [B, size, ...]."""
+    more = values.ndim - 2
+    padding = ((0, 0), (0, max(0, size - values.shape[1])), *((0, 0),) * more)
+    values = jnp.where(where.reshape(*where.shape, *(1,) * more), values, fill)
+    return jnp.pad(values, padding, constant_values=fill)
 
 
 def has_allowed(

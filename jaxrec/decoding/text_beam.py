@@ -1,8 +1,8 @@
 """Beam search over texts: sequences of tokens that end where they end, all of the catalogue's or any.
 
 The steps are unrolled up to `max_length`, and every text that ends on the way is kept: at each step the ends of all W
-beams are set aside with their scores, and the W best prefixes that have not ended go on. Ended and unended never compete
-for a place, so a short text that is the best after division by its length can't be lost to longer prefixes. The
+beams are set aside with their scores, and the W best prefixes that have not ended go on. Ended and unended never
+compete for a place, so a short text that is the best after division by its length can't be lost to longer prefixes. The
 results are the best of all that were set aside; there is no early stop, whose saving an unrolled search can't use.
 """
 
@@ -23,6 +23,7 @@ from jaxrec.decoding.step import (
     as_filter,
     children_grid,
     extended,
+    filled,
     find_child,
     free_grid,
     grown,
@@ -190,33 +191,26 @@ def _best_texts(
 ) -> TextResult:
     """The best of all texts that ended, shorter ones first among equals because they were set aside earlier."""
     longest = len(ended)
-    tokens = [
-        jnp.pad(e.tokens, ((0, 0), (0, 0), (0, longest - 1 - n)), constant_values=-1) for n, e in enumerate(ended)
-    ]
-    tokens = jnp.concatenate(tokens, axis=1)
+    rows = [jnp.pad(e.tokens, ((0, 0), (0, 0), (0, longest - 1 - n)), constant_values=-1) for n, e in enumerate(ended)]
+    tokens = jnp.concatenate(rows, axis=1)
     log_probs = jnp.concatenate([e.log_probs for e in ended], axis=1)
     leaf = jnp.concatenate([e.leaf for e in ended], axis=1)
     lengths = jnp.concatenate([jnp.full(e.leaf.shape[1], n + 1, jnp.int32) for n, e in enumerate(ended)])
     penalty = jnp.asarray(np.arange(1, longest + 1, dtype=np.float32) ** np.float32(length_penalty))
     scores, index = top(log_probs / penalty[lengths - 1], min(results, log_probs.shape[1]))
     found = (scores > -jnp.inf) & ~bad[:, None]
-    missing = results - index.shape[1]
 
     def take(values: jax.Array, fill: float) -> jax.Array:
-        more = values.ndim - 2
-        where = found.reshape(*found.shape, *(1,) * more)
-        taken = jnp.take_along_axis(values, index.reshape(*index.shape, *(1,) * more), axis=1)
-        padding = ((0, 0), (0, missing), *((0, 0),) * more)
-        return jnp.pad(jnp.where(where, taken, fill), padding, constant_values=fill)
+        at = index.reshape(*index.shape, *(1,) * (values.ndim - 2))
+        return filled(jnp.take_along_axis(values, at, axis=1), found, results, fill)
 
     leaf = take(leaf, -1)
-    found_all = jnp.pad(found, ((0, 0), (0, missing)))
     return TextResult(
         tokens=take(tokens, -1),
         lengths=take(jnp.broadcast_to(lengths, log_probs.shape), 0),
         log_probs=take(log_probs, -jnp.inf),
-        scores=jnp.pad(jnp.where(found, scores, -jnp.inf), ((0, 0), (0, missing)), constant_values=-jnp.inf),
-        valid=found_all if trie is None else found_all & (leaf >= 0),
+        scores=filled(scores, found, results, -jnp.inf),
+        valid=filled(found, found, results, False) & (True if trie is None else leaf >= 0),
         leaf=leaf,
         nan=bad,
     )

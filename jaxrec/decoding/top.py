@@ -23,6 +23,21 @@ def top(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return best, jnp.take_along_axis(index, place, axis=1)
 
 
+def top_capped(scores: jax.Array, groups: jax.Array, cap: int, k: int) -> tuple[jax.Array, jax.Array]:
+    """As `top` of scores [B, W, n] in one row, at most `cap` of each group int32 [B, W]; -inf where that leaves less.
+
+    Only the `cap` best of each of the W can be among them. Returns at most W * min(cap, n) elements.
+    """
+    batch, width, places = scores.shape
+    best, place = jax.lax.top_k(scores, min(cap, places))
+    place = jnp.sort(place, axis=2)
+    values = jnp.take_along_axis(scores, place, axis=2).reshape(batch, -1)
+    index = (place + jnp.arange(width, dtype=jnp.int32)[:, None] * places).reshape(batch, -1)
+    values = capped(values, jnp.repeat(groups, best.shape[2], axis=1), cap)
+    best, chosen = top(values, min(k, values.shape[1]))
+    return best, jnp.take_along_axis(index, chosen, axis=1)
+
+
 def capped(scores: jax.Array, groups: jax.Array, cap: int) -> jax.Array:
     """scores [B, n], -inf where `cap` better ones (of equal ones, earlier ones) are of the same group int32 [B, n]."""
     place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)

@@ -137,7 +137,8 @@ def build_text_trie(
 ) -> Trie:
     """Builds the trie of texts that end in `eos`, as lists of tokens or padded int [I, M] with lengths int [I].
 
-    Equal rows are one leaf; its items go by falling `order` [I], then by index. Otherwise as `build_trie`.
+    Equal rows are one leaf; its items go by falling `order` [I], then by index. Otherwise as `build_trie`; each level
+    has a quarter more nodes than these rows need in proportion to the capacity, and grows when a refresh needs more.
 
     Args:
         rows: 0 <= token < vocabulary, with `eos` once, at the end of each row.
@@ -177,7 +178,7 @@ def _build(codes, lengths, codebook_sizes, eos, order, capacity, like, unique) -
     items, differs = _sorted_rows(codes, codebook_sizes, order)
     if unique:
         _check_unique(items, differs[-1])
-    room = padded_to / count  # spare nodes of a level of texts, in proportion to the spare items
+    room = 1.25 * padded_to / count  # for the nodes of a level of texts, which grow unevenly
     lengths = None if lengths is None else lengths[items]
     above, nodes_above = np.zeros(1, np.int64), 1
     children, tokens, starts, bits, branching = [], [], [], [], []
@@ -186,7 +187,9 @@ def _build(codes, lengths, codebook_sizes, eos, order, capacity, like, unique) -
         start = np.flatnonzero(begins)
         before = np.cumsum(begins, dtype=np.int32) - begins
         first_child = np.append(before[above], len(start))
-        width = _branching(int(np.diff(first_child).max()), size, like.branching[level] if like is not None else 0)
+        width = _branching(
+            int(np.diff(first_child).max(initial=0)), size, like.branching[level] if like is not None else 0
+        )
         if lengths is None:
             nodes = min(padded_to, math.prod(codebook_sizes[: level + 1]))
         elif like is not None and padded_to == like.capacity and len(start) <= like.nodes(level):
