@@ -3,7 +3,9 @@
     python benchmarks/decoding.py [--quick]
 
 The model is a table of log-probabilities of each code given the code before: the times are those of the search itself.
-One JSON line a row; ratio = ours / peer, both timed in turns in the same run, best of several.
+The rows "with decoder" put a feed-forward decoder in its place (4 layers, D=256, 12 D^2 weights each), which costs what
+a small transformer's steps cost. One JSON line a row; ratio = ours / peer, both timed in turns in the same run, best of
+several.
 """
 
 from functools import partial
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from shared.timing import best_of, parser, report
 
-from jaxrec.decoding import BeamResult, Trie, beam_search, build_trie
+from jaxrec.decoding import BeamResult, Rollouts, Trie, beam_search, build_filter, build_trie, rollout
 
 LEVELS = 3
 
@@ -26,16 +28,47 @@ def make_model(seed: int, batch: int, codebook_size: int) -> tuple[jax.Array, ja
     return jax.nn.log_softmax(first, axis=-1), jax.nn.log_softmax(transitions, axis=-1)
 
 
+def make_decoder(seed: int, codebook_size: int, width: int = 256, layers: int = 4) -> dict:
+    """Weights of a decoder without attention."""
+    generator = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(generator.standard_normal(shape, dtype=np.float32) / np.sqrt(shape[0]))
+
+    stack = [(draw(width, 6 * width), draw(6 * width, width)) for _ in range(layers)]
+    return {"codes": draw(codebook_size, width), "layers": stack, "head": draw(width, codebook_size)}
+
+
+def next_codes(decoder: dict, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities [B, W, K] after tokens int32 [B, W]."""
+    x = decoder["codes"][tokens]
+    for up, down in decoder["layers"]:
+        x = x + jax.nn.gelu(x @ up) @ down
+    return jax.nn.log_softmax(x @ decoder["head"], axis=-1)
+
+
 @partial(jax.jit, static_argnames=("beam_width", "constrained"))
-def decode(model, trie: Trie, allowed=None, *, beam_width: int, constrained: bool = True) -> BeamResult:
+def decode(model, trie: Trie, allowed=None, decoder=None, *, beam_width: int, constrained: bool = True) -> BeamResult:
+    first, transitions = model
+
+    def extend(tokens, cache, level):
+        if level == 0:
+            return first[:, None, :], cache
+        return (transitions[tokens] if decoder is None else next_codes(decoder, tokens)), cache
+
+    return beam_search(
+        extend, (), trie, batch=len(first), beam_width=beam_width, allowed=allowed, constrained=constrained
+    )
+
+
+@partial(jax.jit, static_argnames=("samples",))
+def sample(model, trie: Trie, key: jax.Array, *, samples: int) -> Rollouts:
     first, transitions = model
 
     def extend(tokens, cache, level):
         return (first[:, None, :] if level == 0 else transitions[tokens]), cache
 
-    return beam_search(
-        extend, (), trie, batch=len(first), beam_width=beam_width, allowed=allowed, constrained=constrained
-    )
+    return rollout(extend, (), trie, key, batch=len(first), samples=samples)
 
 
 def build_dictionary(codes: np.ndarray) -> dict[tuple[int, ...], list[int]]:
@@ -78,12 +111,17 @@ def compare(count: int, codebook_size: int, batch: int, beam_width: int, repeats
     model = make_model(1, batch, codebook_size)
     trie = build_trie(codes, (codebook_size,) * LEVELS)
     allowed = jnp.asarray(generator.random((batch, count)) < 0.5)
+    built = jax.jit(build_filter)(trie, allowed)
     search = partial(decode, model, trie, beam_width=beam_width)
-    constrained, free, filtered = best_of(
-        [search, partial(search, constrained=False), lambda: search(allowed)], repeats
+    draw = partial(sample, model, trie, jax.random.key(0), samples=beam_width)
+    free = partial(search, constrained=False)
+    constrained, free, filtered, built_too, drawn = best_of(
+        [search, free, partial(search, built), partial(search, allowed), draw], repeats
     )
     report("trie_on_vs_off", case, constrained, free, "our unconstrained beam")
     report("filter_on_vs_off", case, filtered, constrained, "no filter")
+    report("filter_and_its_build", case, built_too, constrained, "no filter")
+    report("rollout_vs_beam", case, drawn, constrained, "beam of the same width")
     if dictionary:
         children, host_model = build_dictionary(codes), jax.tree.map(np.asarray, model)
         peer = partial(decode_with_dictionary, host_model, children, beam_width)
@@ -95,32 +133,56 @@ def compare(count: int, codebook_size: int, batch: int, beam_width: int, repeats
         report("trie_vs_dictionary", case, ours, theirs, "Python dictionary of prefixes, NumPy top-k")
 
 
-def compare_builds(count: int, codebook_size: int) -> None:
-    codes = np.random.default_rng(2).integers(0, codebook_size, (count, LEVELS))
-    sizes = (codebook_size,) * LEVELS
-    ours, peer = best_of([lambda: build_trie(codes, sizes), lambda: build_dictionary(codes) and None], 1)
-    case = f"items={count} K={codebook_size}, {build_trie(codes, sizes).nbytes() / count:.1f} bytes an item"
-    report("build", case, ours, peer, "Python dictionary of prefixes")
+def compare_builds(count: int, codebook_size: int, levels: int, dictionary: bool) -> None:
+    """Items a second, bytes an item; beside a Python dictionary of prefixes where there is time for it."""
+    codes = np.random.default_rng(2).integers(0, codebook_size, (count, levels))
+    sizes = (codebook_size,) * levels
+    [ours] = best_of([lambda: jax.tree.leaves(build_trie(codes, sizes))], 1)
+    case = f"items={count} K={codebook_size} M={levels}"
+    more = {
+        "items_a_second": round(1000 * count / ours),
+        "bytes_an_item": round(build_trie(codes, sizes).nbytes() / count, 1),
+    }
+    if dictionary:
+        [peer] = best_of([lambda: build_dictionary(codes) and None], 0)
+        report("build", case, ours, peer, "Python dictionary of prefixes", **more)
+    else:
+        report("build", case, ours, count / 1000, "a million items a second", **more)
 
 
 def compare_catalogues(small: int, large: int, batch: int, beam_width: int, repeats: int) -> None:
     """The same model and width, so that only the number of items differs."""
     sizes = (256,) * LEVELS
-    model = make_model(1, batch, 256)
+    model, decoder = make_model(1, batch, 256), make_decoder(4, 256)
+    case = f"items={large} K=256 B={batch} W={beam_width}"
     tries = [build_trie(np.random.default_rng(3).integers(0, 256, (count, LEVELS)), sizes) for count in (small, large)]
-    fewer, more = best_of([partial(decode, model, trie, beam_width=beam_width) for trie in tries], repeats)
-    report("catalogue_growth", f"items={large} K=256 B={batch} W={beam_width}", more, fewer, f"items={small}")
+    searches = [partial(decode, model, trie, beam_width=beam_width) for trie in tries]
+    fewer, more = best_of(searches, repeats)
+    report("catalogue_growth", case, more, fewer, f"items={small}")
+    real = [partial(search, decoder=decoder) for search in searches]
+    allowed = jax.jit(build_filter)(tries[1], jnp.asarray(np.random.default_rng(5).random((batch, large)) < 0.5))
+    real += [partial(real[1], constrained=False), partial(real[1], allowed)]
+    fewer, more, free, filtered = best_of(real, 3)
+    report("catalogue_growth, with decoder", case, more, fewer, f"items={small}")
+    report("trie_on_vs_off, with decoder", case, more, free, "our unconstrained beam")
+    report("filter_on_vs_off, with decoder", case, filtered, more, "no filter")
 
 
 def main() -> None:
     quick = parser(__doc__).parse_args().quick
-    widths, repeats = ((10, 512), 3) if quick else ((10, 50, 100, 512), 7)
-    catalogues = ((10_000, 256), (100_000, 256)) if quick else ((10_000, 256), (100_000, 1024), (1_000_000, 2048))
+    repeats = 3 if quick else 7
+    catalogues = [(10_000, 256), (100_000, 256)]
+    if not quick:
+        catalogues += [(1_000_000, 256), (1_000_000, 2048), (10_000_000, 256), (1_000_000, 8192)]
     for count, codebook_size in catalogues:
-        for beam_width in widths:
-            compare(count, codebook_size, 8, beam_width, repeats, dictionary=count <= 100_000)
-        compare_builds(count, codebook_size)
-    compare_catalogues(catalogues[0][0], catalogues[-1][0], 8, 500, repeats)
+        for beam_width in (10, 512) if count <= 100_000 else (512,):
+            compare(count, codebook_size, 8, beam_width, repeats if count <= 100_000 else 3, count <= 100_000)
+    for count, codebook_size, levels in ((100_000, 256, 3), (1_000_000, 2048, 3), (1_000_000, 8192, 4)):
+        compare_builds(count, codebook_size, levels, dictionary=count <= 100_000)
+    if not quick:
+        compare_builds(10_000_000, 256, 3, dictionary=False)
+        compare_builds(10_000_000, 2048, 4, dictionary=False)
+    compare_catalogues(10_000, 100_000 if quick else 10_000_000, 8, 500, repeats)
 
 
 if __name__ == "__main__":

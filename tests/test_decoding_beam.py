@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from jaxrec.config import UserError
 from jaxrec.decoding.beam import BeamResult, beam_search, expand_items
-from jaxrec.decoding.trie import build_trie
+from jaxrec.decoding.filters import build_filter
+from jaxrec.decoding.trie import build_text_trie, build_trie
 
 SIZES = (4, 6, 5)
 
@@ -19,8 +21,8 @@ SIZES = (4, 6, 5)
 TRACES = []
 
 
-@functools.partial(jax.jit, static_argnames=("beam_width", "constrained"))
-def decode(tables, trie, allowed, *, beam_width, constrained):
+@functools.partial(jax.jit, static_argnames=("beam_width", "constrained", "rescore", "candidates", "per_prefix"))
+def decode(tables, trie, allowed, *, beam_width, constrained=True, rescore=None, candidates=None, per_prefix=None):
     """Jitted once for all models of one shape."""
     TRACES.append(1)
     batch, levels = tables[0].shape[0], len(tables)
@@ -35,8 +37,9 @@ def decode(tables, trie, allowed, *, beam_width, constrained):
 
     cache = {"prefix": jnp.zeros((batch, 1, levels), jnp.int32)}
     return beam_search(
-        extend, cache, trie, batch=batch, beam_width=beam_width, allowed=allowed, constrained=constrained
-    )
+        extend, cache, trie, batch=batch, beam_width=beam_width, allowed=allowed, constrained=constrained,
+        rescore=rescore, candidates=candidates, per_prefix=per_prefix,
+    )  # fmt: skip
 
 
 class ToyModel:
@@ -53,8 +56,8 @@ class ToyModel:
             normalised = table - np.log(np.exp(table).sum(-1, keepdims=True))
             self.tables.append(np.round(table - 4) * np.float32(quantum) if quantum else normalised)
 
-    def search(self, trie, beam_width, constrained=True) -> BeamResult:
-        result = decode(self.tables, trie, self.allowed, beam_width=beam_width, constrained=constrained)
+    def search(self, trie, beam_width, constrained=True, **options) -> BeamResult:
+        result = decode(self.tables, trie, self.allowed, beam_width=beam_width, constrained=constrained, **options)
         return jax.tree.map(np.asarray, result)
 
     def score(self, row: int, code: np.ndarray) -> np.float32:
@@ -64,13 +67,26 @@ class ToyModel:
             total = np.float32(total + self.tables[level][(row, *code[: level + 1])])
         return total
 
-    def oracle(self, row: int, ids: np.ndarray, widths: list[int]) -> list[tuple[np.float32, tuple[int, ...]]]:
-        """Plain beam search over a list of IDs: best first, equal scores by ID."""
-        beams = [()]
+    def oracle(self, row, ids, widths, second=None, pools=None, cap=None) -> list[tuple[np.float32, tuple[int, ...]]]:
+        """Plain beam search over a list of IDs: best first, equal scores by ID.
+
+        With `second(code) -> score of its last code`, the best of `pools` by log-probability are ranked by the sum of
+        those. At most `cap` beams begin with one code.
+        """
+        beams, totals = [()], {(): np.float32(0)}
         for level, width in enumerate(widths):
             grown = {tuple(code[: level + 1].tolist()) for code in ids if tuple(code[:level].tolist()) in set(beams)}
-            beams = sorted(grown, key=lambda code: (-self.score(row, code), code))[:width]
-        return [(self.score(row, code), code) for code in beams]
+            scores = {code: self.score(row, code) for code in grown}
+            if second is not None:
+                pool = sorted(grown, key=lambda code: (-scores[code], code))[: pools[level]]
+                scores = totals = {code: np.float32(totals[code[:-1]] + second(code)) for code in pool}
+            ranked, seen = [], {}
+            for code in sorted(scores, key=lambda code: (-scores[code], code)):
+                seen[code[0]] = seen.get(code[0], 0) + 1
+                if cap is None or not level or seen[code[0]] <= cap:
+                    ranked.append(code)
+            beams = ranked[:width]
+        return [(scores[code], code) for code in beams]
 
 
 def random_codes(seed: int, count: int, sizes: tuple[int, ...] = SIZES) -> np.ndarray:
@@ -226,10 +242,11 @@ def test_ids_of_probability_zero_are_no_results():
 
 @pytest.mark.parametrize("constrained", [True, False])
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_nan_is_reported_for_its_request_alone(constrained, level):
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_nan_and_infinity_are_reported_for_their_request_alone(constrained, level, poison):
     codes = random_codes(19, 60)
     model = ToyModel(20, batch=3)
-    model.tables[level][1] = np.nan
+    model.tables[level][1] = poison
     result = model.search(build_trie(codes, SIZES), 100, constrained=constrained)
     assert result.nan.tolist() == [False, True, False]
     assert result.valid.any(1).tolist() == [True, False, True]
@@ -257,6 +274,7 @@ def test_unconstrained_search_ranks_all_codes_and_marks_those_that_exist(beam_wi
         np.testing.assert_array_equal(leaves[result.leaf[row][valid]], result.codes[row][valid])
         assert (result.leaf[row][~valid] == -1).all()
     assert result.valid.mean() < 0.9
+    np.testing.assert_allclose(result.invalid_rate(), 1 - result.valid.mean(1), rtol=1e-6)
 
 
 def test_a_catalogue_refresh_does_not_recompile():
@@ -335,3 +353,199 @@ def test_asking_for_no_items_is_refused():
     trie = build_trie(random_codes(35, 5), SIZES)
     with pytest.raises(UserError, match="k is 0"):
         expand_items(trie, ToyModel(36, batch=1).search(trie, 2), k=0)
+
+
+# ---- full levels, rescoring, caps ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beam_width", [3, 200])
+@pytest.mark.parametrize("share", [None, 0.5])
+@pytest.mark.parametrize("quantum", [None, 0.5])
+def test_levels_with_bits_give_the_oracles_result(beam_width, share, quantum):
+    """Levels where most codes follow are searched by bits, with a filter by children: both are the oracle's."""
+    sizes = (32, 64)
+    codes = random_codes(40, 1700, sizes)
+    trie = build_trie(codes, sizes)
+    assert all(bits is not None for bits in trie.bits)
+    model = ToyModel(41, batch=2, sizes=sizes, quantum=quantum)
+    if share is not None:
+        model.allowed = np.random.default_rng(42).random((2, 1700)) < share
+    check(model, model.search(trie, beam_width), codes, [beam_width] * 2, model.allowed)
+
+
+WEIGHTS = np.random.default_rng(50).normal(size=(3, 6)).astype(np.float32)
+
+
+def rank_scores(candidates, cache):
+    """A score of the last code alone, added up over the levels as in RankGR Eq. 18."""
+    assert candidates.parents.shape == candidates.codes.shape[:2]
+    code = jnp.maximum(candidates.codes[..., -1], 0)
+    return candidates.parent_scores + jnp.asarray(WEIGHTS)[candidates.level, code]
+
+
+def second(code: tuple[int, ...]) -> np.float32:
+    return WEIGHTS[len(code) - 1, code[-1]]
+
+
+@pytest.mark.parametrize(
+    ("widths", "pools"), [((3, 4, 5), (4, 9, 12)), ((5, 5, 5), (5, 5, 5)), ((40, 40, 99), (50, 50, 99))]
+)
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("cap", [None, 2])
+@pytest.mark.parametrize("quantum", [None, 1.0])
+def test_rescoring_ranks_the_best_candidates_of_the_model(widths, pools, filtered, cap, quantum):
+    """RankGR §3.3.2: the best lambda by log-probability, of them the best by the sum of the rank scores."""
+    codes = random_codes(51, 70)
+    model = ToyModel(52, batch=2, quantum=quantum)
+    if filtered:
+        model.allowed = np.random.default_rng(53).random((2, 70)) < 0.4
+    options = {"rescore": rank_scores, "candidates": pools, "per_prefix": cap}
+    result = model.search(build_trie(codes, SIZES), widths, **options)
+    for row in range(2):
+        ids = np.unique(codes if model.allowed is None else codes[model.allowed[row]], axis=0)
+        expected = model.oracle(row, ids, widths, second, pools, cap)
+        found = len(expected)
+        assert result.valid[row].tolist() == [place < found for place in range(widths[-1])]
+        assert [tuple(code) for code in result.codes[row, :found].tolist()] == [code for _, code in expected]
+        np.testing.assert_array_equal(result.scores[row, :found], np.array([s for s, _ in expected], np.float32))
+        own = np.array([model.score(row, np.array(code)) for _, code in expected], np.float32)
+        np.testing.assert_array_equal(result.log_probs[row, :found], own)
+
+
+def test_rescoring_reads_the_state_of_the_beam_a_candidate_grew_from():
+    codes = random_codes(54, 80)
+    seen = []
+
+    def rescore(candidates, cache):
+        if candidates.level == 2:
+            prefix = jnp.take_along_axis(cache["prefix"], candidates.parents[..., None], axis=1)
+            seen.append((prefix[..., :2], candidates.codes, candidates.log_probs > -jnp.inf))
+        return candidates.log_probs
+
+    model = ToyModel(55, batch=2)
+    with jax.disable_jit():
+        model.search(build_trie(codes, SIZES), 6, rescore=rescore)
+    [(prefix, grown, alive)] = seen
+    np.testing.assert_array_equal(prefix[alive], grown[..., :2][alive])
+
+
+def test_what_rescoring_says_of_the_excluded_does_not_count():
+    """It can drop a candidate, and not bring one back."""
+    codes = np.array([[0, 0, 0], [1, 1, 1], [2, 2, 2]])
+    model = ToyModel(56, batch=2)
+    model.allowed = np.array([[True, True, False], [True, True, True]])
+
+    def rescore(candidates, cache):
+        return jnp.where(candidates.codes[..., 0] == 1, -jnp.inf, 100.0)
+
+    result = model.search(build_trie(codes, SIZES), 8, rescore=rescore)
+    assert [sorted(leaf[valid].tolist()) for leaf, valid in zip(result.leaf, result.valid, strict=True)] == [
+        [0],
+        [0, 2],
+    ]
+    assert not result.nan.any()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_nan_and_infinity_of_rescoring_are_reported(poison):
+    codes = random_codes(57, 40)
+
+    def rescore(candidates, cache):
+        row = jnp.arange(2)[:, None] == 1
+        return jnp.where(row & (candidates.level == 1), poison, candidates.log_probs)
+
+    result = ToyModel(58, batch=2).search(build_trie(codes, SIZES), 9, rescore=rescore)
+    assert result.nan.tolist() == [False, True]
+    assert result.valid.any(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("cap", [1, 3, 100])
+@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize("quantum", [None, 1.0])
+def test_at_most_so_many_results_begin_with_one_code(cap, constrained, quantum):
+    codes = random_codes(60, 90)
+    every = np.array(np.meshgrid(*map(np.arange, SIZES), indexing="ij")).reshape(3, -1).T
+    model = ToyModel(61, batch=2, quantum=quantum)
+    result = model.search(build_trie(codes, SIZES), 8, constrained, per_prefix=cap)
+    for row in range(2):
+        expected = model.oracle(row, np.unique(codes, axis=0) if constrained else every, [8] * 3, cap=cap)
+        found = len(expected)
+        assert [tuple(code) for code in result.codes[row, :found].tolist()] == [code for _, code in expected]
+        assert (result.codes[row, found:] == -1).all()
+        assert np.bincount(result.codes[row, :found, 0]).max() <= cap
+
+
+def test_wrong_rescoring_calls_are_named():
+    trie, model = build_trie(random_codes(62, 10), SIZES), ToyModel(0, batch=1)
+    for options, message in (
+        ({"candidates": 9}, "without `rescore`"),
+        ({"candidates": (9, 3, 9), "rescore": rank_scores}, "candidates is 3 at level 1, whose beam is 4 wide"),
+        ({"candidates": (9, 9), "rescore": rank_scores}, "one for each of 3 levels"),
+        ({"rescore": lambda asked, cache: asked.log_probs[:, :1]}, r"rescore gave scores \(1, 1\) at level 0"),
+        ({"per_prefix": 0}, "per_prefix is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.search(trie, 4, **options)
+    with pytest.raises(UserError, match="use text_search"):
+        model.search(build_text_trie([[0, 1]], 5, 1), 4)
+
+
+# ---- one function ----------------------------------------------------------------------------------------------------
+
+
+def primitives(jaxpr) -> set[str]:
+    """Names of all primitives, of inner functions too."""
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        for inner in jaxprs_in_params(equation.params):
+            names |= primitives(inner)
+    return names
+
+
+@pytest.mark.parametrize("options", [{}, {"constrained": False}, {"rescore": rank_scores}, {"per_prefix": 2}])
+def test_no_step_goes_back_to_the_host(options):
+    trie, model = build_trie(random_codes(63, 40), SIZES), ToyModel(64, batch=2)
+    allowed = jnp.ones((2, 40), bool)
+    traced = jax.make_jaxpr(functools.partial(decode.__wrapped__, beam_width=5, **options))(model.tables, trie, allowed)
+    names = primitives(traced.jaxpr)
+    assert "top_k" in names
+    assert not [name for name in names if "callback" in name or name in ("infeed", "outfeed", "device_put")]
+
+
+def test_a_filter_built_before_is_as_good():
+    codes = random_codes(65, 60)
+    trie, model = build_trie(codes, SIZES), ToyModel(66, batch=2)
+    model.allowed = np.random.default_rng(67).random((2, 60)) < 0.5
+    fresh = model.search(trie, 9)
+    model.allowed = build_filter(trie, jnp.asarray(model.allowed))
+    jax.tree.map(np.testing.assert_array_equal, fresh, model.search(trie, 9))
+    items, _ = expand_items(trie, jax.tree.map(jnp.asarray, fresh), k=5, allowed=model.allowed)
+    assert (items >= 0).all()
+
+
+# ---- peers' bugs -----------------------------------------------------------------------------------------------------
+
+
+def test_peers_temperature_or_penalty_after_the_mask_does_not_bring_back_what_it_excluded():
+    """MiniOneRec applies logits warpers to masked scores: -inf / temperature, plus a finite penalty, can win again.
+
+    Here whatever happens to log-probabilities happens before the trie looks at them, and `rescore` can't undo it.
+    """
+    sizes = (6, 6)
+    codes = np.array([[1, 2], [1, 3], [4, 0]])
+    model = ToyModel(70, batch=1, sizes=sizes)
+    model.tables = [table / 0.01 + 1000 for table in model.tables]  # flattened or sharpened, shifted: any warper
+    result = model.search(build_trie(codes, sizes), 6, rescore=lambda asked, cache: 0 * asked.nodes + 1e6)
+    assert sorted(map(tuple, result.codes[0, :3].tolist())) == [(1, 2), (1, 3), (4, 0)]
+    assert result.valid[0].tolist() == [True] * 3 + [False] * 3
+
+
+def test_peers_a_shared_id_gives_all_its_items_not_the_first():
+    codes = np.array([[0, 1, 2], [3, 0, 0], [0, 1, 2], [0, 1, 2]])
+    trie = build_trie(codes, SIZES, order=np.array([5, 0, 9, 7]))
+    result = ToyModel(71, batch=1).search(trie, 2)
+    items, scores = expand_items(trie, jax.tree.map(jnp.asarray, result), k=4)
+    shared = result.leaf[0].tolist().index(0)
+    assert items[0].tolist() == ([2, 3, 0, 1] if shared == 0 else [1, 2, 3, 0])
+    assert len(set(scores[0].tolist())) == 2

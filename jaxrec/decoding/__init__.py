@@ -1,12 +1,34 @@
-"""Decoding: a catalogue's semantic IDs as a trie, and exact beam search over it, in one jitted function.
+"""Decoding: a catalogue's targets as a trie, and exact searches over it, each one jitted function.
 
-- `trie.py`: arrays from codes; every node is a range of sorted IDs and of items.
+- `trie.py`: arrays from codes or texts; every node is a range of sorted targets and of items.
 - `filters.py`: a different set of allowed items for every request, counted and selected in constant time.
-- `beam.py`: the search itself, and the expansion of IDs to items.
+- `top.py`: exact top-k of long rows.
+- `step.py`: one level of any search: candidates, and the choice among them.
+- `beam.py`: beam search over IDs, with a second model's scores if wanted, and the expansion of IDs to items.
+- `text_beam.py`: beam search over texts, which end where they end.
+- `rollout.py`: samples of IDs without replacement.
 """
 
-from jaxrec.decoding.beam import BeamResult, beam_search, expand_items
+from jaxrec.decoding.beam import BeamResult, Candidates, Rescore, beam_search, expand_items
 from jaxrec.decoding.filters import ItemFilter, build_filter
-from jaxrec.decoding.trie import Trie, build_trie
+from jaxrec.decoding.rollout import Rollouts, rollout
+from jaxrec.decoding.text_beam import TextResult, distinct_texts, text_search
+from jaxrec.decoding.trie import Trie, build_text_trie, build_trie
 
-__all__ = ["BeamResult", "ItemFilter", "Trie", "beam_search", "build_filter", "build_trie", "expand_items"]
+__all__ = [
+    "BeamResult",
+    "Candidates",
+    "ItemFilter",
+    "Rescore",
+    "Rollouts",
+    "TextResult",
+    "Trie",
+    "beam_search",
+    "build_filter",
+    "build_text_trie",
+    "build_trie",
+    "distinct_texts",
+    "expand_items",
+    "rollout",
+    "text_search",
+]

@@ -1,11 +1,11 @@
-"""Exact beam search over a trie, jitted as one function with no host step inside.
+"""Exact beam search over a trie of semantic IDs, jitted as one function with no host step inside.
 
 Every level looks at the children of its beams only: their log-probabilities are gathered (after normalising over the
 whole codebook, so scores are the model's own), and one top-k over all of them picks the next beams. The width grows
 from 1 with the number of prefixes there are, so it may exceed a codebook.
 
-Between levels the beams stand in node order, not in score order. Candidates are then in ID order too, and since
-`jax.lax.top_k` prefers the lower index, equal scores go to the lexicographically smaller ID without a second sort key.
+A second model may have a say in the choice (`rescore`, RankGR §3.3.2): the best candidates by the model's own
+log-probability are handed to it, and the beams are the best of them by its scores.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,26 @@ import jax
 import jax.numpy as jnp
 
 from jaxrec.config import UserError
-from jaxrec.decoding.filters import ItemFilter, build_filter
+from jaxrec.decoding.filters import ItemFilter
+from jaxrec.decoding.step import (
+    Beams,
+    Extend,
+    Grid,
+    as_filter,
+    children_grid,
+    choose,
+    extended,
+    filled,
+    free_grid,
+    grown,
+    reorder,
+    root,
+    summed,
+)
+from jaxrec.decoding.top import capped, top, top_capped
 from jaxrec.decoding.trie import Trie
 
-Extend = Callable[[jax.Array | None, Any, int], tuple[jax.Array, Any]]
+__all__ = ["BeamResult", "Candidates", "Rescore", "beam_search", "expand_items", "reorder"]
 
 
 @flax.struct.dataclass
@@ -29,21 +45,41 @@ class BeamResult:
     codes: jax.Array
     """int32 [B, W, M], -1 where not valid."""
     log_probs: jax.Array
-    """float32 [B, W], falling; -inf where not valid."""
+    """float32 [B, W], the model's own, falling unless `rescore` orders otherwise; -inf where not valid."""
+    scores: jax.Array
+    """float32 [B, W], what the IDs are ordered by, falling: `rescore`'s, without it log_probs; -inf where not valid."""
     valid: jax.Array
     """bool [B, W], True = an ID of the catalogue with an allowed item."""
     leaf: jax.Array
     """int32 [B, W], the ID's rank among the catalogue's sorted IDs; -1 where not valid."""
     nan: jax.Array
-    """bool [B], the model gave a NaN for this request, which then has no valid result: report it."""
+    """bool [B], the model or `rescore` gave NaN or +inf for this request, which then has no valid result: report it."""
+
+    def invalid_rate(self) -> jax.Array:
+        """float32 [B], the share of invalid IDs among those found; above 0 only in a search without the trie."""
+        found = self.log_probs > -jnp.inf
+        return (found & ~self.valid).sum(1) / jnp.maximum(found.sum(1), 1)
 
 
 @flax.struct.dataclass
-class _Beams:
-    codes: jax.Array  # int32 [B, W, level]
-    scores: jax.Array  # float32 [B, W], -inf = dead
-    nodes: jax.Array  # int32 [B, W], -1 = no prefix of the catalogue
-    nan: jax.Array  # bool [B]
+class Candidates:
+    """What `rescore` is asked about: C grown prefixes of each of B requests, in ID order."""
+
+    codes: jax.Array
+    """int32 [B, C, level + 1], -1 where dead."""
+    nodes: jax.Array
+    """int32 [B, C], the prefix's node in the trie's `level`, -1 where dead or not in the catalogue."""
+    parents: jax.Array
+    """int32 [B, C], the beam each grew from: the place of its state in the cache."""
+    log_probs: jax.Array
+    """float32 [B, C], the model's, summed over the prefix; -inf where dead."""
+    parent_scores: jax.Array
+    """float32 [B, C], what `rescore` gave the prefix one code shorter; 0 at level 0."""
+    level: int = flax.struct.field(pytree_node=False)
+    """The level of the last code, from 0."""
+
+
+Rescore = Callable[[Candidates, Any], jax.Array]
 
 
 def beam_search(
@@ -53,8 +89,11 @@ def beam_search(
     *,
     batch: int,
     beam_width: int | tuple[int, ...],
-    allowed: jax.Array | None = None,
+    allowed: jax.Array | ItemFilter | None = None,
     constrained: bool = True,
+    rescore: Rescore | None = None,
+    candidates: int | tuple[int, ...] | None = None,
+    per_prefix: int | None = None,
 ) -> BeamResult:
     """The `beam_width` IDs of highest summed log-probability; exact when no prefix of one leaves the beam on the way.
 
@@ -64,50 +103,60 @@ def beam_search(
         cache: pytree of arrays [B, W, ...], at first [B, 1, ...]; re-ordered as beams are chosen.
         batch: B.
         beam_width: W, or one width for each level; the last is the number of results.
-        allowed: bool [B, I], True = this request may return this item. None allows all.
+        allowed: bool [B, I], True = this request may return this item, or a filter built of it. None allows all.
         constrained: False searches all code sequences and uses the trie only to mark which of them exist. It measures
             how often the model leaves the catalogue: codes and log_probs of the others are then kept, with valid False.
+        rescore: `(candidates, cache) -> scores [B, C]`, by which beams are chosen and results ordered; the cache is
+            what `extend` returned, before it is re-ordered. RankGR Eq. 18 is `parent_scores + log(rank score)`.
+            -inf drops a candidate; one that the trie excludes stays excluded whatever it says.
+        candidates: lambda, how many candidates of highest log-probability are rescored, or one number for each level
+            (RankGR Eq. 12); at least the width, which is the default.
+        per_prefix: at most so many beams at every level, and results, begin with the same code.
 
     An ID of probability zero (log-probability -inf) is never valid.
 
     Raises:
-        UserError: widths below 1 or not one a level, `allowed` or log_probs of a wrong shape.
+        UserError: widths below 1 or not one a level, `candidates` below them or without `rescore`, `allowed`, log_probs
+            or scores of a wrong shape.
     """
-    item_filter = None
-    if allowed is not None:
-        if allowed.shape[0] != batch:
-            raise UserError(f"`allowed` has {allowed.shape[0]} rows for {batch} requests: give one row a request.")
-        item_filter = build_filter(trie, allowed)
-    beams = _Beams(
-        codes=jnp.zeros((batch, 1, 0), jnp.int32),
-        scores=jnp.zeros((batch, 1), jnp.float32),
-        nodes=jnp.zeros((batch, 1), jnp.int32),
-        nan=jnp.zeros(batch, bool),
-    )
-    choose = _choose_children if constrained else _choose_codes
-    for level, width in enumerate(_widths(beam_width, trie.levels)):
-        tokens = None if level == 0 else jnp.maximum(beams.codes[..., -1], 0)
-        log_probs, cache = extend(tokens, cache, level)
-        expected = (batch, beams.scores.shape[1], trie.codebook_sizes[level])
-        if log_probs.shape != expected:
-            raise UserError(
-                f"extend gave log_probs {log_probs.shape} at level {level}: expected [B, W, K] = {expected}."
-            )
+    if trie.eos is not None:
+        raise UserError("the trie holds texts: use text_search, which knows where they end.")
+    widths = _widths("beam_width", beam_width, trie.levels)
+    pools = _pools(candidates, rescore, widths)
+    if per_prefix is not None and per_prefix < 1:
+        raise UserError(f"per_prefix is {per_prefix}: allow at least one result a first code.")
+    item_filter = as_filter(trie, allowed, batch)
+    beams = root(trie, batch)
+    scores = beams.log_probs
+    for level, (width, pool) in enumerate(zip(widths, pools, strict=True)):
         last = level == trie.levels - 1
-        beams, parents = choose(log_probs.astype(jnp.float32), beams, trie, level, width, item_filter)
+        log_probs, cache = extended(extend, beams, cache, level, trie.codebook_sizes[level])
+        in_order = not last or rescore is not None
+        cap = per_prefix if level else None
+        if cap is not None and rescore is None:
+            if constrained:
+                grid = children_grid(log_probs, beams, trie, level, item_filter)
+            else:
+                grid = free_grid(log_probs, beams, trie, level)
+            beams, parents = _choose_capped(grid, beams, trie, level, width, cap, in_order=in_order)
+        elif constrained:
+            beams, parents = choose(log_probs, beams, trie, level, pool, item_filter, in_order=in_order)
+        else:
+            beams, parents = _choose_freely(log_probs, beams, trie, level, pool, in_order=in_order)
+        if rescore is None:
+            scores = beams.log_probs
+        else:
+            beams, scores = _rescored(rescore, beams, parents, scores, cache, level)
+            if cap is not None:
+                scores = capped(scores, beams.codes[..., 0], cap)
+            beams, parents, scores = _best(beams, parents, scores, width, in_order=not last)
         if not last:
             cache = reorder(cache, parents)
-    return _result(beams, trie, item_filter, _widths(beam_width, trie.levels)[-1], constrained)
-
-
-def reorder(cache: Any, parents: jax.Array) -> Any:
-    """The cache of the chosen beams: every array [B, W, ...] taken at parents int32 [B, new W]."""
-    take = jax.vmap(lambda rows, parent: rows.at[parent].get(mode="promise_in_bounds"))
-    return jax.tree.map(lambda rows: take(rows, parents), cache)
+    return _result(beams, scores, trie, item_filter, widths[-1], constrained)
 
 
 def expand_items(
-    trie: Trie, result: BeamResult, *, k: int, allowed: jax.Array | None = None
+    trie: Trie, result: BeamResult, *, k: int, allowed: jax.Array | ItemFilter | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The first k items of the valid IDs in beam order; items under one ID in the trie's stated order, with its score.
 
@@ -118,11 +167,10 @@ def expand_items(
     """
     if k < 1:
         raise UserError(f"k is {k}: ask for at least one item.")
-    leaf = jnp.maximum(result.leaf, 0)
-    first, end = trie.starts[-1][leaf], trie.starts[-1][leaf + 1]
-    if allowed is not None:
+    first, end = trie.leaf_ranges(jnp.maximum(result.leaf, 0))
+    item_filter = as_filter(trie, allowed, len(result.leaf))
+    if item_filter is not None:
         # Ranks among the allowed items in place of positions among all.
-        item_filter = build_filter(trie, allowed)
         first, end = item_filter.count_before(first), item_filter.count_before(end)
     counts = jnp.where(result.valid, end - first, 0)
     ends = jnp.cumsum(counts, axis=1)
@@ -131,116 +179,105 @@ def expand_items(
     found = wanted < ends[:, -1:]
     beam = jnp.where(found, beam, 0)
     position = jnp.take_along_axis(first - (ends - counts), beam, axis=1) + wanted
-    if allowed is not None:
+    if item_filter is not None:
         position = item_filter.select(position)
     items = jnp.where(found, trie.items.at[position].get(mode="clip"), -1)
-    return items, jnp.where(found, jnp.take_along_axis(result.log_probs, beam, axis=1), -jnp.inf)
+    return items, jnp.where(found, jnp.take_along_axis(result.scores, beam, axis=1), -jnp.inf)
 
 
-def _widths(beam_width: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
-    widths = (beam_width,) * levels if isinstance(beam_width, int) else tuple(beam_width)
+def _widths(name: str, given: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
+    widths = (given,) * levels if isinstance(given, int) else tuple(given)
     if len(widths) != levels or min(widths) < 1:
-        raise UserError(f"beam_width is {beam_width}: give a width of at least 1, or one for each of {levels} levels.")
+        raise UserError(f"{name} is {given}: give a width of at least 1, or one for each of {levels} levels.")
     return widths
 
 
-def _choose_children(
-    log_probs: jax.Array, beams: _Beams, trie: Trie, level: int, width: int, item_filter: ItemFilter | None
-) -> tuple[_Beams, jax.Array]:
-    """The best children in the trie of all beams, and the beam each came from: ([B, new W], int32 [B, new W])."""
-    branching = trie.branching[level]
-    alive = beams.scores > -jnp.inf
-    node = jnp.where(alive, beams.nodes, 0)
-    first = trie.children[level][node]
-    count = jnp.where(alive, trie.children[level][node + 1] - first, 0)
-    tokens = _slices(trie.tokens[level], first, branching)
-    child_log_probs = jnp.take_along_axis(log_probs, tokens, axis=2, mode="promise_in_bounds")
-    keep = jnp.arange(branching) < count[..., None]
-    nan = beams.nan | (keep & jnp.isnan(child_log_probs)).any((1, 2))
-    if item_filter is not None:
-        keep &= _allowed_children(item_filter, trie, level, first)
-    scores = jnp.where(keep & ~jnp.isnan(child_log_probs), beams.scores[..., None] + child_log_probs, -jnp.inf)
-
-    width = min(width, trie.nodes(level), scores.shape[1] * branching)
-    best, parents, child = _top(scores, width, in_order=level < trie.levels - 1)
-    nodes = jnp.take_along_axis(first, parents, axis=1) + child
-    token = trie.tokens[level].at[nodes].get(mode="clip")
-    return _grown(beams, parents, token, best, nodes, nan), parents
+def _pools(candidates, rescore: Rescore | None, widths: tuple[int, ...]) -> tuple[int, ...]:
+    if candidates is None:
+        return widths
+    if rescore is None:
+        raise UserError(f"candidates is {candidates}, but without `rescore` nothing is rescored: leave it out.")
+    pools = _widths("candidates", candidates, len(widths))
+    for level, (pool, width) in enumerate(zip(pools, widths, strict=True)):
+        if pool < width:
+            raise UserError(
+                f"candidates is {pool} at level {level}, whose beam is {width} wide: give at least {width}."
+            )
+    return pools
 
 
-def _choose_codes(
-    log_probs: jax.Array, beams: _Beams, trie: Trie, level: int, width: int, item_filter: ItemFilter | None
-) -> tuple[_Beams, jax.Array]:
-    """As `_choose_children` among all codes, in the catalogue or not; the nodes of the others are -1."""
-    del item_filter  # applied to the finished IDs
-    alive = beams.scores > -jnp.inf
-    missing = jnp.isnan(log_probs)
-    nan = beams.nan | (alive[..., None] & missing).any((1, 2))
-    scores = jnp.where(missing, -jnp.inf, beams.scores[..., None] + log_probs)
-    width = min(width, scores.shape[1] * scores.shape[2])
-    best, parents, token = _top(scores, width, in_order=level < trie.levels - 1)
-    nodes = _find_child(trie, level, jnp.take_along_axis(beams.nodes, parents, axis=1), token)
-    return _grown(beams, parents, token, best, nodes, nan), parents
+def _choose_freely(
+    log_probs: jax.Array, beams: Beams, trie: Trie, level: int, width: int, *, in_order: bool
+) -> tuple[Beams, jax.Array]:
+    """As `choose` among all codes, in the catalogue or not; a filter is applied to the finished IDs."""
+    grid = free_grid(log_probs, beams, trie, level)
+    scores = summed(grid, beams)
+    best, index = top(scores, min(width, scores.shape[1]))
+    return grown(beams, trie, level, grid, best, index, in_order=in_order)
 
 
-def _top(scores: jax.Array, width: int, *, in_order: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best `width` of scores [B, W, n] as (scores, W index, n index); by index if `in_order`, else best first."""
-    flat = scores.reshape(scores.shape[0], -1)
-    best, index = jax.lax.top_k(flat, width)
+def _choose_capped(
+    grid: Grid, beams: Beams, trie: Trie, level: int, width: int, cap: int, *, in_order: bool
+) -> tuple[Beams, jax.Array]:
+    """The best `width` of the grid, at most `cap` with one first code."""
+    scores = beams.log_probs[..., None] + grid.log_probs
+    best, index = top_capped(scores, beams.codes[..., 0], cap, width)
+    return grown(beams, trie, level, grid, best, index, in_order=in_order)
+
+
+def _rescored(
+    rescore: Rescore, beams: Beams, parents: jax.Array, scores: jax.Array, cache: Any, level: int
+) -> tuple[Beams, jax.Array]:
+    """The candidates and their new scores, -inf where they are dead."""
+    parent_scores = jnp.take_along_axis(scores, parents, axis=1)
+    asked = Candidates(beams.codes, beams.nodes, parents, beams.log_probs, parent_scores, level)
+    given = rescore(asked, cache)
+    if given.shape != parents.shape:
+        raise UserError(f"rescore gave scores {given.shape} at level {level}: expected [B, C] = {parents.shape}.")
+    alive = beams.log_probs > -jnp.inf
+    sound = given < jnp.inf
+    beams = beams.replace(bad=beams.bad | (alive & ~sound).any(1))
+    return beams, jnp.where(alive & sound, given.astype(jnp.float32), -jnp.inf)
+
+
+def _best(
+    beams: Beams, parents: jax.Array, scores: jax.Array, width: int, *, in_order: bool
+) -> tuple[Beams, jax.Array, jax.Array]:
+    """The `width` beams of highest score, of beams in node order; best first unless `in_order`."""
+    scores, index = top(scores, min(width, scores.shape[1]))
     if in_order:
-        index = jnp.sort(index, axis=1)
-        best = jnp.take_along_axis(flat, index, axis=1)
-    return best, index // scores.shape[2], index % scores.shape[2]
+        place = jax.lax.broadcasted_iota(jnp.int32, index.shape, 1)
+        index, place = jax.lax.sort((index, place), dimension=1, num_keys=1)
+        scores = jnp.take_along_axis(scores, place, axis=1)
+
+    def take(values: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, index, axis=1)
+
+    alive = scores > -jnp.inf
+    beams = Beams(
+        codes=jnp.where(alive[..., None], jnp.take_along_axis(beams.codes, index[..., None], axis=1), -1),
+        log_probs=jnp.where(alive, take(beams.log_probs), -jnp.inf),
+        nodes=jnp.where(alive, take(beams.nodes), -1),
+        ends=take(beams.ends),
+        bad=beams.bad,
+    )
+    return beams, take(parents), scores
 
 
-def _grown(
-    beams: _Beams, parents: jax.Array, token: jax.Array, best: jax.Array, nodes: jax.Array, nan: jax.Array
-) -> _Beams:
-    alive = best > -jnp.inf
-    codes = jnp.take_along_axis(beams.codes, parents[..., None], axis=1)
-    codes = jnp.concatenate([codes, jnp.where(alive, token, -1)[..., None]], axis=2)
-    return _Beams(codes=codes, scores=best, nodes=jnp.where(alive, nodes, -1), nan=nan)
-
-
-def _slices(values: jax.Array, first: jax.Array, length: int) -> jax.Array:
-    """values[first : first + length] for every element of first: [..., length]. Faster than a gather."""
-    return jnp.vectorize(lambda start: jax.lax.dynamic_slice(values, (start,), (length,)), signature="()->(n)")(first)
-
-
-def _allowed_children(item_filter: ItemFilter, trie: Trie, level: int, first: jax.Array) -> jax.Array:
-    """Whether the children first, first + 1, ... hold an allowed item: int32 [B, W] -> bool [B, W, branching]."""
-    # The barriers keep XLA from computing every position and count twice, once for each neighbour: 2.4x faster on CPU.
-    positions = jax.lax.optimization_barrier(_slices(trie.starts[level], first, trie.branching[level] + 1))
-    before = jax.lax.optimization_barrier(item_filter.count_before(positions))
-    return before[..., 1:] > before[..., :-1]
-
-
-def _find_child(trie: Trie, level: int, nodes: jax.Array, token: jax.Array) -> jax.Array:
-    """The child with this token of each node, by binary search: int32 [B, W], -1 where there is none or no node."""
-    parent = jnp.maximum(nodes, 0)
-    low, end = trie.children[level][parent], trie.children[level][parent + 1]
-    high = end
-    for _ in range(trie.branching[level].bit_length()):
-        middle = (low + high) // 2
-        below = (trie.tokens[level].at[middle].get(mode="clip") < token) & (low < high)
-        low, high = jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
-    found = (nodes >= 0) & (low < end) & (trie.tokens[level].at[low].get(mode="clip") == token)
-    return jnp.where(found, low, -1)
-
-
-def _result(beams: _Beams, trie: Trie, item_filter: ItemFilter | None, width: int, constrained: bool) -> BeamResult:
+def _result(
+    beams: Beams, scores: jax.Array, trie: Trie, item_filter: ItemFilter | None, width: int, constrained: bool
+) -> BeamResult:
     """Marks what is valid and fills up to `width` where there can't be so many IDs."""
-    valid = (beams.nodes >= 0) & (beams.scores > -jnp.inf) & ~beams.nan[:, None]
+    shown = (beams.log_probs > -jnp.inf) & ~beams.bad[:, None]
+    valid = shown & (beams.nodes >= 0)
     if item_filter is not None and not constrained:
-        leaf = jnp.maximum(beams.nodes, 0)
-        counts = item_filter.count_before(trie.starts[-1][leaf + 1]) - item_filter.count_before(trie.starts[-1][leaf])
-        valid &= counts > 0
-    shown = valid if constrained else (beams.scores > -jnp.inf) & ~beams.nan[:, None]
-    missing = ((0, 0), (0, width - valid.shape[1]))
+        first, end = trie.leaf_ranges(jnp.maximum(beams.nodes, 0))
+        valid &= item_filter.count_before(end) > item_filter.count_before(first)
     return BeamResult(
-        codes=jnp.pad(jnp.where(shown[..., None], beams.codes, -1), (*missing, (0, 0)), constant_values=-1),
-        log_probs=jnp.pad(jnp.where(shown, beams.scores, -jnp.inf), missing, constant_values=-jnp.inf),
-        valid=jnp.pad(valid, missing),
-        leaf=jnp.pad(jnp.where(valid, beams.nodes, -1), missing, constant_values=-1),
-        nan=beams.nan,
+        codes=filled(beams.codes, shown, width, -1),
+        log_probs=filled(beams.log_probs, shown, width, -jnp.inf),
+        scores=filled(scores, shown, width, -jnp.inf),
+        valid=filled(valid, shown, width, False),
+        leaf=filled(beams.nodes, valid, width, -1),
+        nan=beams.bad,
     )

@@ -1,0 +1,216 @@
+"""Beam search over texts: sequences of tokens that end where they end, all of the catalogue's or any.
+
+The steps are unrolled up to `max_length`, and every text that ends on the way is kept: at each step the ends of all W
+beams are set aside with their scores, and the W best prefixes that have not ended go on. Ended and unended never
+compete for a place, so a short text that is the best after division by its length can't be lost to longer prefixes. The
+results are the best of all that were set aside; there is no early stop, whose saving an unrolled search can't use.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrec.config import UserError
+from jaxrec.decoding.filters import ItemFilter
+from jaxrec.decoding.step import (
+    Beams,
+    Extend,
+    Grid,
+    as_filter,
+    children_grid,
+    extended,
+    filled,
+    find_child,
+    free_grid,
+    grown,
+    has_allowed,
+    reorder,
+    root,
+    summed,
+)
+from jaxrec.decoding.top import top
+from jaxrec.decoding.trie import Trie
+
+
+@flax.struct.dataclass
+class TextResult:
+    """The W best texts of each of B requests, best first; of equal scores the shorter, then by tokens."""
+
+    tokens: jax.Array
+    """int32 [B, W, M], the end token included, -1 after it and where there is no text."""
+    lengths: jax.Array
+    """int32 [B, W], tokens with the end token; 0 where there is no text."""
+    log_probs: jax.Array
+    """float32 [B, W], of the whole text; -inf where there is none."""
+    scores: jax.Array
+    """float32 [B, W], log_probs / lengths ** length_penalty, falling; -inf where there is no text."""
+    valid: jax.Array
+    """bool [B, W], True = an ended text, of the trie where there is one, and allowed."""
+    leaf: jax.Array
+    """int32 [B, W], the text's rank among the trie's sorted ones; -1 where not in it."""
+    nan: jax.Array
+    """bool [B], the model gave NaN or +inf for this request, which then has no valid result: report it."""
+
+
+def text_search(
+    extend: Extend,
+    cache: Any,
+    *,
+    batch: int,
+    beam_width: int,
+    eos: int,
+    max_length: int,
+    length_penalty: float = 0.0,
+    trie: Trie | None = None,
+    allowed: jax.Array | ItemFilter | None = None,
+    constrained: bool = True,
+    results: int | None = None,
+) -> TextResult:
+    """The best texts by log-probability / length ** length_penalty, length in tokens with the end (as in HF generate).
+
+    Exact when no prefix of one is outside the W best prefixes of its length. A text that has not ended after
+    `max_length` tokens is no result.
+
+    Args:
+        extend: as in `beam_search`, over the vocabulary V at every level.
+        cache: as in `beam_search`.
+        batch: B.
+        beam_width: W, prefixes that go on at every step.
+        eos: the token that ends a text.
+        max_length: M, tokens of the longest text with its end.
+        length_penalty: 0 ranks by log-probability, 1 by its mean over the tokens; above 0 favours long texts.
+        trie: of `build_text_trie`: only its texts are found.
+        allowed: as in `beam_search`, by the trie's items; needs the trie.
+        constrained: False searches all texts and uses the trie only to mark which are in it.
+        results: how many texts are returned, W by default.
+
+    Raises:
+        UserError: a width, length or number of results below 1, a trie of IDs or with another end token, `allowed`
+            without a trie, log_probs of a wrong shape.
+    """
+    results = beam_width if results is None else results
+    for name, value in (("beam_width", beam_width), ("max_length", max_length), ("results", results)):
+        if value < 1:
+            raise UserError(f"{name} is {value}: give at least 1.")
+    if trie is not None and trie.eos != eos:
+        raise UserError(f"the trie's texts end in {trie.eos}, the search's in {eos}: build it with build_text_trie.")
+    if trie is None and allowed is not None:
+        raise UserError("`allowed` names items of a trie: give the trie too.")
+    if trie is not None and constrained:
+        max_length = min(max_length, trie.levels)
+    searched = trie if constrained else None
+    item_filter = None if trie is None else as_filter(trie, allowed, batch)
+    beams, ended = root(trie, batch), []
+    for level in range(max_length):
+        known = trie if trie is not None and level < trie.levels else None
+        size = None if trie is None else trie.codebook_sizes[0]
+        log_probs, cache = extended(extend, beams, cache, level, size)
+        if searched is not None:
+            grid = children_grid(log_probs, beams, searched, level, item_filter)
+            is_end = grid.tokens == eos
+        else:
+            grid = free_grid(log_probs, beams, known, level)
+            is_end = jnp.arange(log_probs.shape[2]) == eos
+        beams = beams.replace(bad=beams.bad | grid.bad)
+        ended.append(_ends(log_probs, beams, grid, is_end, known, level, eos, item_filter, constrained))
+        if level == max_length - 1:
+            break
+        going_on = summed(Grid(jnp.where(is_end, -jnp.inf, grid.log_probs), grid.tokens, grid.locate, grid.bad), beams)
+        width = min(beam_width, going_on.shape[1])
+        best, index = top(going_on, width)
+        beams, parents = grown(beams, known, level, grid, best, index, in_order=True)
+        cache = reorder(cache, parents)
+    return _best_texts(ended, beams.bad, trie, results, length_penalty)
+
+
+def distinct_texts(
+    result: TextResult, detokenize: Callable[[list[int]], str], k: int
+) -> list[list[tuple[str, float, int]]]:
+    """The k best texts of each request that differ as a reader sees them, on the host.
+
+    Different tokens may spell one text; the best of them stands for it. Search with more `results` than k, so that k
+    remain. Returns per request (text, score, leaf), best first; `detokenize` gets the tokens without the end.
+    """
+    host = jax.tree.map(np.asarray, result)
+    answers = []
+    for row in range(len(host.valid)):
+        best: dict[str, tuple[str, float, int]] = {}
+        for place in np.flatnonzero(host.valid[row]):
+            if len(best) == k:
+                break
+            tokens = host.tokens[row, place, : host.lengths[row, place] - 1].tolist()
+            text = detokenize(tokens)
+            best.setdefault(text, (text, float(host.scores[row, place]), int(host.leaf[row, place])))
+        answers.append(list(best.values()))
+    return answers
+
+
+@flax.struct.dataclass
+class _Ended:
+    """Texts that end at one level, one a beam."""
+
+    tokens: jax.Array  # int32 [B, W, level + 1]
+    log_probs: jax.Array  # float32 [B, W], -inf = none
+    valid: jax.Array  # bool [B, W]
+    leaf: jax.Array  # int32 [B, W], -1 = not in the trie
+
+
+def _ends(
+    log_probs: jax.Array,
+    beams: Beams,
+    grid: Grid,
+    is_end: jax.Array,
+    trie: Trie | None,
+    level: int,
+    eos: int,
+    item_filter: ItemFilter | None,
+    constrained: bool,
+) -> _Ended:
+    """Each beam with the end token."""
+    end = jnp.where(is_end, grid.log_probs, -jnp.inf).max(-1)  # at most one candidate of a beam is its end
+    total = beams.log_probs + end
+    valid = total > -jnp.inf
+    leaf = jnp.full(total.shape, -1, jnp.int32)
+    if trie is not None:
+        node = find_child(trie, level, beams.nodes, eos)
+        leaf = jnp.searchsorted(trie.leaf_starts, trie.starts[level][jnp.maximum(node, 0)], side="right") - 1
+        leaf = jnp.where(node >= 0, leaf, -1).astype(jnp.int32)
+        if item_filter is not None and not constrained:
+            own = jnp.broadcast_to(jnp.arange(node.shape[1], dtype=jnp.int32), node.shape)
+            leaf = jnp.where(has_allowed(item_filter, trie, level, beams, own, node), leaf, -1)
+    tokens = jnp.concatenate([beams.codes, jnp.full((*total.shape, 1), eos, jnp.int32)], axis=2)
+    return _Ended(tokens, total, valid, leaf)
+
+
+def _best_texts(
+    ended: list[_Ended], bad: jax.Array, trie: Trie | None, results: int, length_penalty: float
+) -> TextResult:
+    """The best of all texts that ended, shorter ones first among equals because they were set aside earlier."""
+    longest = len(ended)
+    rows = [jnp.pad(e.tokens, ((0, 0), (0, 0), (0, longest - 1 - n)), constant_values=-1) for n, e in enumerate(ended)]
+    tokens = jnp.concatenate(rows, axis=1)
+    log_probs = jnp.concatenate([e.log_probs for e in ended], axis=1)
+    leaf = jnp.concatenate([e.leaf for e in ended], axis=1)
+    lengths = jnp.concatenate([jnp.full(e.leaf.shape[1], n + 1, jnp.int32) for n, e in enumerate(ended)])
+    penalty = jnp.asarray(np.arange(1, longest + 1, dtype=np.float32) ** np.float32(length_penalty))
+    scores, index = top(log_probs / penalty[lengths - 1], min(results, log_probs.shape[1]))
+    found = (scores > -jnp.inf) & ~bad[:, None]
+
+    def take(values: jax.Array, fill: float) -> jax.Array:
+        at = index.reshape(*index.shape, *(1,) * (values.ndim - 2))
+        return filled(jnp.take_along_axis(values, at, axis=1), found, results, fill)
+
+    leaf = take(leaf, -1)
+    return TextResult(
+        tokens=take(tokens, -1),
+        lengths=take(jnp.broadcast_to(lengths, log_probs.shape), 0),
+        log_probs=take(log_probs, -jnp.inf),
+        scores=filled(scores, found, results, -jnp.inf),
+        valid=filled(found, found, results, False) & (True if trie is None else leaf >= 0),
+        leaf=leaf,
+        nan=bad,
+    )
