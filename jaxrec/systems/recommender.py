@@ -36,6 +36,7 @@ class GenerativeRecommender:
         # What answers need and no request changes; an argument of the compiled functions, not a constant in them.
         self.served = {
             "variables": variables,
+            "catalogue": assembly.catalogue,
             "table": make_table(variables, assembly.catalogue),
             "trie": build_trie(space.codes, space.codebook_sizes, order=space.popularity),
         }
@@ -104,6 +105,14 @@ class GenerativeRecommender:
 
     @functools.partial(jax.jit, static_argnames=("self", "width", "k"))
     def _search(self, served, arrays, allowed, width: int, k: int):
+        return self.retrieve(served, arrays, allowed, width, k)
+
+    def retrieve(self, served: dict, arrays: dict, allowed: jax.Array | None, width: int, k: int):
+        """The whole retrieval as a pure function of arrays: what is jitted here and exported by `jaxrec.export`.
+
+        served: as `self.served`; arrays: stacked features of B histories; allowed: bool [B, I] or None for everything.
+        Returns items int32 [B, k] (-1 = none), log-probabilities float32 [B, k], and bool [B]: the model gave NaN.
+        """
         result = self._beams(served, self._context(served, arrays), allowed, width)
         return *expand_items(served["trie"], result, k=k, allowed=allowed), result.nan
 
@@ -125,14 +134,14 @@ class GenerativeRecommender:
     def _context(self, served, arrays):
         assembly = self.assembly
         inputs, table = assembly.features(arrays), served["table"]
-        return assembly.model.apply(served["variables"], inputs, assembly.catalogue, table=table, method="prefill")
+        return assembly.model.apply(served["variables"], inputs, served["catalogue"], table=table, method="prefill")
 
     def _extend(self, served, context, tokens, cache, level: int):
         return self.assembly.model.apply(served["variables"], context, tokens, cache, level, method="extend")
 
     def _beams(self, served, context, allowed, width: int, constrained: bool = True):
         extend = functools.partial(self._extend, served, context)
-        batch = len(context.state)
+        batch = context.state.shape[0]
         return beam_search(
             extend, None, served["trie"], batch=batch, beam_width=width, allowed=allowed, constrained=constrained
         )
