@@ -1,7 +1,9 @@
 """A trained model that recommends: histories in, ranked items out, by beam search over the catalogue's trie."""
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from jaxrec.decoding.trie import build_trie
 from jaxrec.evaluation.cases import Cases, History
 from jaxrec.evaluation.metrics import add, id_accuracy, validity_rate
 from jaxrec.systems.onemall_model import Assembly
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,17 @@ class GenerativeRecommender:
         items = np.full((len(histories), k), -1, np.int32)
         scores = np.full((len(histories), k), -np.inf, np.float32)
         width = max(self.config.beam_width, k)
-        for rows, arrays in self._batches(histories):
-            allowed = self._allowed([histories[row] for row in rows]) if exclude_seen else None
-            found = self._search(self.served, arrays, allowed, width, k)
-            if bool(found[2].any()):
+
+        def searches():
+            for rows, arrays in self._batches(histories):
+                allowed = self._allowed([histories[row] for row in rows]) if exclude_seen else None
+                yield rows, self._search(self.served, arrays, allowed, width, k)
+
+        for rows, search in _one_ahead(searches()):
+            found_items, found_scores, nan = jax.device_get(search)
+            if nan.any():
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
-            items[rows], scores[rows] = found[0][: len(rows)], found[1][: len(rows)]
+            items[rows], scores[rows] = found_items[: len(rows)], found_scores[: len(rows)]
         return items, scores
 
     def diagnose(self, cases: Cases) -> dict[str, tuple[float, float]]:
@@ -145,3 +154,12 @@ class GenerativeRecommender:
         return beam_search(
             extend, None, served["trie"], batch=batch, beam_width=width, allowed=allowed, constrained=constrained
         )
+
+
+def _one_ahead(iterator: Iterator[Item]) -> Iterator[Item]:
+    """The same elements, each when the next is begun: the host prepares a batch while the device works on another."""
+    before: list[Item] = []
+    for element in iterator:
+        yield from before
+        before = [element]
+    yield from before
