@@ -9,9 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from jax import export as jax_export
 from onemall_parts import (
@@ -288,6 +291,23 @@ def test_whole_or_not_at_all(recommender, folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the disk is full"):
         write_artefact(recommender, IDS, tmp_path / "artefact", CONFIG)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_exported_with_its_ids_and_the_version_of_its_catalogue(recommender, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / "tables").mkdir(parents=True)
+    (run / "semantic_ids" / "versions").mkdir(parents=True)
+    pq.write_table(pa.table({"item_id": IDS}), run / "tables" / "items.parquet")
+    (run / "config.json").write_text('{"system": "here"}')
+    (run / "semantic_ids" / "versions" / "current.json").write_text('{"version": 7}')
+    with pytest.raises(UserError, match="unknown system 'here'; known are onemall"):
+        export.export_run(run, tmp_path / "artefact")
+    monkeypatch.setitem(export.SYSTEMS, "here", SimpleNamespace(load_recommender=lambda _: recommender))
+    manifest = export.export_run(run, tmp_path / "artefact", CONFIG)
+    assert manifest["system"] == "here" and manifest["catalogue_version"] == 7
+    assert export.load(tmp_path / "artefact").item_ids == IDS
+    with pytest.raises(UserError, match="is there already"):
+        export.export_run(run, tmp_path / "artefact", CONFIG)
 
 
 @pytest.mark.parametrize(
