@@ -26,7 +26,7 @@ from jax.export import is_symbolic_dim
 from jaxrec.nn.layers import partitioned
 
 EXPORT_BATCH = 32
-"""Contexts in a batch for which an exported model is fast on CPU; any other batch gives the same numbers."""
+"""Contexts in a batch for which an exported model is fast on CPU; others give the same numbers."""
 
 Dispatch = Literal["auto", "blocked", "ragged", "dense", "capacity"]
 
