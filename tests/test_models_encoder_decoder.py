@@ -63,7 +63,7 @@ def compiled(**changes):
     return jax.jit(functools.partial(everything, make(**changes)[0]))
 
 
-# ---- a plain T5, which shares the buckets alone with ours --------------------------------------------------------------
+# ---- a plain T5, which shares the buckets alone with ours ------------------------------------------------------------
 
 
 def plain_norm(x, part):
