@@ -21,32 +21,73 @@ def packed_attention(
     context: KeyValue | None = None,
     context_mask: jax.Array | None = None,
     own: KeyValue | None = None,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Attend from every token of every target to the shared context and, causally, to its own target.
 
-    query [B, L, M, N, H]; context: key and value [B, S, N, H] with mask [B, S]; own: key and value [B, L, T, N, H] with
-    T >= M, where the queries are the last M of the T positions. Either part may be missing. Softmax in float32.
+    query [B, L, M, N, H]; context: key and value [B, S, N, H] with mask [B, S], or [B, L, S] where each target sees
+    another part of it; own: key and value [B, L, T, N, H] with T >= M, where the queries are the last M of the T
+    positions. Either part may be missing. Keys and values may have fewer heads, of which each serves a group of
+    consecutive heads of the queries (grouped-query attention); they are not repeated for it. `bias` [N, L, M, S + T], L
+    and M possibly 1, is added to the scores after they are multiplied by `scale`, H**-0.5 if None. Softmax in float32.
     Returns [B, L, M, N, H] in the dtype of `query`; zeros where a token has nothing to look at.
     """
-    scale = query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    length, heads = query.shape[2:4]
+    group = heads // (own if context is None else context)[0].shape[-2]
+    query = _fold_heads(query, group)
     scores, masks = [], []
     if context is not None:
         scores.append(jnp.einsum("BLMNH,BSNH->BNLMS", query, context[0]))
         mask = jnp.ones(context[0].shape[:2], bool) if context_mask is None else context_mask
-        masks.append(jnp.broadcast_to(mask[:, None, None, None, :], scores[-1].shape))
+        mask = mask[:, None, None, None] if mask.ndim == 2 else mask[:, None, :, None]
+        masks.append(jnp.broadcast_to(mask, scores[-1].shape))
     if own is not None:
         scores.append(_own_scores(query, own[0]))
-        length, total = query.shape[2], own[0].shape[2]
-        causal = jnp.arange(total) <= jnp.arange(length)[:, None] + (total - length)
+        total = own[0].shape[2]
+        causal = jnp.arange(total) <= jnp.repeat(jnp.arange(length), group)[:, None] + (total - length)
         masks.append(jnp.broadcast_to(causal, scores[-1].shape))
-    weights = masked_softmax(jnp.concatenate(scores, -1) * scale, jnp.concatenate(masks, -1)).astype(query.dtype)
+    joined = jnp.concatenate(scores, -1) * scale
+    if bias is not None:
+        joined += _fold_bias(bias, group, length)
+    weights = masked_softmax(joined, jnp.concatenate(masks, -1)).astype(query.dtype)
     split = 0 if context is None else context[0].shape[1]
     out = 0.0
     if context is not None:
         out += jnp.einsum("BNLMS,BSNH->BLMNH", weights[..., :split], context[1])
     if own is not None:
         out += _own_values(weights[..., split:], own[1])
-    return out
+    return _unfold_heads(out, group)
+
+
+# The heads of a group read the same keys, as the tokens of a target do: so a group is that many more tokens.
+def _fold_heads(query: jax.Array, group: int) -> jax.Array:
+    """[B, L, M, N, H] -> [B, L, M * group, N / group, H]."""
+    if group == 1:
+        return query
+    *lead, length, heads, width = query.shape
+    grouped = query.reshape(*lead, length, heads // group, group, width)
+    return grouped.swapaxes(-3, -2).reshape(*lead, length * group, heads // group, width)
+
+
+def _unfold_heads(out: jax.Array, group: int) -> jax.Array:
+    """The reverse of `_fold_heads`."""
+    if group == 1:
+        return out
+    *lead, length, heads, width = out.shape
+    grouped = out.reshape(*lead, length // group, group, heads, width)
+    return grouped.swapaxes(-3, -2).reshape(*lead, length // group, heads * group, width)
+
+
+def _fold_bias(bias: jax.Array, group: int, length: int) -> jax.Array:
+    """[N, L, 1 or M, X] -> [N / group, L, M * group, X], where `length` is M."""
+    if group == 1:
+        return bias
+    heads, targets, _, positions = bias.shape
+    bias = jnp.broadcast_to(bias, (heads, targets, length, positions))
+    grouped = bias.reshape(heads // group, group, targets, length, positions)
+    return jnp.moveaxis(grouped, 1, 3).reshape(heads // group, targets, length * group, positions)
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array, axis: int = -1) -> jax.Array:
@@ -56,15 +97,47 @@ def masked_softmax(scores: jax.Array, mask: jax.Array, axis: int = -1) -> jax.Ar
     return weights / jnp.maximum(weights.sum(axis, keepdims=True), 1e-30)
 
 
-# A target has a handful of tokens, so these products are too small for a matrix routine: thousands of 3x3 blocks. As
-# multiply-and-sum they fuse into one pass over memory.
+# A target has a handful of tokens, so these products are too small for a matrix routine: thousands of 3x3 blocks. One
+# pass over memory a key token is several times faster, if it is written so that it vectorises: sums over a last axis as
+# a product with ones, and gradients in the same form, which is what the custom rules are for. Each is the other's
+# gradient. Above UNROLLED tokens a matrix routine is faster again.
+UNROLLED = 8
+
+
+@jax.custom_vjp
 def _own_scores(query: jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.moveaxis((query[:, :, :, None] * key[:, :, None]).sum(-1), -1, 1)  # [B, L, M, T, N] -> [B, N, L, M, T]
+    """[B, L, M, N, H] and [B, L, T, N, H] -> float32 [B, N, L, M, T]."""
+    if max(query.shape[2], key.shape[2]) > UNROLLED:
+        return jnp.einsum("BLMNH,BLTNH->BNLMT", query, key, preferred_element_type=jnp.float32)
+    ones = jnp.ones(query.shape[-1], query.dtype)
+    scores = [
+        jnp.matmul(query * key[:, :, t : t + 1], ones, preferred_element_type=jnp.float32) for t in range(key.shape[2])
+    ]
+    return jnp.stack([jnp.moveaxis(each, 3, 1) for each in scores], axis=-1)
 
 
+@jax.custom_vjp
 def _own_values(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """[B, N, L, M, T] and [B, L, T, N, H] -> [B, L, M, N, H]."""
+    if max(weights.shape[-2:]) > UNROLLED:
+        return jnp.einsum("BNLMT,BLTNH->BLMNH", weights, value)
     weights = jnp.moveaxis(weights, 1, -1)[..., None]  # [B, L, M, T, N, 1]
-    return (weights * value[:, :, None]).sum(3)
+    return sum(weights[:, :, :, t] * value[:, :, t : t + 1] for t in range(value.shape[2]))
+
+
+def _scores_gradient(inputs: KeyValue, gradient: jax.Array) -> KeyValue:
+    query, key = inputs
+    gradient = gradient.astype(query.dtype)
+    return _own_values(gradient, key), _own_values(gradient.swapaxes(-1, -2), query)
+
+
+def _values_gradient(inputs: KeyValue, gradient: jax.Array) -> KeyValue:
+    weights, value = inputs
+    return _own_scores(gradient, value).astype(weights.dtype), _own_values(weights.swapaxes(-1, -2), gradient)
+
+
+_own_scores.defvjp(lambda query, key: (_own_scores(query, key), (query, key)), _scores_gradient)
+_own_values.defvjp(lambda weights, value: (_own_values(weights, value), (weights, value)), _values_gradient)
 
 
 class TargetAttention(nn.Module):

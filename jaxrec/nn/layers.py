@@ -20,18 +20,19 @@ def partitioned(initializer, *axes: str | None):
 class Projection(nn.Module):
     """A matrix over the last axis: [..., D] -> [..., *features]; no bias.
 
-    `axes` names the axes of the weight, the input's first.
+    `axes` names the axes of the weight, the input's first; outputs start with a standard deviation of `gain`.
     """
 
     features: int | Sequence[int]
     axes: tuple[str | None, ...]
     dtype: jnp.dtype = jnp.float32
+    gain: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         fan_in = init.variance_scaling(
-            1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=range(1, 1 + len(features))
+            self.gain**2, "fan_in", "truncated_normal", in_axis=0, out_axis=range(1, 1 + len(features))
         )
         weight = self.param("weight", partitioned(fan_in, *self.axes), (x.shape[-1], *features))
         return jnp.tensordot(x.astype(self.dtype), weight.astype(self.dtype), axes=1)

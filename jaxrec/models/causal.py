@@ -1,0 +1,207 @@
+"""Qwen2 as a model of generative retrieval (RankGR): context and targets go through the same causal layers.
+
+    tokens ──▶ prefill ──▶ CausalContext: per layer K/V of the context; the state of its last token
+                              │         and, for training on every next item, the state of every position (RankGR Eq. 2)
+               targets ──▶ score:  [B, L, M] log-probabilities under the mask of RankGR Eq. 7, which is never built
+               beams   ──▶ extend: one more code for every beam, its cache is [B, W, t, N, H] a layer
+
+The context's last token predicts the first code of every target, so a target of M codes costs M - 1 tokens. Positions
+count real tokens only: padding on either side of a context changes nothing, and every target continues where its
+context ends. Weights as Hugging Face has them are read by `jaxrec.models.huggingface`.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from jaxrec.config import UserError
+from jaxrec.models.vocabulary import (
+    Levels,
+    check_levels,
+    level_log_probs,
+    target_log_probs,
+    to_tokens,
+    token_log_probs,
+)
+from jaxrec.nn.attention import KeyValue
+from jaxrec.nn.layers import Embedding, RMSNorm
+from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention
+
+
+@dataclass(frozen=True)
+class CausalConfig:
+    """Sizes and parts of a Qwen2 (Qwen2.5)."""
+
+    vocabulary: int = 1100
+    """tokens V"""
+    width: int = 128
+    """model width D"""
+    heads: int = 4
+    """heads N of the queries"""
+    groups: int = 2
+    """heads of keys and values; each serves heads / groups of the queries"""
+    head_dim: int = 32
+    """head width H, even"""
+    hidden: int = 512
+    """feed-forward width F"""
+    layers: int = 4
+    """layers"""
+    bias: bool = True
+    """query, key and value have a bias"""
+    tied: bool = True
+    """the head is the embedding table"""
+    rotary_base: float = 1e6
+    """base of the rotary embedding"""
+    epsilon: float = 1e-6
+    """of the norms"""
+    levels: Levels | None = None
+    """(offset, size) of every level's slice of the vocabulary; None: targets are tokens of the whole vocabulary"""
+    restrict: bool = True
+    """normalise a level over its slice alone; off, over the whole vocabulary, which is what generic decoders do: then
+    a level's probabilities sum to less than one"""
+    dtype: str = "float32"
+    """type of activations"""
+
+    def __post_init__(self):
+        check_levels(self.levels, self.vocabulary)
+        if self.groups < 1 or self.heads % self.groups:
+            raise UserError(f"model.heads is {self.heads} and model.groups {self.groups}: groups must divide heads")
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim is {self.head_dim}: the rotary embedding needs an even one")
+
+
+@struct.dataclass
+class CausalContext:
+    """A prefilled context. Never copied per target.
+
+    own: per layer K/V [B, S, G, H]; mask bool [B, S]; length int32 [B]: real tokens, which is the position of every
+    target's first code; state [B, D] of the last real token, from which the first code is predicted.
+    """
+
+    own: tuple[KeyValue, ...]
+    mask: jax.Array
+    length: jax.Array
+    state: jax.Array
+
+
+class CausalLayer(nn.Module):
+    """Causal self-attention and a gated feed-forward."""
+
+    config: CausalConfig
+
+    def setup(self):
+        cfg = self.config
+        dtype = jnp.dtype(cfg.dtype)
+        self.attention = SelfAttention(
+            cfg.width, cfg.heads, cfg.groups, cfg.head_dim, cfg.bias, cfg.rotary_base, None, cfg.epsilon, dtype
+        )
+        self.feed_forward = FeedForwardBlock(cfg.hidden, "silu", True, cfg.epsilon, dtype)
+
+    def sequence(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """x [B, S, D], mask [B, S, S], positions [B, S] -> x and its own K/V."""
+        x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
+        x, own = self.attention.sequence(x, mask, positions=positions)
+        return self.feed_forward(x), own
+
+    def targets(self, x, context: KeyValue, mask, past: KeyValue | None, positions) -> tuple[jax.Array, KeyValue]:
+        """x [B, L, M, D] -> x, and the targets' own K/V [B, L, t + M, G, H] with `past` [B, L, t, G, H] in front."""
+        x = nn.with_logical_constraint(x, ("act_batch", "act_targets", None, "act_embed"))
+        x, own = self.attention.targets(x, context=context, context_mask=mask, past=past, positions=positions)
+        return self.feed_forward(x), own
+
+
+class Causal(nn.Module):
+    """Qwen2 with the three verbs."""
+
+    config: CausalConfig
+
+    def setup(self):
+        cfg = self.config
+        scale = cfg.width**-0.5  # logits start with unit variance
+        self.embed = Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), scale)
+        self.head = None if cfg.tied else Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), scale)
+        self.layers = [CausalLayer(cfg) for _ in range(cfg.layers)]
+        self.norm = RMSNorm(cfg.epsilon)
+
+    def prefill(self, tokens: jax.Array, mask: jax.Array) -> CausalContext:
+        """Read B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding on either side.
+
+        A row without any token gives finite numbers that mean nothing.
+        """
+        return self.prefill_with_states(tokens, mask)[0]
+
+    def prefill_with_states(self, tokens: jax.Array, mask: jax.Array) -> tuple[CausalContext, jax.Array]:
+        """As `prefill`, and the states [B, S, D] of all positions, each of which predicts the token after it."""
+        length = mask.sum(1).astype(jnp.int32)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        order = jnp.arange(tokens.shape[1])
+        seen = (order <= order[:, None]) & mask[:, None, :]
+        x, own = self.embed(tokens), []
+        for layer in self.layers:
+            x, kv = layer.sequence(x, seen, positions)
+            own.append(kv)
+        states = self.norm(x)
+        last = jnp.max(jnp.where(mask, order, 0), axis=1)
+        state = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+        return CausalContext(tuple(own), mask, length, state), states
+
+    def score_context(self, states: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Log-probability float32 [B, S] of every token of the context given those before it (RankGR Eq. 2).
+
+        `states` are those of `prefill_with_states`. The first token of a row and padding give 0. With
+        `config.restrict` a token of a level's slice is normalised over that slice.
+        """
+        cfg = self.config
+        found = token_log_probs(self._table(), states[:, :-1], tokens[:, 1:], cfg.levels, cfg.restrict)
+        return jnp.pad(jnp.where(mask[:, 1:] & mask[:, :-1], found, 0.0), ((0, 0), (1, 0)))
+
+    def score(self, context: CausalContext, targets: jax.Array) -> jax.Array:
+        """Log-probabilities float32 [B, L, M] of every code of targets int32 [B, L, M] (RankGR Eq. 4 and 7).
+
+        Their sum over M is pi of RankGR Eq. 5.
+        """
+        states = self.states(context, targets[..., :-1])
+        cfg = self.config
+        return target_log_probs(self._table(), context.state, states, targets, cfg.levels, cfg.restrict)
+
+    def states(self, context: CausalContext, codes: jax.Array) -> jax.Array:
+        """States of codes int32 [B, L, M] (RankGR Eq. 3): [B, L, M, D], the m-th predicts the code after the m-th."""
+        if codes.shape[-1] == 0:
+            return jnp.zeros((*codes.shape, self.config.width), self.config.dtype)
+        return self._continue(to_tokens(codes, self.config.levels), context, None)[0]
+
+    def extend(self, context: CausalContext, tokens: jax.Array | None, cache: dict | None, level: int):
+        """One more code for every beam: codes int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
+
+        At level 0 there are no codes and W is 1. The cache holds, per layer, the K/V [B, W, t, G, H] of the codes so
+        far. K is the level's size, or V without levels.
+        """
+        if level == 0:
+            state, cache = context.state[:, None], {}
+        else:
+            entered = to_tokens(tokens[..., None], self.config.levels, level - 1)
+            states, own = self._continue(entered, context, cache["own"] if level > 1 else None)
+            state, cache = states[:, :, 0], {"own": own}
+        cfg = self.config
+        return level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict), cache
+
+    def _continue(self, tokens: jax.Array, context: CausalContext, past: tuple[KeyValue, ...] | None):
+        """Tokens int32 [B, L, M] after the context and their past -> (states [B, L, M, D], each layer's own K/V)."""
+        earlier = 0 if past is None else past[0][0].shape[2]
+        positions = context.length[:, None, None] + jnp.arange(earlier, earlier + tokens.shape[-1])
+        x, own = self.embed(tokens), []
+        for index, layer in enumerate(self.layers):
+            before = None if past is None else past[index]
+            x, kv = layer.targets(x, context.own[index], context.mask, before, positions)
+            own.append(kv)
+        return self.norm(x), tuple(own)
+
+    def _table(self) -> jax.Array:
+        return (self.embed if self.head is None else self.head).table
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array, targets: jax.Array) -> jax.Array:
+        """Touches every part once; for `init`."""
+        return self.score(self.prefill(tokens, mask), targets)

@@ -1,0 +1,223 @@
+"""T5 as a model of generative retrieval: the encoder reads the context once, the decoder scores many short targets.
+
+    tokens ──▶ prefill ──▶ EncodedContext: per decoder layer K/V of the encoder's output; the start token, decoded
+                              │
+               targets ──▶ score:  [B, L, M] log-probabilities, all targets against the one context
+               beams   ──▶ extend: one more token for every beam, its cache is [B, W, t, N, H] a layer
+
+Every target begins with the same start token, so it belongs to the context: it is decoded once, and a target of M codes
+costs M - 1 tokens. Both T5 1.0 (ReLU, tied head) and 1.1 (gated GELU, untied head) and what lies between; weights as
+Hugging Face has them are read by `jaxrec.models.huggingface`. T5 doesn't scale attention scores; positions enter
+through a bias that all layers of a side share.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from jaxrec.config import UserError
+from jaxrec.models.vocabulary import Levels, check_levels, level_log_probs, target_log_probs, to_tokens
+from jaxrec.nn.attention import KeyValue
+from jaxrec.nn.layers import Embedding, RMSNorm
+from jaxrec.nn.transformer import Activation, CrossAttention, FeedForwardBlock, RelativeBias, SelfAttention
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """Sizes and parts of a T5."""
+
+    vocabulary: int = 1100
+    """tokens V"""
+    width: int = 128
+    """model width D"""
+    heads: int = 6
+    """attention heads N"""
+    head_dim: int = 64
+    """head width H; heads * head_dim need not be the width"""
+    hidden: int = 1024
+    """feed-forward width F"""
+    encoder_layers: int = 4
+    """layers of the encoder"""
+    layers: int = 4
+    """layers of the decoder"""
+    activation: Activation = "relu"
+    """of the feed-forward; gelu is its tanh approximation"""
+    gated: bool = False
+    """the feed-forward has a gate (T5 1.1)"""
+    tied: bool = True
+    """the head is the embedding table"""
+    scale_head: bool = True
+    """states are multiplied by width**-0.5 before the head (T5 1.0)"""
+    buckets: int = 32
+    """buckets of relative positions"""
+    max_distance: int = 128
+    """distance from which on all share the last bucket"""
+    epsilon: float = 1e-6
+    """of the norms"""
+    start_token: int = 0
+    """the decoder's first input"""
+    levels: Levels | None = None
+    """(offset, size) of every level's slice of the vocabulary; None: targets are tokens of the whole vocabulary"""
+    restrict: bool = True
+    """normalise a level over its slice alone; off, over the whole vocabulary, which is what generic decoders do: then
+    a level's probabilities sum to less than one"""
+    dropout: float = 0.0
+    """dropout on embeddings, on what each layer adds and on the last states, in training"""
+    dtype: str = "float32"
+    """type of activations"""
+
+    def __post_init__(self):
+        check_levels(self.levels, self.vocabulary)
+        if self.buckets < 4 or self.max_distance <= self.buckets // 2:
+            raise UserError(
+                f"model.buckets is {self.buckets} and model.max_distance {self.max_distance}: give at least 4 buckets "
+                "and a distance above half of them"
+            )
+
+
+@struct.dataclass
+class EncodedContext:
+    """A prefilled context. Never copied per target.
+
+    cross: per decoder layer K/V [B, S, N, H] of the encoder's output; mask bool [B, S]; start: per decoder layer the
+    start token's own K/V [B, 1, N, H]; state [B, D]: what predicts the first code.
+    """
+
+    cross: tuple[KeyValue, ...]
+    mask: jax.Array
+    start: tuple[KeyValue, ...]
+    state: jax.Array
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention over the whole context and a feed-forward."""
+
+    config: EncoderDecoderConfig
+
+    def setup(self):
+        self.attention = _self_attention(self.config)
+        self.feed_forward = _feed_forward(self.config)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
+        x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
+        x, _ = self.attention.sequence(x, mask, bias)
+        return self.feed_forward(x)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention within each target, cross-attention to the context, and a feed-forward."""
+
+    config: EncoderDecoderConfig
+
+    def setup(self):
+        cfg = self.config
+        self.attention = _self_attention(cfg)
+        self.cross = CrossAttention(cfg.width, cfg.heads, cfg.head_dim, 1.0, cfg.epsilon, jnp.dtype(cfg.dtype))
+        self.feed_forward = _feed_forward(cfg)
+
+    def __call__(self, x, cross: KeyValue, mask, bias, start: KeyValue | None, past: KeyValue | None):
+        """x [B, L, M, D] -> x, and the targets' own K/V [B, L, t + M, N, H] with `past` [B, L, t, N, H] in front."""
+        x = nn.with_logical_constraint(x, ("act_batch", "act_targets", None, "act_embed"))
+        x, own = self.attention.targets(x, context=start, past=past, bias=bias)
+        return self.feed_forward(self.cross(x, cross, mask)), own
+
+
+def _self_attention(cfg: EncoderDecoderConfig) -> SelfAttention:
+    return SelfAttention(
+        cfg.width, cfg.heads, cfg.heads, cfg.head_dim, scale=1.0, epsilon=cfg.epsilon, dtype=jnp.dtype(cfg.dtype)
+    )
+
+
+def _feed_forward(cfg: EncoderDecoderConfig) -> FeedForwardBlock:
+    return FeedForwardBlock(cfg.hidden, cfg.activation, cfg.gated, cfg.epsilon, jnp.dtype(cfg.dtype))
+
+
+class EncoderDecoder(nn.Module):
+    """T5 with the three verbs."""
+
+    config: EncoderDecoderConfig
+
+    def setup(self):
+        cfg = self.config
+        # Logits start with unit variance, from states of unit variance.
+        head_scale = 1.0 if cfg.scale_head else cfg.width**-0.5
+        self.embed = Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), head_scale if cfg.tied else 1.0)
+        self.head = None if cfg.tied else Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), head_scale)
+        self.encoder_bias = RelativeBias(cfg.heads, cfg.buckets, cfg.max_distance, both_sides=True)
+        self.decoder_bias = RelativeBias(cfg.heads, cfg.buckets, cfg.max_distance, both_sides=False)
+        self.encoder = [EncoderLayer(cfg) for _ in range(cfg.encoder_layers)]
+        self.decoder = [DecoderLayer(cfg) for _ in range(cfg.layers)]
+        self.encoder_norm, self.decoder_norm = RMSNorm(cfg.epsilon), RMSNorm(cfg.epsilon)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def prefill(self, tokens: jax.Array, mask: jax.Array, train: bool = False) -> EncodedContext:
+        """Encode B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding anywhere."""
+        x = self.drop(self.embed(tokens), deterministic=not train)
+        positions = np.arange(tokens.shape[1])
+        bias = self.encoder_bias(positions, positions)
+        for layer in self.encoder:
+            x = self._dropped(layer(x, mask, bias), x, train)
+        memory = self.drop(self.encoder_norm(x), deterministic=not train)
+        cross = tuple(layer.cross.key_value(memory) for layer in self.decoder)
+        start = jnp.full((len(tokens), 1, 1), self.config.start_token, jnp.int32)
+        states, own = self._decode(start, cross, mask, None, None, train)
+        start = tuple((key[:, 0], value[:, 0]) for key, value in own)
+        return EncodedContext(cross, mask, start, states[:, 0, 0])
+
+    def score(self, context: EncodedContext, targets: jax.Array, train: bool = False) -> jax.Array:
+        """Log-probabilities float32 [B, L, M] of every code of targets int32 [B, L, M]."""
+        first, states = context.state, self.states(context, targets[..., :-1], train)
+        cfg = self.config
+        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict)
+
+    def states(self, context: EncodedContext, codes: jax.Array, train: bool = False) -> jax.Array:
+        """What the decoder makes of codes int32 [B, L, M]: [B, L, M, D], the m-th predicts the code after the m-th."""
+        if codes.shape[-1] == 0:
+            return jnp.zeros((*codes.shape, self.config.width), self.config.dtype)
+        tokens = to_tokens(codes, self.config.levels)
+        return self._decode(tokens, context.cross, context.mask, context.start, None, train)[0]
+
+    def extend(self, context: EncodedContext, tokens: jax.Array | None, cache: dict | None, level: int):
+        """One more code for every beam: codes int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
+
+        At level 0 there are no codes and W is 1. The cache holds, per layer, the K/V [B, W, t, N, H] of the codes so
+        far; the start token's are the context's. K is the level's size, or V without levels.
+        """
+        if level == 0:
+            state, cache = context.state[:, None], {}
+        else:
+            past = cache["own"] if level > 1 else None
+            entered = to_tokens(tokens[..., None], self.config.levels, level - 1)
+            states, own = self._decode(entered, context.cross, context.mask, context.start, past)
+            state, cache = states[:, :, 0], {"own": own}
+        cfg = self.config
+        return level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict), cache
+
+    def _decode(self, tokens, cross, mask, start, past, train: bool = False):
+        """Tokens int32 [B, L, M] through the decoder -> (states [B, L, M, D] for the head, each layer's own K/V)."""
+        earlier = (0 if start is None else 1) + (0 if past is None else past[0][0].shape[2])
+        keys = np.arange(earlier + tokens.shape[-1])
+        bias = self.decoder_bias(keys[earlier:], keys)[:, None]  # [N, 1, M, positions]
+        x, own = self.drop(self.embed(tokens), deterministic=not train), []
+        for index, layer in enumerate(self.decoder):
+            before = None if start is None else start[index]
+            out, kv = layer(x, cross[index], mask, bias, before, None if past is None else past[index])
+            x = self._dropped(out, x, train)
+            own.append(kv)
+        x = self.drop(self.decoder_norm(x), deterministic=not train)
+        return x * self.config.width**-0.5 if self.config.scale_head else x, tuple(own)
+
+    def _dropped(self, out: jax.Array, x: jax.Array, train: bool) -> jax.Array:
+        """Dropout on what a layer added to x."""
+        return x + self.drop(out - x, deterministic=False) if train and self.config.dropout else out
+
+    def _table(self) -> jax.Array:
+        return (self.embed if self.head is None else self.head).table
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array, targets: jax.Array) -> jax.Array:
+        """Touches every part once; for `init`."""
+        return self.score(self.prefill(tokens, mask), targets)

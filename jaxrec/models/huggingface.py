@@ -1,0 +1,491 @@
+"""Weights of T5 and Qwen2 as Hugging Face lays them out, read into our models and written back, bit for bit.
+
+A *plan* names, for every parameter of ours, the tensors that it is made of. The same plan says which tensors a folder
+must hold and of what shape, reads them, and writes them. Names, types and shapes of all tensors are checked before any
+of them is read, so that nothing is half loaded.
+
+    config, params = load_t5("folder")          # config.json and model.safetensors, whole or in shards
+    EncoderDecoder(config).apply({"params": params}, tokens, mask, method="prefill")
+    save_t5("other", config, params)
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from jaxrec.config import UserError
+from jaxrec.models.causal import CausalConfig
+from jaxrec.models.encoder_decoder import EncoderDecoderConfig
+from jaxrec.run import disk_full
+from jaxrec.text.cache import write_atomically
+
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+T5_ACTIVATIONS = {"relu": ("relu", False), "gated-gelu": ("gelu", True), "gated-silu": ("silu", True)}
+# What some files hold beside the weights: never read by the model.
+UNUSED = ("EncDecAttention.relative_attention_bias.weight", "rotary_emb.inv_freq")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of ours and the tensors of theirs that it is made of.
+
+    A matrix of theirs is [G * part * unit, D] (a bias [G * part * unit]), ours [D, G, all parts, unit], reshaped to
+    `shape`; `parts` counts the rows of `unit` that each tensor has in a group. Without parts the layout is the same.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    groups: int = 1
+    parts: tuple[int, ...] = ()
+    unit: int = 1
+    bias: bool = False
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the tensors, in the order of `names`."""
+        if not self.parts:
+            return [self.shape]
+        rows = [(self.groups * part * self.unit,) for part in self.parts]
+        return rows if self.bias else [(*row, self.shape[0]) for row in rows]
+
+    def read(self, tensors: list[np.ndarray]) -> np.ndarray:
+        """Ours from theirs."""
+        if not self.parts:
+            return tensors[0]
+        blocks = [
+            tensor.reshape(len(tensor), -1).T.reshape(-1, self.groups, part, self.unit)
+            for tensor, part in zip(tensors, self.parts)
+        ]
+        return np.ascontiguousarray(np.concatenate(blocks, axis=2).reshape(self.shape))
+
+    def write(self, value: np.ndarray) -> list[np.ndarray]:
+        """Theirs from ours."""
+        if not self.parts:
+            return [value]
+        blocks = np.split(value.reshape(-1, self.groups, sum(self.parts), self.unit), np.cumsum(self.parts)[:-1], 2)
+        return [
+            np.ascontiguousarray(block.reshape(len(block), -1).T.reshape(shape))
+            for block, shape in zip(blocks, self.shapes())
+        ]
+
+
+# ---- the two families ------------------------------------------------------------------------------------------------
+
+
+def load_t5(folder: str | Path) -> tuple[EncoderDecoderConfig, dict]:
+    """The configuration and the parameters (float32) of a T5 in a folder, for `EncoderDecoder`.
+
+    Raises:
+      UserError: a file is missing or damaged, it is another architecture, a tensor is missing, unknown or of a wrong
+        shape.
+    """
+    folder = Path(folder)
+    raw = _read_config(folder, "t5")
+    with _Tensors(folder) as tensors:
+        config = _t5_config(folder, raw, tensors)
+        twins = {name: "shared.weight" for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
+        return config, tensors.read(
+            _t5_plan(config), twins | ({"lm_head.weight": "shared.weight"} if config.tied else {})
+        )
+
+
+def save_t5(folder: str | Path, config: EncoderDecoderConfig, params: dict) -> None:
+    """Writes config.json and model.safetensors (float32), which `load_t5` and Hugging Face's transformers read.
+
+    Raises:
+      UserError: the parameters don't fit the configuration, or the folder can't be written.
+    """
+    names = {(activation, gated): name for name, (activation, gated) in T5_ACTIVATIONS.items()}
+    if (config.activation, config.gated) not in names:
+        raise UserError(
+            f"Hugging Face has no T5 with activation={config.activation!r} and gated={config.gated}: use one of "
+            f"{', '.join(T5_ACTIVATIONS)}"
+        )
+    raw = {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocabulary,
+        "d_model": config.width,
+        "d_kv": config.head_dim,
+        "d_ff": config.hidden,
+        "num_heads": config.heads,
+        "num_layers": config.encoder_layers,
+        "num_decoder_layers": config.layers,
+        "feed_forward_proj": names[config.activation, config.gated],
+        "tie_word_embeddings": config.tied,
+        "scale_decoder_outputs": config.scale_head,
+        "relative_attention_num_buckets": config.buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "layer_norm_epsilon": config.epsilon,
+        "dropout_rate": config.dropout,
+        "decoder_start_token_id": config.start_token,
+        "pad_token_id": config.start_token,
+        "eos_token_id": 1,
+    }
+    _save(folder, config, raw, _t5_plan(config), params)
+
+
+def load_qwen2(folder: str | Path) -> tuple[CausalConfig, dict]:
+    """The configuration and the parameters (float32) of a Qwen2 in a folder, for `Causal`.
+
+    Raises:
+      UserError: as for `load_t5`; also a Qwen2 with a sliding window or with scaled rotary embeddings.
+    """
+    folder = Path(folder)
+    config = _qwen2_config(folder / CONFIG_FILE, _read_config(folder, "qwen2"))
+    with _Tensors(folder) as tensors:
+        twins = {"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {}
+        return config, tensors.read(_qwen2_plan(config), twins)
+
+
+def save_qwen2(folder: str | Path, config: CausalConfig, params: dict) -> None:
+    """Writes config.json and model.safetensors (float32), which `load_qwen2` and Hugging Face's transformers read.
+
+    Raises:
+      UserError: the parameters don't fit the configuration, or the folder can't be written.
+    """
+    if not config.bias:
+        raise UserError("a Qwen2 has biases: model.bias=False can't be saved in Hugging Face's layout")
+    raw = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.groups,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.epsilon,
+        "rope_theta": config.rotary_base,
+        "tie_word_embeddings": config.tied,
+        "use_sliding_window": False,
+    }
+    _save(folder, config, raw, _qwen2_plan(config), params)
+
+
+def _t5_config(folder: Path, raw: dict, tensors: "_Tensors") -> EncoderDecoderConfig:
+    path = folder / CONFIG_FILE
+    activation = raw.get("feed_forward_proj", "relu")
+    if activation not in T5_ACTIVATIONS:
+        raise UserError(
+            f"{path}: feed_forward_proj={activation!r} is not supported; use one of {', '.join(T5_ACTIVATIONS)}"
+        )
+    tied = bool(raw.get("tie_word_embeddings", True))
+    scale_head = bool(raw.get("scale_decoder_outputs", tied))
+    if tied and "scale_decoder_outputs" in raw and "lm_head.weight" in tensors:
+        # Newer writers say `tie_word_embeddings` of every T5, and store a head only where it is another matrix.
+        tied = tensors.equal("lm_head.weight", "shared.weight")
+    return _make(
+        path,
+        EncoderDecoderConfig,
+        raw,
+        vocabulary=_size(path, raw, "vocab_size"),
+        width=_size(path, raw, "d_model"),
+        heads=_size(path, raw, "num_heads"),
+        head_dim=_size(path, raw, "d_kv"),
+        hidden=_size(path, raw, "d_ff"),
+        encoder_layers=_size(path, raw, "num_layers"),
+        layers=_size(path, raw, "num_decoder_layers" if raw.get("num_decoder_layers") is not None else "num_layers"),
+        activation=T5_ACTIVATIONS[activation][0],
+        gated=T5_ACTIVATIONS[activation][1],
+        tied=tied,
+        scale_head=scale_head,
+        buckets=_size(path, raw, "relative_attention_num_buckets", 32),
+        max_distance=_size(path, raw, "relative_attention_max_distance", 128),
+        epsilon=float(raw.get("layer_norm_epsilon", 1e-6)),
+        start_token=int(raw.get("decoder_start_token_id") or 0),
+        dropout=float(raw.get("dropout_rate", 0.1)),
+    )
+
+
+def _qwen2_config(path: Path, raw: dict) -> CausalConfig:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    for name, value, wanted in (
+        ("rope_type", kind, "default"),
+        ("use_sliding_window", bool(raw.get("use_sliding_window", False)), False),
+        ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
+    ):
+        if value != wanted:
+            raise UserError(f"{path}: {name}={value!r} is not supported; use a model with {wanted!r}")
+    heads, width = _size(path, raw, "num_attention_heads"), _size(path, raw, "hidden_size")
+    return _make(
+        path,
+        CausalConfig,
+        raw,
+        vocabulary=_size(path, raw, "vocab_size"),
+        width=width,
+        heads=heads,
+        groups=_size(path, raw, "num_key_value_heads", heads),
+        head_dim=_size(path, raw, "head_dim", width // heads),
+        hidden=_size(path, raw, "intermediate_size"),
+        layers=_size(path, raw, "num_hidden_layers"),
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        rotary_base=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))),
+        epsilon=float(raw.get("rms_norm_eps", 1e-6)),
+    )
+
+
+def _t5_plan(config: EncoderDecoderConfig) -> list[Parameter]:
+    width, heads, unit, hidden = config.width, config.heads, config.head_dim, config.hidden
+    inner = heads * unit
+
+    def norm(path: str, name: str) -> Parameter:
+        return Parameter(f"{path}/scale", (f"{name}.weight",), (width,))
+
+    def side(ours: str, theirs: str, layers: int, decoder: bool) -> Iterable[Parameter]:
+        first = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        yield Parameter(f"{ours}_bias/table", (first,), (config.buckets, heads))
+        yield norm(f"{ours}_norm", f"{theirs}.final_layer_norm")
+        for i in range(layers):
+            path, block = f"{ours}_{i}", f"{theirs}.block.{i}.layer"
+            attention = f"{block}.0.SelfAttention"
+            yield norm(f"{path}/attention/norm", f"{block}.0.layer_norm")
+            names = tuple(f"{attention}.{part}.weight" for part in "qkv")
+            yield Parameter(f"{path}/attention/qkv/weight", names, (width, heads, 3, unit), heads, (1, 1, 1), unit)
+            yield _matrix(f"{path}/attention/out/weight", f"{attention}.o.weight", inner, width)
+            if decoder:
+                cross = f"{block}.1.EncDecAttention"
+                yield norm(f"{path}/cross/norm", f"{block}.1.layer_norm")
+                query = f"{path}/cross/query/weight", (f"{cross}.q.weight",), (width, heads, unit)
+                yield Parameter(*query, heads, (1,), unit)
+                names = tuple(f"{cross}.{part}.weight" for part in "kv")
+                yield Parameter(f"{path}/cross/memory/weight", names, (width, heads, 2, unit), heads, (1, 1), unit)
+                yield _matrix(f"{path}/cross/out/weight", f"{cross}.o.weight", inner, width)
+            last = f"{block}.{1 + decoder}"
+            yield norm(f"{path}/feed_forward/norm", f"{last}.layer_norm")
+            ups = ("wi_0", "wi_1") if config.gated else ("wi",)
+            names = tuple(f"{last}.DenseReluDense.{up}.weight" for up in ups)
+            yield _stacked(f"{path}/feed_forward/up/weight", names, width, hidden)
+            yield _matrix(f"{path}/feed_forward/down/weight", f"{last}.DenseReluDense.wo.weight", hidden, width)
+
+    tables = [Parameter("embed/table", ("shared.weight",), (config.vocabulary, width))]
+    if not config.tied:
+        tables.append(Parameter("head/table", ("lm_head.weight",), (config.vocabulary, width)))
+    encoder = side("encoder", "encoder", config.encoder_layers, False)
+    return [*tables, *encoder, *side("decoder", "decoder", config.layers, True)]
+
+
+def _qwen2_plan(config: CausalConfig) -> list[Parameter]:
+    width, groups, unit, hidden = config.width, config.groups, config.head_dim, config.hidden
+    parts = (config.heads // groups, 1, 1)
+    qkv = (groups, sum(parts), unit)
+
+    def norm(path: str, name: str) -> Parameter:
+        return Parameter(f"{path}/scale", (f"{name}.weight",), (width,))
+
+    plan = [
+        Parameter("embed/table", ("model.embed_tokens.weight",), (config.vocabulary, width)),
+        norm("norm", "model.norm"),
+    ]
+    if not config.tied:
+        plan.append(Parameter("head/table", ("lm_head.weight",), (config.vocabulary, width)))
+    for i in range(config.layers):
+        path, layer = f"layers_{i}", f"model.layers.{i}"
+        plan.append(norm(f"{path}/attention/norm", f"{layer}.input_layernorm"))
+        for kind in ("weight", "bias") if config.bias else ("weight",):
+            names = tuple(f"{layer}.self_attn.{part}_proj.{kind}" for part in "qkv")
+            shape = qkv if kind == "bias" else (width, *qkv)
+            plan.append(
+                Parameter(f"{path}/attention/qkv/{kind}", names, shape, groups, parts, unit, bias=kind == "bias")
+            )
+        names = tuple(f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+        plan += [
+            _matrix(f"{path}/attention/out/weight", f"{layer}.self_attn.o_proj.weight", config.heads * unit, width),
+            norm(f"{path}/feed_forward/norm", f"{layer}.post_attention_layernorm"),
+            _stacked(f"{path}/feed_forward/up/weight", names, width, hidden),
+            _matrix(f"{path}/feed_forward/down/weight", f"{layer}.mlp.down_proj.weight", hidden, width),
+        ]
+    return plan
+
+
+def _matrix(path: str, name: str, inputs: int, outputs: int) -> Parameter:
+    return Parameter(path, (name,), (inputs, outputs), 1, (1,), outputs)
+
+
+def _stacked(path: str, names: tuple[str, ...], inputs: int, outputs: int) -> Parameter:
+    """Matrices of one input beside one another: [inputs, count, outputs], [inputs, outputs] if there is one."""
+    count = len(names)
+    shape = (inputs, outputs) if count == 1 else (inputs, count, outputs)
+    return Parameter(path, names, shape, 1, (1,) * count, outputs)
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path, model_type: str) -> dict:
+    path = folder / CONFIG_FILE
+    raw = _read_json(path, f"give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if raw.get("model_type") != model_type:
+        raise UserError(f"{path} is of a model_type {raw.get('model_type')!r}, expected {model_type!r}: use its loader")
+    return raw
+
+
+def _read_json(path: Path, mend: str) -> dict:
+    if not path.is_file():
+        raise UserError(f"there is no {path}: {mend}")
+    try:
+        raw = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): copy the model anew") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no JSON object: copy the model anew")
+    return raw
+
+
+def _size(path: Path, raw: dict, name: str, default: int | None = None) -> int:
+    value = raw.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {name} is {value!r}, expected a whole number above 0")
+    return value
+
+
+def _make(path: Path, kind: type, raw: dict, **fields: Any) -> Any:
+    """The configuration, with what `save_*` wrote of ours, which Hugging Face has no name for."""
+    ours = raw.get("jaxrec") or {}
+    if ours.get("levels") is not None:
+        fields["levels"] = tuple((int(offset), int(size)) for offset, size in ours["levels"])
+    fields["restrict"] = bool(ours.get("restrict", True))
+    try:
+        return kind(**fields)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+class _Tensors:
+    """The tensors of a folder, by name; files stay open while it is entered."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        self._where: dict[str, str] = {}
+
+    def __enter__(self) -> "_Tensors":
+        index = self.folder / INDEX_FILE
+        if (self.folder / WEIGHTS_FILE).is_file() or not index.is_file():
+            self._where = dict.fromkeys(self._open(WEIGHTS_FILE).keys(), WEIGHTS_FILE)
+            return self
+        where = _read_json(index, "").get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise UserError(f"{index} has no weight_map from tensors to files: copy the model anew")
+        for file in sorted(set(where.values())):
+            held = set(self._open(file).keys())
+            for name in sorted(name for name in where if where[name] == file):
+                if name not in held:
+                    raise UserError(f"{self.folder / file} has no tensor {name}, which {INDEX_FILE} puts there")
+        self._where = where
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._files.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def _open(self, file: str) -> Any:
+        path = self.folder / file
+        if not path.is_file():
+            raise UserError(f"there is no {path}: give a folder with {CONFIG_FILE} and all files of the weights")
+        try:
+            # Its NumPy reader knows no bfloat16, JAX's does.
+            self._files[file] = safe_open(path, "flax")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} can't be read ({error}): copy it anew") from error
+        return self._files[file]
+
+    def path(self, name: str) -> Path:
+        return self.folder / self._where[name]
+
+    def get(self, name: str) -> np.ndarray:
+        with jax.default_device(jax.devices("cpu")[0]):
+            return np.asarray(self._files[self._where[name]].get_tensor(name)).astype(np.float32)
+
+    def equal(self, one: str, other: str) -> bool:
+        for name in (one, other):
+            if name not in self:
+                raise UserError(f"{self.folder} has no tensor {name}: it is not a complete model")
+        return self._shape(one) == self._shape(other) and np.array_equal(self.get(one), self.get(other))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+
+    def read(self, plan: list[Parameter], twins: dict[str, str]) -> dict:
+        """The parameters of a plan; `twins` are tensors that may be there as copies of others.
+
+        Everything is checked before anything is read.
+        """
+        self._check(plan, twins)
+        flat = {entry.path: entry.read([self.get(name) for name in entry.names]) for entry in plan}
+        return unflatten_dict(flat, sep="/")
+
+    def _check(self, plan: list[Parameter], twins: dict[str, str]) -> None:
+        expected = {name: shape for entry in plan for name, shape in zip(entry.names, entry.shapes())}
+        for name, shape in expected.items():
+            if name not in self:
+                files = ", ".join(sorted(set(self._where.values())))
+                raise UserError(f"{self.folder / files} has no tensor {name}, which {CONFIG_FILE} asks for")
+            kind = self._files[self._where[name]].get_slice(name).get_dtype()
+            if kind not in FLOATS:
+                raise UserError(f"{self.path(name)}: tensor {name} is {kind}, expected one of {', '.join(FLOATS)}")
+            if self._shape(name) != shape:
+                raise UserError(
+                    f"{self.path(name)}: tensor {name} has shape {list(self._shape(name))}, but {CONFIG_FILE} asks for "
+                    f"{list(shape)}"
+                )
+        for name in sorted(set(self._where) - set(expected)):
+            if name.endswith(UNUSED):
+                continue
+            if name not in twins:
+                raise UserError(
+                    f"{self.path(name)} has a tensor {name} that this model doesn't have: see {CONFIG_FILE}"
+                )
+            if not self.equal(name, twins[name]):
+                raise UserError(
+                    f"{self.path(name)}: tensor {name} differs from {twins[name]}, though {CONFIG_FILE} says that they "
+                    "are one"
+                )
+
+
+def _save(folder: str | Path, config: Any, raw: dict, plan: list[Parameter], params: dict) -> None:
+    if config.levels is not None:
+        raw["jaxrec"] = {"levels": config.levels, "restrict": config.restrict}
+    tensors = _write(plan, params)
+    files = {
+        # The weights first: a folder with a config.json is whole.
+        WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
+        CONFIG_FILE: (json.dumps(raw, indent=2) + "\n").encode(),
+    }
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(Path(folder) / name, content)
+    except OSError as error:
+        mend = "free some space" if disk_full(error) else "choose a folder that can be written"
+        raise UserError(f"the model can't be saved in {folder} ({error.strerror}): {mend}") from error
+
+
+def _write(plan: list[Parameter], params: dict) -> dict[str, np.ndarray]:
+    flat = {path: np.asarray(value, np.float32) for path, value in flatten_dict(nn.unbox(params), sep="/").items()}
+    wanted = {entry.path: entry.shape for entry in plan}
+    for path in sorted(set(flat) | set(wanted)):
+        found, shape = flat[path].shape if path in flat else None, wanted.get(path)
+        if found != shape:
+            raise UserError(f"parameter {path} has shape {found}, but the configuration asks for {shape}")
+    return {name: part for e in plan for name, part in zip(e.names, e.write(flat[e.path]))}

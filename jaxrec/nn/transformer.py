@@ -1,0 +1,224 @@
+"""Transformer blocks that the encoder-decoder (T5) and the causal model (Qwen2) share.
+
+Every block is pre-norm and adds its output to its input. Attention is `packed_attention` throughout: a sequence that
+attends to itself is S targets of one token each over a shared context of S. What reads the same input is one matrix:
+query, key and value (`GroupedProjection`), key and value of a memory, gate and value of a feed-forward.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import initializers as init
+
+from jaxrec.nn.attention import KeyValue, packed_attention
+from jaxrec.nn.layers import Projection, RMSNorm, partitioned
+
+Activation = Literal["relu", "gelu", "silu"]
+ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu}  # this gelu is the tanh approximation
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary embedding: x [..., N, H] turned by its position, int32 [...] (broadcast to x's leading axes).
+
+    Dimensions h and h + H/2 are a pair, turned by the angle position / base**(2h/H). The product of a query and a key
+    then depends on the difference of their positions alone. Computed in float32, returned in x's dtype.
+    """
+    half = x.shape[-1] // 2
+    frequencies = np.float32(base) ** (-np.arange(half, dtype=np.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def relative_buckets(distance: np.ndarray, *, both_sides: bool, buckets: int, max_distance: int) -> np.ndarray:
+    """T5's bucket, int32, of each distance = key position - query position.
+
+    With `both_sides` the upper half of the buckets is for keys that come later; without, later keys fall into bucket 0.
+    On a side, the nearer half of its buckets hold one distance each, the others grow with the logarithm up to
+    `max_distance`, beyond which all distances share the last.
+    """
+    later = np.zeros(distance.shape, np.int32)
+    if both_sides:
+        buckets //= 2
+        later = np.where(distance > 0, buckets, 0)
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(-distance, 0)
+    exact = buckets // 2
+    # In float32 and in this order: at the edges of buckets, rounding decides.
+    log = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    far = exact + (log / np.float32(np.log(max_distance / exact)) * np.float32(buckets - exact)).astype(np.int32)
+    return (later + np.where(distance < exact, distance, np.minimum(far, buckets - 1))).astype(np.int32)
+
+
+class RelativeBias(nn.Module):
+    """T5's learned bias of attention scores, one value a head and a bucket of distances."""
+
+    heads: int
+    buckets: int
+    max_distance: int
+    both_sides: bool
+
+    @nn.compact
+    def __call__(self, queries: np.ndarray, keys: np.ndarray) -> jax.Array:
+        """Positions of queries int [X] and of keys int [Y], known when compiling -> float32 [N, X, Y]."""
+        table = self.param("table", partitioned(init.normal(0.02), None, "heads"), (self.buckets, self.heads))
+        distance = np.asarray(keys)[None, :] - np.asarray(queries)[:, None]
+        bucket = relative_buckets(
+            distance, both_sides=self.both_sides, buckets=self.buckets, max_distance=self.max_distance
+        )
+        return jnp.take(table.T, bucket, axis=1)
+
+
+class GroupedProjection(nn.Module):
+    """Query, key and value of attention as one matrix [D, G, N / G + 2, H], where G key heads serve N query heads.
+
+    The groups stand in front, so that a split over devices by heads keeps a group together. [..., D] -> query
+    [..., N, H], key and value [..., G, H].
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+    bias: bool = False
+    gain: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, KeyValue]:
+        each = self.heads // self.groups
+        shape, axes = (self.groups, each + 2, self.head_dim), ("heads", None, "head_dim")
+
+        def start(key, shape, dtype=jnp.float32):
+            fan_in = init.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2, 3))
+            return fan_in(key, shape, dtype).at[:, :, :each].multiply(self.gain)
+
+        weight = self.param("weight", partitioned(start, "embed", *axes), (x.shape[-1], *shape))
+        out = jnp.tensordot(x.astype(self.dtype), weight.astype(self.dtype), axes=1)
+        if self.bias:
+            out += self.param("bias", partitioned(init.zeros, *axes), shape).astype(self.dtype)
+        query = out[..., :each, :].reshape(*x.shape[:-1], self.heads, self.head_dim)
+        return query, (out[..., each, :], out[..., each + 1, :])
+
+
+class SelfAttention(nn.Module):
+    """Self-attention, residual included: of a whole sequence, or of packed targets after a context."""
+
+    width: int
+    heads: int
+    groups: int
+    head_dim: int
+    bias: bool = False
+    """query, key and value have a bias"""
+    rotary_base: float | None = None
+    """base of the rotary embedding; None for none"""
+    scale: float | None = None
+    """what scores are multiplied by; None for H**-0.5"""
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.norm = RMSNorm(self.epsilon)
+        # Scores start with the variance that they'd have under the usual scale.
+        gain = 1.0 if self.scale is None else self.head_dim**-0.5 / self.scale
+        self.qkv = GroupedProjection(self.heads, self.groups, self.head_dim, self.bias, gain, self.dtype)
+        self.out = Projection(self.width, ("heads", "embed"), self.dtype)
+
+    def sequence(
+        self, x: jax.Array, mask: jax.Array, bias: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> tuple[jax.Array, KeyValue]:
+        """x [B, S, D], of which each position looks at what `mask` keeps: [B, S] the same for all, or [B, S, S].
+
+        bias [N, S, S]; positions int32 [B, S] for the rotary embedding. Returns x and its key and value [B, S, G, H].
+        """
+        query, own = self._project(x, positions)
+        bias = None if bias is None else bias[:, :, None]
+        attended = packed_attention(query[:, :, None], context=own, context_mask=mask, bias=bias, scale=self.scale)
+        return self._add(x, attended[:, :, 0]), own
+
+    def targets(
+        self,
+        x: jax.Array,
+        *,
+        context: KeyValue | None = None,
+        context_mask: jax.Array | None = None,
+        past: KeyValue | None = None,
+        bias: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValue]:
+        """x [B, L, M, D], of which each token looks at the context and at its own target's earlier tokens.
+
+        context: key and value [B, S, G, H]; past: [B, L, t, G, H] of each target's earlier tokens; bias
+        [N, 1, M, S + t + M]; positions int32 [B, 1 or L, M]. Returns x and the targets' key and value
+        [B, L, t + M, G, H].
+        """
+        query, own = self._project(x, positions)
+        if past is not None:
+            own = tuple(jnp.concatenate([p, o], axis=2) for p, o in zip(past, own, strict=True))
+        attended = packed_attention(
+            query, context=context, context_mask=context_mask, own=own, bias=bias, scale=self.scale
+        )
+        return self._add(x, attended), own
+
+    def _project(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, KeyValue]:
+        query, (key, value) = self.qkv(self.norm(x))
+        if self.rotary_base is not None:
+            query, key = (rotate(part, positions, self.rotary_base) for part in (query, key))
+        return query, (key, value)
+
+    def _add(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        return x + self.out(attended.reshape(*attended.shape[:-2], -1))
+
+
+class CrossAttention(nn.Module):
+    """Attention of packed targets to a memory, residual included."""
+
+    width: int
+    heads: int
+    head_dim: int
+    scale: float | None = None
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        axes = ("heads", "head_dim")
+        gain = 1.0 if self.scale is None else self.head_dim**-0.5 / self.scale
+        self.norm = RMSNorm(self.epsilon)
+        self.query = Projection((self.heads, self.head_dim), ("embed", *axes), self.dtype, gain)
+        self.memory = Projection((self.heads, 2, self.head_dim), ("embed", axes[0], None, axes[1]), self.dtype)
+        self.out = Projection(self.width, ("heads", "embed"), self.dtype)
+
+    def __call__(self, x: jax.Array, memory: KeyValue, mask: jax.Array) -> jax.Array:
+        """x [B, L, M, D] over the key and value [B, S, N, H] that `key_value` made, with mask [B, S]."""
+        query = self.query(self.norm(x))
+        attended = packed_attention(query, context=memory, context_mask=mask, scale=self.scale)
+        return x + self.out(attended.reshape(*attended.shape[:-2], -1))
+
+    def key_value(self, memory: jax.Array) -> KeyValue:
+        """Key and value [B, S, N, H] of a memory [B, S, D] that every target shares."""
+        both = self.memory(memory)
+        return both[..., 0, :], both[..., 1, :]
+
+
+class FeedForwardBlock(nn.Module):
+    """Feed-forward through width F, residual included: down(act(up x)), or down(act(gate x) * up x) when gated."""
+
+    hidden: int
+    activation: Activation = "gelu"
+    gated: bool = False
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act, normed = ACTIVATIONS[self.activation], RMSNorm(self.epsilon, name="norm")(x)
+        if self.gated:
+            both = Projection((2, self.hidden), ("embed", None, "mlp"), self.dtype, name="up")(normed)
+            hidden = act(both[..., 0, :]) * both[..., 1, :]
+        else:
+            hidden = act(Projection(self.hidden, ("embed", "mlp"), self.dtype, name="up")(normed))
+        return x + Projection(x.shape[-1], ("mlp", "embed"), self.dtype, name="down")(hidden)
