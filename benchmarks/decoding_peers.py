@@ -21,11 +21,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-QUICK = ((1, 10), (1, 50))
-CASES = (*QUICK, (8, 50), (8, 512))
-ITEMS = 100_000
-END = 1
-
 if "--threads" in sys.argv:
     # Before jax is loaded, which counts the processors that it may use.
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: int(sys.argv[sys.argv.index("--threads") + 1])]))
@@ -33,7 +28,7 @@ if "--threads" in sys.argv:
 import jax
 import jax.numpy as jnp
 import numpy as np
-from shared.t5 import CONFIG, CONTEXT, FIRST, LEVELS, SIZE, make_contexts, make_t5
+from shared.t5 import CONFIG, FIRST, LEVELS, SIZE, make_contexts, make_t5
 from shared.timing import best_of, parser, report
 
 from jaxrec.config import UserError
@@ -42,6 +37,11 @@ from jaxrec.models.encoder_decoder import EncoderDecoder
 from jaxrec.models.huggingface import save_t5
 from jaxrec.run import report_user_errors
 from jaxrec.training.flops import matmul_flops
+
+QUICK = ((1, 10), (1, 50))
+CASES = (*QUICK, (8, 50), (8, 512))
+ITEMS = 100_000
+END = 1
 
 
 @partial(jax.jit, static_argnames="beam_width")
@@ -58,13 +58,13 @@ def search(variables: dict, tokens: jax.Array, mask: jax.Array, trie: Trie, *, b
 
 @partial(jax.jit, static_argnames="beam_width")
 def search_freely(variables: dict, tokens: jax.Array, mask: jax.Array, trie: Trie, *, beam_width: int) -> BeamResult:
-    """As CTranslate2 searches: any token but the end at every level."""
+    """As CTranslate2 searches: any token at every level but the end, which is left out before the softmax."""
     model = EncoderDecoder(replace(CONFIG, levels=None))
     context = model.apply(variables, tokens, mask, method="prefill")
 
     def extend(codes, cache, level):
         log_probs, cache = model.apply(variables, context, codes, cache, level, method="extend")
-        return log_probs.at[..., END].set(-jnp.inf), cache
+        return jax.nn.log_softmax(log_probs.at[..., END].set(-jnp.inf)), cache
 
     return beam_search(extend, None, trie, batch=len(tokens), beam_width=beam_width, constrained=False)
 
