@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import ctranslate2
@@ -37,9 +38,9 @@ def main() -> None:
         asked = json.loads(line)
         rows, beams = contexts[: asked["batch"]], asked["beams"]
         run = {
-            "transformers": lambda: generate(model, rows, beams, levels),
-            "trie": lambda: generate(model, rows, beams, levels, children),
-            "ctranslate2": lambda: translate(translator, rows, beams, levels),
+            "transformers": partial(generate, model, rows, beams, levels),
+            "trie": partial(generate, model, rows, beams, levels, children),
+            "ctranslate2": partial(translate, translator, rows, beams, levels),
         }[asked["peer"]]
         print(json.dumps(timed(run)), flush=True)
 

@@ -168,7 +168,7 @@ def expand_items(
     if k < 1:
         raise UserError(f"k is {k}: ask for at least one item.")
     first, end = trie.leaf_ranges(jnp.maximum(result.leaf, 0))
-    item_filter = as_filter(trie, allowed, len(result.leaf))
+    item_filter = as_filter(trie, allowed, result.leaf.shape[0])
     if item_filter is not None:
         # Ranks among the allowed items in place of positions among all.
         first, end = item_filter.count_before(first), item_filter.count_before(end)

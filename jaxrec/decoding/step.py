@@ -133,7 +133,7 @@ def dense_grid(log_probs: jax.Array, beams: Beams, trie: Trie, level: int) -> Gr
     keep = ((words[..., None] >> jnp.arange(WORD, dtype=jnp.uint32)) & 1).astype(bool).reshape(log_probs.shape)
     sound = log_probs < jnp.inf
     counts = jax.lax.population_count(words).astype(jnp.int32)
-    flat_words = words.reshape(len(words), -1)
+    flat_words = words.reshape(words.shape[0], -1)
     before = (jnp.cumsum(counts, axis=-1) - counts).reshape(flat_words.shape)
 
     def locate(index: jax.Array) -> Located:
@@ -185,7 +185,7 @@ def choose(
 
 def summed(grid: Grid, beams: Beams) -> jax.Array:
     """Log-probabilities of all candidates with their prefixes, float32 [B, W * n]."""
-    return (beams.log_probs[..., None] + grid.log_probs).reshape(len(beams.log_probs), -1)
+    return (beams.log_probs[..., None] + grid.log_probs).reshape(beams.log_probs.shape[0], -1)
 
 
 def grown(

@@ -44,7 +44,7 @@ def capped(scores: jax.Array, groups: jax.Array, cap: int) -> jax.Array:
     groups, _, order = jax.lax.sort((groups, -scores, place), dimension=1, num_keys=3)
     begins = jnp.pad(groups[:, 1:] != groups[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     rank = place - jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
-    keep = jnp.zeros(scores.shape, bool).at[jnp.arange(len(scores))[:, None], order].set(rank < cap)
+    keep = jnp.zeros(scores.shape, bool).at[jnp.arange(scores.shape[0])[:, None], order].set(rank < cap)
     return jnp.where(keep, scores, -jnp.inf)
 
 
@@ -60,7 +60,7 @@ def _blocks(scores: jax.Array, block: int) -> jax.Array:
     spare = -scores.shape[1] % block
     if spare:
         scores = jnp.pad(scores, ((0, 0), (0, spare)), constant_values=-jnp.inf)
-    return scores.reshape(len(scores), -1, block)
+    return scores.reshape(scores.shape[0], -1, block)
 
 
 def _members(blocks: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
