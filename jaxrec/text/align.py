@@ -17,6 +17,7 @@ import optax
 
 from jaxrec.config import UserError
 from jaxrec.losses.contrastive import pair_loss
+from jaxrec.nn.vectors import principal_axes, unit
 from jaxrec.run import track
 
 STEPS_PER_CALL = 50
@@ -61,11 +62,11 @@ def init(key: jax.Array, text: np.ndarray, config: AlignConfig) -> dict:
     width = min(config.width, text_width)
     mean = text.mean(0)
     sample = (text - mean)[np.linspace(0, rows - 1, min(rows, 20_000)).astype(int)]
-    _, components = np.linalg.eigh(sample.T.astype(np.float64) @ sample)
+    _, components = principal_axes(sample)
     scale = jax.nn.initializers.lecun_normal()
     params = {
         "mean": jnp.asarray(mean),
-        "linear": jnp.asarray(components[:, ::-1][:, :width].astype(np.float32)),
+        "linear": jnp.asarray(components[:, :width].astype(np.float32)),
         "up": {"kernel": scale(key, (text_width, config.hidden), jnp.float32), "bias": jnp.zeros(config.hidden)},
         "down": {"kernel": jnp.zeros((config.hidden, width))},
     }
@@ -82,7 +83,7 @@ def apply(params: dict, text: jax.Array, items: jax.Array | None = None) -> jax.
     vectors = centred @ params["linear"] + hidden @ params["down"]["kernel"]
     if items is not None and "residual" in params:
         vectors = vectors + params["residual"][items]
-    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return unit(vectors)
 
 
 def honest_negatives(left, right, known):
