@@ -33,6 +33,7 @@ from jaxrec.text.encoder import (
     embed_texts,
     encode_batches,
     load_encoder,
+    longest,
     save_encoder,
     token_ids,
     with_params,
@@ -160,7 +161,7 @@ def embed(tuned: Tuned, texts: Sequence[str], text_config: EncoderConfig) -> np.
     if tuned.projection is not None:
         return np.asarray(jax.jit(align.apply)(tuned.projection, embed_texts(texts, text_config)))
     vectors = np.zeros((len(texts), tuned.encoder.config.hidden_size), np.float32)
-    max_tokens = _max_tokens(tuned.encoder, text_config)
+    max_tokens = longest(tuned.encoder, text_config)
     for rows, encoded in encode_batches(tuned.encoder, texts, max_tokens, text_config.batch_tokens):
         vectors[rows] = encoded
     return vectors
@@ -334,7 +335,7 @@ def _train(
 ) -> dict:
     """The trained weights, of the encoder or of a projection."""
     if config.trains == "encoder":
-        bert, make_inputs = encoder.config, TokenInputs(encoder, texts, _max_tokens(encoder, text_config))
+        bert, make_inputs = encoder.config, TokenInputs(encoder, texts, longest(encoder, text_config))
         # A copy: the loop donates its state, and the encoder that was loaded is remembered.
         params = jax.tree.map(jnp.copy, encoder.params)
     else:
@@ -417,10 +418,6 @@ def _optim(config: FinetuneConfig) -> OptimConfig:
     if config.trains == "encoder":
         return config.optim
     return replace(config.optim, learning_rate=config.projection_learning_rate)
-
-
-def _max_tokens(encoder: TextEncoder, text_config: EncoderConfig) -> int:
-    return min(text_config.max_tokens, encoder.config.max_position_embeddings)
 
 
 def _even(rows: np.ndarray, most: int) -> np.ndarray:
