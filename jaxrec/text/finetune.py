@@ -275,9 +275,9 @@ def make_probe(name: str, train: TextPairs, held_out: TextPairs, texts: int) -> 
         test = TextPairs(*(np.concatenate(ends) for ends in ((test.left, test.right), (test.right, test.left))), None)
         known = np.concatenate([known, known[:, ::-1]])
     if name != "rank":  # of which all items of a query belong together
-        test = select(test, _even(np.arange(len(test.left)), MEASURED_PAIRS))
+        test = select(test, align.evenly(np.arange(len(test.left)), MEASURED_PAIRS))
     candidates = np.zeros(texts, bool)
-    candidates[_even(np.unique(np.concatenate([known[:, 1], test.right])), MEASURED_CANDIDATES)] = True
+    candidates[align.evenly(np.unique(np.concatenate([known[:, 1], test.right])), MEASURED_CANDIDATES)] = True
     candidates[test.right] = True
     return Probe(test, known, candidates)
 
@@ -418,8 +418,3 @@ def _optim(config: FinetuneConfig) -> OptimConfig:
     if config.trains == "encoder":
         return config.optim
     return replace(config.optim, learning_rate=config.projection_learning_rate)
-
-
-def _even(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of the rows, evenly spread."""
-    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
