@@ -50,7 +50,8 @@ def read(path: Path, folder: Path) -> tuple[list[str], np.ndarray]:
 
 def recall(vectors: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
     """Recall@50 of held-out pairs, both ways."""
-    return pair_recall(vectors, *(np.concatenate([pairs, pairs[:, ::-1]]) for pairs in (test, train)), k=50)
+    both_ways = [np.concatenate([pairs, pairs[:, ::-1]]) for pairs in (test, train)]
+    return pair_recall(vectors, *both_ways, k=50, most=2 * len(test))
 
 
 def compare_projection(text: np.ndarray, pairs: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from jaxrec.text.align import (
     apply,
     apply_all,
     honest_negatives,
+    init,
     measure,
     pair_recall,
     partner_table,
@@ -114,7 +115,8 @@ def test_held_out_recall_leaves_training_partners_out():
     assert measure(params, text, np.array([[0, 1]]), test, k=1)["pair_recall@1"] == 1.0
 
 
-def test_recall_against_a_loop():
+@pytest.mark.parametrize("scores", [2**26, 20])
+def test_recall_against_a_loop(monkeypatch, scores):
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(15, 4)).astype(np.float32)
     test, known, candidates = rng.integers(0, 15, (9, 2)), rng.integers(0, 15, (20, 2)), rng.random(15) < 0.8
@@ -125,8 +127,47 @@ def test_recall_against_a_loop():
             other for other in set(range(15)) - gone if vectors[left] @ vectors[other] > vectors[left] @ vectors[right]
         ]
         found.append(len(nearer) < 3)
+    monkeypatch.setattr("jaxrec.text.align.SCORES", scores)
     assert pair_recall(vectors, test, known, k=3, candidates=candidates) == np.mean(found)
     assert 0 < np.mean(found) < 1
+
+
+def test_recall_of_some_pairs_looks_at_no_more():
+    """Of three pairs two are measured, the first and the last, which is found."""
+    vectors = np.array([[1, 0], [0.9, 0.1], [0.8, 0.3], [0, 1]], np.float32)
+    test, none = np.array([[0, 3], [0, 2], [0, 1]]), np.zeros((0, 2), int)
+    assert pair_recall(vectors, test, none, k=1, most=3) == pytest.approx(1 / 3)
+    assert pair_recall(vectors, test, none, k=1, most=2) == 0.5
+
+
+def test_recall_among_some_candidates_by_hand():
+    vectors = np.full((50, 2), np.nan, np.float32)
+    vectors[[10, 20, 30]] = [[1, 0], [0.9, 0.1], [0, 1]]
+    candidates = np.isin(np.arange(50), [20, 30])
+    test, known = np.array([[10, 30], [10, 20]]), np.array([[10, 40], [0, 20]])
+    assert pair_recall(vectors, test, known, k=1, candidates=candidates) == 0.5
+    # As a partner that is known, 20 leaves the one place to 30.
+    assert pair_recall(vectors, test[:1], np.array([[10, 20]]), k=1, candidates=candidates) == 1.0
+
+
+@pytest.mark.parametrize("scores", [2**26, 5])
+def test_neighbours_of_the_same_category_by_hand(monkeypatch, scores):
+    monkeypatch.setattr("jaxrec.text.align.SCORES", scores)
+    text = np.eye(3, dtype=np.float32)
+    params = init(jax.random.key(0), text, AlignConfig(width=3, hidden=4))
+    none = np.zeros((0, 2), int)
+    measured = measure(params, text, none, none, np.array(["a", "a", "b"]))
+    # Each has the two others: the first two one of their category among them, the third none.
+    assert measured == {"same_category@10": pytest.approx(1 / 3)}
+    assert measure(params, text[:1], none, none, np.array(["a"])) == {}
+
+
+def test_an_item_in_the_middle_of_all_spoils_no_gradient():
+    """Its vector is zero, as it was before anything was learned."""
+    text = np.array([[1, 0], [-1, 0], [0, 0]], np.float32)
+    params = init(jax.random.key(0), text, AlignConfig(width=2, hidden=4))
+    gradient = jax.grad(lambda params: apply(params, text, jnp.arange(3))[:, 0].sum())(params)
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), gradient))
 
 
 def test_bad_input_is_named(shop):

@@ -2,13 +2,26 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_encoder import make_encoder
 
 from jaxrec.config import UserError
-from jaxrec.text.encoder import LENGTHS, EncoderConfig, embed_texts, find_model, load_encoder, pad_by_length
+from jaxrec.text.encoder import (
+    LENGTHS,
+    Bert,
+    EncoderConfig,
+    config_json,
+    embed_texts,
+    find_model,
+    load_encoder,
+    longest,
+    pad_by_length,
+    with_params,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "encoder.json").read_text())
 SHORT = [i for i, text in enumerate(GOLDEN["texts"]) if len(text) < 100]
@@ -48,6 +61,39 @@ def test_batches_hold_each_text_once_and_compile_once_a_length():
         assert not mask[len(rows) :].any()
         for i, row in enumerate(rows):
             assert list(padded[i, mask[i]]) == tokens[row]
+
+
+def test_padding_may_reach_beyond_the_last_position(tmp_path):
+    """Nine tokens are padded to twelve, where the encoder has ten positions."""
+    made = make_encoder(tmp_path, ["milk", "bread"], positions=10)
+    config = EncoderConfig(model=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    text = "milk bread bread milk bread milk milk"
+    tokens = np.array([made.tokenizer.encode(text).ids])
+    assert tokens.shape[1] == 9
+    alone = Bert(made.config).apply({"params": made.params}, tokens, np.ones((1, 9), bool))
+    np.testing.assert_allclose(embed_texts([text], config), alone, atol=1e-5)
+
+
+def test_texts_are_cut_where_batches_end(tmp_path):
+    made = make_encoder(tmp_path, ["milk"], positions=600)
+    config = EncoderConfig(model=str(tmp_path), cache_dir=str(tmp_path / "cache"), max_tokens=600)
+    assert longest(made, config) == 512
+    vectors = embed_texts(["milk " * 510, "milk " * 590], config)  # 512 and 592 tokens
+    assert np.isfinite(vectors).all()
+    np.testing.assert_array_equal(vectors[0], vectors[1])
+
+
+@pytest.mark.parametrize("changed", [{"num_attention_heads": 4}, {"layer_norm_eps": 1e-3}])
+def test_another_shape_of_the_same_tensors_is_another_encoder(tmp_path, changed):
+    """Its vectors are others, so those that are remembered must not be taken for them."""
+    made = make_encoder(tmp_path, ["milk", "bread"])
+    config = EncoderConfig(model=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    before, fingerprint = embed_texts(["milk bread"], config), load_encoder(config.model).fingerprint
+    other = replace(made, config=replace(made.config, **changed))
+    (tmp_path / "config.json").write_text(config_json(other.config))
+    load_encoder.cache_clear()
+    assert load_encoder(config.model).fingerprint == with_params(other, made.params).fingerprint != fingerprint
+    assert np.abs(embed_texts(["milk bread"], config) - before).max() > 1e-4
 
 
 def test_errors_name_the_mend(tmp_path):

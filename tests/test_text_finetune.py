@@ -21,7 +21,19 @@ from jaxrec.text.encoder import (
     save_encoder,
     with_params,
 )
-from jaxrec.text.finetune import FinetuneConfig, TokenInputs, embed, finetune, load_projection, losses, represent, save
+from jaxrec.text.finetune import (
+    FinetuneConfig,
+    TokenInputs,
+    embed,
+    finetune,
+    load,
+    load_projection,
+    losses,
+    make_probe,
+    measure,
+    represent,
+    save,
+)
 from jaxrec.text.pair_batches import (
     TermBatches,
     TermConfig,
@@ -268,20 +280,92 @@ def test_only_similar_pairs_are_kept(shop, tmp_path):
     assert figures["i2i_pairs"] == (cosines > limit).sum() < figures["i2i_given"] == len(cosines)
 
 
-def test_figures_are_of_held_out_pairs(shop, tmp_path):
+def test_figures_by_hand():
+    """Vectors in the plane: what `make_probe` holds ready, and what `measure` makes of it."""
+    angle = np.deg2rad(np.array([0, 90, 10, 20, 70, 80.0]))  # two queries, then four items
+    vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    none = TextPairs(np.zeros(0, int), np.zeros(0, int), np.zeros(0))
+    # Query 0 has item 2 above 3, right, and both above 4, right; query 1 has 2 above 5 and 4 above 5, both wrong.
+    rank = TextPairs(np.array([0, 0, 0, 1, 1, 1]), np.array([2, 3, 4, 2, 4, 5]), np.array([2, 1, 0, 1, 1, 0.0]))
+    relevance = TextPairs(np.array([0, 1]), np.array([2, 2]), np.array([1.0, 0.5]))
+    # Of query 0, the items 2 and 3 are known, so that 4 comes first; of query 1 item 2 comes last of four.
+    q2i = TextPairs(np.array([0, 1]), np.array([4, 2]), np.zeros(2))
+    known = TextPairs(np.array([0, 0, 1]), np.array([2, 3, 3]), np.zeros(3))
+    probes = {
+        "rank": make_probe("rank", none, rank, 6),
+        "relevance": make_probe("relevance", none, relevance, 6),
+        "q2i": make_probe("q2i", known, q2i, 6),
+        "q2q": make_probe("q2q", known, none, 6),
+    }
+    assert np.flatnonzero(probes["q2i"].candidates).tolist() == [2, 3, 4]
+    errors = [(np.cos(np.deg2rad(10)) - 1) ** 2, (np.cos(np.deg2rad(80)) - 0.5) ** 2]
+    figures = measure(probes, vectors, k=1)
+    assert figures["rank_accuracy"] == 3 / 5
+    assert figures["relevance_error"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert figures["q2i_recall@1"] == 0.5 and set(figures) == {"rank_accuracy", "relevance_error", "q2i_recall@1"}
+
+
+def test_what_one_term_is_measured_on_no_term_is_trained_on(shop, tmp_path, monkeypatch):
     texts, color, pairs, text_config = shop
-    value = (np.arange(60) % 6 // 2).astype(np.float64)
     given = {
         "i2i": pairs,
-        "rank": TextPairs(60 + color, np.arange(60), value),
-        "relevance": TextPairs(np.arange(30), np.arange(30, 60), np.full(30, 0.25)),
+        "q2i": TextPairs(60 + color, np.arange(60)),
+        "rank": TextPairs(60 + color, np.arange(60), np.arange(60) % 6 // 2),
+        "relevance": TextPairs(60 + color, np.arange(60), np.full(60, 0.25)),
     }
-    config = config_of(steps=6, held_out=0.3, trains="projection")
+    sides = {}
+
+    def spy(name, train, held_out, texts):
+        sides[name] = [set(zip(each.left.tolist(), each.right.tolist())) for each in (train, held_out)]
+        return make_probe(name, train, held_out, texts)
+
+    monkeypatch.setattr("jaxrec.text.finetune.make_probe", spy)
+    config = config_of(steps=6, held_out=0.4, trains="projection")
     figures = finetune(texts, given, config, text_config, tmp_path).metrics
-    for name in ("i2i_recall@50", "rank_accuracy", "relevance_error"):
-        assert np.isfinite([figures[f"{name}_before"], figures[f"{name}_after"]]).all()
-    assert figures["i2i_pairs"] < figures["i2i_given"]
-    assert figures["rank_pairs"] % 12 == 0  # whole queries, of twelve items each
+    train, held_out = zip(*(sides[name] for name in ("q2i", "rank", "relevance")))
+    assert all(held_out) and not set.union(*train) & set.union(*held_out)
+    assert 0.2 < len(sides["i2i"][1]) / figures["i2i_given"] < 0.6
+    for name, (kept, measured) in sides.items():
+        assert figures[f"{name}_pairs"] == len(kept) == figures[f"{name}_given"] - len(measured)
+    for name in ("i2i_recall@50", "q2i_recall@50", "rank_accuracy", "relevance_error"):
+        assert {f"{name}_before", f"{name}_after"} <= set(figures)
+    assert figures["relevance_error_before"] != figures["relevance_error_after"]
+
+
+@pytest.mark.parametrize("changed", ["texts", "pairs", "seed", "config", "max_tokens"])
+def test_a_folder_of_another_training_is_refused(shop, tmp_path, changed):
+    texts, _, pairs, text_config = shop
+    config, seed = config_of(steps=6, trains="projection"), 0
+    done = finetune(texts, {"i2i": pairs}, config, text_config, tmp_path)
+    # The same one is at its end; how often it logs and saves makes no other of it.
+    often = replace(config, training=replace(config.training, log_every=1, checkpoint_every=1))
+    again = finetune(texts, {"i2i": pairs}, often, text_config, tmp_path)
+    assert jax.tree.all(jax.tree.map(np.array_equal, done.projection, again.projection))
+    if changed == "texts":
+        texts = [text.replace("lamp", "cheap") for text in texts]
+    elif changed == "pairs":
+        pairs = TextPairs(pairs.left[1:], pairs.right[1:])
+    elif changed == "config":
+        config = replace(config, terms=replace(config.terms, i2i=replace(ALL, weight=0.5)))
+    elif changed == "max_tokens":
+        text_config = replace(text_config, max_tokens=4)
+    else:
+        seed = 1
+    with pytest.raises(UserError, match=rf"the checkpoints in {tmp_path} are of an alignment with other"):
+        finetune(texts, {"i2i": pairs}, config, text_config, tmp_path, seed=seed)
+
+
+def test_a_folder_takes_one_kind_after_the_other(shop, tmp_path):
+    texts, _, pairs, text_config = shop
+    made = [
+        finetune(texts, {"i2i": pairs}, config_of(steps=6, trains=kind), text_config, tmp_path / kind)
+        for kind in ("projection", "encoder")
+    ]
+    for tuned in (*made, made[0]):
+        save(tuned, tmp_path / "saved")
+        found = load(tmp_path / "saved", text_config)
+        assert (found.projection is None) == (tuned.projection is None)
+        np.testing.assert_array_equal(embed(found, texts, text_config), embed(tuned, texts, text_config))
 
 
 def test_the_same_seed_and_a_resumed_training_give_the_same_bits(shop, tmp_path):
@@ -348,6 +432,7 @@ def test_the_configuration_survives_json():
         ({"i2i": TextPairs(np.array([0]), np.array([1]))}, {"temperature": 0.0}, "temperature=0.0"),
         ({"i2i": TextPairs(np.array([0]), np.array([1]))}, {"rank_items": 1}, "rank_items=1"),
         ({"i2i": TextPairs(np.array([0]), np.array([1]))}, {"held_out": 1.0}, "held_out=1.0"),
+        ({"rank": TextPairs(np.full(3, 60), np.arange(3), np.arange(3))}, {"rank_items": 2}, "fewer than the 3 levels"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(shop, tmp_path, pairs, fields, message):

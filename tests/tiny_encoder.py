@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from jaxrec.text.encoder import Bert, BertConfig, TextEncoder, save_encoder
 
 
-def make_encoder(folder: Path, words: list[str], *, seed: int = 0) -> TextEncoder:
+def make_encoder(folder: Path, words: list[str], *, seed: int = 0, positions: int = 32) -> TextEncoder:
     """Saves an encoder whose tokens are the given words, and returns it; its fingerprint is left empty."""
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set(words))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -23,7 +23,7 @@ def make_encoder(folder: Path, words: list[str], *, seed: int = 0) -> TextEncode
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=24,
-        max_position_embeddings=32,
+        max_position_embeddings=positions,
     )
     tokens = jnp.zeros((1, 4), jnp.int32)
     params = Bert(config).init(jax.random.key(seed), tokens, jnp.ones((1, 4), bool))["params"]

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from jaxrec.config import UserError
+from jaxrec.nn.vectors import principal_axes
 from jaxrec.run import track
 from jaxrec.semantic_ids.rows import check_rows, check_width
 
@@ -143,9 +144,8 @@ def init(key: jax.Array, x: np.ndarray, config: FsqConfig) -> dict:
 
 def principal_directions(x: np.ndarray, n: int) -> np.ndarray:
     """The n first principal directions of x [I, D], f64 [D, n]; beyond D they repeat."""
-    centred = (x - x.mean(0)).astype(np.float64)
-    _, directions = np.linalg.eigh(centred.T @ centred)
-    return directions[:, ::-1][:, np.arange(n) % x.shape[1]]
+    _, axes = principal_axes((x - x.mean(0)).astype(np.float64))
+    return axes[:, np.arange(n) % x.shape[1]]
 
 
 def project(params: dict, x: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import UserError
+from jaxrec.nn.vectors import principal_axes
 from jaxrec.run import track
 from jaxrec.semantic_ids.kmeans import KMeansConfig, assign, drawn, kmeans, lloyd, update
 from jaxrec.semantic_ids.rows import check_enough, check_rows, check_width
@@ -126,14 +127,14 @@ def principal_rotation(x: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     From the largest variance on, each direction goes to the sub-space with room whose variances have the least product
     for its number of codes. For Gaussian data no rotation has a lower bound of the error.
     """
-    values, directions = np.linalg.eigh(x.astype(np.float64).T @ x)
+    values, directions = principal_axes(x)
     # Relative to the least variance, so that a direction always adds to the product that it joins.
-    floor = max(values[-1] * 1e-9, np.finfo(np.float64).tiny)
+    floor = max(values[0] * 1e-9, np.finfo(np.float64).tiny)
     spread = np.log(np.maximum(values, floor))
-    spread -= spread[0]
+    spread -= spread[-1]
     load = -2 * np.log(np.asarray(sizes, np.float64))
     members: list[list[int]] = [[] for _ in sizes]
-    for i in reversed(range(len(values))):
+    for i in range(len(values)):
         open_parts = [j for j in range(len(sizes)) if len(members[j]) < len(values) // len(sizes)]
         j = min(open_parts, key=lambda j: load[j])
         members[j].append(i)

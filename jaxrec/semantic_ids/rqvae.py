@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from jaxrec.config import UserError
+from jaxrec.nn.vectors import principal_axes
 from jaxrec.run import track
 from jaxrec.semantic_ids import residual
 from jaxrec.semantic_ids.kmeans import KMeansConfig, assign, by_chunk, drawn
@@ -243,8 +244,7 @@ def init(key: jax.Array, x: jax.Array, config: RqVaeConfig) -> dict:
 
 def principal_directions(x: np.ndarray, count: int) -> np.ndarray:
     """The first principal directions of centred x [I, D], f32 [D, count]; zeros beyond the D that there are."""
-    _, directions = np.linalg.eigh(x.astype(np.float64).T @ x)
-    found = directions[:, ::-1][:, :count]
+    found = principal_axes(x)[1][:, :count]
     return np.pad(found, ((0, 0), (0, count - found.shape[1]))).astype(np.float32)
 
 

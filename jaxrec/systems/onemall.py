@@ -8,6 +8,8 @@ can be killed and run again.
 
 from dataclasses import dataclass, field
 
+import pyarrow.parquet as pq
+
 from jaxrec.config import fingerprint, from_json
 from jaxrec.data.examples import write_examples
 from jaxrec.data.features import FeatureConfig
@@ -25,7 +27,7 @@ from jaxrec.systems.onemall_model import assemble
 from jaxrec.systems.onemall_training import train_model
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.text.align import AlignConfig
-from jaxrec.text.encoder import EncoderConfig
+from jaxrec.text.encoder import EncoderConfig, load_encoder
 from jaxrec.text.finetune import FinetuneConfig
 from jaxrec.text.scenarios import TowersConfig
 from jaxrec.training import checkpoint
@@ -100,7 +102,7 @@ def train(run: Run, config: OneMallConfig) -> None:
         fingerprint(source.fingerprint(), config.prepare),
         lambda folder: prepare(source, config.prepare, folder),
     )
-    encoder = (config.text.model, config.text.max_tokens)
+    encoder = _encoder(run, config.text)
     if isinstance(config.align, FinetuneConfig):
         run.stage(
             ALIGNMENT,
@@ -147,6 +149,14 @@ def load_recommender(run: Run) -> GenerativeRecommender:
     trained = checkpoint.load_parts(run.path / STAGE, "params", "extra")
     variables = {"params": trained["params"], **trained["extra"]}
     return GenerativeRecommender(assemble(run, config), variables, config.features, config.decoding)
+
+
+def _encoder(run: Run, text: EncoderConfig) -> tuple:
+    """What the vectors of the items' texts depend on; nothing, where the items bring embeddings of their own."""
+    if "embedding" in pq.read_schema(run.tables / "items.parquet").names:
+        return ()
+    # Not by its name alone: a folder may hold another encoder by now.
+    return text.model, load_encoder(text.model).fingerprint, text.max_tokens
 
 
 def _training_inputs(config: OneMallConfig) -> list:

@@ -17,9 +17,12 @@ import optax
 
 from jaxrec.config import UserError
 from jaxrec.losses.contrastive import pair_loss
+from jaxrec.nn.vectors import principal_axes, unit
 from jaxrec.run import track
 
 STEPS_PER_CALL = 50
+# Scores that are in memory at once where embeddings are measured, 256 MB of them.
+SCORES = 2**26
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,11 @@ def init(key: jax.Array, text: np.ndarray, config: AlignConfig) -> dict:
     width = min(config.width, text_width)
     mean = text.mean(0)
     sample = (text - mean)[np.linspace(0, rows - 1, min(rows, 20_000)).astype(int)]
-    _, components = np.linalg.eigh(sample.T.astype(np.float64) @ sample)
+    _, components = principal_axes(sample)
     scale = jax.nn.initializers.lecun_normal()
     params = {
         "mean": jnp.asarray(mean),
-        "linear": jnp.asarray(components[:, ::-1][:, :width].astype(np.float32)),
+        "linear": jnp.asarray(components[:, :width].astype(np.float32)),
         "up": {"kernel": scale(key, (text_width, config.hidden), jnp.float32), "bias": jnp.zeros(config.hidden)},
         "down": {"kernel": jnp.zeros((config.hidden, width))},
     }
@@ -82,7 +85,7 @@ def apply(params: dict, text: jax.Array, items: jax.Array | None = None) -> jax.
     vectors = centred @ params["linear"] + hidden @ params["down"]["kernel"]
     if items is not None and "residual" in params:
         vectors = vectors + params["residual"][items]
-    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return unit(vectors)
 
 
 def honest_negatives(left, right, known):
@@ -211,21 +214,36 @@ def measure(
     """How well the embeddings find what goes together.
 
     `pair_recall@k`: share of held-out pairs (both ways, at most `most`) whose other item is among the k nearest of the
-    first, its training partners left out. `same_category@10`: share of the 10 nearest in the item's own category,
-    over `most` items.
+    first, its training partners left out. `same_category@10`: share of the 10 nearest (all others, where there are
+    fewer) in the item's own category, over `most` items.
     """
     vectors = apply_all(params, text)
     figures = {}
     if len(test):
         both_ways = [np.concatenate([pairs, pairs[:, ::-1]]) for pairs in (test, train)]
         figures[f"pair_recall@{k}"] = pair_recall(vectors, *both_ways, k=k, most=most)
-    if categories is not None:
-        sample = np.linspace(0, len(text) - 1, min(len(text), most)).astype(int)
-        scores = vectors[sample] @ vectors.T
-        scores[np.arange(len(sample)), sample] = -np.inf
-        near = np.argpartition(-scores, min(10, len(text) - 1) - 1, axis=1)[:, :10]
+    if categories is not None and len(text) > 1:
+        sample = evenly(np.arange(len(text)), most)
+        near = np.concatenate([_nearest(vectors, part, min(10, len(text) - 1)) for part in _parts(sample, len(text))])
         figures["same_category@10"] = float((categories[near] == categories[sample][:, None]).mean())
     return figures
+
+
+def evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of the rows, evenly spread."""
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
+
+
+def _parts(rows: np.ndarray, columns: int) -> list[np.ndarray]:
+    """The rows in parts whose scores of all columns fit into memory."""
+    return np.array_split(rows, max(1, -(-len(rows) * columns // SCORES)))
+
+
+def _nearest(vectors: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
+    """The k nearest others of some rows, in any order, int [n, k]."""
+    distance = -vectors[rows] @ vectors.T
+    distance[np.arange(len(rows)), rows] = np.inf
+    return np.argpartition(distance, k - 1, axis=1)[:, :k]
 
 
 def pair_recall(
@@ -245,11 +263,22 @@ def pair_recall(
       known: int [m, 2], (left, right): other right ends, which take no place.
       candidates: bool [I], which vectors may take a place; all if it is not given.
     """
-    test = test[:: max(1, len(test) // most)]
+    test = evenly(test, most)
+    if candidates is not None:
+        rows = np.unique(np.append(test, np.flatnonzero(candidates)))
+        known = known[np.isin(known, rows).all(1)]
+        test, known = np.searchsorted(rows, test), np.searchsorted(rows, known)
+        vectors, candidates = vectors[rows], candidates[rows]
+    known = known[np.argsort(known[:, 0], kind="stable")]
+    nearer = [_nearer(vectors, part, known, candidates) for part in _parts(test, len(vectors))]
+    return float((np.concatenate(nearer) < k).mean())
+
+
+def _nearer(vectors: np.ndarray, test: np.ndarray, known: np.ndarray, candidates: np.ndarray | None) -> np.ndarray:
+    """How many are nearer to the left end of each pair than its right end is, int [n]; known: sorted by left end."""
     each = np.arange(len(test))
     scores = vectors[test[:, 0]] @ vectors.T
     target = scores[each, test[:, 1]][:, None].copy()
-    known = known[np.argsort(known[:, 0], kind="stable")]
     begin, end = (np.searchsorted(known[:, 0], test[:, 0], side) for side in ("left", "right"))
     rows = np.repeat(each, end - begin)
     # The place of each row's partners in `known`: they are a run from `begin` on.
@@ -258,7 +287,7 @@ def pair_recall(
     scores[each, test[:, 0]] = -np.inf
     if candidates is not None:
         scores[:, ~candidates] = -np.inf
-    return float(((scores > target).sum(1) < k).mean())
+    return (scores > target).sum(1)
 
 
 def apply_all(params: dict, text: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from safetensors.numpy import save as save_safetensors
 from tokenizers import Tokenizer
 
 from jaxrec.config import UserError
+from jaxrec.nn.vectors import unit
 from jaxrec.run import disk_full, track
 from jaxrec.text.cache import EmbeddingCache, default_cache_dir, write_atomically
 from jaxrec.text.weights import from_huggingface, to_huggingface
@@ -40,7 +41,8 @@ class EncoderConfig:
     model: str = PACKAGE
     """The installed package that holds the weights, or a folder with model.safetensors, tokenizer.json, config.json."""
     max_tokens: int = 128
-    """Longer texts are cut to this many tokens, [CLS] and [SEP] included."""
+    """Longer texts are cut to this many tokens, [CLS] and [SEP] included; never more than 512, or than the encoder has
+    positions."""
     batch_tokens: int = 1024
     """Tokens in a batch, padding included; the number of texts in a batch follows from their length."""
     cache_dir: str = ""
@@ -92,14 +94,16 @@ class Bert(nn.Module):
         """tokens int32 [B, S], mask bool [B, S] -> unit vectors f32 [B, D]."""
         config = self.config
         embed = partial(nn.Embed, features=config.hidden_size)
-        positions = embed(config.max_position_embeddings, name="positions")(jnp.arange(tokens.shape[1]))
+        # Padding may reach beyond the last position, where a look-up would give NaN.
+        place = jnp.minimum(jnp.arange(tokens.shape[1]), config.max_position_embeddings - 1)
+        positions = embed(config.max_position_embeddings, name="positions")(place)
         types = embed(config.type_vocab_size, name="types")(jnp.zeros((), jnp.int32))
         x = embed(config.vocab_size, name="words")(tokens) + positions + types
         x = nn.LayerNorm(epsilon=config.layer_norm_eps, name="norm")(x)
         for i in range(config.num_hidden_layers):
             x = BertLayer(config, name=f"layer_{i}")(x, mask)
         pooled = jnp.einsum("bsd,bs->bd", x, mask.astype(x.dtype)) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
-        return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+        return unit(pooled)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def embed_texts(texts: Sequence[str], config: EncoderConfig = EncoderConfig()) -
     Raises UserError when the weights cannot be found, are not the expected ones, or do not fit together.
     """
     encoder = load_encoder(config.model)
-    max_tokens = min(config.max_tokens, encoder.config.max_position_embeddings)
+    max_tokens = longest(encoder, config)
     cache = EmbeddingCache(
         Path(config.cache_dir) if config.cache_dir else default_cache_dir(),
         name=f"text-{encoder.fingerprint[:16]}-{max_tokens}",
@@ -134,6 +138,11 @@ def embed_texts(texts: Sequence[str], config: EncoderConfig = EncoderConfig()) -
         cache.add([keys[i] for i in missing[rows]], encoded)
     cache.flush()
     return vectors[np.array([row[text] for text in texts], np.int64)]
+
+
+def longest(encoder: TextEncoder, config: EncoderConfig) -> int:
+    """Tokens to which texts are cut: as many as are asked for, as the encoder has positions, as a batch is wide."""
+    return min(config.max_tokens, encoder.config.max_position_embeddings, LENGTHS[-1])
 
 
 def encode_batches(
@@ -215,8 +224,7 @@ def load_encoder(model: str = PACKAGE) -> TextEncoder:
         raise UserError(f"{folder / WEIGHTS_FILE} has no tensor {error}: it is not a BERT encoder") from error
     except Exception as error:  # the Rust readers of both formats raise plain Exception subclasses
         raise UserError(f"the text encoder in {folder} cannot be read: {error}") from error
-    fingerprint = hashlib.sha256(digest.encode() + tokenizer_json).hexdigest()
-    return TextEncoder(config, jax.device_put(params), tokenizer, fingerprint)
+    return TextEncoder(config, jax.device_put(params), tokenizer, _fingerprint(digest, tokenizer_json, config))
 
 
 def find_model(model: str) -> Path:
@@ -259,7 +267,7 @@ def config_json(config: BertConfig) -> str:
 def with_params(encoder: TextEncoder, params: dict) -> TextEncoder:
     """The encoder with other weights, and the fingerprint that `load_encoder` gives to it when it is saved."""
     digest = hashlib.sha256(save_safetensors(to_huggingface(params))).hexdigest()
-    fingerprint = hashlib.sha256(digest.encode() + _tokenizer_json(encoder)).hexdigest()
+    fingerprint = _fingerprint(digest, _tokenizer_json(encoder), encoder.config)
     return dataclasses.replace(encoder, params=params, fingerprint=fingerprint)
 
 
@@ -283,6 +291,11 @@ def save_encoder(encoder: TextEncoder, folder: Path) -> None:
         raise UserError(f"the text encoder can't be saved in {folder} ({error.strerror}): {mend}") from error
     # It remembers encoders by folder, and this one may have been another.
     load_encoder.cache_clear()
+
+
+def _fingerprint(weights: str, tokenizer_json: bytes, config: BertConfig) -> str:
+    # The shape too: heads and epsilons change the vectors, but no tensor.
+    return hashlib.sha256(weights.encode() + tokenizer_json + repr(config).encode()).hexdigest()
 
 
 def _tokenizer_json(encoder: TextEncoder) -> bytes:

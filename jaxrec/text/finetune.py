@@ -9,6 +9,7 @@ encoder itself, or only a projection behind it; the loss is the same.
     vectors = embed_texts(texts, EncoderConfig(model="encoder"))
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, fingerprint
 from jaxrec.losses.contrastive import margin_rank, pair_loss, relevance_regression
 from jaxrec.run import read_json, writing
 from jaxrec.text import align
@@ -33,6 +34,7 @@ from jaxrec.text.encoder import (
     embed_texts,
     encode_batches,
     load_encoder,
+    longest,
     save_encoder,
     token_ids,
     with_params,
@@ -47,6 +49,7 @@ from jaxrec.text.pair_batches import (
     check_pairs,
     comparable,
     merge_equal_texts,
+    most_levels,
     select,
     similar,
     split,
@@ -77,7 +80,8 @@ class FinetuneConfig:
     rank_items: int = 4
     """Items of a query in one rank example."""
     held_out: float = 0.05
-    """Share of each term's pairs that is kept for measuring."""
+    """Share that is kept for measuring: of i2i and q2q so many pairs; of the other terms so many left ends (queries,
+    prefixes) with all their pairs, the same ones in all of these terms."""
     projection_width: int = 128
     """Width of the projected vectors."""
     projection_hidden: int = 256
@@ -114,7 +118,7 @@ def finetune(
         of weight 0, takes no part.
       config: what is trained, and how.
       text_config: the encoder to begin with.
-      folder: gets `checkpoints/` and `metrics.jsonl`, with the loss and each term's value; a training that was stopped
+      folder: gets `checkpoints/` and `metrics.jsonl`, with the loss and each term's value; the same training, stopped,
         goes on from it.
       seed: of the split, the batches and the projection.
 
@@ -124,7 +128,8 @@ def finetune(
       <term>_given.
 
     Raises:
-      UserError: pairs that can't be used, no pair left in a term, or a configuration that doesn't fit.
+      UserError: pairs that can't be used, no pair left in a term, a configuration that doesn't fit, or checkpoints of
+        another training in the folder.
     """
     _check(config)
     check_pairs(pairs, len(texts))
@@ -134,9 +139,10 @@ def finetune(
     texts, pairs, given = merge_equal_texts(texts, pairs)
     encoder, before = load_encoder(text_config.model), embed_texts(texts, text_config)
     train, probes = {}, {}
+    queries = np.random.default_rng([seed, 3]).random(len(texts)) < config.held_out
     for number, name in enumerate(sorted(pairs)):
         kept = _filtered(name, pairs[name], before, config, given[name])
-        train[name], held_out = split(kept, name, config.held_out, [seed, 1, number])
+        train[name], held_out = split(kept, name, queries, config.held_out, [seed, 1, number])
         if not len(train[name].left):
             raise UserError(f"{name}: all {len(kept.left)} pairs are held out: give more pairs, or lower held_out")
         probes[name] = make_probe(name, train[name], held_out, len(texts))
@@ -160,7 +166,7 @@ def embed(tuned: Tuned, texts: Sequence[str], text_config: EncoderConfig) -> np.
     if tuned.projection is not None:
         return np.asarray(jax.jit(align.apply)(tuned.projection, embed_texts(texts, text_config)))
     vectors = np.zeros((len(texts), tuned.encoder.config.hidden_size), np.float32)
-    max_tokens = _max_tokens(tuned.encoder, text_config)
+    max_tokens = longest(tuned.encoder, text_config)
     for rows, encoded in encode_batches(tuned.encoder, texts, max_tokens, text_config.batch_tokens):
         vectors[rows] = encoded
     return vectors
@@ -179,6 +185,9 @@ def save(tuned: Tuned, folder: Path) -> None:
         if tuned.projection is not None:
             flat = flatten_dict(tuned.projection, sep=".")
             save_file({name: np.asarray(value) for name, value in flat.items()}, folder / PROJECTION_FILE)
+        else:
+            # Of an alignment that was here before: `load` would put it behind this encoder.
+            (folder / PROJECTION_FILE).unlink(missing_ok=True)
     if tuned.projection is None:
         save_encoder(tuned.encoder, folder)
 
@@ -274,9 +283,9 @@ def make_probe(name: str, train: TextPairs, held_out: TextPairs, texts: int) -> 
         test = TextPairs(*(np.concatenate(ends) for ends in ((test.left, test.right), (test.right, test.left))), None)
         known = np.concatenate([known, known[:, ::-1]])
     if name != "rank":  # of which all items of a query belong together
-        test = select(test, _even(np.arange(len(test.left)), MEASURED_PAIRS))
+        test = select(test, align.evenly(np.arange(len(test.left)), MEASURED_PAIRS))
     candidates = np.zeros(texts, bool)
-    candidates[_even(np.unique(np.concatenate([known[:, 1], test.right])), MEASURED_CANDIDATES)] = True
+    candidates[align.evenly(np.unique(np.concatenate([known[:, 1], test.right])), MEASURED_CANDIDATES)] = True
     candidates[test.right] = True
     return Probe(test, known, candidates)
 
@@ -334,7 +343,7 @@ def _train(
 ) -> dict:
     """The trained weights, of the encoder or of a projection."""
     if config.trains == "encoder":
-        bert, make_inputs = encoder.config, TokenInputs(encoder, texts, _max_tokens(encoder, text_config))
+        bert, make_inputs = encoder.config, TokenInputs(encoder, texts, longest(encoder, text_config))
         # A copy: the loop donates its state, and the encoder that was loaded is remembered.
         params = jax.tree.map(jnp.copy, encoder.params)
     else:
@@ -355,13 +364,31 @@ def _train(
     state = fit(
         make_step(bert, config),
         state,
-        PairBatches(terms, make_inputs),
+        PairBatches(terms, make_inputs, _origin(encoder, texts, pairs, config, text_config, seed), folder),
         config=config.training,
         folder=Path(folder) / "checkpoints",
         metrics_path=Path(folder) / "metrics.jsonl",
         stage="alignment",
     )
     return state.params
+
+
+def _origin(
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    pairs: Mapping[str, TextPairs],
+    config: FinetuneConfig,
+    text_config: EncoderConfig,
+    seed: int,
+) -> str:
+    """A digest of what a training depends on; of its length and its checkpoints it may go on with others."""
+    same = replace(config, kinds=(), training=LoopConfig())
+    digest = hashlib.sha256(fingerprint(encoder.fingerprint, longest(encoder, text_config), same, seed).encode())
+    digest.update(json.dumps(texts).encode())
+    for name in sorted(pairs):
+        for side in (pairs[name].left, pairs[name].right, pairs[name].value):
+            digest.update(f"{name} {side.dtype} {len(side)} ".encode() + side.tobytes())
+    return digest.hexdigest()
 
 
 class TokenInputs:
@@ -401,6 +428,11 @@ def _filtered(name: str, pairs: TextPairs, vectors: np.ndarray, config: Finetune
             f"rank: no query has items at two levels of behavior with a cosine above {limit}: "
             "lower terms.rank.min_cosine, or give weaker behaviors too"
         )
+    if name == "rank" and (levels := most_levels(kept)) > config.rank_items:
+        raise UserError(
+            f"rank_items={config.rank_items} is fewer than the {levels} levels of behavior that a query's items have, "
+            f"so that its weakest would never be seen: set rank_items to {levels} or more"
+        )
     return kept
 
 
@@ -417,12 +449,3 @@ def _optim(config: FinetuneConfig) -> OptimConfig:
     if config.trains == "encoder":
         return config.optim
     return replace(config.optim, learning_rate=config.projection_learning_rate)
-
-
-def _max_tokens(encoder: TextEncoder, text_config: EncoderConfig) -> int:
-    return min(text_config.max_tokens, encoder.config.max_position_embeddings)
-
-
-def _even(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of the rows, evenly spread."""
-    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]

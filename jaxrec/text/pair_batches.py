@@ -7,6 +7,7 @@ contrastive terms differ in what they pair alone; `rank` holds queries and items
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -163,14 +164,24 @@ def comparable(pairs: TextPairs) -> TextPairs:
     return select(pairs, (highest > lowest)[pairs.left])
 
 
-def split(pairs: TextPairs, name: str, share: float, seed: Sequence[int]) -> tuple[TextPairs, TextPairs]:
-    """The pairs for training and the held-out ones; for `rank` all items of a query are on one side."""
-    rng = np.random.default_rng(seed)
-    if name == "rank":
-        queries = np.unique(pairs.left)
-        held_out = np.isin(pairs.left, queries[rng.random(len(queries)) < share])
+def most_levels(pairs: TextPairs) -> int:
+    """How many levels of behavior the query with most of them has."""
+    distinct = np.unique(np.stack([pairs.left, pairs.value.astype(np.int64)]), axis=1)
+    return int(np.bincount(distinct[0]).max(initial=0))
+
+
+def split(
+    pairs: TextPairs, name: str, queries: np.ndarray, share: float, seed: Sequence[int]
+) -> tuple[TextPairs, TextPairs]:
+    """The pairs for training and the held-out ones.
+
+    Of SYMMETRIC terms a share of the pairs is held out, drawn by the seed; of the others all pairs of the `queries`
+    (bool [T]: of which texts), in all terms the same: what one term is measured on, none of them is trained on.
+    """
+    if name in SYMMETRIC:
+        held_out = np.random.default_rng(seed).random(len(pairs.left)) < share
     else:
-        held_out = rng.random(len(pairs.left)) < share
+        held_out = queries[pairs.left]
     return select(pairs, ~held_out), select(pairs, held_out)
 
 
@@ -263,8 +274,10 @@ class PairBatches:
     terms, one after the other.
     """
 
-    def __init__(self, terms: Mapping[str, TermBatches], make_inputs: Any):
+    def __init__(self, terms: Mapping[str, TermBatches], make_inputs: Any, origin: str, folder: Path):
+        """origin: a digest of all that the training depends on; folder: of the training, for the message."""
         self.terms, self.make_inputs, self.position = terms, make_inputs, 0
+        self.origin, self.folder = origin, folder
 
     def __next__(self) -> dict[str, Any]:
         # In the order of their names, which is the one that a compiled function sees.
@@ -273,8 +286,14 @@ class PairBatches:
         rows = np.concatenate([rows for rows, _ in made.values()])
         return {"inputs": self.make_inputs(rows), "terms": {name: arrays for name, (_, arrays) in made.items()}}
 
-    def get_state(self) -> dict[str, int]:
-        return {"position": self.position}
+    def get_state(self) -> dict[str, Any]:
+        return {"position": self.position, "origin": self.origin}
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Raises UserError for the state of a training on something else."""
+        if state.get("origin") != self.origin:
+            raise UserError(
+                f"the checkpoints in {self.folder} are of an alignment with other texts, pairs, seed, encoder or "
+                "configuration: delete that folder, or give another one"
+            )
         self.position = state["position"]

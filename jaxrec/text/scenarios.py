@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 
 from jaxrec.config import UserError
 from jaxrec.losses.contrastive import in_batch_softmax
+from jaxrec.nn.vectors import unit
 from jaxrec.run import track
 from jaxrec.training.optim import OptimConfig, make_optimizer
 
@@ -93,10 +94,10 @@ def compose(own: np.ndarray, products: np.ndarray, vectors: np.ndarray) -> np.nd
         known (product cards, for one) shows itself in both halves.
       vectors: f32 [I, D], the embeddings of the products.
     """
-    own = _unit(own)
-    where = products >= 0
-    mean = np.einsum("npd,np->nd", _unit(vectors)[np.maximum(products, 0)], where.astype(np.float32))
-    sold = np.where(where.any(1)[:, None], _unit(mean), own)
+    own, vectors = _unit(own), _unit(vectors)
+    # A column at a time: all products of all items at once would be P times the memory of the result.
+    total = sum(vectors[np.maximum(column, 0)] * (column >= 0)[:, None] for column in products.T)
+    sold = np.where((products >= 0).any(1)[:, None], _unit(total), own)
     return (np.concatenate([sold, own], axis=1) / np.sqrt(2)).astype(np.float32)
 
 
@@ -188,13 +189,13 @@ def init_towers(key: jax.Array, width: int, config: TowersConfig) -> dict:
 
 def item_vectors(params: dict, inputs: jax.Array) -> jax.Array:
     """The item tower: inputs f32 [..., 2 D] -> unit f32 [..., 2 D]."""
-    return _unit_jax(inputs + _hidden(params, inputs))
+    return unit(inputs + _hidden(params, inputs))
 
 
 def user_vectors(params: dict, inputs: jax.Array, mask: jax.Array) -> jax.Array:
     """The user tower: recent items f32 [B, S, 2 D], the newest last, mask bool [B, S] -> unit f32 [B, 2 D]."""
     mean = (inputs * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1)
-    return _unit_jax(mean + _hidden(params, jnp.concatenate([mean, inputs[:, -1] * mask[:, -1:]], axis=-1)))
+    return unit(mean + _hidden(params, jnp.concatenate([mean, inputs[:, -1] * mask[:, -1:]], axis=-1)))
 
 
 def train_towers(key: jax.Array, data: TowerData, config: TowersConfig, params: dict | None = None) -> dict:
@@ -336,11 +337,6 @@ def _hidden(params: dict, x: jax.Array) -> jax.Array:
 
 def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def _unit_jax(x: jax.Array) -> jax.Array:
-    # Not by jnp.linalg.norm, whose gradient at zero (a user without items) is NaN.
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
 def product_table(product_ids: pa.ChunkedArray, item_ids: pa.Array) -> np.ndarray:

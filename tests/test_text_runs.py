@@ -1,0 +1,54 @@
+"""When a run makes its semantic IDs anew: the text encoder decides by what it holds, not by where it lies."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_encoder import make_encoder
+
+from jaxrec.data.sources import SyntheticMall
+from jaxrec.run import Run
+from jaxrec.systems import onemall
+from jaxrec.text.encoder import EncoderConfig
+from jaxrec.text.finetune import FinetuneConfig
+
+STEPS = ("write_examples", "tokenize", "finetune_items", "assemble", "train_model", "compare", "load_recommender")
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What `train` does, as a list of names, with work that is only noted down."""
+    done = []
+    for name in (*STEPS, "present"):
+        monkeypatch.setattr(onemall, name, lambda *_, name=name, **__: done.append(name))
+    return done
+
+
+def run_with(monkeypatch, tmp_path, columns: dict, text: EncoderConfig) -> tuple[Run, onemall.OneMallConfig]:
+    def prepare(source, config, folder):
+        pq.write_table(pa.table(columns), folder / "items.parquet")
+
+    monkeypatch.setattr(onemall, "prepare", prepare)
+    config = onemall.OneMallConfig(data=SyntheticMall(), text=text, align=FinetuneConfig())
+    return Run.open(tmp_path / "run", config), config
+
+
+def test_another_encoder_in_the_same_folder_is_noticed(monkeypatch, tmp_path, made):
+    make_encoder(tmp_path / "bert", ["milk"])
+    text = EncoderConfig(model=str(tmp_path / "bert"))
+    run, config = run_with(monkeypatch, tmp_path, {"item_id": ["a"], "text": ["milk"]}, text)
+    onemall.train(run, config)
+    assert {"tokenize", "finetune_items", "train_model"} <= set(made)
+    made.clear()
+    onemall.train(run, config)
+    assert made == ["present"]
+    made.clear()
+    make_encoder(tmp_path / "bert", ["milk"], seed=1)
+    onemall.train(run, config)
+    assert {"tokenize", "finetune_items", "train_model", "compare"} <= set(made) and "write_examples" not in made
+
+
+def test_items_with_embeddings_need_no_encoder(monkeypatch, tmp_path, made):
+    text = EncoderConfig(model="no_such_package_here")
+    run, config = run_with(monkeypatch, tmp_path, {"item_id": ["a"], "embedding": [[1.0]]}, text)
+    onemall.train(run, config)
+    assert "tokenize" in made
