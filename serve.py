@@ -7,6 +7,7 @@ A request is a JSON object: {"user_id": "123"} for a user of the run, or {"histo
 else; with "k" (default 10) and "exclude_seen" if wanted.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,13 @@ class Arguments:
     requests: Path | None = None
     """file with one request (JSON) a line"""
     out: Path | None = None
-    """file for the answers, one a line in the same order"""
+    """file for the answers, one a line in the same order; a killed run goes on from what is in OUT.partial"""
+    restart: bool = False
+    """with --requests: throw OUT.partial away and begin again"""
+    batch_size: int | None = None
+    """with --requests: requests that are decoded together; default: decoding.batch_size of the run"""
+    window: int | None = None
+    """with --requests: lines that are sorted into batches together; default: 4096"""
     http: str | None = None
     """HOST:PORT to serve on instead, such as 127.0.0.1:8080"""
 
@@ -35,8 +42,12 @@ def main(arguments: Arguments) -> None:
         raise UserError("give either --requests IN.jsonl with --out OUT.jsonl, or --http HOST:PORT")
     if (arguments.requests is None) != (arguments.out is None):
         raise UserError("--requests and --out go together; give both")
+    if arguments.http is not None and (arguments.restart or arguments.batch_size or arguments.window):
+        raise UserError("--restart, --batch-size and --window are for --requests; leave them out with --http")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise UserError(f"--batch-size {arguments.batch_size}: give a number of 1 or more")
     # Imported here: --help and a wrong command line should not wait for JAX.
-    from jaxrec.serving.batch import answer_file
+    from jaxrec.serving.batch import WINDOW_LINES, answer_file
     from jaxrec.serving.http import parse_address, serve
     from jaxrec.serving.retriever import Retriever
 
@@ -46,9 +57,15 @@ def main(arguments: Arguments) -> None:
         retriever.warm_up()
         serve(retriever, arguments.http)
         return
-    summary = answer_file(Retriever(arguments.run), arguments.requests, arguments.out)
+    retriever = Retriever(arguments.run)
+    if arguments.batch_size is not None:
+        config = dataclasses.replace(retriever.recommender.config, batch_size=arguments.batch_size)
+        retriever.recommender.config = config
+    window = WINDOW_LINES if arguments.window is None else arguments.window
+    summary = answer_file(retriever, arguments.requests, arguments.out, restart=arguments.restart, window_lines=window)
+    resumed = f" ({summary.resumed:,} before this run was stopped)" if summary.resumed else ""
     console.print(
-        f"{summary.answered:,} answered ({summary.popular:,} with popular items), {summary.bad:,} bad lines; "
+        f"{summary.answered:,} answered ({summary.popular:,} with popular items), {summary.bad:,} bad lines{resumed}; "
         f"written to {arguments.out}"
     )
 

@@ -1,5 +1,6 @@
 """The retriever: who gets what, and what the model is asked."""
 
+import json
 import shutil
 
 import pytest
@@ -91,7 +92,7 @@ def test_answers_keep_the_order_of_mixed_requests_and_shapes_stay_few(retriever)
     assert [(answer.source, ids(answer)[0]) for answer in answers] == expected
     assert all(len(answer.items) <= request.k for answer, request in zip(answers, requests, strict=True))
     assert {size for size, _, _ in retriever.recommender.calls} <= set(BATCH_SIZES)
-    assert {k for _, k, _ in retriever.recommender.calls} == {100}
+    assert {k for _, k, _ in retriever.recommender.calls} == {10, 50, 100}
 
 
 def test_an_unknown_behavior_fails_its_request_alone(retriever):
@@ -144,3 +145,17 @@ def test_one_sentence_for_every_bad_request(line, message):
     with pytest.raises(UserError) as error:
         parse_request(line)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"user_id": "1", "user_id": "2", "k": 3}',
+        '{"history": [{"item_id": "é", "timestamp": 17, "behavior": null}], "exclude_seen": true, "now": 20}',
+        '{"history": [{"item_id": "\\ud800"}]}',
+        '\ufeff{"user_id": "1"}'.encode("utf-16-le"),
+    ],
+)
+def test_a_good_request_is_what_json_says(line):
+    """Whichever of the two parsers takes it; the last two are for the second one."""
+    assert parse_request(line) == Request.model_validate(json.loads(line))

@@ -212,8 +212,9 @@ class CrossDecoder(nn.Module):
 
     def _habit(self, features: Features, catalogue: Catalogue, past, state):
         if self.habit is None:
-            codes = jnp.zeros((len(state), 1, len(self.codebook_sizes)), jnp.int32)
-            return codes, jnp.zeros((len(state), 1)), jnp.zeros(len(state))
+            batch = state.shape[0]
+            codes = jnp.zeros((batch, 1, len(self.codebook_sizes)), jnp.int32)
+            return codes, jnp.zeros((batch, 1)), jnp.zeros(batch)
         weights, share = self.habit(past, features.habit, features.past.mask, state, features.user)
         return catalogue.codes[features.past.item], weights, share
 

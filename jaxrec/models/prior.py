@@ -35,7 +35,7 @@ class Prior:
         """Log-probabilities of the next code: nodes int32 [B, L] and period int32 [B] -> float32 [B, L, K]."""
         edges, real = self._edges(level, nodes)
         tokens = jnp.where(real, self.tokens[level][edges], self.sizes[level])
-        row, column = jnp.indices(nodes.shape)[..., None]
+        row, column = jnp.arange(nodes.shape[0])[:, None, None], jnp.arange(nodes.shape[1])[:, None]
         dense = jnp.full((*nodes.shape, self.sizes[level]), FLOOR)
         return dense.at[row, column, tokens].set(self.log_probs[level][period[:, None, None], edges], mode="drop")
 

@@ -14,14 +14,19 @@ Four ways to run the chosen experts. The first three are equal up to rounding:
 """
 
 import math
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import initializers as init
+from jax.export import is_symbolic_dim
 
 from jaxrec.nn.layers import partitioned
+
+EXPORT_BATCH = 32
+"""Contexts in a batch for which an exported model is fast on CPU; any other batch gives the same numbers."""
 
 Dispatch = Literal["auto", "blocked", "ragged", "dense", "capacity"]
 
@@ -72,9 +77,10 @@ def _through(x, slots, total, gates, apply):
     A slot of `total` or more is dropped.
     """
     k = gates.shape[1]
-    source = jnp.full((total,), len(x), jnp.int32).at[slots].set(jnp.arange(len(slots)) // k, mode="drop")
+    nowhere, rows = x.shape[0], jnp.arange(slots.shape[0]) // k  # `len` would refuse the symbolic batch of an export
+    source = jnp.full((total,), nowhere, jnp.int32).at[slots].set(rows, mode="drop")
     laid = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
-    home = jnp.take(apply(laid), slots, axis=0, mode="fill", fill_value=0).reshape(len(x), k, -1)
+    home = jnp.take(apply(laid), slots, axis=0, mode="fill", fill_value=0).reshape(x.shape[0], k, x.shape[1])
     return jnp.einsum("TkD,Tk->TD", home, gates.astype(x.dtype))
 
 
@@ -84,18 +90,23 @@ def run_blocked(x, up, down, experts, gates, block: int | None = None):
     `block` is in tokens; by default an expert's fair share is about four blocks.
     """
     count, flat = len(up), experts.reshape(-1)
-    block = block or max(8, min(256, 2 ** round(math.log2(max(1, len(flat) / count / 4)))))
-    blocks = -(-len(flat) // block) + count
+    block = block or block_size(flat.shape[0], count)
+    blocks = -(-flat.shape[0] // block) + count
     rank, load = _rank_in_expert(flat, count)
     used = -(-load // block)  # blocks of each expert
     first = jnp.cumsum(used) - used
     owner = jnp.clip(jnp.searchsorted(jnp.cumsum(used), jnp.arange(blocks), side="right"), 0, count - 1)
 
     def apply(laid):
-        hidden = nn.gelu(jnp.einsum("XTD,XDF->XTF", laid.reshape(blocks, block, -1), up[owner]))
-        return jnp.einsum("XTF,XFD->XTD", hidden, down[owner]).reshape(blocks * block, -1)
+        hidden = nn.gelu(jnp.einsum("XTD,XDF->XTF", laid.reshape(blocks, block, x.shape[1]), up[owner]))
+        return jnp.einsum("XTF,XFD->XTD", hidden, down[owner]).reshape(blocks * block, x.shape[1])
 
     return _through(x, first[flat] * block + rank, blocks * block, gates, apply)
+
+
+def block_size(assignments: int, experts: int) -> int:
+    """Tokens of a block of `run_blocked`: the power of two nearest to a quarter of an expert's fair share, 8 to 256."""
+    return max(8, min(256, 2 ** round(math.log2(max(1, assignments / experts / 4)))))
 
 
 def run_capacity(x, up, down, experts, gates, factor: float = 1.25):
@@ -145,12 +156,17 @@ class MixtureOfExperts(nn.Module):
             counted = 1.0 if where is None else where.reshape(-1, 1, 1).astype(jnp.float32)
             load = (jax.nn.one_hot(experts, self.experts) * counted).sum((0, 1))
             self.sow("balance", "load", load, reduce_fn=jnp.add, init_fn=lambda: 0.0)
-        out = RUN[self._dispatch(train)](flat, up.astype(self.dtype), down.astype(self.dtype), experts, gates)
+        out = self._dispatch(x, train)(flat, up.astype(self.dtype), down.astype(self.dtype), experts, gates)
         return out.reshape(x.shape)
 
-    def _dispatch(self, train: bool) -> str:
+    def _dispatch(self, x: jax.Array, train: bool):
         if self.dispatch != "auto":
-            return self.dispatch
+            return RUN[self.dispatch]
+        if is_symbolic_dim(x.shape[0]):
+            # Exported: one program for all platforms, its blocks as large as they would be in a batch of EXPORT_BATCH.
+            assignments = EXPORT_BATCH * math.prod(x.shape[1:-1]) * self.experts_per_token
+            blocked = partial(run_blocked, block=block_size(assignments, self.experts))
+            return partial(jax.lax.platform_dependent, cpu=blocked, default=run_ragged)
         if jax.default_backend() != "cpu":
-            return "ragged"
-        return "capacity" if train else "blocked"
+            return run_ragged
+        return run_capacity if train else run_blocked

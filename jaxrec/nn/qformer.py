@@ -48,9 +48,9 @@ class QFormer(nn.Module):
         value = self.param(f"value_{layer}", fan_in, (width, *shape)).astype(self.dtype)
         query = Projection(shape, ("embed", "heads", "head_dim"), self.dtype, name=f"query_{layer}")(queries)
         absorbed = jnp.einsum("BQNH,DNH->BQND", query, key) * self.head_dim**-0.5
-        absorbed = absorbed.reshape(len(absorbed), -1, width)  # [1 or B, Q*N, D]
+        absorbed = absorbed.reshape(queries.shape[0], -1, width)  # [1 or B, Q*N, D]
         # The sequence's axis stays in front: with [B, X, S] the compiler would transpose the whole sequence first.
-        if len(absorbed) == 1:
+        if layer == 0:
             scores = jnp.einsum("BSD,XD->BSX", sequence, absorbed[0])
         else:
             scores = jnp.einsum("BSD,BXD->BSX", sequence, absorbed)

@@ -1,18 +1,39 @@
-"""Batch inference: a file of requests in, a file of answers out, line by line."""
+"""Batch inference: a file of requests in, a file of answers out, line by line, of any length.
 
+Lines are taken in *windows* of thousands. Within a window the model sees requests of one history length and one depth
+together, so that its batches are full and of few shapes; the answers are written in the order of the lines. Two
+windows are worked on at a time: while the device decodes one, the other is parsed or written.
+
+A killed run goes on from `<out>.partial`. Beside it, `<out>.partial.json` says what the answers belong to (requests,
+run, settings) and how far they go: whole windows, with a checksum. Windows are cut by the lines in them alone, so a run
+that goes on makes the same batches as one that was never stopped, and ends in the same bytes.
+
+Fault injection, for the tests (jaxrec/run.py): the points `answers:<lines>` after a window is written and before it is
+noted, `noted:<lines>` after that.
+"""
+
+import fcntl
+import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from jaxrec.config import UserError
-from jaxrec.run import progress, writing
-from jaxrec.serving.retriever import BATCH_SIZES, Retriever
+from jaxrec import __version__
+from jaxrec.config import UserError, to_json
+from jaxrec.run import Run, fault_point, progress, read_json, sync, track, write_json, writing
+from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request, parse_request
 
-LINES_AT_ONCE = 4 * BATCH_SIZES[-1]
+WINDOW_LINES, WINDOW_BYTES, WINDOW_ITEMS = 4096, 1 << 24, 1 << 17
+"""A window ends when it has so many lines, bytes, or items asked for."""
+MAX_LINE = 1 << 26
+CHUNK = 1 << 20
+BEGIN_AGAIN = "give --restart to begin again, or another --out"
 
 
 @dataclass(frozen=True)
@@ -25,66 +46,250 @@ class Summary:
     """Lines answered with popular items, because nothing is known about the user."""
     bad: int
     """Lines that got {"line": n, "error": "..."}."""
+    resumed: int = 0
+    """Lines, of all these, that an earlier process had answered."""
 
 
-def answer_file(retriever: Retriever, requests: Path, out: Path) -> Summary:
+@dataclass
+class Position:
+    """How far the answers go: whole windows."""
+
+    lines: int = 0
+    offset: int = 0
+    """of the next line, in the request file"""
+    size: int = 0
+    """of the answers, in bytes"""
+    sha256: str = hashlib.sha256().hexdigest()
+    """of the answers"""
+    model: int = 0
+    popular: int = 0
+    bad: int = 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive lines, parsed."""
+
+    first: int
+    """number of the first line, from 1"""
+    requests: list[Request | UserError]
+    end: int
+    """offset of the line after"""
+
+
+def answer_file(
+    retriever: Retriever, requests: Path, out: Path, *, restart: bool = False, window_lines: int = WINDOW_LINES
+) -> Summary:
     """Answers each line of `requests` (JSON) with one line of `out`, in order, a bad line with its number and error.
 
     Works in `out`.partial, which is renamed when complete: `out` is never half written, and an earlier one is kept
-    until then. Memory does not grow with the file.
+    until then. What an earlier, killed call left there is gone on with; `restart` throws it away. Memory does not grow
+    with the file.
 
     Raises:
-      UserError: `requests` is missing or empty, `out` can't be written, or the disk is full.
+      UserError: `requests` is missing or empty, `out` can't be written, the disk is full, another process writes there,
+        or the partial answers belong to other requests, another run or other settings.
     """
-    total = _count_lines(requests)
+    if window_lines < 1:
+        raise UserError(f"--window {window_lines}: give a number of 1 or more")
+    total, digest = _survey(requests)
     if out.exists() and out.samefile(requests):
         raise UserError(f"--requests and --out are the same file, {out}; give another --out")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
-    partial = out.with_name(f"{out.name}.partial")
-    counts = {"model": 0, "popular": 0, "bad": 0}
-    with writing(out.parent), progress("{task.fields[bad]} bad") as bars:
-        task = bars.add_task("answer", total=total, bad=0)
-        with requests.open("rb") as lines, partial.open("w", encoding="utf-8") as answers:
-            numbered = enumerate(lines, start=1)
-            while chunk := list(islice(numbered, LINES_AT_ONCE)):
-                for kind, text in _answer_lines(retriever, chunk):
-                    counts[kind] += 1
-                    answers.write(f"{text}\n")
-                bars.update(task, advance=len(chunk), bad=counts["bad"])
-            answers.flush()
-            os.fsync(answers.fileno())
+    origin = {"requests": digest, "run": _run_digest(retriever.run), "settings": _settings(retriever, window_lines)}
+    partial, notes = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
+    with writing(out.parent), _open_locked(partial) as answers:
+        position = Position() if restart else _resume(partial, notes, origin)
+        hashed, resumed = _hash_of(answers, position.size), position.lines
+        if hashed.hexdigest() != position.sha256:
+            raise UserError(f"{partial} was changed since it was written (its sha256 differs); {BEGIN_AGAIN}")
+        if os.fstat(answers.fileno()).st_size > position.size:
+            answers.truncate(position.size)  # part of a window
+        with requests.open("rb") as lines:
+            lines.seek(position.offset)
+            _answer_rest(retriever, lines, answers, hashed, notes, origin, position, total, window_lines)
         partial.replace(out)
-    return Summary(counts["model"] + counts["popular"], counts["popular"], counts["bad"])
+        notes.unlink(missing_ok=True)
+        sync(out.parent)
+    return Summary(position.model + position.popular, position.popular, position.bad, resumed)
 
 
-def _answer_lines(retriever: Retriever, chunk: list[tuple[int, bytes]]) -> Iterator[tuple[str, str]]:
-    """(source of the answer or "bad", its JSON) of every (number, line)."""
-    parsed = [_parse(line) for _, line in chunk]
-    answers = iter(retriever.answer([request for request in parsed if not isinstance(request, UserError)]))
-    for (number, _), request in zip(chunk, parsed, strict=True):
+def _answer_rest(
+    retriever: Retriever,
+    lines: BinaryIO,
+    answers: BinaryIO,
+    hashed: Any,
+    notes: Path,
+    origin: dict[str, Any],
+    position: Position,
+    total: int,
+    window_lines: int,
+) -> None:
+    """Answers the lines from `position` on, which moves along, as does the hash of the answers."""
+
+    def write(window: Window, text: bytes, counts: dict[str, int]) -> None:
+        answers.write(text)
+        answers.flush()
+        os.fsync(answers.fileno())
+        hashed.update(text)
+        position.lines, position.offset = position.lines + len(window.requests), window.end
+        position.size, position.sha256 = position.size + len(text), hashed.hexdigest()
+        for kind, count in counts.items():
+            setattr(position, kind, getattr(position, kind) + count)
+        fault_point(f"answers:{position.lines}")
+        write_json(notes, {"origin": origin, "position": to_json(position)})
+        fault_point(f"noted:{position.lines}")
+        bars.update(task, completed=position.lines, bad=position.bad)
+
+    write_json(notes, {"origin": origin, "position": to_json(position)})
+    pool, waiting = ThreadPoolExecutor(2, thread_name_prefix="answers"), deque()
+    with progress("{task.fields[bad]} bad") as bars:
+        task = bars.add_task("answer", total=total, completed=position.lines, bad=position.bad)
+        try:
+            for window in _windows(lines, position.lines + 1, window_lines):
+                waiting.append((window, pool.submit(_answer_window, retriever, window)))
+                if len(waiting) == 3:  # two at work, one ready
+                    done, answer = waiting.popleft()
+                    write(done, *answer.result())
+            for done, answer in waiting:
+                write(done, *answer.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _answer_window(retriever: Retriever, window: Window) -> tuple[bytes, dict[str, int]]:
+    """The lines that answer a window, and how many of each kind there are."""
+    good = [request for request in window.requests if not isinstance(request, UserError)]
+    answers = iter(retriever.answer(good, at_once=max(1, len(good))))
+    counts = {"model": 0, "popular": 0, "bad": 0}
+    lines = []
+    for number, request in enumerate(window.requests, start=window.first):
         answer = request if isinstance(request, UserError) else next(answers)
         if isinstance(answer, UserError):
-            yield "bad", json.dumps({"line": number, "error": str(answer)}, ensure_ascii=False)
+            lines.append(json.dumps({"line": number, "error": str(answer)}, ensure_ascii=False))
         else:
-            yield answer.source, answer.to_json()
+            lines.append(answer.to_json())
+        counts["bad" if isinstance(answer, UserError) else answer.source] += 1
+    lines.append("")
+    return "\n".join(lines).encode(), counts
 
 
-def _parse(line: bytes) -> Request | UserError:
+# ---- reading requests ----------------------------------------------------------------------------------------------
+
+
+def _windows(file: BinaryIO, number: int, window_lines: int) -> Iterator[Window]:
+    """The rest of a file in windows; `number` is that of its next line."""
+    while True:
+        start, items, requests = file.tell(), 0, []
+        while len(requests) < window_lines and items < WINDOW_ITEMS and file.tell() - start < WINDOW_BYTES:
+            line = file.readline(MAX_LINE)
+            if not line:
+                break
+            requests.append(_parse(line, file))
+            items += getattr(requests[-1], "k", 0)
+        if not requests:
+            return
+        yield Window(number, requests, file.tell())
+        number += len(requests)
+
+
+def _parse(line: bytes, file: BinaryIO) -> Request | UserError:
+    if len(line) == MAX_LINE and not line.endswith(b"\n"):
+        while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+            pass  # to the end of the line
+        return UserError(f"the line is longer than {MAX_LINE // 2**20} MiB")
     try:
         return parse_request(line)
     except UserError as error:
         return error
 
 
-def _count_lines(requests: Path) -> int:
+def _survey(requests: Path) -> tuple[int, str]:
+    """(lines, sha256) of the request file."""
+    digest, lines, blank, last = hashlib.sha256(), 0, True, b"\n"
     try:
+        size = requests.stat().st_size
         with requests.open("rb") as file:
-            total, blank = 0, True
-            for line in file:
-                total, blank = total + 1, blank and not line.strip()
+            for _ in track(range(-(-size // CHUNK)), "read requests"):
+                chunk = file.read(CHUNK)
+                digest.update(chunk)
+                lines, blank, last = lines + chunk.count(b"\n"), blank and not chunk.strip(), chunk[-1:]
     except OSError as error:
         raise UserError(f"--requests {requests} can't be read: {error.strerror}") from error
     if blank:
         raise UserError(f'{requests} holds no requests; write one JSON object a line, such as {{"user_id": "123"}}')
-    return total
+    return lines + (last != b"\n"), digest.hexdigest()
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+def _open_locked(partial: Path) -> BinaryIO:
+    """The partial answers, for this process alone, as they were left."""
+    try:
+        file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    except PermissionError as error:
+        raise UserError(f"--out: {partial} can't be written: {error.strerror}; give another --out") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UserError(f"another process is writing {partial}; wait for it, or give another --out") from error
+    return file
+
+
+def _resume(partial: Path, notes: Path, origin: dict[str, Any]) -> Position:
+    """How far the answers in `partial` go and can be trusted; nothing, where no notes are beside them.
+
+    Raises:
+      UserError: they are the answers to something else, or it can't be known to what.
+    """
+    if not notes.exists() or not partial.stat().st_size:
+        return Position()
+    try:
+        noted = read_json(notes)
+        position, found = Position(**noted["position"]), noted["origin"]
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{notes} can't be understood, so nobody knows what {partial} holds; {BEGIN_AGAIN}") from error
+    other = {"requests": "to other requests", "run": "of another run", "settings": "with other settings or versions"}
+    if wrong := [text for name, text in other.items() if found.get(name) != origin[name]]:
+        raise UserError(f"{partial} holds unfinished answers {' and '.join(wrong)}; {BEGIN_AGAIN}")
+    return position
+
+
+def _hash_of(file: BinaryIO, size: int) -> Any:
+    """The hash of the first `size` bytes, behind which the file stands then."""
+    hashed = hashlib.sha256()
+    file.seek(0)
+    for start in track(range(0, size, CHUNK), "check answers"):
+        hashed.update(file.read(min(CHUNK, size - start)))
+    return hashed
+
+
+def _run_digest(run: Run) -> str:
+    """Changes with everything in a run that answers depend on."""
+    digest = hashlib.sha256()
+    for folder in (run.tables, run.semantic_ids):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(run.path)}\0".encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    # Checkpoints hold a checksum of their own, and the same configuration trains to the same bits.
+    for path in sorted(path for path in run.stages.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(run.path)}\0{path.stat().st_size}\0".encode())
+    digest.update(run.config_file.read_bytes())
+    return digest.hexdigest()
+
+
+def _settings(retriever: Retriever, window_lines: int) -> dict[str, Any]:
+    """What else may change a bit of an answer."""
+    import jax  # here: a wrong command line should not wait for it
+
+    return {
+        "jaxrec": __version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "window": [window_lines, WINDOW_BYTES, WINDOW_ITEMS],
+        "decoding": to_json(getattr(retriever.recommender, "config", None)),
+    }

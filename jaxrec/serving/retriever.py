@@ -71,8 +71,12 @@ class Retriever:
             raise UserError(f"{self.run.config_file}: unknown system {self.system!r}; known are {', '.join(SYSTEMS)}")
         return SYSTEMS[self.system].load_recommender(self.run)
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer | UserError]:
-        """One answer a request, in order; for a request that can't be answered, the UserError that says why."""
+    def answer(self, requests: Sequence[Request], at_once: int = BATCH_SIZES[-1]) -> list[Answer | UserError]:
+        """One answer a request, in order; for a request that can't be answered, the UserError that says why.
+
+        The model is given `at_once` histories of one depth in a call: many, and it can fill its own batches with
+        histories of one length.
+        """
         answers: list[Answer | UserError | None] = [None] * len(requests)
         known: list[tuple[int, History]] = []
         ignored: dict[int, list[str]] = {}
@@ -86,13 +90,18 @@ class Retriever:
                 known.append((row, history))
             else:
                 answers[row] = self._popular(request.k, ignored[row])
-        # Requests that differ in what they exclude are different calls of the model.
-        known.sort(key=lambda pair: requests[pair[0]].exclude_seen)
-        for exclude_seen, group in groupby(known, key=lambda pair: requests[pair[0]].exclude_seen):
+
+        def call(pair: tuple[int, History]) -> tuple[bool, int]:
+            request = requests[pair[0]]
+            return request.exclude_seen, next(depth for depth in DEPTHS if depth >= request.k)
+
+        # Requests that differ in what they exclude, or in how deep the beam goes, are different calls of the model.
+        known.sort(key=call)
+        for (exclude_seen, depth), group in groupby(known, key=call):
             pairs = list(group)
-            for start in range(0, len(pairs), BATCH_SIZES[-1]):
-                rows, histories = zip(*pairs[start : start + BATCH_SIZES[-1]], strict=True)
-                ranked = self._recommend(list(histories), max(requests[row].k for row in rows), exclude_seen)
+            for start in range(0, len(pairs), at_once):
+                rows, histories = zip(*pairs[start : start + at_once], strict=True)
+                ranked = self._recommend(list(histories), depth, exclude_seen)
                 for row, items, scores in zip(rows, *ranked, strict=True):
                     answers[row] = self._answer(items[: requests[row].k], scores, "model", ignored[row])
         return answers
@@ -135,10 +144,9 @@ class Retriever:
             raise UserError(f"unknown behavior {name!r} in the history; known are {', '.join(self.behaviors)}")
         return self.behaviors.index(name)
 
-    def _recommend(self, histories: list[History], k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The model on a batch padded to one of BATCH_SIZES, one call at a time."""
-        size = next(size for size in BATCH_SIZES if size >= len(histories))
-        depth = next(depth for depth in DEPTHS if depth >= k)
+    def _recommend(self, histories: list[History], depth: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The model, one call at a time, on a batch padded to one of BATCH_SIZES unless it is larger than all."""
+        size = next((size for size in BATCH_SIZES if size >= len(histories)), len(histories))
         padded = histories + histories[-1:] * (size - len(histories))
         with self._lock:
             items, scores = self.recommender.recommend(padded, depth, exclude_seen)

@@ -83,6 +83,10 @@ def parse_request(line: str | bytes) -> Request:
       UserError: one sentence: what is wrong with it, and where.
     """
     try:
+        return Request.model_validate_json(line)  # several times as fast as what follows, which can explain
+    except ValidationError:
+        pass
+    try:
         value = json.loads(line)
     except UnicodeDecodeError as error:
         raise UserError("this is no UTF-8 text") from error

@@ -1,7 +1,9 @@
 """A trained model that recommends: histories in, ranked items out, by beam search over the catalogue's trie."""
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from jaxrec.decoding.trie import build_trie
 from jaxrec.evaluation.cases import Cases, History
 from jaxrec.evaluation.metrics import add, id_accuracy, validity_rate
 from jaxrec.systems.onemall_model import Assembly
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class GenerativeRecommender:
         # What answers need and no request changes; an argument of the compiled functions, not a constant in them.
         self.served = {
             "variables": variables,
+            "catalogue": assembly.catalogue,
             "table": make_table(variables, assembly.catalogue),
             "trie": build_trie(space.codes, space.codebook_sizes, order=space.popularity),
         }
@@ -54,12 +59,17 @@ class GenerativeRecommender:
         items = np.full((len(histories), k), -1, np.int32)
         scores = np.full((len(histories), k), -np.inf, np.float32)
         width = max(self.config.beam_width, k)
-        for rows, arrays in self._batches(histories):
-            allowed = self._allowed([histories[row] for row in rows]) if exclude_seen else None
-            found = self._search(self.served, arrays, allowed, width, k)
-            if bool(found[2].any()):
+
+        def searches():
+            for rows, arrays in self._batches(histories):
+                allowed = self._allowed([histories[row] for row in rows]) if exclude_seen else None
+                yield rows, self._search(self.served, arrays, allowed, width, k)
+
+        for rows, search in _one_ahead(searches()):
+            found_items, found_scores, nan = jax.device_get(search)
+            if nan.any():
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
-            items[rows], scores[rows] = found[0][: len(rows)], found[1][: len(rows)]
+            items[rows], scores[rows] = found_items[: len(rows)], found_scores[: len(rows)]
         return items, scores
 
     def diagnose(self, cases: Cases) -> dict[str, tuple[float, float]]:
@@ -104,6 +114,14 @@ class GenerativeRecommender:
 
     @functools.partial(jax.jit, static_argnames=("self", "width", "k"))
     def _search(self, served, arrays, allowed, width: int, k: int):
+        return self.retrieve(served, arrays, allowed, width, k)
+
+    def retrieve(self, served: dict, arrays: dict, allowed: jax.Array | None, width: int, k: int):
+        """The whole retrieval as a pure function of arrays: what is jitted here and exported by `jaxrec.export`.
+
+        served: as `self.served`; arrays: stacked features of B histories; allowed: bool [B, I] or None for everything.
+        Returns items int32 [B, k] (-1 = none), log-probabilities float32 [B, k], and bool [B]: the model gave NaN.
+        """
         result = self._beams(served, self._context(served, arrays), allowed, width)
         return *expand_items(served["trie"], result, k=k, allowed=allowed), result.nan
 
@@ -125,14 +143,23 @@ class GenerativeRecommender:
     def _context(self, served, arrays):
         assembly = self.assembly
         inputs, table = assembly.features(arrays), served["table"]
-        return assembly.model.apply(served["variables"], inputs, assembly.catalogue, table=table, method="prefill")
+        return assembly.model.apply(served["variables"], inputs, served["catalogue"], table=table, method="prefill")
 
     def _extend(self, served, context, tokens, cache, level: int):
         return self.assembly.model.apply(served["variables"], context, tokens, cache, level, method="extend")
 
     def _beams(self, served, context, allowed, width: int, constrained: bool = True):
         extend = functools.partial(self._extend, served, context)
-        batch = len(context.state)
+        batch = context.state.shape[0]
         return beam_search(
             extend, None, served["trie"], batch=batch, beam_width=width, allowed=allowed, constrained=constrained
         )
+
+
+def _one_ahead(iterator: Iterator[Item]) -> Iterator[Item]:
+    """The same elements, each when the next is begun: the host prepares a batch while the device works on another."""
+    before: list[Item] = []
+    for element in iterator:
+        yield from before
+        before = [element]
+    yield from before

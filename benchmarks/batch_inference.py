@@ -1,0 +1,153 @@
+"""Lines a second of `serve.py --requests`, against one request at a time, and what a line costs where.
+
+    python benchmarks/batch_inference.py [--quick] [--run runs/demo]
+
+Without --run a synthetic mall is trained for a few steps in a temporary folder: how good the answers are doesn't matter
+here, how long they take does. Requests are users of the run in a seeded order, every fourth with a history of its own
+in the request. Both peers go through the same retriever: the first pads each request to a whole batch, as the run is
+configured; the second has a batch size of 1. `parts` gives the milliseconds of 1,000 lines, each part alone: what is
+not `model` is on the host, beside the device or in its way.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from shared.timing import parser, report
+
+from jaxrec.config import load_config
+from jaxrec.run import Run, console, report_user_errors, track
+from jaxrec.serving.batch import answer_file
+from jaxrec.serving.retriever import DEPTHS, Retriever
+from jaxrec.serving.schema import Request, parse_request
+from jaxrec.systems import onemall
+
+MALL = Path(__file__).parent.parent / "configs" / "onemall_mall.py"
+STEPS = 20
+
+
+def main() -> None:
+    """Prints the rows."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--run", type=Path, help="a trained run")
+    args = arguments.parse_args()
+    lines, alone = (2_000, 40) if args.quick else (20_000, 200)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as output:
+        output.enter_context(contextlib.redirect_stdout(sys.stderr))
+        retriever = Retriever(args.run or train_mall(Path(folder) / "run"))
+        requests = write_requests(Path(folder) / "in.jsonl", retriever, lines)
+        answer_file(retriever, requests, Path(folder) / "out.jsonl")  # compiles
+        with counted_compilations() as compiled:
+            seconds = timed(lambda: answer_file(retriever, requests, Path(folder) / "out.jsonl"))
+        some = [parse_request(line) for line in requests.read_bytes().splitlines()[:alone]]
+        padded = alone / time_alone(retriever, some)
+        parts = time_parts(retriever, requests, min(lines, 2_000))
+        config = retriever.recommender.config
+        retriever.recommender.config = dataclasses.replace(config, batch_size=1)
+        single = alone / time_alone(retriever, some)
+    case = f"{lines} lines, batches of {config.batch_size}, {config.beam_width} beams, {len(retriever.item_ids)} items"
+    ours = lines / seconds
+    report("lines/s", case, ours, padded, "one request at a time", "lines/s", compilations=len(compiled))
+    report("lines/s", case, ours, single, "one request at a time, batch size 1", "lines/s")
+    total = 1e6 * seconds / lines
+    report("1,000 lines", case, total, parts["model"], "the model alone", **parts)
+
+
+def train_mall(path: Path) -> Path:
+    """A run that is trained a little."""
+    config = load_config(MALL)
+    training = dataclasses.replace(config.training, steps=STEPS, log_every=STEPS, checkpoint_every=STEPS)
+    evaluation = dataclasses.replace(config.evaluation, max_users=32)
+    optim = dataclasses.replace(config.optim, warmup=STEPS // 4)
+    config = dataclasses.replace(config, training=training, evaluation=evaluation, optim=optim)
+    onemall.train(Run.open(path, config), config)
+    return path
+
+
+def write_requests(path: Path, retriever: Retriever, lines: int) -> Path:
+    """Users in a seeded order, every fourth request with the user's history written out."""
+    rng = np.random.default_rng(0)
+    users = list(retriever.user_index)
+    with path.open("w", encoding="utf-8") as file:
+        for number, user in enumerate(rng.integers(0, len(users), lines)):
+            request = {"user_id": users[user]}
+            if number % 4 == 0:
+                history, _ = retriever.history(Request(user_id=users[user]))
+                columns = (history[name].tolist() for name in ("item", "behavior", "timestamp"))
+                events = [
+                    {
+                        "item_id": retriever.item_ids[item],
+                        "behavior": retriever.behaviors[behavior],
+                        "timestamp": second,
+                    }
+                    for item, behavior, second in zip(*columns, strict=True)
+                ]
+                request = {"history": events}
+            file.write(json.dumps(request) + "\n")
+    return path
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def time_alone(retriever: Retriever, requests: list[Request]) -> float:
+    """Seconds that the requests take one after the other, compiled before."""
+    for request in requests:  # every length bucket
+        retriever.answer([request])
+    return timed(lambda: [retriever.answer([request])[0].to_json() for request in track(requests, "one at a time")])
+
+
+def time_parts(retriever: Retriever, path: Path, count: int) -> dict[str, float]:
+    """Milliseconds of 1,000 lines: parsing, looking up histories, making features, the model, writing JSON."""
+    model, lines = retriever.recommender, path.read_bytes().splitlines()[:count]
+    requests: list[Request] = []
+    parse = timed(lambda: requests.extend(map(parse_request, lines)))
+    found: list = []
+    history = timed(lambda: found.extend(retriever.history(request)[0] for request in requests))
+    known = [each for each in found if len(each["item"])]
+    batches: list = []
+    features = timed(lambda: batches.extend(model._batches(known)))
+    width = max(model.config.beam_width, DEPTHS[0])
+
+    def search() -> None:
+        for _, arrays in batches:
+            jax.block_until_ready(model._search(model.served, arrays, None, width, DEPTHS[0]))
+
+    search()
+    device = timed(search)
+    answers = retriever.answer(requests, at_once=count)
+    to_json = timed(lambda: [answer.to_json() for answer in answers])
+    seconds = {"parse": parse, "history": history, "features": features, "model": device, "json": to_json}
+    return {name: round(1e6 * value / count, 1) for name, value in seconds.items()}
+
+
+@contextlib.contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """The compilations that happen inside."""
+    seen: list[str] = []
+
+    def listen(event: str, _: float, **about: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(str(about.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+if __name__ == "__main__":
+    console.stderr = True
+    sys.exit(report_user_errors(main))

@@ -1,0 +1,430 @@
+"""A trained run as an artefact that answers without this library: StableHLO, weights, and a manifest.
+
+    python -m jaxrec.export runs/<name> --to DIR
+
+The whole retrieval (feature arrays -> context -> beam over the trie -> items) is one function of two dictionaries of
+arrays, `(weights, requests) -> answers`, exported by `jax.export` for a batch of any size and for CPU, CUDA and TPU:
+
+    DIR/
+      manifest.json             inputs, outputs, weights, sizes, versions, and the sha256 of every other file
+      retrieve_<S>.stablehlo    the function for histories padded to S, one a length bucket
+      model.safetensors         weights
+      catalogue.safetensors     what the model knows of the items
+      trie.safetensors          the semantic IDs that the beam may say
+      items.jsonl               line i (from 0) is item i: {"item_id": ...}
+
+Only arrays that the function reads are written. docs/export.md describes the inputs, and has the few lines that answer
+with jax and safetensors alone; `load` is for those who have jaxrec.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+import tyro
+from jax import export as jax_export
+from jax.interpreters.partial_eval import dce_jaxpr
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from jaxrec import __version__
+from jaxrec.config import UserError, fingerprint, from_json, to_json
+from jaxrec.data import features
+from jaxrec.data.features import AGES, FeatureConfig
+from jaxrec.evaluation.cases import History
+from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
+from jaxrec.systems import SYSTEMS
+
+FORMAT = 1
+MANIFEST, ITEMS = "manifest.json", "items.jsonl"
+PLATFORMS = ("cpu", "cuda", "tpu")
+FILES = {"variables": "model.safetensors", "trie": "trie.safetensors"}
+"""Which file an array of `GenerativeRecommender.served` goes to, by its first key; the others are the catalogue's."""
+CATALOGUE = "catalogue.safetensors"
+OUTPUTS = {
+    "items": "line of items.jsonl from 0, best first; -1 = none",
+    "scores": "log-probability of the item's semantic ID; -inf = none",
+    "valid": "whether there is an item",
+    "nan": "the model gave NaN for this request, which has no valid item then: weights or inputs are damaged",
+}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What an artefact answers, and where."""
+
+    k: int = 10
+    """items a request gets"""
+    beam_width: int | None = None
+    """beams; default: decoding.beam_width of the run. As many as items if that is more"""
+    filters: bool = False
+    """take one more input `allowed`, bool [batch, items]: the items that each request may get"""
+    platforms: tuple[str, ...] = PLATFORMS
+    """where the artefact runs"""
+
+    def __post_init__(self):
+        if self.k < 1 or (self.beam_width is not None and self.beam_width < 1):
+            raise UserError(f"--k is {self.k} and --beam-width {self.beam_width}; give numbers of 1 or more")
+        unknown = sorted(set(self.platforms) - set(PLATFORMS))
+        if unknown or not self.platforms:
+            raise UserError(f"--platforms: {', '.join(unknown) or 'none given'}; give some of {', '.join(PLATFORMS)}")
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def export_run(run_path: Path, to: Path, config: ExportConfig | None = None) -> dict[str, Any]:
+    """Exports a trained run into the new folder `to`, whole or not at all; returns the manifest.
+
+    Raises:
+      UserError: there is no trained run at `run_path`, its system is not known, `to` exists or can't be written.
+    """
+    run, values = Run.load(Path(run_path))
+    system = str(values.get("system"))
+    if system not in SYSTEMS:
+        raise UserError(f"{run.config_file}: unknown system {system!r}; known are {', '.join(SYSTEMS)}")
+    _check_target(Path(to))
+    recommender = SYSTEMS[system].load_recommender(run)
+    item_ids = pq.read_table(run.tables / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
+    current = run.semantic_ids / "versions" / "current.json"
+    version = read_json(current).get("version") if current.exists() else None
+    about = {"system": system, "run": fingerprint(values), "catalogue_version": version}
+    return write_artefact(recommender, item_ids, to, config, about)
+
+
+def write_artefact(
+    recommender: Any,
+    item_ids: Sequence[str],
+    to: Path,
+    config: ExportConfig | None = None,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Exports a `GenerativeRecommender` whose items have these ids [I] into the new folder `to`; returns the manifest.
+
+    `about` is added to the manifest.
+
+    Raises:
+      UserError: `to` exists or can't be written, or the disk is full.
+    """
+    to, config = Path(to), config or ExportConfig()
+    _check_target(to)
+    weights, modules = export_modules(recommender, config)
+    partial = to.with_name(f"{to.name}.partial")
+    try:
+        with writing(to.parent):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            manifest = _describe(recommender, item_ids, config, weights, modules) | (about or {})
+            _write_arrays(partial, weights, manifest["catalogue"]["fingerprint"])
+            for length, module in modules.items():
+                (partial / _module_file(length)).write_bytes(module.serialize())
+            lines = (json.dumps({"item_id": item}, ensure_ascii=False) + "\n" for item in item_ids)
+            (partial / ITEMS).write_text("".join(lines), encoding="utf-8")
+            manifest["files"] = {path.name: _file_record(path) for path in sorted(partial.iterdir())}
+            write_json(partial / MANIFEST, manifest | {"fingerprint": fingerprint(manifest)})
+            for path in [*partial.iterdir(), partial]:
+                sync(path)
+            partial.rename(to)
+            sync(to.parent)
+    except PermissionError as error:
+        raise UserError(f"--to {to} can't be written: {error.strerror}; give another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def export_modules(recommender: Any, config: ExportConfig) -> tuple[dict[str, jax.Array], dict[int, Any]]:
+    """(the arrays that the retrieval reads, by name; `jax.export.Exported` of each length bucket).
+
+    A module maps (weights {name: array}, requests {name: array [batch, ...]}) to {name of OUTPUTS: array [batch, ...]};
+    `batch` is symbolic.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(recommender.served)
+    served = {jax.tree_util.keystr(path, simple=True, separator="/"): array for path, array in leaves}
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in served.items()}
+    width = max(config.beam_width or recommender.config.beam_width, config.k)
+
+    def retrieve(weights, requests):
+        # What the retrieval doesn't read is not among the weights; zeros of its shape are enough.
+        filled = [weights[name] if name in weights else jnp.zeros_like(like) for name, like in shapes.items()]
+        requests = dict(requests)
+        allowed = requests.pop("allowed", None)
+        items, scores, nan = recommender.retrieve(jax.tree.unflatten(tree, filled), requests, allowed, width, config.k)
+        return {"items": items, "scores": scores, "valid": items >= 0, "nan": nan}
+
+    lengths = sorted(set(recommender.feature_config.buckets))
+    read = _read_by(retrieve, shapes, _requests(recommender, lengths[0], config, 1))
+    shapes_read = {name: shapes[name] for name in read}
+    (batch,) = jax_export.symbolic_shape("batch")
+    export = jax_export.export(jax.jit(retrieve), platforms=config.platforms)
+    modules = {
+        length: export(shapes_read, _requests(recommender, length, config, batch))
+        for length in track(lengths, "export", total=len(lengths))
+    }
+    return {name: served[name] for name in read}, modules
+
+
+def _read_by(function: Callable, weights: dict, requests: dict) -> list[str]:
+    """Names of the weights that decide what the function returns."""
+    jaxpr = jax.make_jaxpr(function)(weights, requests).jaxpr
+    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    # Leaves of a dictionary come in the order of its sorted keys, the first argument's first.
+    return [name for name, is_used in zip(sorted(weights), used, strict=False) if is_used]
+
+
+def _requests(recommender: Any, length: int, config: ExportConfig, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the inputs for histories of one bucket."""
+    only = FeatureConfig(**asdict(recommender.feature_config) | {"buckets": (length,)})
+    arrays = _cut(_EMPTY, only, recommender.assembly.behaviors, recommender.assembly.wanted)
+    shapes = {name: jax.ShapeDtypeStruct((batch, *each.shape), each.dtype) for name, each in arrays.items()}
+    if config.filters:
+        items = len(recommender.assembly.space.codes)
+        shapes["allowed"] = jax.ShapeDtypeStruct((batch, items), np.dtype(bool))
+    return shapes
+
+
+_EMPTY = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")} | {"now": 0}
+
+
+def _cut(history: History, config: FeatureConfig, behaviors: Sequence[str], wanted: np.ndarray) -> dict:
+    """The features of everything in a history."""
+    end = int(history["session"][-1]) + 1 if len(history["session"]) else 0
+    cut = features.cut(history, end, config, behaviors=len(behaviors), wanted=wanted)
+    return {name: np.asarray(array) for name, array in cut.items()}
+
+
+def _describe(recommender: Any, item_ids: Sequence[str], config: ExportConfig, weights: dict, modules: dict) -> dict:
+    """The manifest, but for the files."""
+    assembly, space = recommender.assembly, recommender.assembly.space
+    if len(item_ids) != len(space.codes):
+        raise UserError(f"there are {len(item_ids)} item ids for {len(space.codes)} items with semantic IDs; give all")
+    first = next(iter(modules.values()))
+    return {
+        "format": FORMAT,
+        "jaxrec": __version__,
+        "jax": jax.__version__,
+        "calling_convention": first.calling_convention_version,
+        "platforms": list(config.platforms),
+        "catalogue": {
+            "fingerprint": _catalogue_fingerprint(item_ids, space.codes),
+            "items": len(item_ids),
+            "levels": space.levels,
+            "codebook_sizes": list(space.codebook_sizes),
+        },
+        "k": config.k,
+        "beam_widths": [max(config.beam_width or recommender.config.beam_width, config.k)] * space.levels,
+        "features": to_json(recommender.feature_config),
+        "behaviors": list(assembly.behaviors),
+        "target_behaviors": [assembly.behaviors[index] for index in assembly.target_behaviors],
+        "ages": AGES,
+        "modules": [
+            {"length": length, "file": _module_file(length), "inputs": _arrays_of(module.in_tree, module.in_avals)}
+            for length, module in modules.items()
+        ],
+        "outputs": {
+            name: _array(aval) | {"meaning": OUTPUTS[name]}
+            for name, aval in jax.tree.unflatten(first.out_tree, first.out_avals).items()
+        },
+        "weights": {name: _array(array) | {"file": _file_of(name)} for name, array in weights.items()},
+    }
+
+
+def _arrays_of(tree: Any, avals: Sequence[Any]) -> dict[str, dict]:
+    """Shapes of a module's second argument."""
+    (_, requests), _ = jax.tree.unflatten(tree, avals)
+    return {name: _array(aval) for name, aval in requests.items()}
+
+
+def _array(aval: Any) -> dict[str, Any]:
+    shape = [size if isinstance(size, int) else str(size) for size in aval.shape]
+    return {"shape": shape, "dtype": str(aval.dtype)}
+
+
+def _file_of(name: str) -> str:
+    return FILES.get(name.split("/")[0], CATALOGUE)
+
+
+def _module_file(length: int) -> str:
+    return f"retrieve_{length}.stablehlo"
+
+
+def _catalogue_fingerprint(item_ids: Sequence[str], codes: np.ndarray) -> str:
+    """16 hexadecimal digits that change with the items, their order or their semantic IDs."""
+    digest = hashlib.sha256(json.dumps(list(item_ids)).encode())
+    digest.update(np.ascontiguousarray(codes, np.int32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_arrays(folder: Path, weights: dict[str, jax.Array], catalogue: str) -> None:
+    for file in sorted({_file_of(name) for name in weights}):
+        arrays = {name: np.asarray(array) for name, array in weights.items() if _file_of(name) == file}
+        save_file(arrays, folder / file, metadata={"catalogue": catalogue})
+
+
+def _file_record(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _check_target(to: Path) -> None:
+    if to.exists():
+        raise UserError(f"--to {to} is there already; give a new folder, or delete that one first")
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+class Artefact:
+    """A loaded artefact; made by `load`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.manifest = manifest
+        self.item_ids = [json.loads(line)["item_id"] for line in (folder / ITEMS).open(encoding="utf-8")]
+        files = {array["file"] for array in manifest["weights"].values()}
+        self.weights = jax.device_put({k: v for file in sorted(files) for k, v in load_file(folder / file).items()})
+        self.features = from_json(FeatureConfig, manifest["features"])
+        self._calls = {}
+        for module in manifest["modules"]:
+            exported = jax_export.deserialize(bytearray((folder / module["file"]).read_bytes()))
+            self._calls[module["length"]] = jax.jit(exported.call)
+
+    def prepare(self, histories: Sequence[History]) -> dict[str, np.ndarray]:
+        """The inputs of histories (jaxrec/evaluation/cases.py), padded to the bucket of the longest."""
+        behaviors = self.manifest["behaviors"]
+        wanted = np.isin(behaviors, self.manifest["target_behaviors"])
+        ends = [int(each["session"][-1]) + 1 if len(each["session"]) else 0 for each in histories]
+        lengths = [features.bucket_of(each, end, self.features) for each, end in zip(histories, ends, strict=True)]
+        config = FeatureConfig(**asdict(self.features) | {"buckets": (max(lengths),)})
+        cuts = [_cut(history, config, behaviors, wanted) for history in histories]
+        return {name: np.stack([cut[name] for cut in cuts]) for name in cuts[0]}
+
+    def retrieve(self, requests: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Answers a batch: the inputs of one module of the manifest -> its outputs. Each new batch size compiles once.
+
+        Raises:
+          UserError: an input is missing, unknown, or of another shape or dtype than the manifest's.
+        """
+        module = self._module(requests)
+        return jax.device_get(self._calls[module["length"]](self.weights, requests))
+
+    def _module(self, requests: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The module that takes these inputs."""
+        modules = self.manifest["modules"]
+        if different := set(requests) ^ set(modules[0]["inputs"]):
+            name = min(different)
+            wrong = "is missing" if name not in requests else "is no input of this artefact"
+            raise UserError(f"input {name!r} {wrong}; the inputs are {', '.join(modules[0]['inputs'])}")
+        batch = np.shape(requests["day"])[:1]
+        for module in modules:
+            given = {name: [*batch, *module["inputs"][name]["shape"][1:]] for name in requests}
+            if all(list(np.shape(requests[name])) == given[name] for name in requests):
+                break
+        else:
+            shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in requests.items())
+            lengths = ", ".join(str(module["length"]) for module in modules)
+            raise UserError(f"no module takes inputs of the shapes {shapes}; pad them to one of {lengths}")
+        for name, array in requests.items():
+            if str(array.dtype) != (wanted := module["inputs"][name]["dtype"]):
+                raise UserError(f"input {name!r} is {array.dtype}; give {wanted}")
+        return module
+
+
+def load(folder: Path) -> Artefact:
+    """Loads an artefact after checking every file of it against the manifest.
+
+    Raises:
+      UserError: there is none, a file is missing, damaged, or of another version of the catalogue, or this jax or this
+        device can't run it.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(
+            f"{folder} holds no artefact (no {MANIFEST}); make one with python -m jaxrec.export RUN --to DIR"
+        )
+    manifest = read_json(path)
+    _check_manifest(path, manifest)
+    for name, record in manifest["files"].items():
+        _check_file(folder / name, record, manifest["catalogue"]["fingerprint"])
+    return Artefact(folder, manifest)
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    again = "export the run again"
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path} is no manifest of format {FORMAT}; {again} with this version of jaxrec")
+    content = {key: value for key, value in manifest.items() if key != "fingerprint"}
+    if manifest.get("fingerprint") != fingerprint(content):
+        raise UserError(f"{path} was changed after the export; copy the folder once more, or {again}")
+    least, most = (
+        jax_export.minimum_supported_calling_convention_version,
+        jax_export.maximum_supported_calling_convention_version,
+    )
+    if not least <= manifest["calling_convention"] <= most:
+        raise UserError(
+            f"{path} was exported by jax {manifest['jax']}, whose modules jax {jax.__version__} can't run; {again}"
+        )
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if platform not in manifest["platforms"]:
+        runs_on = ", ".join(manifest["platforms"])
+        raise UserError(f"{path} was exported for {runs_on}, but this process runs on {platform}; {again} for it")
+
+
+def _check_file(path: Path, record: dict[str, Any], catalogue: str) -> None:
+    if not path.exists():
+        raise UserError(f"{path} is missing; copy the folder of the export as a whole")
+    if _file_record(path) == record:
+        return
+    found = _catalogue_in(path)
+    if found not in (None, catalogue):
+        raise UserError(
+            f"{path} belongs to another version of the catalogue ({found}) than the manifest beside it ({catalogue}); "
+            "keep the files of one export together"
+        )
+    raise UserError(f"{path} is damaged or of another export: its sha256 is not the manifest's; copy the folder again")
+
+
+def _catalogue_in(path: Path) -> str | None:
+    """The catalogue that a file of arrays was written for."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("catalogue")
+    except (SafetensorError, OSError):
+        return None
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arguments:
+    run: Annotated[Path, tyro.conf.Positional]
+    """the run directory, as given to train.py --run"""
+    to: Path
+    """the folder to make"""
+    config: Annotated[ExportConfig, tyro.conf.arg(name="")]
+
+
+def main() -> None:
+    """The command line."""
+    arguments = tyro.cli(Arguments, description=__doc__, prog="python -m jaxrec.export")
+    manifest = export_run(arguments.run, arguments.to, arguments.config)
+    size = sum(record["bytes"] for record in manifest["files"].values())
+    lengths = ", ".join(str(module["length"]) for module in manifest["modules"])
+    console.print(
+        f"{manifest['catalogue']['items']:,} items, histories of {lengths}, {', '.join(manifest['platforms'])}: "
+        f"{size / 2**20:.1f} MiB written to {arguments.to}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(report_user_errors(main))

@@ -1,0 +1,308 @@
+"""The artefact: the same bits without the library, and a sentence for everything that doesn't fit together."""
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax import export as jax_export
+from onemall_parts import (
+    BEHAVIORS,
+    FEATURES,
+    ITEMS,
+    MODEL,
+    SIZES,
+    make_arrays,
+    make_assembly,
+    make_history,
+    make_variables,
+)
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from jaxrec import export
+from jaxrec.config import UserError, fingerprint
+from jaxrec.export import ExportConfig, write_artefact
+from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
+
+ROOT = Path(__file__).parent.parent
+BATCHES = (1, 3, 8)
+K, WIDTH = 5, 7
+TWO_LENGTHS = dataclasses.replace(FEATURES, buckets=(3, 6))
+IDS = [f"item {index} é" for index in range(ITEMS)]
+LONG = [make_history(seed, 10 + seed) for seed in range(8)]
+CONFIG = ExportConfig(k=K, beam_width=WIDTH)
+
+
+@pytest.fixture(scope="module")
+def recommender() -> GenerativeRecommender:
+    assembly = make_assembly(dataclasses.replace(MODEL, layers=1, qformer_layers=2))
+    return GenerativeRecommender(assembly, make_variables(assembly), TWO_LENGTHS, DecodingConfig(WIDTH, 4))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once(recommender):
+    """Tests that write the same artefact again need not trace it again."""
+    made, export_modules = export.export_modules(recommender, CONFIG), export.export_modules
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            export, "export_modules", lambda *of: made if of == (recommender, CONFIG) else export_modules(*of)
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(recommender, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "artefact"
+    write_artefact(recommender, IDS, folder, CONFIG, {"system": "onemall"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def requests(recommender):
+    """Of each length: the inputs of as many histories as the largest batch has."""
+    short = [make_history(seed, seed % 3) for seed in range(8)]
+    return {
+        length: make_arrays(histories, recommender.assembly, dataclasses.replace(FEATURES, buckets=(length,)))
+        for length, histories in ((3, short), (6, LONG))
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(recommender, requests):
+    """(length, batch) -> (items, scores, nan) of the jitted function in this process."""
+    return {
+        (length, batch): jax.device_get(recommender._search(recommender.served, first(arrays, batch), None, WIDTH, K))
+        for length, arrays in requests.items()
+        for batch in BATCHES
+    }
+
+
+def first(arrays: dict, count: int) -> dict:
+    return {name: array[:count] for name, array in arrays.items()}
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def rewrite_manifest(folder: Path, **changes) -> None:
+    """Changes the manifest as another export would have written it."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    del manifest["fingerprint"]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": fingerprint(manifest)}))
+
+
+def test_the_manifest_tells_what_a_caller_needs(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {*manifest["files"], "manifest.json"}
+    assert [module["file"] for module in manifest["modules"]] == ["retrieve_3.stablehlo", "retrieve_6.stablehlo"]
+    inputs = manifest["modules"][1]["inputs"]
+    assert inputs["history_0_item"] == {"shape": ["batch", 6], "dtype": "int32"}
+    assert inputs["habit"] == {"shape": ["batch", 6, 4], "dtype": "float32"}
+    assert inputs["day"] == {"shape": ["batch"], "dtype": "int32"}
+    outputs = {name: (output["shape"], output["dtype"]) for name, output in manifest["outputs"].items()}
+    assert outputs == {
+        "items": (["batch", K], "int32"), "scores": (["batch", K], "float32"),
+        "valid": (["batch", K], "bool"), "nan": (["batch"], "bool"),
+    }  # fmt: skip
+    assert manifest["catalogue"]["codebook_sizes"] == list(SIZES) and manifest["catalogue"]["items"] == ITEMS
+    assert manifest["k"] == K and manifest["beam_widths"] == [WIDTH] * 3
+    assert manifest["behaviors"] == list(BEHAVIORS) and manifest["target_behaviors"] == ["purchase"]
+    assert manifest["jax"] == jax.__version__ and manifest["platforms"] == ["cpu", "cuda", "tpu"]
+    for file in ("model", "catalogue", "trie"):
+        for name, array in load_file(folder / f"{file}.safetensors").items():
+            record = {"shape": list(array.shape), "dtype": str(array.dtype), "file": f"{file}.safetensors"}
+            assert manifest["weights"][name] == record
+    # What only training reads is not there: the item tower, the embeddings, the drawing probabilities.
+    assert "trie/tokens/0" in manifest["weights"] and "catalogue/codes" in manifest["weights"]
+    assert not [name for name in manifest["weights"] if re.search("item_tower|embedding|log_q|attributes", name)]
+
+
+def test_modules_are_of_any_batch_and_of_all_three_platforms(folder):
+    for length in (3, 6):
+        module = jax_export.deserialize(bytearray((folder / f"retrieve_{length}.stablehlo").read_bytes()))
+        assert module.platforms == ("cpu", "cuda", "tpu")
+        assert {str(aval.shape[0]) for aval in module.out_avals} == {"batch"}
+        assert len(module.mlir_module()) < 2_000_000
+
+
+WITHOUT_JAXREC = """
+import sys, pickle
+try:
+    import jaxrec
+except ImportError:
+    pass
+else:
+    raise SystemExit("jaxrec can be imported")
+folder, requests, batches, out = pickle.load(sys.stdin.buffer)
+manifest, retrieve, item_ids = load(folder)
+answers = {}
+for length, arrays in requests.items():
+    for batch in batches:
+        answers[length, batch] = retrieve(length, {name: array[:batch] for name, array in arrays.items()})
+assert not [name for name, module in sys.modules.items() if module and name.split(".")[0] in ("flax", "jaxrec")]
+pickle.dump((item_ids, answers), open(out, "wb"))
+"""
+
+
+def snippet() -> str:
+    """The code that docs/export.md gives to those without jaxrec."""
+    return re.search(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.S)[1]
+
+
+def test_a_process_without_the_library_gives_the_same_bits(folder, requests, expected, tmp_path):
+    # -S leaves out the .pth file by which a checkout is installed, -P the working directory.
+    environment = {**os.environ, "PYTHONPATH": str(Path(jax.__file__).parent.parent)}
+    block = "import sys\nsys.modules['jaxrec'] = None  # where it is installed as a copy\n"
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", "-c", block + snippet() + WITHOUT_JAXREC],
+        input=pickle.dumps((str(folder), requests, BATCHES, str(tmp_path / "answers"))),
+        capture_output=True, cwd=tmp_path, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    item_ids, answers = pickle.loads((tmp_path / "answers").read_bytes())
+    assert item_ids == IDS and set(answers) == set(expected)
+    for case, (items, scores, nan) in expected.items():
+        np.testing.assert_array_equal(answers[case]["items"], items)
+        np.testing.assert_array_equal(answers[case]["scores"].view(np.int32), scores.view(np.int32))
+        np.testing.assert_array_equal(answers[case]["valid"], items >= 0)
+        np.testing.assert_array_equal(answers[case]["nan"], nan)
+    assert len({tuple(row) for row in answers[6, 8]["items"].tolist()}) > 1, "requests differ"
+
+
+def test_loaded_with_the_library_from_histories(folder, recommender):
+    artefact = export.load(folder)
+    assert artefact.item_ids == IDS
+    inputs = artefact.prepare(LONG)
+    items, scores = recommender.recommend(LONG, K)
+    answers = artefact.retrieve(inputs)
+    np.testing.assert_array_equal(answers["items"], items)
+    np.testing.assert_allclose(answers["scores"], scores, atol=2e-5)
+    with pytest.raises(UserError, match="input 'user' is missing; the inputs are"):
+        artefact.retrieve({name: array for name, array in inputs.items() if name != "user"})
+    with pytest.raises(UserError, match="input 'allowed' is no input of this artefact"):
+        artefact.retrieve(inputs | {"allowed": np.ones((8, ITEMS), bool)})
+    with pytest.raises(UserError, match=r"no module takes inputs of the shapes .*day \[8\].*; pad them to one of 3, 6"):
+        artefact.retrieve(inputs | {"past_item": inputs["past_item"][:7]})
+    with pytest.raises(UserError, match="input 'day' is int64; give int32"):
+        artefact.retrieve(inputs | {"day": inputs["day"].astype(np.int64)})
+
+
+def test_with_filters_only_allowed_items_are_answered(recommender, requests, tmp_path):
+    one_length = GenerativeRecommender(recommender.assembly, recommender.variables, FEATURES, DecodingConfig(WIDTH, 4))
+    config = ExportConfig(k=ITEMS, beam_width=24, filters=True, platforms=("cpu",))
+    write_artefact(one_length, IDS, tmp_path / "artefact", config)
+    artefact = export.load(tmp_path / "artefact")
+    allowed = np.random.default_rng(0).random((8, ITEMS)) < 0.4
+    answers = artefact.retrieve(requests[6] | {"allowed": allowed})
+    for row in range(8):
+        assert set(answers["items"][row][answers["valid"][row]]) == set(np.flatnonzero(allowed[row]))
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "retrieve_6.stablehlo", "items.jsonl"])
+def test_a_damaged_file_is_refused(folder, tmp_path, file):
+    copy = copy_of(folder, tmp_path)
+    damage(copy / file)
+    with pytest.raises(UserError, match=rf"{re.escape(file)} is damaged or of another export"):
+        export.load(copy)
+    namespace: dict = {}
+    exec(snippet(), namespace)
+    with pytest.raises(ValueError, match=rf"{re.escape(file)} is damaged"):
+        namespace["load"](copy)
+    (copy / file).unlink()
+    with pytest.raises(UserError, match=rf"{re.escape(file)} is missing; copy the folder"):
+        export.load(copy)
+
+
+@pytest.mark.parametrize("file", ["trie.safetensors", "catalogue.safetensors"])
+def test_a_file_of_another_version_of_the_catalogue_is_refused(folder, tmp_path, file):
+    copy = copy_of(folder, tmp_path)
+    with safe_open(copy / file, "numpy") as old:
+        assert old.metadata() == {
+            "catalogue": json.loads((copy / "manifest.json").read_text())["catalogue"]["fingerprint"]
+        }
+    save_file(load_file(copy / file), copy / file, metadata={"catalogue": "0123456789abcdef"})
+    with pytest.raises(UserError, match=rf"{re.escape(file)} belongs to another version of the catalogue \(0123"):
+        export.load(copy)
+
+
+def test_the_fingerprint_of_a_catalogue_changes_with_items_order_and_codes():
+    codes = np.array([[0, 1], [2, 3]])
+    original = export._catalogue_fingerprint(["a", "b"], codes)
+    assert original == export._catalogue_fingerprint(["a", "b"], codes.astype(np.int64))
+    others = [(["b", "a"], codes), (["a", "c"], codes), (["a", "b"], codes[::-1])]
+    assert original not in [export._catalogue_fingerprint(*other) for other in others]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "is no manifest of format 1"),
+        ({"calling_convention": 10_000, "jax": "9.9"}, "was exported by jax 9.9, whose modules jax .* can't run"),
+        ({"platforms": ["tpu"]}, "was exported for tpu, but this process runs on cpu"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_here(folder, tmp_path, changes, message):
+    copy = copy_of(folder, tmp_path)
+    rewrite_manifest(copy, **changes)
+    with pytest.raises(UserError, match=message):
+        export.load(copy)
+
+
+def test_a_manifest_that_was_edited_and_a_folder_without_one(folder, tmp_path):
+    copy = copy_of(folder, tmp_path)
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text.replace(f'"k": {K}', f'"k": {K + 1}'))
+    with pytest.raises(UserError, match="was changed after the export"):
+        export.load(copy)
+    with pytest.raises(UserError, match="holds no artefact"):
+        export.load(tmp_path)
+
+
+def test_whole_or_not_at_all(recommender, folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is there already; give a new folder"):
+        write_artefact(recommender, IDS, folder, CONFIG)
+    with pytest.raises(UserError, match="2 item ids for 20 items"):
+        write_artefact(recommender, IDS[:2], tmp_path / "artefact", CONFIG)
+    assert not list(tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "_write_arrays", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        write_artefact(recommender, IDS, tmp_path / "artefact", CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--to", "x"], "error: nowhere holds no run"),
+        (["nowhere", "--to", "x", "--k", "0"], "error: --k is 0"),
+        (
+            ["nowhere", "--to", "x", "--platforms", "cpu", "abacus"],
+            "error: --platforms: abacus; give some of cpu, cuda, tpu",
+        ),
+    ],
+)
+def test_the_command_says_what_is_wrong(tmp_path, arguments, message):
+    command = [sys.executable, "-m", "jaxrec.export", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 2 and done.stderr.startswith(message), done.stderr
