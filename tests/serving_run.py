@@ -8,6 +8,12 @@ import pyarrow.parquet as pq
 
 ITEMS = ["a", "b", "c", "d", "e"]
 COUNTS = [3, 9, 9, 1, 0]
+ATTRIBUTES = {
+    "category": ["shoes", "bags", "shoes", None, "hats"],
+    "price": [5.0, 20.0, 7.5, 9.0, None],
+    "in_stock": [True, False, True, True, True],
+    "tags": [["red", "new"], ["red"], [], None, ["new"]],
+}
 
 
 class NextInLine:
@@ -33,7 +39,8 @@ def write_run(path):
     tables.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps({"system": "none"}))
     titles = [f"Title {item}" for item in ITEMS]
-    pq.write_table(pa.table({"item_id": ITEMS, "title": titles, "count": COUNTS}), tables / "items.parquet")
+    items = {"item_id": ITEMS, "title": titles, "count": COUNTS, **ATTRIBUTES}
+    pq.write_table(pa.table(items), tables / "items.parquet")
     pq.write_table(pa.table({"user_id": ["u1", "u2", "u3"]}), tables / "users.parquet")
     events = {
         "user": pa.array([0, 0, 0, 1], pa.int32()),

@@ -44,7 +44,8 @@ def test_recommend_answers_as_the_batch_does(client):
         ('{"user_id": "u1", "k": 0}', 422, "k should be greater than or equal to 1, not 0"),
         ('{"history": [{"item": "a"}]}', 422, "history[0].item_id is missing"),
         ("{}", 422, "give either user_id or history"),
-        ('{"user_id": "u1", "topk": 3}', 422, "unknown field topk; known are user_id, history, k, exclude_seen, now"),
+        ('{"user_id": "u1", "event": 3}', 422,
+         "unknown field event; known are user_id, history, k, exclude_seen, filter, blocked, allowed, now"),
         (
             '{"history": [{"item_id": "a", "behavior": "glance"}]}', 422,
             "unknown behavior 'glance' in the history; known are exposure, purchase, coupon",
@@ -57,7 +58,7 @@ def test_errors_are_one_sentence(client, body, status, error):
 
 
 def test_health_and_documentation(client):
-    assert client.get("/healthz").json() == {"status": "ok", "system": "none", "items": 5, "users": 3}
+    assert client.get("/healthz").json() == {"status": "ok", "system": "none", "items": 5, "users": 3, "version": 1}
     api = client.get("/openapi.json").json()
     assert {"/recommend", "/healthz"} <= set(api["paths"])
     assert api["components"]["schemas"]["Request"]["examples"][0] == {"user_id": "123", "k": 10}

@@ -71,9 +71,10 @@ def test_an_inline_history_with_times_is_sorted_and_cut_into_sessions(retriever)
     assert retriever.recommender.histories[0]["now"] == 1000
 
 
-def test_exclude_seen_reaches_the_model_and_short_rankings_stay_short(retriever):
+def test_exclude_seen_leaves_out_what_was_taken_and_short_rankings_stay_short(retriever):
     answer = ask(retriever, user_id="u1", exclude_seen=True)
-    assert ids(answer) == ["d", "e"]
+    assert ids(answer) == ["d", "e", "a"], "a was only shown to u1"
+    assert answer.note is None
 
 
 def test_answers_keep_the_order_of_mixed_requests_and_shapes_stay_few(retriever):
@@ -92,7 +93,7 @@ def test_answers_keep_the_order_of_mixed_requests_and_shapes_stay_few(retriever)
     assert [(answer.source, ids(answer)[0]) for answer in answers] == expected
     assert all(len(answer.items) <= request.k for answer, request in zip(answers, requests, strict=True))
     assert {size for size, _, _ in retriever.recommender.calls} <= set(BATCH_SIZES)
-    assert {k for _, k, _ in retriever.recommender.calls} == {10, 50, 100}
+    assert {k for _, k, _ in retriever.recommender.calls} == {5, 10, 50, 100}, "all 5 items where some are left out"
 
 
 def test_an_unknown_behavior_fails_its_request_alone(retriever):
@@ -125,7 +126,10 @@ def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
         ('{"user_id": "1", "k": 0}', "k should be greater than or equal to 1, not 0"),
         ('{"user_id": "1", "k": 501}', "k should be less than or equal to 500, not 501"),
         ('{"user_id": "1", "k": "7"}', 'k should be a valid integer, not "7"'),
-        ('{"user_id": "1", "topk": 3}', "unknown field topk; known are user_id, history, k, exclude_seen, now"),
+        (
+            '{"user_id": "1", "topk": 3}',
+            "unknown field topk; known are user_id, history, k, exclude_seen, filter, blocked, allowed, now",
+        ),
         ('{"history": [{"item": "a"}]}', "history[0].item_id is missing"),
         (
             '{"history": [{"item_id": "a", "x": 1}]}',

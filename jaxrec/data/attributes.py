@@ -22,24 +22,38 @@ def attribute_indices(items: pa.Table, columns: Sequence[str]) -> tuple[np.ndarr
     if unknown := [name for name in columns if name not in items.column_names]:
         known = ", ".join(name for name in items.column_names if name not in ("item_id", "title", "text"))
         raise UserError(f"attributes: items.parquet has no column {unknown[0]!r}; it has {known}")
-    indices = [_indices(name, items[name].combine_chunks()) for name in columns]
+    indices = [_indices(name, items[name].combine_chunks(), items[name].combine_chunks()) for name in columns]
     stacked = np.stack(indices, axis=1) if indices else np.zeros((len(items), 0), np.int32)
     return stacked, tuple(int(index.max(initial=0)) + 1 for index in indices)
 
 
-def _indices(name: str, column: pa.Array) -> np.ndarray:
+def later_attribute_indices(items: pa.Table, columns: Sequence[str], later: pa.Table) -> np.ndarray:
+    """Attributes int32 [n, A] of items that came later, numbered as those of `items` are.
+
+    A word that no earlier item has is 0, as if it were missing; a number goes to the bucket that it falls in.
+    """
+    indices = [_indices(name, items[name].combine_chunks(), later[name].combine_chunks()) for name in columns]
+    return np.stack(indices, axis=1) if indices else np.zeros((len(later), 0), np.int32)
+
+
+def _indices(name: str, known: pa.Array, column: pa.Array) -> np.ndarray:
+    """The indices of a column in the numbering that `known` gives."""
     present = column.is_valid().to_numpy(zero_copy_only=False)
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        values = np.nan_to_num(column.cast(pa.float64()).fill_null(0).to_numpy(zero_copy_only=False))
-        edges = (
-            np.unique(np.quantile(values[present], np.linspace(0, 1, PRICE_STEPS + 1)[1:-1])) if present.any() else []
-        )
+    if pa.types.is_integer(known.type) or pa.types.is_floating(known.type):
+        edges, values = _numbers(known)[known.is_valid().to_numpy(zero_copy_only=False)], _numbers(column)
+        edges = np.unique(np.quantile(edges, np.linspace(0, 1, PRICE_STEPS + 1)[1:-1])) if len(edges) else []
         index = 1 + np.searchsorted(edges, values, side="right")
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        words = pc.drop_null(pc.unique(column)).sort()
-        index = 1 + pc.index_in(column, words).fill_null(0).to_numpy(zero_copy_only=False)
+    elif pa.types.is_string(known.type) or pa.types.is_large_string(known.type):
+        words = pc.drop_null(pc.unique(known)).sort()
+        found = pc.index_in(column.cast(known.type), words)
+        present &= found.is_valid().to_numpy(zero_copy_only=False)
+        index = 1 + found.fill_null(0).to_numpy(zero_copy_only=False)
     else:
         raise UserError(
-            f"attributes: the column {name!r} of items.parquet is {column.type}; give one of words or numbers"
+            f"attributes: the column {name!r} of items.parquet is {known.type}; give one of words or numbers"
         )
     return np.where(present, index, 0).astype(np.int32)
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+    return np.nan_to_num(column.cast(pa.float64()).fill_null(0).to_numpy(zero_copy_only=False))

@@ -2,16 +2,30 @@
 
 The allowed items in trie order are bits of 32-bit words, with the number of set bits before every word beside them.
 Counting up to a position is one word and one popcount, so a filter costs one pass over the items, none over the trie.
+
+A filter comes from bool [B, I] (`build_filter`), or from parts that are kept between requests:
+
+    order = ItemOrder(trie)
+    shoes, in_stock = order.mask(category == "shoes"), order.mask(stock > 0)      # made once, 1/8 byte an item
+    requests = [order.allowed(shoes & in_stock, blocked=[7, 7, 12]), order.allowed(only=[3, 5])]
+    beam_search(..., allowed=stack(requests))                                     # a few words a request are written
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrec.config import UserError
 from jaxrec.decoding.trie import Trie
 
 WORD = 32
+LISTED = 8
+"""Lists of blocked items are padded to a power of this, so that few shapes are compiled."""
 
 
 @flax.struct.dataclass
@@ -64,8 +78,162 @@ def build_filter(trie: Trie, allowed: jax.Array) -> ItemFilter:
     in_order = jnp.pad(in_order, ((0, 0), (0, WORD - trie.capacity % WORD)))
     bits = in_order.reshape(in_order.shape[0], -1, WORD).astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)
     words = bits.sum(-1, dtype=jnp.uint32)
+    return ItemFilter(words=words, before=_set_before(words))
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A set of items as bits in trie order, kept in the host's memory and, once it was needed there, on the device."""
+
+    words: np.ndarray
+    """uint32 [capacity / 32 + 1], as in `ItemFilter`."""
+
+    @cached_property
+    def count(self) -> int:
+        """How many items are in it."""
+        return int(np.bitwise_count(self.words).sum(dtype=np.int64))
+
+    @cached_property
+    def on_device(self) -> jax.Array:
+        """`words` as an array of JAX."""
+        return jnp.asarray(self.words)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return Mask(self.words & other.words)
+
+    def holds(self, positions: np.ndarray) -> np.ndarray:
+        """Whether the items at positions int [...] are in it: bool [...]."""
+        return (self.words[positions >> 5] >> (positions & 31).astype(np.uint32)) & np.uint32(1) == 1
+
+
+@dataclass(frozen=True, eq=False)
+class Allowed:
+    """What one request may get: the items of a mask, but for a few."""
+
+    mask: Mask
+    blocked: np.ndarray
+    """int32 [n], positions in trie order, rising, each once and in the mask."""
+
+    @property
+    def count(self) -> int:
+        """How many items are allowed."""
+        return self.mask.count - len(self.blocked)
+
+    def holds(self, positions: np.ndarray) -> np.ndarray:
+        """Whether the items at positions int [...] are allowed: bool [...]."""
+        return self.mask.holds(positions) & ~np.isin(positions, self.blocked)
+
+
+class ItemOrder:
+    """Where the items of a trie stand in it; makes masks of item indices."""
+
+    def __init__(self, trie: Trie):
+        self.capacity = trie.capacity
+        self.items = np.asarray(trie.items)[: int(trie.num_items)]
+        """int32 [items], item indices in trie order."""
+        self.positions = np.full(int(self.items.max()) + 1, -1, np.int32)
+        """int32 [I], the position of each item index; -1 = not in the trie."""
+        self.positions[self.items] = np.arange(len(self.items), dtype=np.int32)
+
+    @cached_property
+    def all(self) -> Mask:
+        """Every item of the trie."""
+        return self._pack(np.ones(len(self.items), bool))
+
+    def mask(self, allowed: np.ndarray) -> Mask:
+        """The items that are True in bool [I]; an item index beyond it is not allowed.
+
+        Raises:
+            UserError: not bool, or not one number an item.
+        """
+        allowed = np.asarray(allowed)
+        if allowed.ndim != 1 or allowed.dtype != bool:
+            raise UserError(f"a mask of items is {allowed.dtype}{list(allowed.shape)}: expected bool [items].")
+        if len(allowed) < len(self.positions):
+            allowed = np.concatenate([allowed, np.zeros(len(self.positions) - len(allowed), bool)])
+        return self._pack(allowed[self.items])
+
+    def allowed(
+        self, mask: Mask | None = None, *, blocked: Sequence[int] = (), only: Sequence[int] | None = None
+    ) -> Allowed:
+        """The items of a mask (None = all), without `blocked` and, if given, among `only`.
+
+        Both are item indices, in any order, also repeated; those that are not in the trie make no difference.
+        """
+        mask = mask or self.all
+        if only is not None:
+            listed = np.zeros(len(self.items), bool)
+            listed[self._found(only)] = True
+            mask = mask & self._pack(listed)
+        found = np.unique(self._found(blocked))
+        return Allowed(mask, found[mask.holds(found)])
+
+    def places(self, items: Sequence[int]) -> np.ndarray:
+        """The position of each item index int [n], -1 where it is not in the trie: int32 [n]."""
+        items = np.asarray(items, np.int64)
+        known = (items >= 0) & (items < len(self.positions))
+        return np.where(known, self.positions[np.where(known, items, 0)], -1)
+
+    def _found(self, items: Sequence[int]) -> np.ndarray:
+        positions = self.places(items)
+        return positions[positions >= 0]
+
+    def _pack(self, in_order: np.ndarray) -> Mask:
+        packed = np.packbits(in_order, bitorder="little")
+        words = np.zeros(num_words(self.capacity), "<u4")
+        words.view(np.uint8)[: len(packed)] = packed
+        return Mask(words.astype(np.uint32, copy=False))
+
+
+def num_words(capacity: int) -> int:
+    """Words of a filter: one more than needed, so that the end position of the last node has a word as well."""
+    return capacity // WORD + 1
+
+
+def stack(requests: Sequence[Allowed]) -> ItemFilter:
+    """The filter of a batch: one row a request. Masks that several requests share are packed and sent only once.
+
+    Where the device is the CPU itself NumPy adds the counts up, which is several times as fast there.
+    """
+    if jax.default_backend() == "cpu":
+        return _stack_on_host(requests)
+    longest = max(len(request.blocked) for request in requests)
+    room = LISTED
+    while room < longest:
+        room *= LISTED
+    beyond = WORD * len(requests[0].mask.words)
+    blocked = np.full((len(requests), room), beyond, np.int32)
+    for row, request in enumerate(requests):
+        blocked[row, : len(request.blocked)] = request.blocked
+    return _stack_on_device(tuple(request.mask.on_device for request in requests), blocked)
+
+
+def _stack_on_host(requests: Sequence[Allowed]) -> ItemFilter:
+    words = np.stack([request.mask.words for request in requests])
+    for row, request in zip(words, requests, strict=True):
+        np.subtract.at(row, request.blocked >> 5, np.uint32(1) << (request.blocked & 31).astype(np.uint32))
+    counts = np.bitwise_count(words)
+    before = np.cumsum(counts, axis=1, dtype=np.int32)
+    before -= counts
+    return ItemFilter(words=jnp.asarray(words), before=jnp.asarray(before))
+
+
+@jax.jit
+def _stack_on_device(rows: tuple[jax.Array, ...], blocked: jax.Array) -> ItemFilter:
+    """rows uint32 [words] of B requests; blocked int32 [B, n], padded with positions that no word holds.
+
+    Every blocked bit is set and listed once, so taking its value away clears it and borrows from no other.
+    """
+    words = jnp.stack(rows)
+    bits = jnp.uint32(1) << (blocked & 31).astype(jnp.uint32)
+    row = jnp.arange(len(rows))[:, None]
+    words = words.at[row, blocked >> 5].add(jnp.uint32(0) - bits, mode="drop", unique_indices=False)
+    return ItemFilter(words=words, before=_set_before(words))
+
+
+def _set_before(words: jax.Array) -> jax.Array:
     counts = _popcount(words)
-    return ItemFilter(words=words, before=jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts)
+    return jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts
 
 
 def _popcount(words: jax.Array) -> jax.Array:

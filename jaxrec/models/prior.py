@@ -7,6 +7,8 @@ particular to a user. Codes that no item has keep a small probability: what is n
 impossible.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,8 +60,19 @@ class Prior:
         return edges, edges < self.first[level][nodes + 1][..., None]
 
 
-def build_prior(codes: np.ndarray, weights: np.ndarray, sizes: tuple[int, ...]) -> Prior:
-    """The prior of a catalogue: codes int [I, M], popularity by period as weights float [P, I] > 0, codebook sizes."""
+def build_prior(
+    codes: np.ndarray,
+    weights: np.ndarray,
+    sizes: tuple[int, ...],
+    *,
+    capacity: int | None = None,
+    like: Prior | None = None,
+) -> Prior:
+    """The prior of a catalogue: codes int [I, M], popularity by period as weights float [P, I] > 0, codebook sizes.
+
+    With a `capacity` of items the arrays have room for the IDs of so many, so that a larger catalogue has the same
+    shapes; its branching is at least that of `like`, an earlier prior.
+    """
     order = np.lexsort(codes.T[::-1])
     codes, weights = codes[order], weights[:, order].astype(np.float64)
     parents, fields = np.zeros(len(codes), np.int64), {"first": [], "tokens": [], "children": [], "log_probs": []}
@@ -71,9 +84,14 @@ def build_prior(codes: np.ndarray, weights: np.ndarray, sizes: tuple[int, ...]) 
         count = np.bincount(owner)
         mass = np.add.reduceat(weights, start, axis=1)
         above = np.add.reduceat(mass, np.cumsum(count) - count, axis=1)
-        branching.append(int(count.max()))
-        pad = (0, branching[-1])
-        first = np.concatenate([[0], np.cumsum(count), [len(edges)]])
+        width, room = int(count.max()), 0
+        if capacity is not None:
+            width = max(min(sizes[level], max(8, 2 ** (width - 1).bit_length())), like.branching[level] if like else 0)
+            room = min(capacity, math.prod(sizes[: level + 1])) - len(edges)
+        branching.append(width)
+        pad = (0, width + room)
+        # Nodes that are room have no edges, like the last.
+        first = np.concatenate([[0], np.cumsum(count), [len(edges)] * (1 + _room(capacity, sizes, level, len(count)))])
         log_probs = np.log(mass) - np.log(above[:, owner])
         fields["first"].append(jnp.asarray(first, jnp.int32))
         fields["tokens"].append(jnp.asarray(np.pad(edges % sizes[level], pad), jnp.int32))
@@ -83,3 +101,8 @@ def build_prior(codes: np.ndarray, weights: np.ndarray, sizes: tuple[int, ...]) 
     return Prior(
         **{name: tuple(value) for name, value in fields.items()}, sizes=tuple(sizes), branching=tuple(branching)
     )
+
+
+def _room(capacity: int | None, sizes: tuple[int, ...], level: int, nodes: int) -> int:
+    """How many more nodes than there are above a level could be there."""
+    return 0 if capacity is None else min(capacity, math.prod(sizes[:level])) - nodes

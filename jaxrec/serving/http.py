@@ -29,7 +29,10 @@ class Health(BaseModel):
     status: str
     system: str
     items: int
+    """that can be recommended"""
     users: int
+    version: int
+    """of the catalogue"""
 
 
 def create_app(retriever: Retriever) -> FastAPI:
@@ -48,8 +51,9 @@ def create_app(retriever: Retriever) -> FastAPI:
     @app.get("/healthz")
     def healthz() -> Health:
         """Whether the server is up, and what it serves."""
-        sizes = {"items": len(retriever.item_ids), "users": len(retriever.user_index)}
-        return Health(status="ok", system=retriever.system, **sizes)
+        version = retriever.catalogue.current
+        sizes = {"items": len(version.popular), "users": len(retriever.user_index)}
+        return Health(status="ok", system=retriever.system, version=version.number, **sizes)
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: HttpRequest, error: RequestValidationError) -> JSONResponse:

@@ -2,12 +2,16 @@
 
 It knows the catalogue and everything each user did up to the end of the log (the test sessions are history by now).
 Whoever it knows nothing about gets the most popular items, marked as such.
+
+The catalogue may change while it serves (`Retriever.catalogue`, `Retriever.add`): every call of `answer` works with the
+one version that was current when it began.
 """
 
 import threading
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +19,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
+from jaxrec.decoding.filters import Allowed
+from jaxrec.decoding.live import LiveCatalogue, Predicate, Version
 from jaxrec.evaluation.baselines import Recommender
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, read_json
+from jaxrec.semantic_ids import codebooks
+from jaxrec.semantic_ids.versions import BOOKS, read_version
 from jaxrec.serving.schema import MAX_K, Answer, Event, Item, Request
 
 BATCH_SIZES = (1, 8, 64)
+SPARE = 1 << 16
+"""New items that a recommender without semantic IDs has room for."""
+NOTHING_ALLOWED = "the filters of this request allow no item of the catalogue"
 DEPTHS = (10, 50, 100, MAX_K)
 """Batches are padded to one of these sizes, and ranked to one of these depths, so that nothing recompiles."""
 
@@ -39,11 +50,7 @@ class Retriever:
         for name in ("items.parquet", "users.parquet", "events.parquet", "statistics.json"):
             if not (self.run.tables / name).exists():
                 raise UserError(f"{self.run.tables / name} is missing; run train.py again with --run {self.run.path}")
-        items = pq.read_table(self.run.tables / "items.parquet", columns=["item_id", "title", "count"])
-        self.item_ids, self.titles = items["item_id"].to_pylist(), items["title"].to_pylist()
-        self.counts = items["count"].fill_null(0).to_numpy()
-        self.popular = np.argsort(-self.counts, kind="stable")
-        self.item_index = {item_id: row for row, item_id in enumerate(self.item_ids)}
+        items = pq.read_table(self.run.tables / "items.parquet")
         users = pq.read_table(self.run.tables / "users.parquet")["user_id"].to_pylist()
         self.user_index = {user_id: row for row, user_id in enumerate(users)}
         statistics = read_json(self.run.tables / "statistics.json")
@@ -52,6 +59,47 @@ class Retriever:
         self._read_events(len(users))
         self.recommender = recommender or self._load_recommender(config)
         self._lock = threading.Lock()
+        self.catalogue = self._live(items)
+
+    def _live(self, items: pa.Table) -> LiveCatalogue:
+        """The catalogue of the run as its first version."""
+        counts = items["count"].fill_null(0).to_numpy()
+        space = getattr(self.recommender, "space", None)
+        if space is None:
+            # A recommender that doesn't generate IDs: every item is its own, only so that filters have an order.
+            rows = np.arange(len(items), dtype=np.int32)[:, None]
+            return LiveCatalogue(items, rows, (max(len(items), 1) + SPARE,), popularity=counts)
+        model = self.recommender if hasattr(self.recommender, "serve_version") else None
+        return LiveCatalogue(items, space.codes, space.codebook_sizes, popularity=counts, model=model)
+
+    def add(
+        self,
+        items: pa.Table,
+        *,
+        codes: np.ndarray | None = None,
+        popularity: np.ndarray | None = None,
+        embeddings: np.ndarray | None = None,
+    ) -> Version:
+        """New items that have semantic IDs are recommended from now on, and known in histories.
+
+        Args:
+          items: `item_id` and any columns of items.parquet.
+          codes: int [n, M]; None: those of the current version in the run's semantic_ids folder, as
+            `python -m jaxrec.semantic_ids append` made them.
+          popularity: [n], as if it were their `count`; None for 0.
+          embeddings: float [n, D], such as the IDs were made of; None: what the codebooks say that the IDs stand for.
+
+        Raises:
+          UserError: what `LiveCatalogue.add` refuses, or an item without a semantic ID.
+        """
+        if codes is None:
+            table = read_version(self.run.semantic_ids)
+            item_ids = items["item_id"].to_pylist()
+            codes = table.space(item_ids).codes
+            if embeddings is None:
+                encoded = table.encoded[[table.row[item] for item in item_ids]]
+                embeddings = codebooks.decode(codebooks.load(self.run.semantic_ids / BOOKS), encoded)
+        return self.catalogue.add(items, codes, popularity=popularity, embeddings=embeddings)
 
     def _read_events(self, num_users: int) -> None:
         """All events as flat columns; the rows of user u are offsets[u]:offsets[u + 1]."""
@@ -71,58 +119,94 @@ class Retriever:
             raise UserError(f"{self.run.config_file}: unknown system {self.system!r}; known are {', '.join(SYSTEMS)}")
         return SYSTEMS[self.system].load_recommender(self.run)
 
-    def answer(self, requests: Sequence[Request], at_once: int = BATCH_SIZES[-1]) -> list[Answer | UserError]:
+    def answer(
+        self,
+        requests: Sequence[Request],
+        at_once: int = BATCH_SIZES[-1],
+        *,
+        within: Sequence[Predicate | np.ndarray | None] | None = None,
+    ) -> list[Answer | UserError]:
         """One answer a request, in order; for a request that can't be answered, the UserError that says why.
 
         The model is given `at_once` histories of one depth in a call: many, and it can fill its own batches with
-        histories of one length.
+        histories of one length. `within` restricts each request further than it does itself: to bool [I] (row = item
+        of the version), or by a function of the items table that returns it (whose mask is kept; give the same one).
         """
+        version = self.catalogue.current
         answers: list[Answer | UserError | None] = [None] * len(requests)
         known: list[tuple[int, History]] = []
         ignored: dict[int, list[str]] = {}
+        allowed: dict[int, Allowed | None] = {}
         for row, request in enumerate(requests):
             try:
-                history, ignored[row] = self.history(request)
+                history, ignored[row] = self.history(request, version)
+                allowed[row] = self._allowed(request, None if within is None else within[row], history, version)
             except UserError as error:
                 answers[row] = error
                 continue
-            if len(history["item"]):
+            if allowed[row] is not None and not allowed[row].count:
+                source = "model" if len(history["item"]) else "popular"
+                answers[row] = Answer(items=[], source=source, ignored=ignored[row] or None, note=NOTHING_ALLOWED)
+            elif len(history["item"]):
                 known.append((row, history))
             else:
-                answers[row] = self._popular(request.k, ignored[row])
+                items = version.most_popular(request.k, allowed[row])
+                answers[row] = self._answer(version, items, version.popularity[items], "popular", ignored[row])
 
         def call(pair: tuple[int, History]) -> tuple[bool, int]:
-            request = requests[pair[0]]
-            return request.exclude_seen, next(depth for depth in DEPTHS if depth >= request.k)
+            row = pair[0]
+            return allowed[row] is not None, next(depth for depth in DEPTHS if depth >= requests[row].k)
 
-        # Requests that differ in what they exclude, or in how deep the beam goes, are different calls of the model.
+        # Searches with filters and without, and of different depths, are different calls of the model.
         known.sort(key=call)
-        for (exclude_seen, depth), group in groupby(known, key=call):
+        for (filtered, depth), group in groupby(known, key=call):
             pairs = list(group)
             for start in range(0, len(pairs), at_once):
                 rows, histories = zip(*pairs[start : start + at_once], strict=True)
-                ranked = self._recommend(list(histories), depth, exclude_seen)
+                filters = [allowed[row] for row in rows] if filtered else None
+                ranked = self._recommend(version, list(histories), depth, filters)
                 for row, items, scores in zip(rows, *ranked, strict=True):
-                    answers[row] = self._answer(items[: requests[row].k], scores, "model", ignored[row])
+                    answers[row] = self._answer(version, items[: requests[row].k], scores, "model", ignored[row])
         return answers
 
-    def history(self, request: Request) -> tuple[History, list[str]]:
+    def history(self, request: Request, version: Version | None = None) -> tuple[History, list[str]]:
         """(what the request's user did, item ids that are not in the catalogue); an empty history if nothing is known.
+
+        Removed items are history too. Ids that the request blocks or allows are looked up as well.
 
         Raises:
           UserError: an unknown behavior.
         """
+        version = version or self.catalogue.current
+        ignored = [item for item in [*(request.blocked or ()), *(request.allowed or ())] if version.row(item) is None]
         if request.history is None:
             user = self.user_index.get(request.user_id)
             rows = slice(0, 0) if user is None else slice(self.offsets[user], self.offsets[user + 1])
-            history, ignored = {name: column[rows] for name, column in self.events.items()}, []
+            history = {name: column[rows] for name, column in self.events.items()}
         else:
-            history = self._inline([event for event in request.history if event.item_id in self.item_index])
-            ignored = [event.item_id for event in request.history if event.item_id not in self.item_index]
+            there = [event for event in request.history if version.row(event.item_id) is not None]
+            ignored = [event.item_id for event in request.history if version.row(event.item_id) is None] + ignored
+            history = self._inline(there, version)
         now = max(self.latest, history["timestamp"].max(initial=0)) if request.now is None else request.now
         return {**history, "now": np.int64(now)}, ignored
 
-    def _inline(self, events: list[Event]) -> History:
+    def _allowed(
+        self, request: Request, within: Predicate | np.ndarray | None, history: History, version: Version
+    ) -> Allowed | None:
+        """What the request may get; None = everything."""
+        blocked = [row for row in map(version.row, request.blocked or ()) if row is not None]
+        only = None
+        if request.allowed is not None:
+            only = [row for row in map(version.row, request.allowed) if row is not None]
+        if request.exclude_seen:
+            blocked.extend(history["item"][np.isin(history["behavior"], self.target_behaviors)].tolist())
+        masks = [version.mask(each) for each in (request.filter, within) if each is not None and not _is_empty(each)]
+        if not (masks or blocked or only is not None):
+            return None
+        mask = masks[0] & masks[1] if len(masks) == 2 else next(iter(masks), None)
+        return version.order.allowed(mask, blocked=blocked, only=only)
+
+    def _inline(self, events: list[Event], version: Version) -> History:
         """A history given in the request, in order of time. Without times, each event is a session, just happened."""
         times = [self.latest if event.timestamp is None else event.timestamp for event in events]
         order = np.argsort(times, kind="stable")
@@ -131,7 +215,7 @@ class Retriever:
         session = np.zeros(len(events), np.int32)
         session[1:] = np.cumsum(np.broadcast_to(starts, max(len(events) - 1, 0)))
         return {
-            "item": np.array([self.item_index[event.item_id] for event in events], np.int32)[order],
+            "item": np.array([version.row(event.item_id) for event in events], np.int32)[order],
             "behavior": np.array([self._behavior(event.behavior) for event in events], np.int8)[order],
             "timestamp": timestamp,
             "session": session,
@@ -144,27 +228,59 @@ class Retriever:
             raise UserError(f"unknown behavior {name!r} in the history; known are {', '.join(self.behaviors)}")
         return self.behaviors.index(name)
 
-    def _recommend(self, histories: list[History], depth: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _recommend(
+        self, version: Version, histories: list[History], depth: int, allowed: list[Allowed] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The model, one call at a time, on a batch padded to one of BATCH_SIZES unless it is larger than all."""
         size = next((size for size in BATCH_SIZES if size >= len(histories)), len(histories))
-        padded = histories + histories[-1:] * (size - len(histories))
+        histories, count = histories + histories[-1:] * (size - len(histories)), len(histories)
+        if version.served is None:
+            items, scores = self._rank_and_drop(version, histories, depth, allowed)
+        else:
+            filters = None if allowed is None else allowed + allowed[-1:] * (size - count)
+            with self._lock:
+                items, scores = self.recommender.recommend(histories, depth, allowed=filters, served=version.served)
+        return items[:count], scores[:count]
+
+    def _rank_and_drop(
+        self, version: Version, histories: list[History], depth: int, allowed: list[Allowed] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """For a recommender that knows no filters: a ranking of all items, without those that are not allowed."""
+        everything = allowed is None and version.active.all()
         with self._lock:
-            items, scores = self.recommender.recommend(padded, depth, exclude_seen)
-        return items[: len(histories)], scores[: len(histories)]
+            items, scores = self.recommender.recommend(histories, depth if everything else len(version))
+        if everything:
+            return items, scores
+        kept_items = np.full((len(items), depth), -1, np.int32)
+        kept_scores = np.full((len(items), depth), -np.inf, np.float32)
+        for row in range(len(items) if allowed is None else len(allowed)):
+            mine = version.order.allowed() if allowed is None else allowed[row]
+            positions = version.order.places(items[row])
+            keep = np.flatnonzero((positions >= 0) & mine.holds(np.maximum(positions, 0)))[:depth]
+            kept_items[row, : len(keep)], kept_scores[row, : len(keep)] = items[row, keep], scores[row, keep]
+        return kept_items, kept_scores
 
-    def _popular(self, k: int, ignored: list[str]) -> Answer:
-        items = self.popular[:k]
-        return self._answer(items, self.counts[items], "popular", ignored)
-
-    def _answer(self, items: np.ndarray, scores: np.ndarray, source: str, ignored: list[str]) -> Answer:
+    def _answer(
+        self, version: Version, items: np.ndarray, scores: np.ndarray, source: str, ignored: list[str]
+    ) -> Answer:
         pairs = [(int(item), float(score)) for item, score in zip(items, scores, strict=False) if item >= 0]
+        table = version.items.select(["item_id", "title"]).take(pa.array([item for item, _ in pairs], pa.int64()))
         listed = [
-            Item(item_id=self.item_ids[item], title=self.titles[item] or "", score=score) for item, score in pairs
+            Item(item_id=row["item_id"], title=row["title"] or "", score=score)
+            for row, (_, score) in zip(table.to_pylist(), pairs, strict=True)
         ]
         return Answer(items=listed, source=source, ignored=ignored or None)
 
     def warm_up(self) -> None:
-        """Compiles what a single request of the default depth needs, so that the first user need not wait for it."""
-        if len(self.item_ids):
-            request = {"history": [{"item_id": self.item_ids[self.popular[0]]}]}
-            self.answer([Request.model_validate(request)])
+        """Compiles what a single request of the default depth needs, with a filter and without, so that the first user
+        need not wait for it.
+        """
+        popular = self.catalogue.current.most_popular(1)
+        for item in popular:
+            asked = {"history": [{"item_id": self.catalogue.current.items["item_id"][int(item)].as_py()}]}
+            for more in ({}, {"exclude_seen": True}):
+                self.answer([Request.model_validate(asked | more)])
+
+
+def _is_empty(predicate: Any) -> bool:
+    return isinstance(predicate, dict | tuple) and not predicate

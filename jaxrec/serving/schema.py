@@ -3,12 +3,15 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from jaxrec.config import UserError
+from jaxrec.decoding.predicates import parse_where
 
 MAX_K = 500
 MAX_HISTORY = 100_000
+MAX_LISTED = 10_000
+"""Item ids that a request may block or allow; what is more is a filter."""
 MILLISECONDS = 100_000_000_000
 """Seconds reach this in the year 5138; a larger time is in milliseconds."""
 
@@ -34,6 +37,11 @@ class Request(BaseModel):
             "examples": [
                 {"user_id": "123", "k": 10},
                 {"history": [{"item_id": "1003037"}, {"item_id": "1007082"}], "k": 5, "exclude_seen": True},
+                {
+                    "user_id": "123",
+                    "filter": {"category": ["shoes", "bags"], "price": {"min": 5, "max": 20}, "in_stock": True},
+                    "blocked": ["1003037"],
+                },
             ]
         },
     )
@@ -42,9 +50,27 @@ class Request(BaseModel):
     history: Annotated[list[Event], Field(max_length=MAX_HISTORY)] | None = None
     k: int = Field(10, ge=1, le=MAX_K, strict=True, description="The most items wanted.")
     exclude_seen: bool = Field(False, strict=True, description="Leave out what the user already had.")
+    filter: dict[str, Any] | None = Field(
+        None,
+        description="Columns of the items table that have to match, all of them: a value, a list of values, or bounds "
+        '{"min": 5, "max": 20}, which are included. A missing value never matches.',
+    )
+    blocked: Annotated[list[str], Field(max_length=MAX_LISTED)] | None = Field(
+        None, description="Item ids that are left out."
+    )
+    allowed: Annotated[list[str], Field(max_length=MAX_LISTED)] | None = Field(
+        None, description="The only item ids that may come; an empty list allows none."
+    )
     now: Annotated[int, Field(ge=0, lt=MILLISECONDS)] | None = Field(
         None, description="When the user asks, in seconds since 1970. Default: the end of the log."
     )
+
+    @field_validator("filter")
+    @classmethod
+    def _a_filter(cls, conditions: dict[str, Any] | None) -> dict[str, Any] | None:
+        if conditions is not None:
+            parse_where(conditions)
+        return conditions
 
     @model_validator(mode="after")
     def _one_source(self) -> "Request":
@@ -69,10 +95,11 @@ class Answer(BaseModel):
 
     items: list[Item]
     source: Literal["model", "popular"] = Field(description="popular: nothing is known about this user.")
-    ignored: list[str] | None = Field(None, description="Item ids of the history that the run does not know.")
+    ignored: list[str] | None = Field(None, description="Item ids of the request that the catalogue does not know.")
+    note: str | None = Field(None, description="Why there are no items.")
 
     def to_json(self) -> str:
-        """One line of JSON; without `ignored` where nothing was."""
+        """One line of JSON; without `ignored` and `note` where there is nothing to say."""
         return self.model_dump_json(exclude_none=True)
 
 

@@ -1,5 +1,7 @@
 """OneMall's model, fitted to one catalogue: what training, decoding and evaluation share."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -7,11 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from jaxrec.data.attributes import attribute_indices
+from jaxrec.data.attributes import attribute_indices, later_attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
 from jaxrec.data.popularity import PopularityByPeriod, read_popularity
 from jaxrec.models.context import Catalogue, Features, Sequence
@@ -37,6 +40,8 @@ class Assembly:
     """folder of the example records"""
     wanted: np.ndarray
     """bool [behaviors]: the target behaviors"""
+    attributes_of: Callable[[pa.Table], np.ndarray] | None = None
+    """the attributes int32 [n, A] of items that come later; None: all missing"""
 
     @property
     def behaviors(self) -> tuple[str, ...]:
@@ -93,4 +98,6 @@ def assemble(run: Run, config: "OneMallConfig") -> Assembly:
     )
     behaviors = tuple(config.data.behaviors)
     model = CrossDecoder(config.model, behaviors, space.codebook_sizes, sizes, len(items), AGES)
-    return Assembly(model, catalogue, space, lately, run.examples, np.isin(behaviors, config.data.target_behaviors))
+    wanted = np.isin(behaviors, config.data.target_behaviors)
+    later = functools.partial(later_attribute_indices, items.select(list(config.attributes)), config.attributes)
+    return Assembly(model, catalogue, space, lately, run.examples, wanted, later)
