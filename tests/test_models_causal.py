@@ -83,16 +83,17 @@ def plain_states(config, params, tokens, positions, mask):
     for i in range(config.layers):
         layer = params[f"layers_{i}"]
         part, normed = layer["attention"], plain_norm(x, layer["attention"]["norm"])
-        made = jnp.einsum("XD,DGPH->XGPH", normed, part["qkv"]["weight"]) + part["qkv"].get("bias", 0.0)
-        query = made[:, :, :each].reshape(len(x), config.heads, -1)
-        key, value = (jnp.repeat(made[:, :, each + i], each, axis=1) for i in (0, 1))
+        query, key, value = (
+            jnp.einsum("XD,DNH->XNH", normed, part[p]["weight"]) + part[p].get("bias", 0.0)
+            for p in ("query", "key", "value")
+        )
+        key, value = (jnp.repeat(p, each, axis=1) for p in (key, value))
         query, key = (plain_turn(p, positions, config.rotary_base) for p in (query, key))
         scores = jnp.einsum("XNH,YNH->NXY", query, key) / jnp.sqrt(config.head_dim)
         weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), -1)
         x = x + jnp.einsum("NXY,YNH->XNH", weights, value).reshape(len(x), -1) @ part["out"]["weight"]
-        up = plain_norm(x, layer["feed_forward"]["norm"])
-        up = jnp.einsum("XD,DPF->XPF", up, layer["feed_forward"]["up"]["weight"])
-        x = x + (nn.silu(up[:, 0]) * up[:, 1]) @ layer["feed_forward"]["down"]["weight"]
+        part, normed = layer["feed_forward"], plain_norm(x, layer["feed_forward"]["norm"])
+        x = x + (nn.silu(normed @ part["gate"]["weight"]) * (normed @ part["up"]["weight"])) @ part["down"]["weight"]
     return plain_norm(x, params["norm"])
 
 

@@ -84,20 +84,20 @@ def plain_attention(query, key, value, mask, bias):
 
 def plain_self_attention(x, part, mask, bias):
     normed = plain_norm(x, part["norm"])
-    query, key, value = (jnp.einsum("XD,DNH->XNH", normed, part["qkv"]["weight"][:, :, i]) for i in range(3))
+    query, key, value = (jnp.einsum("XD,DNH->XNH", normed, part[p]["weight"]) for p in ("query", "key", "value"))
     return x + plain_attention(query, key, value, mask, bias) @ part["out"]["weight"]
 
 
 def plain_cross_attention(x, part, memory, mask):
     query = jnp.einsum("XD,DNH->XNH", plain_norm(x, part["norm"]), part["query"]["weight"])
-    key, value = (jnp.einsum("XD,DNH->XNH", memory, part["memory"]["weight"][:, :, i]) for i in range(2))
+    key, value = (jnp.einsum("XD,DNH->XNH", memory, part[p]["weight"]) for p in ("key", "value"))
     return x + plain_attention(query, key, value, mask, 0.0) @ part["out"]["weight"]
 
 
 def plain_feed_forward(config, x, part):
     normed, up = plain_norm(x, part["norm"]), part["up"]["weight"]
     if config.gated:
-        hidden = nn.gelu(normed @ up[:, 0]) * (normed @ up[:, 1])
+        hidden = nn.gelu(normed @ part["gate"]["weight"]) * (normed @ up)
     else:
         hidden = jnp.maximum(normed @ up, 0)
     return x + hidden @ part["down"]["weight"]

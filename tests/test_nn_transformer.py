@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jaxrec.nn.attention import packed_attention
+from jaxrec.nn.layers import Projection
 from jaxrec.nn.transformer import (
     CrossAttention,
     FeedForwardBlock,
-    GroupedProjection,
     RelativeBias,
     SelfAttention,
     relative_buckets,
@@ -147,20 +147,17 @@ def test_own_gradients_in_bfloat16_keep_their_types():
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def test_grouped_projection_is_three_projections():
-    module, x = GroupedProjection(heads=4, groups=2, head_dim=H, bias=True), draw(B, S, D)
-    variables = {"params": {"weight": draw(D, 2, 4, H), "bias": draw(2, 4, H)}}
-    query, (key, value) = module.apply(variables, x)
-    every = jnp.einsum("BSD,DGPH->BSGPH", x, variables["params"]["weight"]) + variables["params"]["bias"]
-    np.testing.assert_allclose(query, every[..., :2, :].reshape(B, S, 4, H), atol=1e-5)
-    np.testing.assert_allclose(key, every[..., 2, :], atol=1e-5)
-    np.testing.assert_allclose(value, every[..., 3, :], atol=1e-5)
-
-
 def test_the_start_of_unscaled_attention_has_scores_of_unit_variance():
-    module = GroupedProjection(heads=8, groups=8, head_dim=64, gain=64**-0.5)
-    query, (key, _) = module.init_with_output(jax.random.key(0), draw(4, 16, 128))[0]
-    assert 0.7 < (query * key).sum(-1).std() < 1.3
+    module, x = SelfAttention(128, 8, 8, 64, scale=1.0), draw(4, 16, 128)
+    query, (key, _) = module.init_with_output(jax.random.key(0), x, None, method="_project")[0]
+    assert 0.7 < jnp.einsum("BXNH,BYNH->BNXY", query, key).std() < 1.3
+
+
+def test_a_projection_with_a_bias():
+    module, x = Projection((2, 3), (None, None, None), bias=True), draw(B, D)
+    variables = {"params": {"weight": draw(D, 2, 3), "bias": draw(2, 3)}}
+    expected = jnp.einsum("BD,DNH->BNH", x, variables["params"]["weight"]) + variables["params"]["bias"]
+    np.testing.assert_allclose(module.apply(variables, x), expected, atol=1e-5)
 
 
 def test_a_sequence_is_targets_of_one_token():
@@ -206,7 +203,7 @@ def test_cross_attention_is_the_plain_formula():
     params = nn.unbox(variables)["params"]
     normed = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
     query = jnp.einsum("BLMD,DNH->BLMNH", normed, params["query"]["weight"]).reshape(B, L * M, N, H)
-    key, value = (jnp.einsum("BSD,DNH->BSNH", memory, params["memory"]["weight"][:, :, part]) for part in (0, 1))
+    key, value = (jnp.einsum("BSD,DNH->BSNH", memory, params[part]["weight"]) for part in ("key", "value"))
     read = literal(query, key, value, jnp.broadcast_to(mask[:, None], (B, L * M, S)), scale=1.0)
     expected = x + (read.reshape(B, L, M, N * H) @ params["out"]["weight"])
     np.testing.assert_allclose(module.apply(variables, x, memory, method=run), expected, atol=1e-5)
@@ -216,13 +213,14 @@ def test_cross_attention_is_the_plain_formula():
 @pytest.mark.parametrize("gated", [False, True])
 def test_feed_forward_is_the_plain_formula(activation, gated):
     module, x = FeedForwardBlock(7, activation, gated), draw(B, D)
-    up, down = draw(D, 2, 7) if gated else draw(D, 7), draw(7, D)
-    variables = {"params": {"norm": {"scale": jnp.ones(D)}, "up": {"weight": up}, "down": {"weight": down}}}
+    gate, up, down = draw(D, 7, seed=1), draw(D, 7), draw(7, D)
+    params = {"norm": {"scale": jnp.ones(D)}, "up": {"weight": up}, "down": {"weight": down}}
+    variables = {"params": params | ({"gate": {"weight": gate}} if gated else {})}
     act = {
         "relu": lambda h: np.maximum(h, 0),
         "gelu": lambda h: 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))),
         "silu": lambda h: h / (1 + np.exp(-h)),
     }[activation]
     normed = np.asarray(x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6))
-    hidden = act(normed @ up[:, 0]) * (normed @ up[:, 1]) if gated else act(normed @ up)
+    hidden = act(normed @ gate) * (normed @ up) if gated else act(normed @ up)
     np.testing.assert_allclose(module.apply(variables, x), x + hidden @ down, atol=1e-4)

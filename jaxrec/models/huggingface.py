@@ -1,7 +1,7 @@
 """Weights of T5 and Qwen2 as Hugging Face lays them out, read into our models and written back, bit for bit.
 
-A *plan* names, for every parameter of ours, the tensors that it is made of. The same plan says which tensors a folder
-must hold and of what shape, reads them, and writes them. Names, types and shapes of all tensors are checked before any
+A *plan* names, for every parameter of ours, the tensor that it is. The same plan says which tensors a folder must hold
+and of what shape, reads them, and writes them. Names, types and shapes of all tensors are checked before any
 of them is read, so that nothing is half loaded.
 
     config, params = load_t5("folder")          # config.json and model.safetensors, whole or in shards
@@ -10,6 +10,7 @@ of them is read, so that nothing is half loaded.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,46 +38,33 @@ UNUSED = ("EncDecAttention.relative_attention_bias.weight", "rotary_emb.inv_freq
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of ours and the tensors of theirs that it is made of.
+    """One parameter of ours and the tensor of theirs that it is.
 
-    A matrix of theirs is [G * part * unit, D] (a bias [G * part * unit]), ours [D, G, all parts, unit], reshaped to
-    `shape`; `parts` counts the rows of `unit` that each tensor has in a group. Without parts the layout is the same.
+    Matrices of theirs are [outputs, inputs], ours [inputs, outputs], where a side may be split in two: heads and their
+    width. A bias of ours may be split as well. `shape` is theirs, `ours` ours.
     """
 
     path: str
-    names: tuple[str, ...]
+    name: str
     shape: tuple[int, ...]
-    groups: int = 1
-    parts: tuple[int, ...] = ()
-    unit: int = 1
-    bias: bool = False
+    ours: tuple[int, ...]
+    turned: bool = False
 
-    def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of the tensors, in the order of `names`."""
-        if not self.parts:
-            return [self.shape]
-        rows = [(self.groups * part * self.unit,) for part in self.parts]
-        return rows if self.bias else [(*row, self.shape[0]) for row in rows]
-
-    def read(self, tensors: list[np.ndarray]) -> np.ndarray:
+    def read(self, tensor: np.ndarray) -> np.ndarray:
         """Ours from theirs."""
-        if not self.parts:
-            return tensors[0]
-        blocks = [
-            tensor.reshape(len(tensor), -1).T.reshape(-1, self.groups, part, self.unit)
-            for tensor, part in zip(tensors, self.parts)
-        ]
-        return np.ascontiguousarray(np.concatenate(blocks, axis=2).reshape(self.shape))
+        return np.ascontiguousarray(tensor.T if self.turned else tensor).reshape(self.ours)
 
-    def write(self, value: np.ndarray) -> list[np.ndarray]:
+    def write(self, value: np.ndarray) -> np.ndarray:
         """Theirs from ours."""
-        if not self.parts:
-            return [value]
-        blocks = np.split(value.reshape(-1, self.groups, sum(self.parts), self.unit), np.cumsum(self.parts)[:-1], 2)
-        return [
-            np.ascontiguousarray(block.reshape(len(block), -1).T.reshape(shape))
-            for block, shape in zip(blocks, self.shapes())
-        ]
+        return np.ascontiguousarray(value.reshape(self.shape[::-1]).T if self.turned else value.reshape(self.shape))
+
+
+def _same(path: str, name: str, *shape: int) -> Parameter:
+    return Parameter(path, name, shape, shape)
+
+
+def _matrix(path: str, name: str, inputs: int, *outputs: int) -> Parameter:
+    return Parameter(path, name, (math.prod(outputs), inputs), (inputs, *outputs), turned=True)
 
 
 # ---- the two families ------------------------------------------------------------------------------------------------
@@ -240,87 +228,61 @@ def _qwen2_config(path: Path, raw: dict) -> CausalConfig:
 
 
 def _t5_plan(config: EncoderDecoderConfig) -> list[Parameter]:
-    width, heads, unit, hidden = config.width, config.heads, config.head_dim, config.hidden
-    inner = heads * unit
+    width, hidden, heads = config.width, config.hidden, (config.heads, config.head_dim)
 
-    def norm(path: str, name: str) -> Parameter:
-        return Parameter(f"{path}/scale", (f"{name}.weight",), (width,))
+    def attention(path: str, name: str, norm: str) -> Iterable[Parameter]:
+        yield _same(f"{path}/norm/scale", f"{norm}.weight", width)
+        for part in ("query", "key", "value"):
+            yield _matrix(f"{path}/{part}/weight", f"{name}.{part[0]}.weight", width, *heads)
+        yield _matrix(f"{path}/out/weight", f"{name}.o.weight", math.prod(heads), width)
 
-    def side(ours: str, theirs: str, layers: int, decoder: bool) -> Iterable[Parameter]:
-        first = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        yield Parameter(f"{ours}_bias/table", (first,), (config.buckets, heads))
-        yield norm(f"{ours}_norm", f"{theirs}.final_layer_norm")
+    def feed_forward(path: str, name: str) -> Iterable[Parameter]:
+        yield _same(f"{path}/norm/scale", f"{name}.layer_norm.weight", width)
+        for ours, theirs in {"gate": "wi_0", "up": "wi_1"}.items() if config.gated else [("up", "wi")]:
+            yield _matrix(f"{path}/{ours}/weight", f"{name}.DenseReluDense.{theirs}.weight", width, hidden)
+        yield _matrix(f"{path}/down/weight", f"{name}.DenseReluDense.wo.weight", hidden, width)
+
+    def side(name: str, layers: int) -> Iterable[Parameter]:
+        bias = f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        yield _same(f"{name}_bias/table", bias, config.buckets, config.heads)
+        yield _same(f"{name}_norm/scale", f"{name}.final_layer_norm.weight", width)
         for i in range(layers):
-            path, block = f"{ours}_{i}", f"{theirs}.block.{i}.layer"
-            attention = f"{block}.0.SelfAttention"
-            yield norm(f"{path}/attention/norm", f"{block}.0.layer_norm")
-            names = tuple(f"{attention}.{part}.weight" for part in "qkv")
-            yield Parameter(f"{path}/attention/qkv/weight", names, (width, heads, 3, unit), heads, (1, 1, 1), unit)
-            yield _matrix(f"{path}/attention/out/weight", f"{attention}.o.weight", inner, width)
-            if decoder:
-                cross = f"{block}.1.EncDecAttention"
-                yield norm(f"{path}/cross/norm", f"{block}.1.layer_norm")
-                query = f"{path}/cross/query/weight", (f"{cross}.q.weight",), (width, heads, unit)
-                yield Parameter(*query, heads, (1,), unit)
-                names = tuple(f"{cross}.{part}.weight" for part in "kv")
-                yield Parameter(f"{path}/cross/memory/weight", names, (width, heads, 2, unit), heads, (1, 1), unit)
-                yield _matrix(f"{path}/cross/out/weight", f"{cross}.o.weight", inner, width)
-            last = f"{block}.{1 + decoder}"
-            yield norm(f"{path}/feed_forward/norm", f"{last}.layer_norm")
-            ups = ("wi_0", "wi_1") if config.gated else ("wi",)
-            names = tuple(f"{last}.DenseReluDense.{up}.weight" for up in ups)
-            yield _stacked(f"{path}/feed_forward/up/weight", names, width, hidden)
-            yield _matrix(f"{path}/feed_forward/down/weight", f"{last}.DenseReluDense.wo.weight", hidden, width)
+            path, block = f"{name}_{i}", f"{name}.block.{i}.layer"
+            yield from attention(f"{path}/attention", f"{block}.0.SelfAttention", f"{block}.0.layer_norm")
+            if name == "decoder":
+                yield from attention(f"{path}/cross", f"{block}.1.EncDecAttention", f"{block}.1.layer_norm")
+            yield from feed_forward(f"{path}/feed_forward", f"{block}.{2 if name == 'decoder' else 1}")
 
-    tables = [Parameter("embed/table", ("shared.weight",), (config.vocabulary, width))]
+    plan = [_same("embed/table", "shared.weight", config.vocabulary, width)]
     if not config.tied:
-        tables.append(Parameter("head/table", ("lm_head.weight",), (config.vocabulary, width)))
-    encoder = side("encoder", "encoder", config.encoder_layers, False)
-    return [*tables, *encoder, *side("decoder", "decoder", config.layers, True)]
+        plan.append(_same("head/table", "lm_head.weight", config.vocabulary, width))
+    return [*plan, *side("encoder", config.encoder_layers), *side("decoder", config.layers)]
 
 
 def _qwen2_plan(config: CausalConfig) -> list[Parameter]:
-    width, groups, unit, hidden = config.width, config.groups, config.head_dim, config.hidden
-    parts = (config.heads // groups, 1, 1)
-    qkv = (groups, sum(parts), unit)
+    width, hidden, unit = config.width, config.hidden, config.head_dim
+    heads = {"query": config.heads, "key": config.groups, "value": config.groups}
 
-    def norm(path: str, name: str) -> Parameter:
-        return Parameter(f"{path}/scale", (f"{name}.weight",), (width,))
+    def layer(path: str, name: str) -> Iterable[Parameter]:
+        yield _same(f"{path}/attention/norm/scale", f"{name}.input_layernorm.weight", width)
+        for part, count in heads.items():
+            ours, theirs = f"{path}/attention/{part}", f"{name}.self_attn.{part[0]}_proj"
+            yield _matrix(f"{ours}/weight", f"{theirs}.weight", width, count, unit)
+            if config.bias:
+                yield Parameter(f"{ours}/bias", f"{theirs}.bias", (count * unit,), (count, unit))
+        yield _matrix(f"{path}/attention/out/weight", f"{name}.self_attn.o_proj.weight", config.heads * unit, width)
+        yield _same(f"{path}/feed_forward/norm/scale", f"{name}.post_attention_layernorm.weight", width)
+        for part in ("gate", "up"):
+            yield _matrix(f"{path}/feed_forward/{part}/weight", f"{name}.mlp.{part}_proj.weight", width, hidden)
+        yield _matrix(f"{path}/feed_forward/down/weight", f"{name}.mlp.down_proj.weight", hidden, width)
 
     plan = [
-        Parameter("embed/table", ("model.embed_tokens.weight",), (config.vocabulary, width)),
-        norm("norm", "model.norm"),
+        _same("embed/table", "model.embed_tokens.weight", config.vocabulary, width),
+        _same("norm/scale", "model.norm.weight", width),
     ]
     if not config.tied:
-        plan.append(Parameter("head/table", ("lm_head.weight",), (config.vocabulary, width)))
-    for i in range(config.layers):
-        path, layer = f"layers_{i}", f"model.layers.{i}"
-        plan.append(norm(f"{path}/attention/norm", f"{layer}.input_layernorm"))
-        for kind in ("weight", "bias") if config.bias else ("weight",):
-            names = tuple(f"{layer}.self_attn.{part}_proj.{kind}" for part in "qkv")
-            shape = qkv if kind == "bias" else (width, *qkv)
-            plan.append(
-                Parameter(f"{path}/attention/qkv/{kind}", names, shape, groups, parts, unit, bias=kind == "bias")
-            )
-        names = tuple(f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up"))
-        plan += [
-            _matrix(f"{path}/attention/out/weight", f"{layer}.self_attn.o_proj.weight", config.heads * unit, width),
-            norm(f"{path}/feed_forward/norm", f"{layer}.post_attention_layernorm"),
-            _stacked(f"{path}/feed_forward/up/weight", names, width, hidden),
-            _matrix(f"{path}/feed_forward/down/weight", f"{layer}.mlp.down_proj.weight", hidden, width),
-        ]
-    return plan
-
-
-def _matrix(path: str, name: str, inputs: int, outputs: int) -> Parameter:
-    return Parameter(path, (name,), (inputs, outputs), 1, (1,), outputs)
-
-
-def _stacked(path: str, names: tuple[str, ...], inputs: int, outputs: int) -> Parameter:
-    """Matrices of one input beside one another: [inputs, count, outputs], [inputs, outputs] if there is one."""
-    count = len(names)
-    shape = (inputs, outputs) if count == 1 else (inputs, count, outputs)
-    return Parameter(path, names, shape, 1, (1,) * count, outputs)
+        plan.append(_same("head/table", "lm_head.weight", config.vocabulary, width))
+    return plan + [entry for i in range(config.layers) for entry in layer(f"layers_{i}", f"model.layers.{i}")]
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
@@ -432,11 +394,11 @@ class _Tensors:
         Everything is checked before anything is read.
         """
         self._check(plan, twins)
-        flat = {entry.path: entry.read([self.get(name) for name in entry.names]) for entry in plan}
+        flat = {entry.path: entry.read(self.get(entry.name)) for entry in plan}
         return unflatten_dict(flat, sep="/")
 
     def _check(self, plan: list[Parameter], twins: dict[str, str]) -> None:
-        expected = {name: shape for entry in plan for name, shape in zip(entry.names, entry.shapes())}
+        expected = {entry.name: entry.shape for entry in plan}
         for name, shape in expected.items():
             if name not in self:
                 files = ", ".join(sorted(set(self._where.values())))
@@ -483,9 +445,9 @@ def _save(folder: str | Path, config: Any, raw: dict, plan: list[Parameter], par
 
 def _write(plan: list[Parameter], params: dict) -> dict[str, np.ndarray]:
     flat = {path: np.asarray(value, np.float32) for path, value in flatten_dict(nn.unbox(params), sep="/").items()}
-    wanted = {entry.path: entry.shape for entry in plan}
+    wanted = {entry.path: entry.ours for entry in plan}
     for path in sorted(set(flat) | set(wanted)):
         found, shape = flat[path].shape if path in flat else None, wanted.get(path)
         if found != shape:
             raise UserError(f"parameter {path} has shape {found}, but the configuration asks for {shape}")
-    return {name: part for e in plan for name, part in zip(e.names, e.write(flat[e.path]))}
+    return {entry.name: entry.write(flat[entry.path]) for entry in plan}

@@ -39,7 +39,7 @@ def packed_attention(
     query = _fold_heads(query, group)
     scores, masks = [], []
     if context is not None:
-        scores.append(jnp.einsum("BLMNH,BSNH->BNLMS", query, context[0]))
+        scores.append(_context_scores(query, context[0]))
         mask = jnp.ones(context[0].shape[:2], bool) if context_mask is None else context_mask
         mask = mask[:, None, None, None] if mask.ndim == 2 else mask[:, None, :, None]
         masks.append(jnp.broadcast_to(mask, scores[-1].shape))
@@ -55,7 +55,7 @@ def packed_attention(
     split = 0 if context is None else context[0].shape[1]
     out = 0.0
     if context is not None:
-        out += jnp.einsum("BNLMS,BSNH->BLMNH", weights[..., :split], context[1])
+        out += _context_values(weights[..., :split], context[1])
     if own is not None:
         out += _own_values(weights[..., split:], own[1])
     return _unfold_heads(out, group)
@@ -95,6 +95,22 @@ def masked_softmax(scores: jax.Array, mask: jax.Array, axis: int = -1) -> jax.Ar
     scores = jnp.where(mask, scores.astype(jnp.float32), NEVER)
     weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis, keepdims=True))), 0.0)
     return weights / jnp.maximum(weights.sum(axis, keepdims=True), 1e-30)
+
+
+# A context of a single token is one more own token of every target.
+def _context_scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """[B, L, M, N, H] and [B, S, N, H] -> [B, N, L, M, S]."""
+    if key.shape[1] == 1:
+        return _own_scores(query, jnp.broadcast_to(key[:, None], (*query.shape[:2], *key.shape[1:])))
+    return jnp.einsum("BLMNH,BSNH->BNLMS", query, key)
+
+
+def _context_values(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """[B, N, L, M, S] and [B, S, N, H] -> [B, L, M, N, H]."""
+    if value.shape[1] == 1:
+        return _own_values(weights, jnp.broadcast_to(value[:, None], (len(value), weights.shape[2], *value.shape[1:])))
+    # In this order: written as one einsum, the compiler turns the operands round and transposes for twice the time.
+    return jnp.moveaxis(jnp.einsum("BNLMS,BSNH->BNLMH", weights, value), 1, 3)
 
 
 # A target has a handful of tokens, so these products are too small for a matrix routine: thousands of 3x3 blocks. One

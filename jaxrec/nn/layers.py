@@ -18,7 +18,7 @@ def partitioned(initializer, *axes: str | None):
 
 
 class Projection(nn.Module):
-    """A matrix over the last axis: [..., D] -> [..., *features]; no bias.
+    """A matrix over the last axis: [..., D] -> [..., *features], with a bias if asked for.
 
     `axes` names the axes of the weight, the input's first; outputs start with a standard deviation of `gain`.
     """
@@ -26,6 +26,7 @@ class Projection(nn.Module):
     features: int | Sequence[int]
     axes: tuple[str | None, ...]
     dtype: jnp.dtype = jnp.float32
+    bias: bool = False
     gain: float = 1.0
 
     @nn.compact
@@ -35,7 +36,10 @@ class Projection(nn.Module):
             self.gain**2, "fan_in", "truncated_normal", in_axis=0, out_axis=range(1, 1 + len(features))
         )
         weight = self.param("weight", partitioned(fan_in, *self.axes), (x.shape[-1], *features))
-        return jnp.tensordot(x.astype(self.dtype), weight.astype(self.dtype), axes=1)
+        out = jnp.tensordot(x.astype(self.dtype), weight.astype(self.dtype), axes=1)
+        if self.bias:
+            out += self.param("bias", partitioned(init.zeros, *self.axes[1:]), features).astype(self.dtype)
+        return out
 
 
 class RMSNorm(nn.Module):
