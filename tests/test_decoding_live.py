@@ -232,9 +232,9 @@ def test_predicates_of_python(live):
     assert live.remove(["i10"]).mask(dear).count == 2
     with pytest.raises(UserError, match=r"bool\[3\], but version 2 of the catalogue has 12 rows: give bool \[12\]"):
         live.current.mask(np.ones(3, bool))
-    with pytest.raises(UserError, match="filter.size: the items have no such column; they have color, item_id, price"):
+    with pytest.raises(UserError, match=r"filter.size: the items have no such column; they have color, item_id, price"):
         version.mask({"size": 3})
-    with pytest.raises(UserError, match="filter.price is 'x', but the column holds numbers"):
+    with pytest.raises(UserError, match=r"filter.price is 'x', but the column holds numbers"):
         version.mask({"price": "x"})
 
 

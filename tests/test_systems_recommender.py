@@ -5,7 +5,9 @@ import itertools
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pytest
+from compilations import count_compilations
 from onemall_parts import (
     FEATURES,
     ITEMS,
@@ -17,7 +19,11 @@ from onemall_parts import (
     make_variables,
 )
 
+from jaxrec.config import UserError
+from jaxrec.decoding.live import LiveCatalogue
 from jaxrec.evaluation.cases import Cases
+from jaxrec.models.prior import build_prior
+from jaxrec.semantic_ids.space import SemanticIdSpace
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)
@@ -144,3 +150,135 @@ def test_diagnose_against_counting(recommender, log_probs):
         valid += sum(tuple(IDS[index].tolist()) in existing for index in np.argsort(-log_probs[case])[:10])
     assert [found[f"acc_sid{level + 1}"] for level in range(3)] == [(hits, where.sum()) for hits in right]
     assert found["validity"] == (valid, 60)
+
+
+# ---- filters, and a catalogue that changes ---------------------------------------------------------------------------
+
+
+def items_of(names) -> pa.Table:
+    names = list(names)
+    return pa.table({"item_id": names, "even": [row % 2 == 0 for row in range(len(names))]})
+
+
+def open_catalogue(recommender, **options) -> LiveCatalogue:
+    space = recommender.space
+    items = items_of(f"i{row}" for row in range(ITEMS))
+    return LiveCatalogue(
+        items, space.codes, space.codebook_sizes, popularity=space.popularity, model=recommender, **options
+    )
+
+
+def ask(recommender, version, allowed=None, k=ITEMS):
+    return recommender.recommend(HISTORIES, k, allowed=allowed, served=version.served)
+
+
+def test_each_history_gets_what_its_own_filter_allows(recommender, log_probs):
+    version = open_catalogue(recommender).current
+    generator = np.random.default_rng(0)
+    bools = generator.random((len(HISTORIES), ITEMS)) < generator.choice([0.2, 0.6, 1.0], (len(HISTORIES), 1))
+    bools[3] = False
+    items, scores = ask(recommender, version, [version.allowed(row) for row in bools])
+    for row, allowed in enumerate(bools):
+        expected = [item for item in ranking(recommender.space, log_probs[row]) if allowed[item]]
+        assert items[row].tolist() == expected + [-1] * (ITEMS - len(expected))
+        assert np.isneginf(scores[row, len(expected) :]).all()
+
+
+def test_the_first_version_ranks_as_the_model_does(recommender, everything):
+    items, scores = ask(recommender, open_catalogue(recommender).current)
+    np.testing.assert_array_equal(items, everything[0])
+    np.testing.assert_allclose(scores, everything[1], atol=1e-5)
+
+
+def test_removed_items_are_gone_and_nothing_else_changes(recommender, everything):
+    live = open_catalogue(recommender)
+    before = ask(recommender, live.current)
+    gone = {2, 5, 18}
+    items, scores = ask(recommender, live.remove([f"i{row}" for row in gone]))
+    for row in range(len(HISTORIES)):
+        keep = [place for place, item in enumerate(before[0][row]) if item not in gone]
+        assert items[row].tolist() == [*before[0][row][keep], *[-1] * 3]
+        np.testing.assert_array_equal(scores[row, : len(keep)], before[1][row][keep])
+    items, scores = ask(recommender, live.rollback(1))
+    np.testing.assert_array_equal(items, before[0])
+    np.testing.assert_array_equal(scores, before[1])
+
+
+NEW_ROWS = np.array([[3, 2, 1], [0, 1, 1]], np.int32)
+EMBEDDINGS = np.random.default_rng(7).normal(size=(2, 6)).astype(np.float32)
+
+
+def test_new_items_are_scored_and_read_by_codes_and_embedding(recommender):
+    """Against a model that was made for the larger catalogue, with the mean as the new items' own vectors."""
+    live = open_catalogue(recommender)
+    version = live.add(items_of(["n0", "n1"]), NEW_ROWS, popularity=[3, 1], embeddings=EMBEDDINGS)
+    old = recommender.assembly
+    codes = np.concatenate([old.space.codes, NEW_ROWS])
+    popularity = np.concatenate([old.space.popularity, [3, 1]])
+    share = (popularity + 1) / (old.space.popularity + 1).sum()
+    weights = np.concatenate([old.popularity.weights, np.tile(share[ITEMS:], (2, 1))], axis=1)
+    catalogue = dataclasses.replace(
+        old.catalogue,
+        codes=codes,
+        attributes=np.concatenate([old.catalogue.attributes, np.zeros((2, 2), np.int32)]),
+        embeddings=np.concatenate([old.catalogue.embeddings, EMBEDDINGS]),
+        log_q=np.zeros(ITEMS + 2, np.float32),
+        prior=build_prior(codes, weights, SIZES),
+    )
+    larger = dataclasses.replace(
+        old,
+        model=old.model.clone(items=ITEMS + 2),
+        catalogue=jax.tree.map(jax.numpy.asarray, catalogue),
+        space=SemanticIdSpace(codes, SIZES, popularity),
+    )
+    table = recommender.variables["params"]["item"]["table"]
+    params = {**recommender.variables["params"], "item": {"table": np.concatenate([table, [table.mean(0)] * 2])}}
+    oracle = GenerativeRecommender(
+        larger, {**recommender.variables, "params": params}, recommender.feature_config, recommender.config
+    )
+    histories = [{**history, "item": history["item"].copy()} for history in HISTORIES[:6]]
+    for history in histories:
+        history["item"][: len(history["item"]) // 2] = ITEMS + 1
+    expected, expected_scores = oracle.recommend(histories, ITEMS + 2)
+    items, scores = recommender.recommend(histories, ITEMS + 2, served=version.served)
+    np.testing.assert_array_equal(items, expected)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
+    assert (items == ITEMS).any(1).all() and (items == ITEMS + 1).any(1).all()
+    # Another ID for a known item: its vector in histories changes with it, as in a table made anew.
+    swapped = live.swap(version.items, np.concatenate([NEW_ROWS[:1], codes[1:]]), popularity=popularity)
+    fresh = recommender._table(swapped, swapped.served["catalogue"], np.arange(ITEMS + 2))
+    np.testing.assert_allclose(swapped.served["table"][: ITEMS + 2], fresh, atol=1e-6)
+    assert np.abs(swapped.served["table"][0] - version.served["table"][0]).max() > 1e-3
+
+
+def test_changes_compile_nothing_and_growth_is_compiled_before_anybody_asks(recommender):
+    live = open_catalogue(recommender, capacity=24)
+    everybody = [live.current.allowed()] * len(HISTORIES)
+    ask(recommender, live.current), ask(recommender, live.current, everybody)
+    live.add(items_of(["n0"]), NEW_ROWS[:1], embeddings=EMBEDDINGS[:1])
+    shapes = jax.tree.map(np.shape, live.current.served)
+    with count_compilations() as compiled:
+        for _ in range(2):
+            for change in (lambda: live.remove(["i3", "n0"]), lambda: live.restore(["i3", "n0"]),
+                           lambda: live.add(items_of([f"m{live.current.number}"]), NEW_ROWS[1:]),
+                           lambda: live.update(items_of(["i2", "i4", "i3"]))):  # fmt: skip
+                version = change()
+                ask(recommender, version)
+                ask(recommender, version, [version.allowed({"even": True}, blocked=[1, 1])] * len(HISTORIES))
+        assert jax.tree.map(np.shape, live.current.served) == shapes
+    assert compiled == []
+    more = items_of([f"x{row}" for row in range(4)])
+    with count_compilations() as growing:
+        version = live.add(more, np.zeros((4, 3), np.int32))
+    assert growing and version.capacity > 24
+    with count_compilations() as compiled:
+        ask(recommender, version, k=ITEMS)
+        ask(recommender, version, [version.allowed({"even": True})] * len(HISTORIES))
+    assert compiled == []
+
+
+def test_embeddings_of_another_width_are_refused(recommender):
+    live = open_catalogue(recommender)
+    with pytest.raises(UserError, match="embeddings of new items have width 2, those of the run have 6"):
+        live.add(items_of(["n0"]), NEW_ROWS[:1], embeddings=[[1, 2]])
+    assert live.current.number == 1

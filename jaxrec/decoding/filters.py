@@ -74,6 +74,7 @@ def build_filter(trie: Trie, allowed: jax.Array) -> ItemFilter:
     if allowed.ndim != 2 or allowed.dtype != jnp.bool_:
         raise UserError(f"`allowed` is {allowed.dtype}{list(allowed.shape)}: expected bool [requests, items].")
     in_order = jnp.take(allowed, trie.items, axis=1, mode="fill", fill_value=False)
+    in_order &= jnp.arange(trie.capacity) < trie.num_items
     # One word more than needed, so that the end position of the last node has a word as well.
     in_order = jnp.pad(in_order, ((0, 0), (0, WORD - trie.capacity % WORD)))
     bits = in_order.reshape(in_order.shape[0], -1, WORD).astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)

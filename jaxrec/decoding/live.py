@@ -453,9 +453,9 @@ class LiveCatalogue:
         """The masks that requests asked for last are there before the first request comes."""
         with before.lock:
             masks = list(before.masks.items())
+        unchanged = set(version.columns) if same_trie else set()
         for key, mask in masks:
-            unchanged = same_trie and isinstance(key, tuple) and all(name in version.columns for name, _ in key)
-            if unchanged:
+            if isinstance(key, tuple) and unchanged.issuperset(name for name, _ in key):
                 version.masks[key] = mask
             else:
                 version.mask(key)

@@ -2,7 +2,8 @@
 
     {"category": ["shoes", "bags"], "price": {"min": 5, "max": 20}, "in_stock": true}
 
-Every column must match (and); a list matches any of its values; bounds are included; a missing value never matches.
+Every column must match (and); a list matches any of its values; bounds are included; a missing value (null or NaN)
+never matches.
 A column that holds lists of words matches if any of them does.
 """
 
@@ -143,7 +144,10 @@ def index_column(name: str, column: pa.ChunkedArray) -> Column:
         return Column("boolean", _filled(array, False), _present(array), items=items)
     if rows is None and (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
         array = array.cast(pa.float64()) if pa.types.is_decimal(kind) else array
-        return Column("number", _filled(array, 0), _present(array), items=items)
+        values, present = _filled(array, 0), _present(array)
+        if pa.types.is_floating(array.type):
+            present = present & ~np.isnan(values)
+        return Column("number", values, present, items=items)
     raise UserError(f"filter.{name}: the column is {column.type}, and filters work on text, numbers and booleans")
 
 

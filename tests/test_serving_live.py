@@ -1,0 +1,220 @@
+"""Serving a catalogue that changes: filters in requests, new items, and swaps while many threads ask."""
+
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from compilations import count_compilations
+from onemall_parts import ITEMS as COUNT
+from onemall_parts import MODEL, make_assembly, make_variables
+from serving_run import ITEMS, NextInLine, write_run
+
+from jaxrec.config import UserError
+from jaxrec.data.features import FeatureConfig
+from jaxrec.serving.retriever import NOTHING_ALLOWED, Retriever
+from jaxrec.serving.schema import Request
+from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
+
+IDS = [f"i{row}" for row in range(COUNT)]
+COLORS = ["red", "blue", "green", None]
+
+
+def ids(answer) -> list[str]:
+    return [item.item_id for item in answer.items]
+
+
+def ask(retriever, within=None, **request):
+    (answer,) = retriever.answer([Request(**request)], within=None if within is None else [within])
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+@pytest.fixture
+def retriever(tmp_path) -> Retriever:
+    return Retriever(write_run(tmp_path / "run"), NextInLine())
+
+
+@pytest.fixture(scope="module")
+def recommender() -> GenerativeRecommender:
+    assembly = make_assembly(MODEL)
+    features = FeatureConfig(history_lengths=(4,), past_length=4, targets=4, buckets=(4,))
+    return GenerativeRecommender(assembly, make_variables(assembly), features, DecodingConfig(24, 4))
+
+
+@pytest.fixture
+def real(tmp_path, recommender) -> Retriever:
+    """A run of twenty items with the tiny OneMall; behaviors are those of its parts."""
+    path = write_run(tmp_path / "run")
+    popularity = recommender.space.popularity
+    colors = [COLORS[row % 4] for row in range(COUNT)]
+    items = {"item_id": IDS, "title": IDS, "count": popularity, "color": colors, "price": np.arange(COUNT) / 2}
+    pq.write_table(pa.table(items), path / "tables" / "items.parquet")
+    return Retriever(path, recommender)
+
+
+HISTORY = [{"item_id": "i4"}, {"item_id": "i7"}]
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        ({"filter": {"category": "shoes"}}, ["c", "a"]),
+        ({"filter": {"category": ["shoes", "bags"], "price": {"min": 5, "max": 7.5}, "in_stock": True}}, ["c", "a"]),
+        ({"filter": {"tags": ["red", "new"]}}, ["e", "a", "b"]),
+        ({"filter": {}}, ["c", "d", "e", "a", "b"]),
+        ({"blocked": ["c", "zz", "c"]}, ["d", "e", "a", "b"]),
+        ({"allowed": ["b", "d", "zz"]}, ["d", "b"]),
+        ({"allowed": ["b", "d"], "blocked": ["d"]}, ["b"]),
+        ({"exclude_seen": True}, ["c", "d", "e", "a"]),
+        ({"exclude_seen": True, "filter": {"category": ["bags", "hats"]}}, ["e"]),
+    ],
+)
+def test_a_request_gets_what_it_asks_for(retriever, request_, expected):
+    answer = ask(retriever, history=[{"item_id": "b"}], **request_)
+    assert ids(answer) == expected and answer.note is None and answer.source == "model"
+    assert answer.ignored == (["zz"] if "zz" in str(request_) else None)
+    by_popularity = [item for item in "bcade" if item in expected or ("b" not in expected and item == "b")]
+    popular = ask(retriever, user_id="stranger", **request_)
+    if "exclude_seen" not in request_:
+        assert popular.source == "popular" and ids(popular) == [item for item in by_popularity if item in expected]
+
+
+@pytest.mark.parametrize("who", [{"user_id": "stranger"}, {"user_id": "u1"}])
+@pytest.mark.parametrize(
+    "request_",
+    [{"filter": {"category": "boats"}}, {"allowed": []}, {"allowed": ["zz"]}, {"blocked": ITEMS},
+     {"filter": {"price": []}}],
+)  # fmt: skip
+def test_a_filter_that_allows_nothing_says_so(retriever, who, request_):
+    answer = ask(retriever, **who, **request_)
+    assert answer.items == [] and answer.note == NOTHING_ALLOWED and retriever.recommender.calls == []
+    assert answer.source == ("popular" if who["user_id"] == "stranger" else "model")
+
+
+def test_a_bad_filter_fails_its_request_alone(retriever):
+    bad = [Request(user_id="u1", filter={"colour": "red"}), Request(user_id="u1", filter={"price": "low"})]
+    answers = retriever.answer([*bad, Request(user_id="u1", filter={"price": {"max": 6}})])
+    assert str(answers[0]) == (
+        "filter.colour: the items have no such column; they have category, count, in_stock, item_id, price, tags, title"
+    )
+    assert str(answers[1]) == "filter.price is 'low', but the column holds numbers"
+    assert ids(answers[2]) == ["a"]
+
+
+def test_filters_of_python(retriever):
+    def odd(items: pa.Table) -> np.ndarray:
+        return np.arange(len(items)) % 2 == 1
+
+    assert ids(ask(retriever, odd, history=[{"item_id": "b"}])) == ["d", "b"]
+    assert ids(ask(retriever, np.arange(5) < 3, history=[{"item_id": "b"}], blocked=["a"])) == ["c", "b"]
+    assert ids(ask(retriever, odd, user_id="stranger", filter={"in_stock": True})) == ["d"]
+    with pytest.raises(UserError, match="has 5 rows: give bool"):
+        ask(retriever, np.ones(4, bool), user_id="u1")
+
+
+def test_removed_items_stay_in_histories(retriever):
+    retriever.catalogue.remove(["c", "e"])
+    assert ids(ask(retriever, history=[{"item_id": "c"}])) == ["d", "a", "b"]
+    assert ids(ask(retriever, user_id="stranger")) == ["b", "a", "d"]
+    retriever.catalogue.rollback(1)
+    assert ids(ask(retriever, history=[{"item_id": "c"}], k=2)) == ["d", "e"]
+
+
+def test_a_mixed_batch_of_a_real_model_is_answered_as_each_alone(real):
+    more = [
+        {}, {"filter": {"color": "red"}}, {"blocked": ["i1", "i1", "i2"]}, {"exclude_seen": True},
+        {"allowed": IDS[3:9], "filter": {"price": {"min": 2}}}, {"filter": {"color": ["blue", "red"]}, "k": 20},
+    ]  # fmt: skip
+    requests = [Request(history=HISTORY, k=each.pop("k", 5), **each) for each in more]
+    together = real.answer(requests)
+    everything = ids(ask(real, history=HISTORY, k=20))
+    assert sorted(everything) == sorted(IDS)
+    color = dict(zip(IDS, real.catalogue.current.items["color"].to_pylist(), strict=True))
+    expected = [
+        everything,
+        [item for item in everything if color[item] == "red"],
+        [item for item in everything if item not in ("i1", "i2")],
+        [item for item in everything if item not in ("i4", "i7")],
+        [item for item in everything if item in IDS[4:9]],
+        [item for item in everything if color[item] in ("red", "blue")],
+    ]
+    for request, answer, wanted in zip(requests, together, expected, strict=True):
+        assert ids(answer) == wanted[: request.k]
+        assert ids(real.answer([request])[0]) == ids(answer)
+
+
+def test_new_items_are_recommended_and_read_in_histories(real):
+    new = pa.table({"item_id": ["n0"], "title": ["New"], "color": ["red"], "price": [99.0]})
+    real.add(new, codes=[[3, 2, 1]], popularity=[4], embeddings=np.zeros((1, 6)))
+    answer = ask(real, history=HISTORY, filter={"price": {"min": 50}})
+    assert [(item.item_id, item.title) for item in answer.items] == [("n0", "New")]
+    assert "n0" in ids(ask(real, history=[{"item_id": "n0"}, *HISTORY], k=21))
+    assert ask(real, history=[{"item_id": "n0"}]).source == "model"
+    assert "n0" in ids(ask(real, user_id="stranger", k=21))
+    with pytest.raises(UserError, match=r"versions has no current version|there is no folder|is missing"):
+        real.add(pa.table({"item_id": ["n1"]}))
+    real.catalogue.rollback(1)
+    assert ask(real, history=[{"item_id": "n0"}]).ignored == ["n0"]
+
+
+def test_swaps_while_many_threads_ask(real):
+    """No request fails, mixes versions, or waits for a compilation."""
+    new = pa.table({"item_id": ["n0", "n1"], "title": ["N", "N"], "color": ["red", "red"], "price": [1.0, 2.0]})
+    requests = [
+        Request(history=HISTORY, k=10), Request(history=HISTORY, k=10, filter={"color": ["red", "blue"]}),
+        Request(history=HISTORY[:1], k=10, exclude_seen=True, blocked=["i3"]), Request(user_id="stranger", k=10),
+    ]  # fmt: skip
+    live, stop, failures, answered = real.catalogue, threading.Event(), [], []
+
+    def prepared():
+        real.add(new, codes=[[3, 2, 1], [0, 0, 0]], embeddings=np.zeros((2, 6)))
+        real.answer(requests)
+        live.rollback(1)
+        real.answer(requests)
+
+    def ask_on(request: Request) -> None:
+        while not stop.is_set():
+            before = live.current
+            (answer,) = real.answer([request])
+            after = live.current
+            if isinstance(answer, UserError) or not answer.items:
+                failures.append(answer)
+                continue
+            # Every version in between was current during the request.
+            between = [each for each in history if before.number <= each.number <= after.number] + [before, after]
+            wholes = [set(np.array(each.items["item_id"])[each.active]) for each in between]
+            if not any(set(ids(answer)) <= whole for whole in wholes):
+                failures.append((before.number, after.number, ids(answer)))
+            answered.append((before.number, after.number))
+
+    prepared()
+    history = [live.current]
+    with count_compilations() as compiled:
+        threads = [threading.Thread(target=ask_on, args=(request,)) for request in requests]
+        for thread in threads:
+            thread.start()
+        for turn in range(24):
+            change = turn % 4
+            if change == 0:
+                version = live.remove([IDS[turn % COUNT], "i19"])
+            elif change == 1:
+                version = live.restore([IDS[(turn - 1) % COUNT], "i19"])
+            elif change == 2:
+                version = live.update(pa.table({"item_id": ["i2", "i5"], "color": ["blue", COLORS[turn % 3]]}))
+            else:
+                version = live.reorder(["i4"], [turn])
+            history.append(version)
+            # Until two more requests have been answered, so that changes and requests do meet.
+            enough, until = len(answered) + 2, time.monotonic() + 30
+            while len(answered) < enough and not failures and time.monotonic() < until:
+                time.sleep(0.001)
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert failures == [] and compiled == []
+    assert len(history) == 25 and len(answered) >= 48 and len({before for before, _ in answered}) > 10
