@@ -78,7 +78,8 @@ def test_hand_computed_bits():
     assert order.items.tolist() == [2, 0, 1] and order.positions.tolist() == [1, 2, 0]
     assert order.all.words.tolist() == [0b111, 0]
     request = order.allowed(blocked=[1, 1])
-    assert request.blocked.tolist() == [2] and request.count == 2
+    assert request.flipped.tolist() == [2] and request.count == 2
+    assert order.allowed(only=[1, 2, 2], blocked=[2]).flipped.tolist() == [2]
     made = stack([request, order.allowed(only=[2, 2, 99, -1])])
     assert made.words.tolist() == [[0b011, 0], [0b001, 0]] and made.before.tolist() == [[0, 2], [0, 1]]
 

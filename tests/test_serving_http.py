@@ -35,6 +35,16 @@ def test_recommend_answers_as_the_batch_does(client):
     assert client.post("/recommend", json={"history": [{"item_id": "zz"}]}).json()["ignored"] == ["zz"]
 
 
+def test_filters_over_http(client):
+    def ask(**body):
+        answer = client.post("/recommend", json={"history": [{"item_id": "b"}], **body}).json()
+        return [item["item_id"] for item in answer["items"]], answer.get("note"), answer.get("ignored")
+
+    assert ask(filter={"category": "shoes", "price": {"min": 6}}) == (["c"], None, None)
+    assert ask(blocked=["c", "zz"], allowed=["c", "d", "a"]) == (["d", "a"], None, ["zz"])
+    assert ask(filter={"price": {"max": 1}}) == ([], "the filters of this request allow no item of the catalogue", None)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "error"),
     [
@@ -46,6 +56,14 @@ def test_recommend_answers_as_the_batch_does(client):
         ("{}", 422, "give either user_id or history"),
         ('{"user_id": "u1", "event": 3}', 422,
          "unknown field event; known are user_id, history, k, exclude_seen, filter, blocked, allowed, now"),
+        ('{"user_id": "u1", "filter": {"price": {"min": 3, "max": 1}}}', 422,
+         "filter.price has min 3 above max 1: no item can match"),
+        ('{"user_id": "u1", "filter": {"price": NaN}}', 422,
+         "filter.price has the value nan: give text, numbers, true or false"),
+        ('{"user_id": "u1", "filter": {"count": "many"}}', 422,
+         "filter.count is 'many', but the column holds numbers"),
+        ('{"user_id": "u1", "filter": ["shoes"]}', 422, 'filter should be a valid dictionary, not ["shoes"]'),
+        ('{"user_id": "u1", "blocked": "a"}', 422, 'blocked should be a valid list, not "a"'),
         (
             '{"history": [{"item_id": "a", "behavior": "glance"}]}', 422,
             "unknown behavior 'glance' in the history; known are exposure, purchase, coupon",

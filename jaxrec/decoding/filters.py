@@ -25,7 +25,7 @@ from jaxrec.decoding.trie import Trie
 
 WORD = 32
 LISTED = 8
-"""Lists of blocked items are padded to a power of this, so that few shapes are compiled."""
+"""Lists of blocked or allowed items are padded to a power of this, so that few shapes are compiled."""
 
 
 @flax.struct.dataclass
@@ -109,20 +109,17 @@ class Mask:
 
 @dataclass(frozen=True, eq=False)
 class Allowed:
-    """What one request may get: the items of a mask, but for a few."""
+    """What one request may get: the items of a mask, but for a few that are the other way round."""
 
     mask: Mask
-    blocked: np.ndarray
-    """int32 [n], positions in trie order, rising, each once and in the mask."""
-
-    @property
-    def count(self) -> int:
-        """How many items are allowed."""
-        return self.mask.count - len(self.blocked)
+    flipped: np.ndarray
+    """int32 [n], positions in trie order, rising, each once."""
+    count: int
+    """How many items are allowed."""
 
     def holds(self, positions: np.ndarray) -> np.ndarray:
         """Whether the items at positions int [...] are allowed: bool [...]."""
-        return self.mask.holds(positions) & ~np.isin(positions, self.blocked)
+        return self.mask.holds(positions) ^ np.isin(positions, self.flipped)
 
 
 class ItemOrder:
@@ -140,6 +137,11 @@ class ItemOrder:
     def all(self) -> Mask:
         """Every item of the trie."""
         return self._pack(np.ones(len(self.items), bool))
+
+    @cached_property
+    def none(self) -> Mask:
+        """No item."""
+        return Mask(np.zeros(num_words(self.capacity), np.uint32))
 
     def mask(self, allowed: np.ndarray) -> Mask:
         """The items that are True in bool [I]; an item index beyond it is not allowed.
@@ -162,12 +164,13 @@ class ItemOrder:
         Both are item indices, in any order, also repeated; those that are not in the trie make no difference.
         """
         mask = mask or self.all
-        if only is not None:
-            listed = np.zeros(len(self.items), bool)
-            listed[self._found(only)] = True
-            mask = mask & self._pack(listed)
-        found = np.unique(self._found(blocked))
-        return Allowed(mask, found[mask.holds(found)])
+        out = np.unique(self._found(blocked))
+        out = out[mask.holds(out)]
+        if only is None:
+            return Allowed(mask, out, mask.count - len(out))
+        listed = np.unique(self._found(only))
+        listed = np.setdiff1d(listed[mask.holds(listed)], out, assume_unique=True)
+        return Allowed(self.none, listed, len(listed))
 
     def places(self, items: Sequence[int]) -> np.ndarray:
         """The position of each item index int [n], -1 where it is not in the trie: int32 [n]."""
@@ -198,21 +201,21 @@ def stack(requests: Sequence[Allowed]) -> ItemFilter:
     """
     if jax.default_backend() == "cpu":
         return _stack_on_host(requests)
-    longest = max(len(request.blocked) for request in requests)
+    longest = max(len(request.flipped) for request in requests)
     room = LISTED
     while room < longest:
         room *= LISTED
     beyond = WORD * len(requests[0].mask.words)
-    blocked = np.full((len(requests), room), beyond, np.int32)
+    flipped = np.full((len(requests), room), beyond, np.int32)
     for row, request in enumerate(requests):
-        blocked[row, : len(request.blocked)] = request.blocked
-    return _stack_on_device(tuple(request.mask.on_device for request in requests), blocked)
+        flipped[row, : len(request.flipped)] = request.flipped
+    return _stack_on_device(tuple(request.mask.on_device for request in requests), flipped)
 
 
 def _stack_on_host(requests: Sequence[Allowed]) -> ItemFilter:
     words = np.stack([request.mask.words for request in requests])
     for row, request in zip(words, requests, strict=True):
-        np.subtract.at(row, request.blocked >> 5, np.uint32(1) << (request.blocked & 31).astype(np.uint32))
+        np.bitwise_xor.at(row, request.flipped >> 5, np.uint32(1) << (request.flipped & 31).astype(np.uint32))
     counts = np.bitwise_count(words)
     before = np.cumsum(counts, axis=1, dtype=np.int32)
     before -= counts
@@ -220,15 +223,16 @@ def _stack_on_host(requests: Sequence[Allowed]) -> ItemFilter:
 
 
 @jax.jit
-def _stack_on_device(rows: tuple[jax.Array, ...], blocked: jax.Array) -> ItemFilter:
-    """rows uint32 [words] of B requests; blocked int32 [B, n], padded with positions that no word holds.
+def _stack_on_device(rows: tuple[jax.Array, ...], flipped: jax.Array) -> ItemFilter:
+    """rows uint32 [words] of B requests; flipped int32 [B, n], padded with positions that no word holds.
 
-    Every blocked bit is set and listed once, so taking its value away clears it and borrows from no other.
+    Every position is listed once: taking the value of a set bit away, or adding that of another, touches no other bit.
     """
     words = jnp.stack(rows)
-    bits = jnp.uint32(1) << (blocked & 31).astype(jnp.uint32)
-    row = jnp.arange(len(rows))[:, None]
-    words = words.at[row, blocked >> 5].add(jnp.uint32(0) - bits, mode="drop", unique_indices=False)
+    row, word = jnp.arange(len(rows))[:, None], flipped >> 5
+    bits = jnp.uint32(1) << (flipped & 31).astype(jnp.uint32)
+    is_set = (words.at[row, word].get(mode="clip") & bits) != 0
+    words = words.at[row, word].add(jnp.where(is_set, jnp.uint32(0) - bits, bits), mode="drop")
     return ItemFilter(words=words, before=_set_before(words))
 
 

@@ -48,7 +48,7 @@ class ServedModel(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Version:
     """One state of the catalogue; it never changes."""
 
@@ -68,9 +68,9 @@ class Version:
     """float32 [I - first, D], of the items that came after the first version; NaN where none was given"""
     capacity: int
     """items that the arrays have room for"""
-    rows: dict[str, int] = field(repr=False)
+    rows: dict[str, int]
     """item_id -> row; later versions may have put more rows into it, which `row` doesn't tell of"""
-    columns: dict[str, Column] = field(repr=False)
+    columns: dict[str, Column]
     """those of `items` that filters have asked for"""
     trie: Trie | None = None
     order: ItemOrder | None = None
@@ -79,8 +79,8 @@ class Version:
     """int64 [active items], the most popular first, equal ones by row"""
     served: Any = None
     """what the model made for this version"""
-    masks: "OrderedDict[Predicate, Mask]" = field(default_factory=OrderedDict, repr=False)
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    masks: "OrderedDict[Predicate, Mask]" = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __len__(self) -> int:
         """Rows, those of removed items among them."""
@@ -296,7 +296,7 @@ class LiveCatalogue:
             rows = self._known(before, _item_ids(items), "update")
             table = _replaced(before.items, rows, items.drop_columns("item_id"), "update")
             changed = set(items.column_names)
-            kept = {name: column for name, column in before.columns.items() if name not in changed}
+            kept = {name: column for name, column in dict(before.columns).items() if name not in changed}
             return self._publish(replace(before, items=table, columns=kept), before, "update")
 
     def reorder(self, item_ids: Sequence[str], popularity: np.ndarray) -> Version:
@@ -366,8 +366,8 @@ class LiveCatalogue:
 
     def _activate(self, item_ids: Sequence[str], active: bool, action: str) -> Version:
         with self._building:
-            before = self.current
-            rows = self._known(before, _checked_ids(item_ids), action)
+            before, item_ids = self.current, _checked_ids(item_ids)
+            rows = self._known(before, item_ids, action)
             wrong = np.flatnonzero(before.active[rows] == active)
             if len(wrong):
                 state = "there already" if active else "removed already"
@@ -424,7 +424,8 @@ class LiveCatalogue:
             trie = self._trie(version, rows, before)
             popular = rows[np.argsort(-version.popularity[rows], kind="stable")]
             version = replace(version, trie=trie, order=ItemOrder(trie), popular=popular)
-        version = replace(version, number=self._last + 1, masks=OrderedDict(), lock=threading.Lock())
+        own = {"columns": dict(version.columns), "masks": OrderedDict(), "lock": threading.Lock()}
+        version = replace(version, number=self._last + 1, **own)
         if self.model is not None:
             version = replace(version, served=self.model.serve_version(version, before))
         if before is not None:

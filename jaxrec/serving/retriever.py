@@ -92,7 +92,7 @@ class Retriever:
         Raises:
           UserError: what `LiveCatalogue.add` refuses, or an item without a semantic ID.
         """
-        if codes is None:
+        if codes is None and "item_id" in items.column_names:
             table = read_version(self.run.semantic_ids)
             item_ids = items["item_id"].to_pylist()
             codes = table.space(item_ids).codes
