@@ -1,5 +1,7 @@
 """Short videos and live streams in a run: their semantic IDs, and those of new ones, by what they sell."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,13 +9,15 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_encoder import make_encoder
 
-from jaxrec.config import UserError, from_json, parse_cli, to_json
+from jaxrec.config import UserError, from_json, load_config, parse_cli, to_json
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import SyntheticMall
-from jaxrec.semantic_ids import CollisionConfig, ResidualConfig, SemanticIdConfig, codebooks, commands
+from jaxrec.run import Run
+from jaxrec.semantic_ids import CollisionConfig, ResidualConfig, SemanticIdConfig, catalogue, codebooks, commands
 from jaxrec.semantic_ids.tokenize import tokenize
-from jaxrec.semantic_ids.versions import read_version
+from jaxrec.semantic_ids.versions import publish, read_version
 from jaxrec.systems.onemall import OneMallConfig
+from jaxrec.systems.onemall_model import assemble
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.scenarios import TowersConfig
@@ -131,6 +135,26 @@ def test_tables_without_scenarios_are_named(made, tmp_path):
     (tmp_path / "bert").symlink_to(made / "bert")
     with pytest.raises(UserError, match="no column `scenario`: add it to the items, or set --scenarios None"):
         run(tmp_path / "tables", tmp_path / "ids", TOWERS)
+
+
+def test_a_model_is_refused_the_embeddings_of_another_list_of_items(made, tmp_path):
+    made_run = Run(tmp_path)
+    shutil.copytree(made / "tables", made_run.tables)
+    shutil.copytree(made / "ids", made_run.semantic_ids)
+    shutil.rmtree(made_run.semantic_ids / "versions", ignore_errors=True)
+    mall = load_config("tests/mall.py")
+    embeddings = load_file(made / "ids" / "embeddings.safetensors")["embeddings"]
+    np.testing.assert_array_equal(assemble(made_run, mall).catalogue.embeddings, embeddings)
+    # As many items as before, all but the last of them in another row.
+    items = pq.read_table(made_run.tables / "items.parquet")
+    first, *others = items["item_id"].to_pylist()
+    catalogue.remove(made_run.semantic_ids, [first])
+    catalogue.append(made_run.semantic_ids, ["new"], embeddings[:1])
+    publish(made_run.semantic_ids)
+    columns = items.set_column(items.column_names.index("item_id"), "item_id", pa.array([*others, "new"]))
+    pq.write_table(columns, made_run.tables / "items.parquet")
+    with pytest.raises(UserError, match=r"embeddings.safetensors has the embeddings of another list of items"):
+        assemble(made_run, mall)
 
 
 def test_scenarios_are_chosen_on_the_command_line():

@@ -411,10 +411,12 @@ def test_commands_say_what_they_did(folder, tmp_path, capsys):
     live = write_items(tmp_path / "live.parquet", item_id=["c", "d"], embedding=pa.array(list(line(112, 102))))
     commands.append(folder, new)
     commands.remove(folder, gone, publish=True)
+    first = capsys.readouterr().out
+    assert "embeddings.safetensors stays as it was tokenized" in first
     assert read_codes(folder / "codes.parquet", list("acdx")).levels == 2
     commands.reencode(folder, live)
     commands.rollback(folder, 2)
-    said = capsys.readouterr().out
+    said = first + capsys.readouterr().out
     for words in (
         "Version 2: 1 new, 1 were there and keep their IDs.",
         "Collisions: items keep their IDs",

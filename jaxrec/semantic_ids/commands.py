@@ -19,6 +19,7 @@ from jaxrec.run import console
 from jaxrec.semantic_ids import catalogue, files, versions
 from jaxrec.semantic_ids.drift import drift, drift_table
 from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts, with_products
+from jaxrec.semantic_ids.vectors import EMBEDDINGS
 
 
 def append(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
@@ -149,3 +150,9 @@ def read_ids(path: Path) -> list[str]:
 
 def _publish(folder: Path) -> None:
     console.print(f"{versions.publish(folder)} holds these IDs now.", markup=False)
+    if (folder / EMBEDDINGS).exists() and versions.current_number(folder) > 1:
+        console.print(
+            f"{EMBEDDINGS} stays as it was tokenized: a model of this run would see it beside the new IDs; tokenize "
+            "into a new run to train on them.",
+            markup=False,
+        )

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import save_file
 
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.codebooks import Codebooks, SemanticIdConfig
@@ -18,6 +17,7 @@ from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_scenarios
 from jaxrec.semantic_ids.page import write_page
 from jaxrec.semantic_ids.quality import quality
 from jaxrec.semantic_ids.space import SemanticIdSpace, write_codes
+from jaxrec.semantic_ids.vectors import EMBEDDINGS, write_embeddings
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
@@ -89,7 +89,7 @@ def write_ids(
     figures = quality(space, embeddings, partial(codebooks.decode, books), pairs)
     figures |= {"collisions": resolved.changed, **(more or {})}
     write_space(folder, books, space, item_ids, figures, titles, categories)
-    save_file({"embeddings": np.ascontiguousarray(embeddings)}, folder / "embeddings.safetensors")
+    write_embeddings(folder / EMBEDDINGS, item_ids, embeddings)
     return figures
 
 

@@ -29,8 +29,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from jaxrec.config import UserError, fingerprint, from_json, to_json
 from jaxrec.run import fault_point, read_json, sync, write_json, writing
@@ -38,8 +36,9 @@ from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.collisions import CollisionConfig, squared_errors
 from jaxrec.semantic_ids.quality import collisions, independent_coding_rate, prefix_use
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes, write_codes
+from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
 
-BOOKS, CODES, EMBEDDINGS, QUALITY = "codebooks.safetensors", "codes.parquet", "embeddings.safetensors", "quality.json"
+BOOKS, CODES, QUALITY = "codebooks.safetensors", "codes.parquet", "quality.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +140,7 @@ def begin_locked(folder: Path, config: CollisionConfig | None = None) -> IdTable
         )
     encoded, errors = space.codes[:, : len(books.sizes)], np.full(len(ids), np.nan, np.float32)
     if (folder / EMBEDDINGS).exists():
-        x = _embeddings(folder, len(ids))
+        x = read_embeddings(folder / EMBEDDINGS, ids)
         encoded = codebooks.encode(books, x)
         errors = squared_errors(books, encoded, x)
     settled = CollisionConfig(config.policy, config.capacity, space.codebook_sizes[-1] if extra else 0)
@@ -215,7 +214,9 @@ def roll_back(folder: Path, version: int) -> dict:
 def publish(folder: Path, version: int | None = None) -> Path:
     """Replace codes.parquet by the active items of a version (by default the current one), in one step.
 
-    The run's items.parquet must list the same items by then: `read_codes` refuses any others.
+    The run's items.parquet must list the same items by then: `read_codes` refuses any others. embeddings.safetensors
+    stays as it was tokenized: a model of the run is refused it where the list of items is another, and sees the old
+    embeddings of items that were encoded anew.
     """
     folder = Path(folder)
     path = folder / CODES
@@ -404,17 +405,6 @@ def _item_ids(path: Path) -> list[str]:
         return pq.read_table(path, columns=["item_id"])["item_id"].cast(pa.string()).to_pylist()
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise UserError(f"{path} has no readable column item_id ({error}): run the tokenize phase again") from error
-
-
-def _embeddings(folder: Path, items: int) -> np.ndarray:
-    path = folder / EMBEDDINGS
-    try:
-        x = load_file(path)["embeddings"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path} holds no embeddings ({error}): run the tokenize phase again") from error
-    if len(x) != items:
-        raise UserError(f"{path} has {len(x)} rows, but {folder / CODES} has {items}: run the tokenize phase again")
-    return x
 
 
 def _changes_of(table: IdTable) -> Changes:
