@@ -161,4 +161,8 @@ def test_scenarios_are_chosen_on_the_command_line():
     config, _ = parse_cli(["tests/mall.py", "--run", "a", "--scenarios", "TowersConfig", "--scenarios.steps", "7"])
     assert config.scenarios == TowersConfig(steps=7)
     assert from_json(OneMallConfig, to_json(config)) == config
-    assert parse_cli(["tests/mall.py", "--run", "a"])[0].scenarios is None
+    plain = parse_cli(["tests/mall.py", "--run", "a"])[0]
+    assert plain.scenarios is None
+    old = to_json(plain)
+    del old["scenarios"]  # As a run has it that was made before there was a choice.
+    assert from_json(OneMallConfig, old) == plain

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,13 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, load_config
+from jaxrec.run import Run
 from jaxrec.semantic_ids import Codebooks, SemanticIdSpace, codebooks, commands, read_codes, write_codes
 from jaxrec.semantic_ids.catalogue import append, reencode, remove
 from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.drift import drift
 from jaxrec.semantic_ids.residual import Residual
 from jaxrec.semantic_ids.versions import begin, list_versions, locked, publish, read_version, roll_back
+from jaxrec.systems import onemall
+from jaxrec.text.scenarios import TowersConfig
 
 LEVELS = ([[0.0], [100.0]], [[0.0], [10.0], [20.0]])
 """IDs on a line: <a,b> stands for 100 a + 10 b."""
@@ -259,6 +263,53 @@ def test_a_rise_after_the_first_append_counts_too(tmp_path):
     append(folder, ["y"], line(113.5))  # 3.5^2 is 1.36 times 3^2, less than 1.5 times, more than 1.25.
     hints = [row["hint"] for row in drift(folder)]
     assert hints[:2] == ["", ""] and "1.36 times the squared error of the first that came later" in hints[2]
+
+
+class ExamplesWanted(Exception):
+    """The run has its IDs."""
+
+
+def test_a_run_does_not_replace_ids_that_have_later_versions(tmp_path, monkeypatch):
+    def stop(*_):
+        raise ExamplesWanted
+
+    monkeypatch.setattr(onemall, "prepare", lambda *_: None)
+    monkeypatch.setattr(onemall, "tokenize", lambda *_, **__: None)
+    monkeypatch.setattr(onemall, "write_examples", stop)
+    run, config = Run(tmp_path), load_config("tests/mall.py")
+    made = tmp_path / "semantic_ids" / "versions"
+
+    def train(seed):
+        with pytest.raises(ExamplesWanted):
+            onemall.train(run, replace(config, seed=seed))
+
+    train(0)
+    (made / "000001").mkdir(parents=True)
+    train(1)  # The first version alone is what the phase makes anyway.
+    assert not made.exists()
+    (made / "000001").mkdir(parents=True)
+    (made / "000002").mkdir()
+    train(1)
+    with pytest.raises(UserError, match="in its versions, which new IDs would replace: give another --run"):
+        onemall.train(run, replace(config, seed=2))
+    assert (made / "000002").exists()
+
+
+def test_scenarios_count_only_where_they_are_chosen(tmp_path, monkeypatch):
+    def stop(_, parts):
+        raise ExamplesWanted(*parts)
+
+    monkeypatch.setattr(Run, "phase", lambda *_: "tables")
+    monkeypatch.setattr(onemall, "fingerprint", lambda *parts: parts)
+    monkeypatch.setattr(onemall, "check_replaceable", stop)
+    config = load_config("tests/mall.py")
+    for scenarios, counted in ((None, []), (TowersConfig(), [TowersConfig()])):
+        with pytest.raises(ExamplesWanted) as found:
+            onemall.train(Run(tmp_path), replace(config, scenarios=scenarios))
+        # Without them the inputs are those of runs from before there were any.
+        *_, align, ids, collisions, seed = (part for part in found.value.args if part not in counted)
+        assert (align, ids, collisions, seed) == (config.align, config.semantic_ids, config.collisions, config.seed)
+        assert [part for part in found.value.args if part in (None, TowersConfig())] == counted
 
 
 PROGRAM = """

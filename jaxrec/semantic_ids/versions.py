@@ -312,6 +312,16 @@ def numbers(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in versions(folder).glob("[0-9]*") if path.name.isdigit())
 
 
+def check_replaceable(folder: Path, inputs: str) -> None:
+    """UserError when a run would make its IDs anew, from these inputs, though they have versions beyond the first."""
+    made = folder / "fingerprint.json"
+    if max(numbers(folder), default=0) > 1 and not (made.exists() and read_json(made).get("inputs") == inputs):
+        raise UserError(
+            f"what {folder} was made from has changed, but items were appended, removed or encoded anew in its "
+            f"versions, which new IDs would replace: give another --run, or move {folder} away"
+        )
+
+
 def check_number(folder: Path, version: int) -> None:
     """UserError when there is no such version."""
     if version not in (there := numbers(folder)):
