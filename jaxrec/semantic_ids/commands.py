@@ -134,13 +134,13 @@ def read_text_items(folder: Path, path: Path) -> tuple[list[str], np.ndarray, np
     table = files.read_table(path, ["item_id"])
     if "text" not in table.column_names or not encodes_texts(folder):
         ids, x, counts = read_items(path)
-        return ids, with_products(folder, aligned(folder, x), table), counts
+        return ids, with_products(folder, aligned(folder, x, ids), table), counts
     ids, column = table["item_id"].to_pylist(), table["text"]
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise UserError(f"{path}: column 'text' is {column.type}, but must be text")
     for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
         raise UserError(f"{path}: item_id {ids[row]!r} (row {row}) has no text: give every item one")
-    return ids, with_products(folder, embed_new(folder, column.to_pylist()), table), files.counts_of(table)
+    return ids, with_products(folder, embed_new(folder, column.to_pylist(), ids), table), files.counts_of(table)
 
 
 def read_ids(path: Path) -> list[str]:

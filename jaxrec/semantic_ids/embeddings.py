@@ -31,6 +31,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError
 from jaxrec.run import read_json, write_json
+from jaxrec.semantic_ids.versions import first_ids
 from jaxrec.text import align, finetune
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig, embed_texts
@@ -177,17 +178,21 @@ def encodes_texts(folder: Path) -> bool:
     return path.is_file() and read_json(path)["model"] is not None
 
 
-def embed_new(folder: Path, texts: Sequence[str]) -> np.ndarray:
-    """Embeddings of new items from their texts, made as those of the catalogue were, f32 [n, D]."""
+def embed_new(folder: Path, texts: Sequence[str], item_ids: Sequence[str] = ()) -> np.ndarray:
+    """Embeddings of items from their texts, made as those of the catalogue were, f32 [n, D]; item_ids as `aligned`."""
     made = read_json(Path(folder) / TEXT)
     beside = made["model"] == ENCODER
     model = str(Path(folder) / ENCODER) if beside else made["model"]
     vectors = embed_texts(texts, EncoderConfig(model=model, max_tokens=made["max_tokens"]))
-    return vectors if beside else aligned(folder, vectors)
+    return vectors if beside else aligned(folder, vectors, item_ids)
 
 
-def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
-    """Text embeddings f32 [n, D] of new items, through the alignment that the run learned, f32 [n, width].
+def aligned(folder: Path, text: np.ndarray, item_ids: Sequence[str] = ()) -> np.ndarray:
+    """Text embeddings f32 [n, D] of items, through the alignment that the run learned, f32 [n, width].
+
+    Args:
+      item_ids: [n]; what the run learned beside the text of an item it was made with is added, as it was the first
+        time, or the same text would get another embedding. Without them all items are taken for new ones.
 
     Raises:
       UserError: there is no alignment, or the embeddings are not as wide as those that it was learned on.
@@ -210,7 +215,17 @@ def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
             f"the text embeddings are {text.shape[1]} wide, but the alignment of {path} takes {width}: "
             "encode the texts with the encoder of this run"
         )
-    return np.asarray(jax.jit(align.apply)(params, text))
+    if "residual" not in params or not len(item_ids):
+        return np.asarray(jax.jit(align.apply)(params, text))
+    first = first_ids(folder)
+    if len(first) != len(params["residual"]):
+        raise UserError(
+            f"{path} knows {len(params['residual'])} items, but the first version of the IDs has {len(first)}: "
+            "restore the files of this run"
+        )
+    params["residual"] = np.pad(params["residual"], ((0, 1), (0, 0)))  # The last row is that of any other item.
+    rows = pc.index_in(pa.array(item_ids, pa.string()), first).fill_null(len(first)).to_numpy()
+    return np.asarray(jax.jit(align.apply)(params, text, rows))
 
 
 def read_texts(items: pa.Table) -> list[str]:

@@ -130,7 +130,7 @@ def begin_locked(folder: Path, config: CollisionConfig | None = None) -> IdTable
         return read_version(folder)
     books = codebooks.load(folder / BOOKS)
     config = config or _config_of(folder)
-    ids = _item_ids(folder / CODES)
+    ids = _item_ids(folder / CODES).to_pylist()
     space = read_codes(folder / CODES, ids)
     extra = config.policy == "extra_level"
     if space.codebook_sizes[: space.levels - extra] != books.sizes:
@@ -312,6 +312,13 @@ def numbers(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in versions(folder).glob("[0-9]*") if path.name.isdigit())
 
 
+def first_ids(folder: Path) -> pa.Array:
+    """The items that the tokenize phase gave IDs, in its order, string [I]; UserError when they cannot be read."""
+    folder = Path(folder)
+    first = _path(folder, 1) / "changes.parquet"
+    return _item_ids(first if first.exists() else folder / CODES)
+
+
 def check_replaceable(folder: Path, inputs: str) -> None:
     """UserError when a run would make its IDs anew, from these inputs, though they have versions beyond the first."""
     made = folder / "fingerprint.json"
@@ -410,9 +417,9 @@ def _config_of(folder: Path) -> CollisionConfig:
     return CollisionConfig(**{name: told[name] for name in names if name in told})
 
 
-def _item_ids(path: Path) -> list[str]:
+def _item_ids(path: Path) -> pa.Array:
     try:
-        return pq.read_table(path, columns=["item_id"])["item_id"].cast(pa.string()).to_pylist()
+        return pq.read_table(path, columns=["item_id"])["item_id"].cast(pa.string()).combine_chunks()
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise UserError(f"{path} has no readable column item_id ({error}): run the tokenize phase again") from error
 
