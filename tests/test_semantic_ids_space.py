@@ -156,6 +156,21 @@ def test_the_phase_writes_what_later_phases_read_the_same_each_time(tables, tmp_
     assert figures == json.loads(json.dumps(quality(space, embeddings, partial(codebooks.decode, books), pairs)))
 
 
+def test_the_phase_names_a_bad_configuration_before_the_long_work(tables, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the items were embedded")
+
+    monkeypatch.setattr("jaxrec.semantic_ids.tokenize.embed_catalogue", refuse)
+    small = SemanticIdConfig(ResidualConfig((4,)), None)
+    for ids, collisions, message in (
+        (small, CollisionConfig(capacity=0), "collisions.capacity=0"),
+        (SemanticIdConfig(ResidualConfig((81,)), None), CollisionConfig(), "80 rows cannot fill a codebook of 81"),
+        (SemanticIdConfig(None, None), CollisionConfig(), "neither a hierarchy nor a remainder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tokenize(tables, tmp_path, EncoderConfig(), AlignConfig(), ids, collisions, seed=0)
+
+
 def test_the_phase_names_bad_tables(tables, tmp_path):
     with pytest.raises(UserError, match="no pairs of kind 'itemcf'"):
         run_tokenize(tables, tmp_path / "kind", kind="itemcf")

@@ -16,7 +16,7 @@ import tyro
 
 from jaxrec.config import UserError, choose_types
 from jaxrec.run import console, report_user_errors, writing
-from jaxrec.semantic_ids import commands, streaming
+from jaxrec.semantic_ids import codebooks, collisions, commands, streaming
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig, describe
 from jaxrec.semantic_ids.files import Items, check_distinct, open_items
@@ -110,6 +110,8 @@ def fit(config: FitConfig) -> dict:
 
 
 def _write_in_memory(folder: Path, items: Items, config: FitConfig) -> dict:
+    collisions.check(config.collisions)
+    codebooks.check(config.semantic_ids, (len(items), items.width))
     scan = items.scan()
     check_distinct(scan.item_ids, items.path)
     return write_ids(

@@ -140,7 +140,7 @@ def read_text_items(folder: Path, path: Path) -> tuple[list[str], np.ndarray, np
         raise UserError(f"{path}: column 'text' is {column.type}, but must be text")
     for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
         raise UserError(f"{path}: item_id {ids[row]!r} (row {row}) has no text: give every item one")
-    return ids, with_products(folder, embed_new(folder, column.to_pylist(), ids), table), files.counts_of(table)
+    return ids, with_products(folder, embed_new(folder, column.to_pylist(), ids), table), files.counts_of(table, path)
 
 
 def read_ids(path: Path) -> list[str]:

@@ -83,7 +83,7 @@ class Table:
             ids = check_ids(batch["item_id"], self.path, start)
             x = _vectors(batch["embedding"], ids, self.path, start, width)
             _check_finite(x, self.path, start, ids)
-            yield Block(ids, x, counts_of(batch))
+            yield Block(ids, x, counts_of(batch, self.path, start))
             start, width = start + len(ids), x.shape[1]
 
 
@@ -109,7 +109,7 @@ class Items:
 
         Raises:
           UserError: a file is damaged, an item_id is missing, or an embedding is missing, of another width than those
-            before it, or holds NaN or infinity; file, row and column are named.
+            before it, or holds NaN or infinity, or a count does; file, row and column are named.
         """
         return _even((block for part in self.parts for block in part.blocks(rows, self.width)), rows)
 
@@ -135,14 +135,14 @@ class Items:
             start += len(block.x)
         return Scan(pa.chunked_array(ids), None if counts[0] is None else np.concatenate(counts), kept, x)
 
-    def column(self, name: str) -> list | None:
-        """Another column of all items, [I]; None when there is none."""
+    def column(self, name: str) -> list[str | None] | None:
+        """Another column of all items as texts, [I]; None when there is none."""
         values: list = []
         for part in self.parts if self.named else ():
             file = _open(part.path)
             if name not in file.schema_arrow.names:
                 return None
-            values += file.read([name])[name].to_pylist()
+            values += [value if value is None else str(value) for value in file.read([name])[name].to_pylist()]
         return values or None
 
 
@@ -207,7 +207,7 @@ def read_table(path: Path, names: Sequence[str]) -> pa.Table:
 
     Raises:
       UserError: a file cannot be read, a column of `names` is missing, there are no rows, an item_id is missing or
-        listed twice, or `count` is no number.
+        listed twice, or a `count` is no number, NaN or infinity.
     """
     tables = []
     for part in parts_of(path):
@@ -218,6 +218,7 @@ def read_table(path: Path, names: Sequence[str]) -> pa.Table:
             table = file.read()
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{part} is damaged ({error}): restore it from a copy") from error
+        counts_of(table, part)
         ids = check_ids(table["item_id"], part)
         tables.append(table.set_column(found.index("item_id"), "item_id", ids))
     table = pa.concat_tables(tables, promote_options="default")
@@ -227,11 +228,17 @@ def read_table(path: Path, names: Sequence[str]) -> pa.Table:
     return table
 
 
-def counts_of(table: pa.Table | pa.RecordBatch) -> np.ndarray | None:
-    """The column `count`, f64 [n], nothing counted as 0; None when there is none."""
+def counts_of(table: pa.Table | pa.RecordBatch, path: Path, start: int = 0) -> np.ndarray | None:
+    """The column `count`, f64 [n], a missing one as 0; None when there is no such column.
+
+    UserError when one is NaN or infinity, its row counted from `start`.
+    """
     if "count" not in table.schema.names:
         return None
-    return table["count"].fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64)
+    counts = table["count"].fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64)
+    for row in np.flatnonzero(~np.isfinite(counts))[:1]:
+        raise UserError(f"{path}: count of row {start + row} is {counts[row]}: give a number, or leave it empty for 0")
+    return counts
 
 
 def check_ids(column: pa.Array | pa.ChunkedArray, path: Path, start: int = 0) -> pa.Array | pa.ChunkedArray:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxrec.semantic_ids import codebooks
+from jaxrec.semantic_ids import codebooks, collisions
 from jaxrec.semantic_ids.codebooks import Codebooks, SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_scenarios
@@ -49,6 +49,9 @@ def tokenize(
     """
     align_key, id_key = jax.random.split(jax.random.key(seed))
     items = pq.read_table(tables / "items.parquet")
+    collisions.check(collision_config)
+    # The width is known once there are embeddings; `codebooks.fit` checks it then. Everything divides 0.
+    codebooks.check(id_config, (len(items), 0))
     embeddings, pairs, figures = embed_catalogue(align_key, tables, folder, text_config, align_config, tuned)
     if scenarios is not None:
         tower_key = jax.random.fold_in(jax.random.key(seed), 2)
@@ -80,8 +83,9 @@ def write_ids(
     semantic_ids.html; returns the figures of quality.json.
 
     Raises:
-      UserError: the configuration does not fit the embeddings.
+      UserError: the configuration cannot be, or does not fit the embeddings.
     """
+    collisions.check(collision_config)
     books = codebooks.fit(key, embeddings, id_config)
     codes = codebooks.encode_catalogue(books, embeddings, id_config)
     resolved = resolve(codes, books.sizes, collision_config, embeddings, books, popularity)
