@@ -161,6 +161,21 @@ def test_texts_that_cannot_be_read_are_named(made, tmp_path, text, message):
         commands.read_text_items(made["align"], tmp_path / "new.parquet")
 
 
+def test_columns_that_nobody_asks_for_may_differ_from_part_to_part(made, tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name, rows, price, count in (("a", [0, 1], [1, 2], [3, 4]), ("b", [2], ["x"], [0.5])):
+        part = {"item_id": [IDS[n] for n in rows], "text": [TEXTS[n] for n in rows], "price": price, "count": count}
+        pq.write_table(pa.table(part), folder / f"{name}.parquet")
+    ids, x, counts, own = commands.read_text_items(made["align"], folder)
+    assert ids == IDS[:3] and counts.tolist() == [3, 4, 0.5] and own is None
+    np.testing.assert_allclose(x, embed_new(made["align"], TEXTS[:3]), atol=1e-6)
+    assert commands.read_ids(folder) == IDS[:3]
+    pq.write_table(pa.table({"item_id": [IDS[2]], "text": [5]}), folder / "b.parquet")
+    with pytest.raises(UserError, match=r"the parts of .*parts do not fit each other \(.*text"):
+        commands.read_text_items(made["align"], folder)
+
+
 def test_kinds_of_pairs_are_chosen(tables):
     swing, itemcf = (read_pairs(tables / "pairs.parquet", [kind]) for kind in ("swing", "itemcf"))
     assert (COLOR[swing[:, 0]] == COLOR[swing[:, 1]]).all() and (itemcf[:, 0] % 6 == itemcf[:, 1] % 6).all()

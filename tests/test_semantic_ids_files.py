@@ -129,7 +129,7 @@ def test_a_count_that_is_no_number_is_named(tmp_path, value):
     path = tmp_path / "items.parquet"
     counts = pa.array([1.0] * 20 + [None] * 14 + [value] + [2.0] * 15)
     pq.write_table(pa.table({"item_id": IDS, "embedding": list(X), "count": counts}), path)
-    for read in (lambda: list(open_items(path).blocks(8)), lambda: read_table(path, ["item_id"])):
+    for read in (lambda: list(open_items(path).blocks(8)), lambda: read_table(path, ["item_id"], ["count"])):
         with pytest.raises(UserError, match=rf"items.parquet: count of row 34 is {value}: give a number"):
             read()
 

@@ -1,6 +1,11 @@
 """Short videos and live streams in a run: their semantic IDs, and those of new ones, by what they sell."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +19,9 @@ from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.run import Run
 from jaxrec.semantic_ids import CollisionConfig, ResidualConfig, SemanticIdConfig, catalogue, codebooks, commands
+from jaxrec.semantic_ids.embeddings import with_products
 from jaxrec.semantic_ids.tokenize import tokenize
+from jaxrec.semantic_ids.vectors import read_own
 from jaxrec.semantic_ids.versions import publish, read_version
 from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.systems.onemall_model import assemble
@@ -123,6 +130,96 @@ def test_products_may_come_in_the_same_file(made, tmp_path):
     card, video = commands.read_text_items(made / "ids", path)[1]
     np.testing.assert_allclose(video[:6], card[:6], atol=1e-6)
     assert np.abs(video[6:] - card[6:]).max() > 1e-3
+
+
+def as_ids(made, tmp_path):
+    """A copy of the folder that a test may change."""
+    folder = tmp_path / "ids"
+    shutil.copytree(made / "ids", folder)
+    shutil.rmtree(folder / "versions", ignore_errors=True)
+    (folder / "own_later.parquet").unlink(missing_ok=True)
+    return folder
+
+
+def write_new(path, item_ids, texts, scenarios, product_ids):
+    columns = {"item_id": item_ids, "text": texts, "scenario": scenarios, "product_ids": product_ids}
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_products_may_have_come_in_an_earlier_version(made, tmp_path):
+    folder, none = as_ids(made, tmp_path), pa.array([[]], pa.list_(pa.string()))
+    card = write_new(tmp_path / "card.parquet", ["card"], ["Red tea pots no. 1"], [CARD], none)
+    video = write_new(tmp_path / "video.parquet", ["video"], ["Video: Red tea pots no. 2"], [VIDEO], [["card"]])
+    with pytest.raises(UserError, match=r"names 'card', whose own .* append that item with --text first"):
+        commands.append(folder, video, text=True)
+    half = commands.read_text_items(folder, card)[1][0, :6]
+    commands.append(folder, card, text=True)
+    np.testing.assert_allclose(commands.read_text_items(folder, video)[1][0, :6], half, atol=1e-6)
+    commands.append(folder, video, text=True)
+    # The newest counts, of items that came later and of those that the run was made with.
+    first = pq.read_table(made / "tables" / "items.parquet")["item_id"][0].as_py()
+    for item in ("card", first):
+        write_new(card, [item], ["Blue garden chairs no. 7"], [CARD], none)
+        write_new(video, ["video"], ["Video: Red tea pots no. 2"], [VIDEO], [[item]])
+        before = commands.read_text_items(folder, video)[1][0, :6]
+        commands.reencode(folder, card, text=True)
+        half = commands.read_text_items(folder, card)[1][0, :6]
+        assert np.abs(before - half).max() > 1e-3
+        np.testing.assert_allclose(commands.read_text_items(folder, video)[1][0, :6], half, atol=1e-6)
+    later = pq.read_table(folder / "own_later.parquet")["item_id"].to_pylist()
+    assert sorted(later) == sorted(["card", "video", first])
+
+
+def test_killed_while_own_embeddings_are_written_the_old_ones_stay(made, tmp_path):
+    folder = as_ids(made, tmp_path)
+    program = "import sys, numpy as np; from jaxrec.semantic_ids.vectors import keep_own\n"
+    program += "for name, value in (('a', 1), ('b', 2)): keep_own(sys.argv[1], [name], np.full((1, 6), value, 'f4'))"
+    line = [sys.executable, "-c", program, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    assert subprocess.run(line, env=environment, check=False).returncode == 0
+    before = (folder / "own_later.parquet").read_bytes()
+    killed = subprocess.run(line, env=environment | {"JAXREC_KILL_AT": "partial:own"}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (folder / "own_later.parquet").read_bytes() == before
+    ids, own = read_own(folder, pa.array(["b", "x", "a"]), 6)
+    assert dict(zip(ids.to_pylist(), own[:, 0].tolist())) == {"a": 1, "b": 2}
+
+
+def test_only_the_products_that_are_named_are_read(made, tmp_path, monkeypatch):
+    def read(path, filters):
+        found = read_table(path, filters=filters)
+        rows.append(len(found))
+        return found
+
+    rows, read_table = [], pq.read_table
+    item = read_table(made / "tables" / "items.parquet")["item_id"][3].as_py()
+    path = write_new(tmp_path / "new.parquet", ["v"], ["Video: Red tea pots"], [VIDEO], [[item]])
+    folder = as_ids(made, tmp_path)
+    monkeypatch.setattr("jaxrec.semantic_ids.vectors.pq.read_table", read)
+    with_products(folder, np.ones((1, 6), np.float32), pq.ParquetFile(path).read())
+    assert rows == [1]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.nulls(2),
+        pa.array([[], []]),
+        pa.array([[], []], pa.list_(pa.string())),
+        pa.array([None, []], pa.large_list(pa.large_string())),
+        pa.array([["card"], ["card"]], pa.list_(pa.string(), 1)),
+        pa.array([["card"], []], pa.large_list(pa.large_string())),
+        pa.array([["card"], []], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_lists_of_products_may_be_of_any_kind(made, tmp_path, column):
+    texts = ["Red tea pots no. 1", "Video: Red tea pots no. 2"]
+    path = write_new(tmp_path / "new.parquet", ["card", "video"], texts, [CARD, VIDEO], column)
+    card, video = commands.read_text_items(made / "ids", path)[1]
+    sold = column[1].as_py()
+    np.testing.assert_allclose(video[:6], card[:6] if sold else video[6:], atol=1e-6)
 
 
 def test_tables_without_scenarios_are_named(made, tmp_path):

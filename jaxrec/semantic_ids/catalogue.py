@@ -17,16 +17,24 @@ from jaxrec.config import UserError
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.collisions import describe, resolve, squared_errors
 from jaxrec.semantic_ids.rows import check_width, to_matrix
+from jaxrec.semantic_ids.vectors import keep_own
 from jaxrec.semantic_ids.versions import BOOKS, Changes, IdTable, begin_locked, commit, locked
 
 
-def append(folder: Path, item_ids: Sequence[str], embeddings: np.ndarray, popularity: np.ndarray | None = None) -> dict:
+def append(
+    folder: Path,
+    item_ids: Sequence[str],
+    embeddings: np.ndarray,
+    popularity: np.ndarray | None = None,
+    own: np.ndarray | None = None,
+) -> dict:
     """Give new items their IDs, under the policy for collisions that the first items had.
 
     Args:
       item_ids: [n], embeddings: f32 [n, D]. An item that is there already keeps its ID whatever its embedding, and is
         counted as `known`; one that had left comes back with the ID it had.
       popularity: [n], which of the new items come first; None: in their order.
+      own: f32 [n, D'], with scenarios: the items' own embeddings, kept for those that sell them (`vectors.keep_own`).
     Returns:
       `version` (the current one when there is nothing new), `added`, `returned`, `known`, `collisions`.
     Raises:
@@ -43,6 +51,8 @@ def append(folder: Path, item_ids: Sequence[str], embeddings: np.ndarray, popula
         encoded = codebooks.encode(books, x[new])
         first = _chosen(popularity, item_ids, new)
         resolved = resolve(encoded, books.sizes, table.collisions, x[new], books, first, table.codes)
+        # Before the version: killed in between, no item is there without its own embedding.
+        _keep(folder, item_ids, own)
         counts = {"added": len(new), "returned": len(back), "known": len(rows) - len(new) - len(back)}
         report = {"collisions": resolved.changed | {"text": describe(resolved.changed)}}
         if len(new) or len(back):
@@ -75,7 +85,11 @@ def remove(folder: Path, item_ids: Sequence[str]) -> dict:
 
 
 def reencode(
-    folder: Path, item_ids: Sequence[str], embeddings: np.ndarray, popularity: np.ndarray | None = None
+    folder: Path,
+    item_ids: Sequence[str],
+    embeddings: np.ndarray,
+    popularity: np.ndarray | None = None,
+    own: np.ndarray | None = None,
 ) -> dict:
     """Encode items anew whose embeddings changed, such as live streams that sell something else by now.
 
@@ -102,6 +116,7 @@ def reencode(
         others = np.delete(table.codes, rows[moved], axis=0)
         first = _chosen(popularity, item_ids, moved)
         resolved = resolve(encoded[moved], books.sizes, table.collisions, x[moved], books, first, others)
+        _keep(folder, item_ids, own)
         codes = table.codes[rows].copy()
         codes[moved] = resolved.codes
         different = codes != table.codes[rows]
@@ -142,6 +157,11 @@ def check_items(item_ids: Sequence[str], embeddings: np.ndarray, width: int) -> 
         raise UserError(f"the embedding of item_id {item_ids[row]!r} (row {row}) holds NaN or infinity: mend it first")
     check_width(x, width)
     return x
+
+
+def _keep(folder: Path, item_ids: Sequence[str], own: np.ndarray | None) -> None:
+    if own is not None:
+        keep_own(folder, list(item_ids), own)
 
 
 def _rows(table: IdTable, item_ids: Sequence[str], mend: str) -> np.ndarray:

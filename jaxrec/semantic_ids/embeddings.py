@@ -11,7 +11,8 @@ projection. For new items the semantic_ids folder keeps
     text.json               the encoder (a package, a folder, or `encoder`, the one beside it) and how much it reads
     alignment.safetensors   the projection, where there is one
     encoder/                the encoder, where it was fine-tuned
-    own.parquet             with scenarios: item_id, embedding: of the items before their products were put beside them
+    own.parquet             with scenarios: the items' embeddings before their products were put beside them; those of
+                            items that come later are in own_later.parquet (`vectors`)
     item_tower.safetensors  with live streams: what makes their embeddings
 """
 
@@ -31,6 +32,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError
 from jaxrec.run import read_json, write_json
+from jaxrec.semantic_ids.vectors import OWN, read_own, write_own
 from jaxrec.semantic_ids.versions import first_ids
 from jaxrec.text import align, finetune
 from jaxrec.text.align import AlignConfig
@@ -49,7 +51,7 @@ from jaxrec.text.scenarios import (
 )
 
 TEXT, ALIGNMENT, ENCODER = "text.json", "alignment.safetensors", "encoder"
-OWN, TOWER = "own.parquet", "item_tower.safetensors"
+TOWER = "item_tower.safetensors"
 
 
 def finetune_items(tables: Path, folder: Path, text_config: EncoderConfig, config: FinetuneConfig, seed: int) -> Path:
@@ -130,7 +132,7 @@ def embed_scenarios(key: jax.Array, tables: Path, folder: Path, own: np.ndarray,
         data = tower_data(own, items, pq.read_table(tables / "events.parquet"), live_streams, config)
         tower = jax.tree.map(np.asarray, train_towers(key, data, config)["item"])
         save_file(flatten_dict(tower, sep="."), folder / TOWER)
-    pq.write_table(pa.table({"item_id": items["item_id"], "embedding": list(own)}), folder / OWN)
+    write_own(folder / OWN, items["item_id"], own)
     return scenario_embeddings(own, items, live_streams, tower)
 
 
@@ -138,29 +140,19 @@ def with_products(folder: Path, own: np.ndarray, items: pa.Table) -> np.ndarray:
     """Embeddings of new items by their scenarios, unit f32 [n, 2 D], from their own f32 [n, D]; without scenarios own.
 
     Args:
-      items: item_id, and scenario and product_ids (lists of str) where there are any; products are items that the run
-        was made with, or others of this table.
+      items: item_id, and scenario and product_ids (lists of str) where there are any; products are items of the run,
+        from the start or appended since, or others of this table.
 
     Raises:
-      UserError: a product is neither, or a live stream comes to a run without any.
+      UserError: a product is none of these, or a live stream comes to a run without any.
     """
     folder = Path(folder)
-    if not (folder / OWN).is_file():
+    if not has_scenarios(folder):
         return own
-    known = pq.read_table(folder / OWN)
-    vectors = np.concatenate([own, np.stack(known["embedding"].to_numpy(zero_copy_only=False))])
-    ids = pa.concat_arrays([items["item_id"].cast(pa.string()).combine_chunks(), known["item_id"].combine_chunks()])
-    products = np.full((len(own), 1), -1)
+    products, vectors = np.full((len(own), 1), -1), own
     if "product_ids" in items.column_names:
-        lists = items["product_ids"].combine_chunks()
-        if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
-            raise UserError(f"column 'product_ids' is {lists.type}, but must be a list of item ids")
-        named = lists.flatten()
-        if len(unknown := named.filter(pc.invert(pc.is_in(named, ids)))):
-            raise UserError(
-                f"product_ids names {unknown[0].as_py()!r}, whose own embedding is not at hand: give that item in the "
-                "same file, or leave it out"
-            )
+        lists = _lists(items["product_ids"].combine_chunks())
+        ids, vectors = _known(folder, lists.flatten(), items["item_id"].cast(pa.string()).combine_chunks(), own)
         products = product_table(lists, ids)
     inputs = compose(own, products, vectors)
     scenarios = items["scenario"].to_pylist() if "scenario" in items.column_names else []
@@ -170,6 +162,11 @@ def with_products(folder: Path, own: np.ndarray, items: pa.Table) -> np.ndarray:
             raise UserError(f"{folder} holds no {TOWER}: the run had no live streams to learn from; train it with some")
         inputs[live] = encode_items(unflatten_dict(load_file(folder / TOWER), sep="."), inputs[live])
     return inputs
+
+
+def has_scenarios(folder: Path) -> bool:
+    """Whether the items of a semantic_ids folder were embedded by their scenarios."""
+    return (Path(folder) / OWN).is_file()
 
 
 def encodes_texts(folder: Path) -> bool:
@@ -270,3 +267,23 @@ def read_pairs(path: Path, kinds: Sequence[str]) -> np.ndarray:
             )
     pairs = pairs.filter(pc.is_in(pairs["kind"], pa.array(list(kinds), pa.string())))
     return np.stack([pairs["item"].to_numpy(), pairs["other"].to_numpy()], axis=1).astype(np.int32)
+
+
+def _lists(column: pa.Array) -> pa.Array:
+    """The column product_ids as lists of texts."""
+    try:
+        return column.cast(pa.list_(pa.string()))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"column 'product_ids' is {column.type}, but must be a list of item ids") from error
+
+
+def _known(folder: Path, named: pa.Array, item_ids: pa.Array, own: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+    """Items and their own embeddings, those of `named` among them; of an item that is there twice, the first counts."""
+    there, vectors = read_own(folder, pc.unique(named), own.shape[1])
+    ids = pa.concat_arrays([item_ids, there])
+    if len(unknown := named.filter(pc.invert(pc.is_in(named, ids)))):
+        raise UserError(
+            f"product_ids names {unknown[0].as_py()!r}, whose own embedding is not at hand: append that item with "
+            "--text first, give it in the same file, or leave it out"
+        )
+    return ids, np.concatenate([own, vectors])

@@ -202,26 +202,31 @@ def read_batches(path: Path, rows: int, names: Sequence[str]) -> Iterator[pa.Rec
         raise UserError(f"{path} is damaged ({error}): restore it from a copy") from error
 
 
-def read_table(path: Path, names: Sequence[str]) -> pa.Table:
-    """All columns of a parquet file, or of a folder of them, among them `names`; `item_id` as distinct strings.
+def read_table(path: Path, names: Sequence[str], wanted: Sequence[str] = ()) -> pa.Table:
+    """Columns `names` of a parquet file, or of a folder of them, and of `wanted` those that are there.
+
+    `item_id`, which is among `names`, comes as distinct strings. Of a column that some parts lack, their rows are null.
 
     Raises:
-      UserError: a file cannot be read, a column of `names` is missing, there are no rows, an item_id is missing or
-        listed twice, or a `count` is no number, NaN or infinity.
+      UserError: a file cannot be read, a column of `names` is missing, parts have columns of different types, there are
+        no rows, an item_id is missing or listed twice, or a `count` is no number, NaN or infinity.
     """
     tables = []
     for part in parts_of(path):
         file = _open(part)
-        found = file.schema_arrow.names
+        found = [name for name in file.schema_arrow.names if name in (*names, *wanted)]
         _check_columns(part, file.schema_arrow, (*names, *(["count"] if "count" in found else [])))
         try:
-            table = file.read()
+            table = file.read(found)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{part} is damaged ({error}): restore it from a copy") from error
         counts_of(table, part)
         ids = check_ids(table["item_id"], part)
-        tables.append(table.set_column(found.index("item_id"), "item_id", ids))
-    table = pa.concat_tables(tables, promote_options="default")
+        tables.append(table.set_column(table.column_names.index("item_id"), "item_id", ids))
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(f"the parts of {path} do not fit each other ({error}): give a column one type") from error
     if not len(table):
         raise UserError(f"{path} has no rows: give at least one item")
     check_distinct(table["item_id"], path)

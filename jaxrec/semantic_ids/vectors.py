@@ -1,18 +1,23 @@
 """Vectors of the items in a semantic_ids folder.
 
 embeddings.safetensors  `embeddings`, f32 [I, D]: what was quantized, and in its metadata of which items
+own.parquet             with scenarios: item_id, embedding: of the items before their products were put beside them
+own_later.parquet       the same of items that came or changed later; where an item is in both, this one counts
 """
 
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxrec.config import UserError, fingerprint
+from jaxrec.run import fault_point, sync, writing
 
-EMBEDDINGS = "embeddings.safetensors"
+EMBEDDINGS, OWN, OWN_LATER = "embeddings.safetensors", "own.parquet", "own_later.parquet"
 
 
 def write_embeddings(path: Path, item_ids: list[str] | pa.Array | pa.ChunkedArray, x: np.ndarray) -> None:
@@ -40,5 +45,54 @@ def read_embeddings(path: Path, item_ids: list[str] | pa.Array | pa.ChunkedArray
     return x
 
 
+def write_own(path: Path, item_ids: pa.Array | pa.ChunkedArray, own: np.ndarray) -> None:
+    """Write the own embeddings f32 [I, D] of items [I]."""
+    offsets = pa.array(np.arange(0, own.size + 1, own.shape[1]), pa.int64())
+    vectors = pa.LargeListArray.from_arrays(offsets, pa.array(own.ravel(), pa.float32()))
+    pq.write_table(pa.table({"item_id": item_ids.cast(pa.string()), "embedding": vectors}), path)
+
+
+def keep_own(folder: Path, item_ids: list[str], own: np.ndarray) -> None:
+    """Keep the own embeddings f32 [n, D] of items that came or changed, for who holds the lock of the versions.
+
+    The file is written whole or not at all. Fault point: `partial:own`, before the rename.
+    """
+    folder = Path(folder)
+    path, partial = folder / OWN_LATER, folder / f".{OWN_LATER}.partial"
+    ids = pa.array(item_ids, pa.string())
+    if path.exists():
+        earlier = pq.read_table(path)
+        earlier = earlier.filter(pc.invert(pc.is_in(earlier["item_id"], ids)))
+        own = np.concatenate([_matrix(earlier["embedding"], own.shape[1]), own])
+        ids = pa.chunked_array([*earlier["item_id"].chunks, ids])
+    with writing(path):
+        write_own(partial, ids, own)
+        sync(partial)
+        fault_point("partial:own")
+        partial.rename(path)
+        sync(folder)
+
+
+def read_own(folder: Path, item_ids: pa.Array, width: int) -> tuple[pa.Array, np.ndarray]:
+    """Own embeddings of some items (string [N]): of which there are any, string [n], and these, f32 [n, width].
+
+    The newest of an item comes first. Only the rows of these items are held in memory.
+    """
+    tables = [
+        pq.read_table(path, filters=pc.field("item_id").isin(item_ids))
+        for path in (Path(folder) / OWN_LATER, Path(folder) / OWN)
+        if path.is_file()
+    ]
+    ids = [chunk for table in tables for chunk in table["item_id"].chunks]
+    vectors = [np.zeros((0, width), np.float32), *(_matrix(table["embedding"], width) for table in tables)]
+    return pa.chunked_array(ids, pa.string()).combine_chunks(), np.concatenate(vectors)
+
+
 def _fingerprint(item_ids: list[str] | pa.Array | pa.ChunkedArray) -> str:
     return fingerprint(item_ids if isinstance(item_ids, list) else item_ids.to_pylist())
+
+
+def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """A column of lists as f32 [n, width]."""
+    values = [np.zeros(0, np.float32), *(chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks)]
+    return np.concatenate(values).reshape(-1, width)
