@@ -134,6 +134,20 @@ def test_a_count_that_is_no_number_is_named(tmp_path, value):
             read()
 
 
+def test_item_ids_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "items.parquet"
+    offsets, text = (pa.py_buffer(each) for each in (np.int32([0, 1, 2]).tobytes(), b"a\xff"))
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, offsets, text])
+    for ids in (pa.array([["a"], ["b"]]), pa.array([{"a": 1}, {"a": 2}]), pa.array([b"a", b"\xff"]), broken):
+        pq.write_table(pa.table({"item_id": ids, "embedding": [[1.0], [2.0]]}), path)
+        for read in (lambda: open_items(path).scan(), lambda: read_table(path, ["item_id"])):
+            with pytest.raises(UserError, match=rf"{path}: column 'item_id' is .*, but must be UTF-8 text"):
+                read()
+    for ids in (pa.array([3, 4]), pa.array([b"a", b"b"]), pa.array(["a", "b"]).dictionary_encode()):
+        pq.write_table(pa.table({"item_id": ids, "embedding": [[1.0], [2.0]]}), path)
+        assert open_items(path).scan().item_ids.to_pylist() in (["3", "4"], ["a", "b"])
+
+
 def rows_with(row, place, value):
     x = X.copy()
     x[row, place] = value

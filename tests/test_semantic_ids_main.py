@@ -89,3 +89,14 @@ def test_mistakes_are_named(items, monkeypatch):
         run(monkeypatch, "fit", "--items", items / "items.parquet", "--out", items / "new",
             "--semantic-ids.hierarchy.sizes", "256")  # fmt: skip
     assert not (items / "new").exists() and not (items / "new.partial").exists()
+    with pytest.raises(UserError, match=r"items.parquet/ids cannot be written \(.*\): give another --out"):
+        run(monkeypatch, "fit", "--items", items / "items.parquet", "--out", items / "items.parquet" / "ids", *SMALL)
+
+
+def test_the_folder_is_on_the_disk_before_it_has_its_name(items, monkeypatch):
+    synced = []
+    monkeypatch.setattr(command, "sync", lambda path: synced.append((path, (items / "ids").exists())))
+    run(monkeypatch, "fit", "--items", items / "items.parquet", "--out", items / "ids", *SMALL)
+    before = {path.name for path, named in synced if not named}
+    assert before == {path.name for path in (items / "ids").iterdir()} | {"ids.partial"}
+    assert synced[-1] == (items, True)

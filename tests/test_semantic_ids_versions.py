@@ -25,7 +25,16 @@ from jaxrec.semantic_ids.catalogue import append, reencode, remove
 from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.drift import drift
 from jaxrec.semantic_ids.residual import Residual
-from jaxrec.semantic_ids.versions import begin, list_versions, locked, publish, read_version, roll_back
+from jaxrec.semantic_ids.versions import (
+    Changes,
+    _stack,
+    begin,
+    list_versions,
+    locked,
+    publish,
+    read_version,
+    roll_back,
+)
 from jaxrec.systems import onemall
 from jaxrec.text.scenarios import TowersConfig
 
@@ -60,13 +69,12 @@ def folder(tmp_path):
 
 def codes_of(folder, version=None):
     table = read_version(folder, version)
-    return dict(zip(table.item_ids, map(tuple, table.codes.tolist())))
+    return dict(zip(table.item_ids.to_pylist(), map(tuple, table.codes.tolist())))
 
 
 def test_the_first_version_is_what_tokenize_made(folder):
     table = begin(folder)
     assert codes_of(folder) == {"a": (0, 0), "b": (0, 1), "c": (1, 0), "d": (1, 0)}
-    np.testing.assert_allclose(table.errors, [0, 1, 0, 4])
     assert table.record["figures"] == {
         "items": 4,
         "inactive": 0,
@@ -98,17 +106,34 @@ def test_an_append_can_be_run_again(folder):
     assert codes_of(folder)["x"] == (0, 2) and len(list_versions(folder)) == 2
 
 
+def test_of_an_item_the_last_row_counts_at_the_place_of_its_first():
+    rng = np.random.default_rng(0)
+    parts, expected, first = [], {}, 0
+    for size in (7, 0, 30, 11):
+        ids = [f"i{n}" for n in rng.permutation(40)[:size]]
+        codes = np.arange(first, first + size, dtype=np.int32)[:, None]
+        first += size
+        parts.append(Changes(pa.array(ids, pa.string()), codes, codes, codes[:, 0] % 2 == 0))
+        for item, code in zip(ids, codes[:, 0].tolist()):
+            expected[item] = code
+    table = _stack(parts, {"codebook_sizes": [100]})
+    assert dict(zip(table.item_ids.to_pylist(), table.codes[:, 0].tolist())) == expected
+    assert table.item_ids.to_pylist() == list(expected)
+    np.testing.assert_array_equal(table.active, table.codes[:, 0] % 2 == 0)
+    assert table.rows(["i3", "no", "i5"]).tolist() == [list(expected).index("i3"), -1, list(expected).index("i5")]
+
+
 def test_an_item_that_left_comes_back_with_its_id(folder):
     append(folder, ["x"], line(21))
     assert remove(folder, ["x", "b"]) == {"version": 3, "removed": 2, "known": 0}
     assert remove(folder, ["x"]) == {"version": 3, "removed": 0, "known": 1}
     table = read_version(folder)
-    assert table.active_ids == ["a", "c", "d"] and table.record["figures"]["inactive"] == 2
+    assert table.active_ids.to_pylist() == ["a", "c", "d"] and table.record["figures"]["inactive"] == 2
     with pytest.raises(UserError, match="no active item_id 'b'"):
         table.space(["a", "b"])
     back = append(folder, ["b", "y"], line(150, 113))  # Its embedding has changed; its ID has not.
     assert (back["version"], back["added"], back["returned"], back["known"]) == (4, 1, 1, 0)
-    assert read_version(folder).active_ids == ["a", "b", "c", "d", "y"]
+    assert read_version(folder).active_ids.to_pylist() == ["a", "b", "c", "d", "y"]
     assert codes_of(folder)["b"] == (0, 1)
     assert list_versions(folder)[-1]["figures"]["error"] == pytest.approx(9)  # That of y alone.
 
@@ -248,6 +273,42 @@ def test_drift_tells_when_codebooks_are_outdated(folder):
     assert far["icr"] == pytest.approx(4 / 5) and far["conflict_rate"] == pytest.approx(2 / 6)
     assert far["cur"] == pytest.approx([1, 5 / 6]) and far["largest_bucket"] == 2
     assert json.loads(json.dumps([first, far])) == [first, far]
+
+
+def test_without_embeddings_a_rise_is_told_from_the_first_append_on(tmp_path):
+    folder = make_folder(tmp_path / "ids", line(0, 11), embeddings=False)
+    for item, value in (("x", 22), ("y", 112.5), ("z", 103)):  # Squared errors 4, 6.25 and 9.
+        append(folder, [item], line(value))
+    assert [row["error_rise"] for row in drift(folder)] == [None, 1, pytest.approx(6.25 / 4), pytest.approx(9 / 4)]
+
+
+def test_what_is_refused_leaves_a_fresh_folder_as_it_was(folder):
+    for call in (
+        lambda: append(folder, ["x"], line(np.nan)),
+        lambda: append(folder, ["x"], line(0), np.array([np.nan])),
+        lambda: append(folder, ["x"], line(0), np.zeros(2)),
+        lambda: reencode(folder, ["a", "a"], line(0, 0)),
+        lambda: reencode(folder, ["a"], np.zeros((1, 2))),
+    ):
+        with pytest.raises(UserError):
+            call()
+        assert list_versions(folder) == []
+
+
+def test_a_folder_without_codebooks_is_left_alone(tmp_path):
+    for call in (lambda: begin(tmp_path), lambda: append(tmp_path, ["x"], line(0)), lambda: publish(tmp_path)):
+        with pytest.raises(UserError, match=r"holds no codebooks\.safetensors: give the semantic_ids folder"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_known_items_are_not_sorted_into_the_catalogue_again(folder, monkeypatch):
+    begin(folder)
+    remove(folder, ["b"])
+    monkeypatch.setattr("jaxrec.semantic_ids.catalogue.resolve", lambda *_: pytest.fail("IDs were resolved"))
+    assert append(folder, ["a"], line(0)) == {"version": 2, "added": 0, "returned": 0, "known": 1}
+    assert append(folder, ["b", "a"], line(0, 0)) == {"version": 3, "added": 0, "returned": 1, "known": 1}
+    assert codes_of(folder)["b"] == (0, 1)
 
 
 def test_without_embeddings_the_first_errors_are_those_of_the_first_append(tmp_path):
@@ -391,8 +452,9 @@ def test_a_damaged_file_is_named(folder, name):
         read_version(folder)
     assert str(path) in str(error.value)
     path.unlink()
-    with pytest.raises(UserError, match=r"missing|no current version"):
+    with pytest.raises(UserError, match=r"missing|no current version") as error:
         read_version(folder)
+    assert "train.py" not in str(error.value)
 
 
 def test_a_lost_pointer_is_not_guessed(folder):
@@ -499,7 +561,7 @@ def test_text_embeddings_go_through_the_alignment(folder, tmp_path):
     np.testing.assert_allclose(commands.aligned(folder, np.float32([[4, 9], [0, 5]])), [[1], [-1]])
     path = write_items(tmp_path / "text.parquet", item_id=["x"], embedding=[[4.0, 9.0]])
     commands.append(folder, path, text=True)
-    assert read_version(folder).errors[-1] == pytest.approx(1)
+    assert list_versions(folder)[-1]["figures"]["error"] == pytest.approx(1)
     with pytest.raises(UserError, match=r"are 3 wide, but the alignment .* takes 2"):
         commands.aligned(folder, np.zeros((1, 3), np.float32))
     with pytest.raises(UserError, match="holds no alignment"):

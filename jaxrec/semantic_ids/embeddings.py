@@ -32,6 +32,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError
 from jaxrec.run import read_json, write_json
+from jaxrec.semantic_ids.files import open_items
 from jaxrec.semantic_ids.vectors import OWN, read_own, write_own
 from jaxrec.semantic_ids.versions import first_ids
 from jaxrec.text import align, finetune
@@ -94,7 +95,8 @@ def embed_catalogue(
     text = {"model": None if own else text_config.model, "max_tokens": text_config.max_tokens}
     pairs = read_pairs(tables / "pairs.parquet", pair_kinds(align_config))
     if isinstance(align_config, AlignConfig):
-        vectors = read_embeddings(items, text_config)
+        path = tables / "items.parquet"
+        vectors = open_items(path).scan().x if own else embed_texts(read_texts(items), text_config)
         categories = items["category"].to_numpy() if "category" in items.column_names else None
         alignment = align.align(key, vectors, pairs, align_config, categories)
         flat = flatten_dict(alignment.params, sep=".")
@@ -233,19 +235,6 @@ def read_texts(items: pa.Table) -> list[str]:
             "prepare the tables again with one of them"
         )
     return [text or "" for text in items["text"].to_pylist()]
-
-
-def read_embeddings(items: pa.Table, config: EncoderConfig) -> np.ndarray:
-    """The items' own `embedding` column where there is one, else their encoded `text`, f32 [I, D]."""
-    if "embedding" not in items.column_names:
-        return embed_texts(read_texts(items), config)
-    widths = pc.list_value_length(items["embedding"]).to_numpy()
-    if len(odd := np.flatnonzero(~(widths == widths[0]))):
-        raise UserError(
-            f"items.parquet: the embedding in row {odd[0]} is {widths[odd[0]]} wide, that in row 0 is "
-            f"{widths[0]}: give every item an embedding of the same width"
-        )
-    return items["embedding"].combine_chunks().flatten().to_numpy().astype(np.float32).reshape(len(items), -1)
 
 
 def pair_kinds(config: AlignConfig | FinetuneConfig) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
 from jaxrec.run import progress
+from jaxrec.semantic_ids.rows import not_finite
 
 BLOCK_ROWS = 1 << 16
 BUFFER_BYTES = 1 << 20
@@ -247,8 +248,16 @@ def counts_of(table: pa.Table | pa.RecordBatch, path: Path, start: int = 0) -> n
 
 
 def check_ids(column: pa.Array | pa.ChunkedArray, path: Path, start: int = 0) -> pa.Array | pa.ChunkedArray:
-    """A column item_id as strings [n]; UserError when one is missing or empty, its row counted from `start`."""
-    ids = column.cast(pa.string())
+    """A column item_id as strings [n]; UserError when it is no text, or one is missing or empty.
+
+    Rows are counted from `start`.
+    """
+    try:
+        ids = column.cast(pa.string())
+        ids.validate(full=True)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        kind = f"is {column.type}, but must be UTF-8 text"
+        raise UserError(f"{path}: column 'item_id' {kind} ({error}): write it anew as strings") from error
     for row in np.flatnonzero(pc.fill_null(pc.equal(ids, ""), True).to_numpy(zero_copy_only=False))[:1]:
         raise UserError(f"{path}: row {start + row} has no item_id: give every item its own")
     return ids
@@ -336,12 +345,10 @@ def _vectors(column: pa.Array, ids: pa.Array, path: Path, start: int, width: int
 
 
 def _check_finite(x: np.ndarray, path: Path, start: int, ids: pa.Array | None = None) -> None:
-    finite = np.isfinite(x)
-    if finite.all():
-        return
-    row, place = np.argwhere(~finite)[0]
-    name = "" if ids is None else f" (item_id {ids[row].as_py()!r}, column 'embedding')"
-    raise UserError(f"{path}: number {place} of row {start + row}{name} is NaN or infinity: mend it first")
+    for row in not_finite(x)[:1]:
+        place = np.flatnonzero(~np.isfinite(x[row]))[0]
+        name = "" if ids is None else f" (item_id {ids[row].as_py()!r}, column 'embedding')"
+        raise UserError(f"{path}: number {place} of row {start + row}{name} is NaN or infinity: mend it first")
 
 
 def _even(blocks: Iterable[Block], rows: int) -> Iterator[Block]:

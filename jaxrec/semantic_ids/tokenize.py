@@ -16,7 +16,7 @@ from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_scenarios
 from jaxrec.semantic_ids.page import write_page
 from jaxrec.semantic_ids.quality import quality
-from jaxrec.semantic_ids.space import SemanticIdSpace, write_codes
+from jaxrec.semantic_ids.space import ItemIds, SemanticIdSpace, write_codes
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, write_embeddings
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
@@ -66,7 +66,7 @@ def tokenize(
 def write_ids(
     folder: Path,
     key: jax.Array,
-    item_ids: list[str] | pa.ChunkedArray,
+    item_ids: ItemIds,
     embeddings: np.ndarray,
     id_config: SemanticIdConfig,
     collision_config: CollisionConfig,
@@ -101,7 +101,7 @@ def write_space(
     folder: Path,
     books: Codebooks,
     space: SemanticIdSpace,
-    item_ids: list[str] | pa.ChunkedArray,
+    item_ids: ItemIds,
     figures: dict,
     titles: Sequence[str | None] | None = None,
     categories: Sequence[str | None] | None = None,

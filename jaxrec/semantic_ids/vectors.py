@@ -16,16 +16,17 @@ from safetensors.numpy import save_file
 
 from jaxrec.config import UserError, fingerprint
 from jaxrec.run import fault_point, sync, writing
+from jaxrec.semantic_ids.space import ItemIds, as_strings
 
 EMBEDDINGS, OWN, OWN_LATER = "embeddings.safetensors", "own.parquet", "own_later.parquet"
 
 
-def write_embeddings(path: Path, item_ids: list[str] | pa.Array | pa.ChunkedArray, x: np.ndarray) -> None:
+def write_embeddings(path: Path, item_ids: ItemIds, x: np.ndarray) -> None:
     """Write the embeddings x f32 [I, D] of items [I]."""
     save_file({"embeddings": np.ascontiguousarray(x)}, path, metadata={"items": _fingerprint(item_ids)})
 
 
-def read_embeddings(path: Path, item_ids: list[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
+def read_embeddings(path: Path, item_ids: ItemIds) -> np.ndarray:
     """What `write_embeddings` wrote, f32 [I, D]; item_ids: the items that its rows are taken for.
 
     Raises:
@@ -45,26 +46,26 @@ def read_embeddings(path: Path, item_ids: list[str] | pa.Array | pa.ChunkedArray
     return x
 
 
-def write_own(path: Path, item_ids: pa.Array | pa.ChunkedArray, own: np.ndarray) -> None:
+def write_own(path: Path, item_ids: ItemIds, own: np.ndarray) -> None:
     """Write the own embeddings f32 [I, D] of items [I]."""
     offsets = pa.array(np.arange(0, own.size + 1, own.shape[1]), pa.int64())
     vectors = pa.LargeListArray.from_arrays(offsets, pa.array(own.ravel(), pa.float32()))
-    pq.write_table(pa.table({"item_id": item_ids.cast(pa.string()), "embedding": vectors}), path)
+    pq.write_table(pa.table({"item_id": as_strings(item_ids), "embedding": vectors}), path)
 
 
-def keep_own(folder: Path, item_ids: list[str], own: np.ndarray) -> None:
+def keep_own(folder: Path, item_ids: ItemIds, own: np.ndarray) -> None:
     """Keep the own embeddings f32 [n, D] of items that came or changed, for who holds the lock of the versions.
 
     The file is written whole or not at all. Fault point: `partial:own`, before the rename.
     """
     folder = Path(folder)
     path, partial = folder / OWN_LATER, folder / f".{OWN_LATER}.partial"
-    ids = pa.array(item_ids, pa.string())
+    ids = as_strings(item_ids)
     if path.exists():
         earlier = pq.read_table(path)
         earlier = earlier.filter(pc.invert(pc.is_in(earlier["item_id"], ids)))
         own = np.concatenate([_matrix(earlier["embedding"], own.shape[1]), own])
-        ids = pa.chunked_array([*earlier["item_id"].chunks, ids])
+        ids = pa.concat_arrays([*earlier["item_id"].chunks, ids])
     with writing(path):
         write_own(partial, ids, own)
         sync(partial)
@@ -88,8 +89,8 @@ def read_own(folder: Path, item_ids: pa.Array, width: int) -> tuple[pa.Array, np
     return pa.chunked_array(ids, pa.string()).combine_chunks(), np.concatenate(vectors)
 
 
-def _fingerprint(item_ids: list[str] | pa.Array | pa.ChunkedArray) -> str:
-    return fingerprint(item_ids if isinstance(item_ids, list) else item_ids.to_pylist())
+def _fingerprint(item_ids: ItemIds) -> str:
+    return fingerprint(as_strings(item_ids).to_pylist())
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
