@@ -167,7 +167,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-      UserError: the file is missing or no JSON.
+      UserError: the file is missing, damaged or no JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -175,6 +175,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing; run train.py again on this run directory") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: this is no JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: it is no text ({error}); restore it from a copy") from error
 
 
 def sync(path: Path) -> None:

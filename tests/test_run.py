@@ -159,6 +159,9 @@ def test_load_reads_what_open_wrote(tmp_path):
     run.config_file.write_text("{")
     with pytest.raises(UserError, match=r"config\.json, line 1: this is no JSON"):
         Run.load(tmp_path)
+    run.config_file.write_bytes(b'{"a": "\xff\xfe"}')
+    with pytest.raises(UserError, match=r"config\.json is damaged: it is no text .*restore it from a copy"):
+        Run.load(tmp_path)
 
 
 def test_two_processes_cannot_share_a_run(tmp_path):

@@ -19,6 +19,7 @@ from jaxrec.semantic_ids import (
     SemanticIdConfig,
     codebooks,
     read_codes,
+    rows,
 )
 from jaxrec.semantic_ids import __main__ as command
 from jaxrec.semantic_ids.catalogue import append
@@ -110,6 +111,16 @@ def test_fewer_rows_than_codes_are_refused_but_by_a_grid(fitted, kind, rows):
         else:
             with pytest.raises(UserError, match=f"{rows} rows cannot fill a codebook of"):
                 call()
+
+
+def test_a_row_is_named_by_its_place_among_all(fitted, monkeypatch):
+    monkeypatch.setattr(codebooks, "ENCODED_AT_ONCE", 8)
+    x = X.copy()
+    x[[21, 30], 1] = np.nan
+    with pytest.raises(UserError, match=r"row 21 of the embeddings holds NaN or infinity \(2 such rows\)"):
+        codebooks.encode(fitted["residual-fsq"], x)
+    monkeypatch.setattr(rows, "CHECKED_AT_ONCE", 8)
+    assert rows.not_finite(x).tolist() == [21, 30] and rows.not_finite(x[:21]).tolist() == []
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

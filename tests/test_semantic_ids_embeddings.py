@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_encoder import make_encoder
 
 from jaxrec.config import UserError, from_json, to_json
 from jaxrec.run import read_json
 from jaxrec.semantic_ids import CollisionConfig, FsqConfig, ResidualConfig, SemanticIdConfig, commands
-from jaxrec.semantic_ids.embeddings import aligned, embed_new, finetune_items, read_pairs
+from jaxrec.semantic_ids.embeddings import ALIGNMENT, aligned, embed_new, finetune_items, read_pairs
 from jaxrec.semantic_ids.tokenize import tokenize
 from jaxrec.semantic_ids.versions import read_version
 from jaxrec.systems.onemall import OneMallConfig
@@ -114,6 +114,32 @@ def test_new_items_are_embedded_as_the_first_were(made, tmp_path, name):
     np.testing.assert_array_equal(table.codes[60:], table.codes[:60])
 
 
+def test_items_that_did_not_change_keep_what_was_learned_beside_their_text(tables, tmp_path):
+    text_config = EncoderConfig(model=str(tables / "bert"), cache_dir=str(tables / "cache"))
+    ids = SemanticIdConfig(ResidualConfig((5, 4)), None)
+    config = replace(ALIGNMENTS["align"], item_residual=True)
+    folder = tmp_path / "ids"
+    folder.mkdir()
+    tokenize(tables, folder, text_config, config, ids, CollisionConfig(), seed=0)
+    first = load_file(folder / "embeddings.safetensors")["embeddings"]
+    some, vectors = [41, 7, 59], embed_texts(TEXTS, text_config)
+    columns = {"text": [TEXTS[n] for n in some] * 2, "embedding": [vectors[n] for n in some] * 2}
+    for name, values in columns.items():
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"item_id": [IDS[n] for n in some] + ["x", "y", "z"], name: values}), path)
+        x = commands.read_text_items(folder, path)[1]
+        np.testing.assert_allclose(x[:3], first[some], atol=1e-6)
+        np.testing.assert_allclose(x[3:], embed_new(folder, [TEXTS[n] for n in some]), atol=1e-6)
+        assert np.abs(x[3:] - x[:3]).max() > 0.1
+    commands.append(folder, path, text=True)  # Now the first items are those of version 1, and no longer all.
+    pq.write_table(pa.table({"item_id": IDS, "text": TEXTS}), tmp_path / "all.parquet")
+    commands.reencode(folder, tmp_path / "all.parquet", text=True)
+    assert read_version(folder).version == 2
+    save_file({"mean": np.zeros(16, np.float32), "residual": np.zeros((3, 8), np.float32)}, folder / ALIGNMENT)
+    with pytest.raises(UserError, match=r"knows 3 items, but the first version of the IDs has 60"):
+        aligned(folder, vectors, IDS)
+
+
 def test_embeddings_of_the_encoder_go_through_a_projection_but_not_past_a_tuned_encoder(tables, made, tmp_path):
     vectors = embed_texts(TEXTS, EncoderConfig(model=str(tables / "bert")))
     for name in ("align", "projection"):
@@ -133,6 +159,21 @@ def test_texts_that_cannot_be_read_are_named(made, tmp_path, text, message):
     pq.write_table(pa.table({"item_id": ["x", "y"], "text": text}), tmp_path / "new.parquet")
     with pytest.raises(UserError, match=message):
         commands.read_text_items(made["align"], tmp_path / "new.parquet")
+
+
+def test_columns_that_nobody_asks_for_may_differ_from_part_to_part(made, tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name, rows, price, count in (("a", [0, 1], [1, 2], [3, 4]), ("b", [2], ["x"], [0.5])):
+        part = {"item_id": [IDS[n] for n in rows], "text": [TEXTS[n] for n in rows], "price": price, "count": count}
+        pq.write_table(pa.table(part), folder / f"{name}.parquet")
+    ids, x, counts, own = commands.read_text_items(made["align"], folder)
+    assert ids == IDS[:3] and counts.tolist() == [3, 4, 0.5] and own is None
+    np.testing.assert_allclose(x, embed_new(made["align"], TEXTS[:3]), atol=1e-6)
+    assert commands.read_ids(folder) == IDS[:3]
+    pq.write_table(pa.table({"item_id": [IDS[2]], "text": [5]}), folder / "b.parquet")
+    with pytest.raises(UserError, match=r"the parts of .*parts do not fit each other \(.*text"):
+        commands.read_text_items(made["align"], folder)
 
 
 def test_kinds_of_pairs_are_chosen(tables):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids.files import check_distinct, open_items
+from jaxrec.semantic_ids.files import check_distinct, open_items, read_table
 
 X = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
 IDS = [f"i{row:02}" for row in range(50)]
@@ -115,6 +115,37 @@ def test_other_columns(tmp_path):
     assert open_items(path).column("title")[-2:] == ["Thing 48", None]
     assert open_items(path).column("brand") is None
     assert open_items(saved(tmp_path / "items.npy", X)).column("title") is None
+
+
+def test_columns_of_numbers_are_shown_as_texts(tmp_path):
+    table = pa.table({"item_id": ["a", "b"], "embedding": [[1.0], [2.0]], "title": [7, None], "category": [1.5, 2.0]})
+    pq.write_table(table, tmp_path / "items.parquet")
+    items = open_items(tmp_path / "items.parquet")
+    assert (items.column("title"), items.column("category")) == (["7", None], ["1.5", "2.0"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_count_that_is_no_number_is_named(tmp_path, value):
+    path = tmp_path / "items.parquet"
+    counts = pa.array([1.0] * 20 + [None] * 14 + [value] + [2.0] * 15)
+    pq.write_table(pa.table({"item_id": IDS, "embedding": list(X), "count": counts}), path)
+    for read in (lambda: list(open_items(path).blocks(8)), lambda: read_table(path, ["item_id"], ["count"])):
+        with pytest.raises(UserError, match=rf"items.parquet: count of row 34 is {value}: give a number"):
+            read()
+
+
+def test_item_ids_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "items.parquet"
+    offsets, text = (pa.py_buffer(each) for each in (np.int32([0, 1, 2]).tobytes(), b"a\xff"))
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, offsets, text])
+    for ids in (pa.array([["a"], ["b"]]), pa.array([{"a": 1}, {"a": 2}]), pa.array([b"a", b"\xff"]), broken):
+        pq.write_table(pa.table({"item_id": ids, "embedding": [[1.0], [2.0]]}), path)
+        for read in (lambda: open_items(path).scan(), lambda: read_table(path, ["item_id"])):
+            with pytest.raises(UserError, match=rf"{path}: column 'item_id' is .*, but must be UTF-8 text"):
+                read()
+    for ids in (pa.array([3, 4]), pa.array([b"a", b"b"]), pa.array(["a", "b"]).dictionary_encode()):
+        pq.write_table(pa.table({"item_id": ids, "embedding": [[1.0], [2.0]]}), path)
+        assert open_items(path).scan().item_ids.to_pylist() in (["3", "4"], ["a", "b"])
 
 
 def rows_with(row, place, value):

@@ -9,9 +9,10 @@ import pytest
 
 from jaxrec.config import UserError
 from jaxrec.run import read_json
+from jaxrec.semantic_ids import CollisionConfig, SemanticIdConfig, codebooks, read_codes
 from jaxrec.semantic_ids import __main__ as command
-from jaxrec.semantic_ids import codebooks, read_codes
 from jaxrec.semantic_ids.opq import OpqConfig
+from jaxrec.semantic_ids.tokenize import write_ids
 
 SMALL = ["--semantic-ids.hierarchy.sizes", "4", "4", "--semantic-ids.remainder", "OpqConfig",
          "--semantic-ids.remainder.sizes", "4", "4"]  # fmt: skip
@@ -48,6 +49,32 @@ def test_quantizers_are_chosen_by_name(items):
     assert config.semantic_ids.remainder == OpqConfig((4, 4)) and config.semantic_ids.hierarchy.sizes == (4, 4)
 
 
+def test_titles_and_categories_may_be_numbers(items, monkeypatch):
+    table = pq.read_table(items / "items.parquet").drop_columns("title")
+    table = table.append_column("title", pa.array(range(1000, 1100))).append_column("category", pa.array([5, 6] * 50))
+    pq.write_table(table, items / "items.parquet")
+    run(monkeypatch, "fit", "--items", items / "items.parquet", "--out", items / "ids", *SMALL)
+    assert "1007" in (items / "ids" / "semantic_ids.html").read_text()
+
+
+def test_a_configuration_that_cannot_be_is_named_before_the_long_work(items, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the items were read")
+
+    monkeypatch.setattr("jaxrec.semantic_ids.files.Items.scan", refuse)
+    fit = ("fit", "--items", items / "items.parquet", "--out", items / "ids")
+    for args, message in (
+        ((*SMALL, "--collisions.capacity", "0"), "collisions.capacity=0"),
+        (("--semantic-ids.hierarchy.sizes", "256"), "100 rows cannot fill a codebook of 256"),
+        ((*SMALL, "--semantic-ids.remainder.sizes", "4", "4", "4", "4"), "6 does not divide by 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, *fit, *args)
+    monkeypatch.setattr(codebooks, "fit", refuse)
+    with pytest.raises(UserError, match=r"collisions.capacity=0"):
+        write_ids(items, None, [], np.zeros((0, 1)), SemanticIdConfig(), CollisionConfig(capacity=0))
+
+
 def test_mistakes_are_named(items, monkeypatch):
     with pytest.raises(UserError, match="no command 'fti'; it is one of fit, append"):
         run(monkeypatch, "fti")
@@ -62,3 +89,14 @@ def test_mistakes_are_named(items, monkeypatch):
         run(monkeypatch, "fit", "--items", items / "items.parquet", "--out", items / "new",
             "--semantic-ids.hierarchy.sizes", "256")  # fmt: skip
     assert not (items / "new").exists() and not (items / "new.partial").exists()
+    with pytest.raises(UserError, match=r"items.parquet/ids cannot be written \(.*\): give another --out"):
+        run(monkeypatch, "fit", "--items", items / "items.parquet", "--out", items / "items.parquet" / "ids", *SMALL)
+
+
+def test_the_folder_is_on_the_disk_before_it_has_its_name(items, monkeypatch):
+    synced = []
+    monkeypatch.setattr(command, "sync", lambda path: synced.append((path, (items / "ids").exists())))
+    run(monkeypatch, "fit", "--items", items / "items.parquet", "--out", items / "ids", *SMALL)
+    before = {path.name for path, named in synced if not named}
+    assert before == {path.name for path in (items / "ids").iterdir()} | {"ids.partial"}
+    assert synced[-1] == (items, True)

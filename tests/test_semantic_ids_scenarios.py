@@ -1,5 +1,12 @@
 """Short videos and live streams in a run: their semantic IDs, and those of new ones, by what they sell."""
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,13 +14,17 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_encoder import make_encoder
 
-from jaxrec.config import UserError, from_json, parse_cli, to_json
+from jaxrec.config import UserError, from_json, load_config, parse_cli, to_json
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import SyntheticMall
-from jaxrec.semantic_ids import CollisionConfig, ResidualConfig, SemanticIdConfig, codebooks, commands
+from jaxrec.run import Run
+from jaxrec.semantic_ids import CollisionConfig, ResidualConfig, SemanticIdConfig, catalogue, codebooks, commands
+from jaxrec.semantic_ids.embeddings import with_products
 from jaxrec.semantic_ids.tokenize import tokenize
-from jaxrec.semantic_ids.versions import read_version
+from jaxrec.semantic_ids.vectors import read_own
+from jaxrec.semantic_ids.versions import publish, read_version
 from jaxrec.systems.onemall import OneMallConfig
+from jaxrec.systems.onemall_model import assemble
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.scenarios import TowersConfig
@@ -121,6 +132,96 @@ def test_products_may_come_in_the_same_file(made, tmp_path):
     assert np.abs(video[6:] - card[6:]).max() > 1e-3
 
 
+def as_ids(made, tmp_path):
+    """A copy of the folder that a test may change."""
+    folder = tmp_path / "ids"
+    shutil.copytree(made / "ids", folder)
+    shutil.rmtree(folder / "versions", ignore_errors=True)
+    (folder / "own_later.parquet").unlink(missing_ok=True)
+    return folder
+
+
+def write_new(path, item_ids, texts, scenarios, product_ids):
+    columns = {"item_id": item_ids, "text": texts, "scenario": scenarios, "product_ids": product_ids}
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_products_may_have_come_in_an_earlier_version(made, tmp_path):
+    folder, none = as_ids(made, tmp_path), pa.array([[]], pa.list_(pa.string()))
+    card = write_new(tmp_path / "card.parquet", ["card"], ["Red tea pots no. 1"], [CARD], none)
+    video = write_new(tmp_path / "video.parquet", ["video"], ["Video: Red tea pots no. 2"], [VIDEO], [["card"]])
+    with pytest.raises(UserError, match=r"names 'card', whose own .* append that item with --text first"):
+        commands.append(folder, video, text=True)
+    half = commands.read_text_items(folder, card)[1][0, :6]
+    commands.append(folder, card, text=True)
+    np.testing.assert_allclose(commands.read_text_items(folder, video)[1][0, :6], half, atol=1e-6)
+    commands.append(folder, video, text=True)
+    # The newest counts, of items that came later and of those that the run was made with.
+    first = pq.read_table(made / "tables" / "items.parquet")["item_id"][0].as_py()
+    for item in ("card", first):
+        write_new(card, [item], ["Blue garden chairs no. 7"], [CARD], none)
+        write_new(video, ["video"], ["Video: Red tea pots no. 2"], [VIDEO], [[item]])
+        before = commands.read_text_items(folder, video)[1][0, :6]
+        commands.reencode(folder, card, text=True)
+        half = commands.read_text_items(folder, card)[1][0, :6]
+        assert np.abs(before - half).max() > 1e-3
+        np.testing.assert_allclose(commands.read_text_items(folder, video)[1][0, :6], half, atol=1e-6)
+    later = pq.read_table(folder / "own_later.parquet")["item_id"].to_pylist()
+    assert sorted(later) == sorted(["card", "video", first])
+
+
+def test_killed_while_own_embeddings_are_written_the_old_ones_stay(made, tmp_path):
+    folder = as_ids(made, tmp_path)
+    program = "import sys, numpy as np; from jaxrec.semantic_ids.vectors import keep_own\n"
+    program += "for name, value in (('a', 1), ('b', 2)): keep_own(sys.argv[1], [name], np.full((1, 6), value, 'f4'))"
+    line = [sys.executable, "-c", program, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    assert subprocess.run(line, env=environment, check=False).returncode == 0
+    before = (folder / "own_later.parquet").read_bytes()
+    killed = subprocess.run(line, env=environment | {"JAXREC_KILL_AT": "partial:own"}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (folder / "own_later.parquet").read_bytes() == before
+    ids, own = read_own(folder, pa.array(["b", "x", "a"]), 6)
+    assert dict(zip(ids.to_pylist(), own[:, 0].tolist())) == {"a": 1, "b": 2}
+
+
+def test_only_the_products_that_are_named_are_read(made, tmp_path, monkeypatch):
+    def read(path, filters):
+        found = read_table(path, filters=filters)
+        rows.append(len(found))
+        return found
+
+    rows, read_table = [], pq.read_table
+    item = read_table(made / "tables" / "items.parquet")["item_id"][3].as_py()
+    path = write_new(tmp_path / "new.parquet", ["v"], ["Video: Red tea pots"], [VIDEO], [[item]])
+    folder = as_ids(made, tmp_path)
+    monkeypatch.setattr("jaxrec.semantic_ids.vectors.pq.read_table", read)
+    with_products(folder, np.ones((1, 6), np.float32), pq.ParquetFile(path).read())
+    assert rows == [1]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.nulls(2),
+        pa.array([[], []]),
+        pa.array([[], []], pa.list_(pa.string())),
+        pa.array([None, []], pa.large_list(pa.large_string())),
+        pa.array([["card"], ["card"]], pa.list_(pa.string(), 1)),
+        pa.array([["card"], []], pa.large_list(pa.large_string())),
+        pa.array([["card"], []], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_lists_of_products_may_be_of_any_kind(made, tmp_path, column):
+    texts = ["Red tea pots no. 1", "Video: Red tea pots no. 2"]
+    path = write_new(tmp_path / "new.parquet", ["card", "video"], texts, [CARD, VIDEO], column)
+    card, video = commands.read_text_items(made / "ids", path)[1]
+    sold = column[1].as_py()
+    np.testing.assert_allclose(video[:6], card[:6] if sold else video[6:], atol=1e-6)
+
+
 def test_tables_without_scenarios_are_named(made, tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "ids").mkdir()
@@ -133,8 +234,32 @@ def test_tables_without_scenarios_are_named(made, tmp_path):
         run(tmp_path / "tables", tmp_path / "ids", TOWERS)
 
 
+def test_a_model_is_refused_the_embeddings_of_another_list_of_items(made, tmp_path):
+    made_run = Run(tmp_path)
+    shutil.copytree(made / "tables", made_run.tables)
+    shutil.copytree(made / "ids", made_run.semantic_ids)
+    shutil.rmtree(made_run.semantic_ids / "versions", ignore_errors=True)
+    mall = load_config("tests/mall.py")
+    embeddings = load_file(made / "ids" / "embeddings.safetensors")["embeddings"]
+    np.testing.assert_array_equal(assemble(made_run, mall).catalogue.embeddings, embeddings)
+    # As many items as before, all but the last of them in another row.
+    items = pq.read_table(made_run.tables / "items.parquet")
+    first, *others = items["item_id"].to_pylist()
+    catalogue.remove(made_run.semantic_ids, [first])
+    catalogue.append(made_run.semantic_ids, ["new"], embeddings[:1])
+    publish(made_run.semantic_ids)
+    columns = items.set_column(items.column_names.index("item_id"), "item_id", pa.array([*others, "new"]))
+    pq.write_table(columns, made_run.tables / "items.parquet")
+    with pytest.raises(UserError, match=r"embeddings.safetensors has the embeddings of another list of items"):
+        assemble(made_run, mall)
+
+
 def test_scenarios_are_chosen_on_the_command_line():
     config, _ = parse_cli(["tests/mall.py", "--run", "a", "--scenarios", "TowersConfig", "--scenarios.steps", "7"])
     assert config.scenarios == TowersConfig(steps=7)
     assert from_json(OneMallConfig, to_json(config)) == config
-    assert parse_cli(["tests/mall.py", "--run", "a"])[0].scenarios is None
+    plain = parse_cli(["tests/mall.py", "--run", "a"])[0]
+    assert plain.scenarios is None
+    old = to_json(plain)
+    del old["scenarios"]  # As a run has it that was made before there was a choice.
+    assert from_json(OneMallConfig, old) == plain

@@ -78,6 +78,15 @@ def test_file_round_trip_in_catalogue_order(space, tmp_path):
     assert again.codebook_sizes == (2, 3)
 
 
+def test_a_file_is_read_in_its_own_order(space, tmp_path):
+    write_codes(tmp_path / "codes.parquet", pa.array(ITEMS[::-1]), space)
+    np.testing.assert_array_equal(read_codes(tmp_path / "codes.parquet").codes, CODES)
+    table = pq.read_table(tmp_path / "codes.parquet")
+    pq.write_table(pa.concat_tables([table, table.slice(1, 1)]), tmp_path / "codes.parquet")
+    with pytest.raises(UserError, match=f"{ITEMS[-2]!r} is listed more than once"):
+        read_codes(tmp_path / "codes.parquet")
+
+
 def test_a_foreign_file_takes_its_sizes_from_its_codes(tmp_path):
     pq.write_table(pa.table({"item_id": ["x", "y"], "c1": [4, 0], "c2": [0, 1]}), tmp_path / "codes.parquet")
     assert read_codes(tmp_path / "codes.parquet", ["x", "y"]).codebook_sizes == (5, 2)
@@ -156,6 +165,21 @@ def test_the_phase_writes_what_later_phases_read_the_same_each_time(tables, tmp_
     assert figures == json.loads(json.dumps(quality(space, embeddings, partial(codebooks.decode, books), pairs)))
 
 
+def test_the_phase_names_a_bad_configuration_before_the_long_work(tables, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the items were embedded")
+
+    monkeypatch.setattr("jaxrec.semantic_ids.tokenize.embed_catalogue", refuse)
+    small = SemanticIdConfig(ResidualConfig((4,)), None)
+    for ids, collisions, message in (
+        (small, CollisionConfig(capacity=0), "collisions.capacity=0"),
+        (SemanticIdConfig(ResidualConfig((81,)), None), CollisionConfig(), "80 rows cannot fill a codebook of 81"),
+        (SemanticIdConfig(None, None), CollisionConfig(), "neither a hierarchy nor a remainder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tokenize(tables, tmp_path, EncoderConfig(), AlignConfig(), ids, collisions, seed=0)
+
+
 def test_the_phase_names_bad_tables(tables, tmp_path):
     with pytest.raises(UserError, match="no pairs of kind 'itemcf'"):
         run_tokenize(tables, tmp_path / "kind", kind="itemcf")
@@ -165,5 +189,5 @@ def test_the_phase_names_bad_tables(tables, tmp_path):
         run_tokenize(tables, tmp_path / "text")
     ragged = items.append_column("embedding", pa.array([[1.0, 2.0]] * 79 + [[1.0]], pa.list_(pa.float32())))
     pq.write_table(ragged, tables / "items.parquet")
-    with pytest.raises(UserError, match="row 79 is 1 wide"):
+    with pytest.raises(UserError, match=r"items.parquet: the embedding of item_id 'i079' \(row 79\) is 1 wide"):
         run_tokenize(tables, tmp_path / "ragged")

@@ -121,9 +121,28 @@ def test_the_catalogue_lives_on_without_embeddings(parquet):
     commands.remove(parquet / "out", parquet / "more.parquet")
     table = read_version(parquet / "out")
     assert table.version == 3 and len(table.item_ids) == 301
-    assert np.isnan(table.errors[:300]).all() and np.isfinite(table.errors[300])
     np.testing.assert_array_equal(table.encoded, table.codes)
     assert [row["error_ratio"] for row in drift(parquet / "out")] == [None, 1, None]
+
+
+def test_items_are_encoded_anew_without_embeddings(parquet):
+    fit_command(command(parquet, in_memory=200))
+    before = pq.read_table(parquet / "out" / "codes.parquet").to_pylist()
+    same, other = (pa.table({"item_id": ["i003", "i250"], "embedding": list(x)}) for x in (X[[3, 250]], X[[250, 3]]))
+    pq.write_table(same, parquet / "more.parquet")
+    commands.reencode(parquet / "out", parquet / "more.parquet")
+    assert read_version(parquet / "out").version == 1
+    pq.write_table(other, parquet / "more.parquet")
+    commands.reencode(parquet / "out", parquet / "more.parquet", publish=True)
+    after = pq.read_table(parquet / "out" / "codes.parquet").to_pylist()
+    swapped = {3: 250, 250: 3}
+    for row, codes in enumerate(after):
+        assert codes == before[swapped.get(row, row)] | {"item_id": f"i{row:03}"}
+    pq.write_table(pa.table({"item_id": ["new"], "embedding": list(X[3:4])}), parquet / "more.parquet")
+    commands.append(parquet / "out", parquet / "more.parquet")
+    table = read_version(parquet / "out")
+    assert table.version == 3
+    np.testing.assert_array_equal(table.codes[300], table.codes[250])
 
 
 def test_as_many_items_as_it_holds_are_quantized_in_memory(parquet):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,13 +18,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, load_config
+from jaxrec.run import Run
 from jaxrec.semantic_ids import Codebooks, SemanticIdSpace, codebooks, commands, read_codes, write_codes
 from jaxrec.semantic_ids.catalogue import append, reencode, remove
 from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.drift import drift
 from jaxrec.semantic_ids.residual import Residual
-from jaxrec.semantic_ids.versions import begin, list_versions, locked, publish, read_version, roll_back
+from jaxrec.semantic_ids.versions import (
+    Changes,
+    _stack,
+    begin,
+    list_versions,
+    locked,
+    publish,
+    read_version,
+    roll_back,
+)
+from jaxrec.systems import onemall
+from jaxrec.text.scenarios import TowersConfig
 
 LEVELS = ([[0.0], [100.0]], [[0.0], [10.0], [20.0]])
 """IDs on a line: <a,b> stands for 100 a + 10 b."""
@@ -56,13 +69,12 @@ def folder(tmp_path):
 
 def codes_of(folder, version=None):
     table = read_version(folder, version)
-    return dict(zip(table.item_ids, map(tuple, table.codes.tolist())))
+    return dict(zip(table.item_ids.to_pylist(), map(tuple, table.codes.tolist())))
 
 
 def test_the_first_version_is_what_tokenize_made(folder):
     table = begin(folder)
     assert codes_of(folder) == {"a": (0, 0), "b": (0, 1), "c": (1, 0), "d": (1, 0)}
-    np.testing.assert_allclose(table.errors, [0, 1, 0, 4])
     assert table.record["figures"] == {
         "items": 4,
         "inactive": 0,
@@ -94,17 +106,34 @@ def test_an_append_can_be_run_again(folder):
     assert codes_of(folder)["x"] == (0, 2) and len(list_versions(folder)) == 2
 
 
+def test_of_an_item_the_last_row_counts_at_the_place_of_its_first():
+    rng = np.random.default_rng(0)
+    parts, expected, first = [], {}, 0
+    for size in (7, 0, 30, 11):
+        ids = [f"i{n}" for n in rng.permutation(40)[:size]]
+        codes = np.arange(first, first + size, dtype=np.int32)[:, None]
+        first += size
+        parts.append(Changes(pa.array(ids, pa.string()), codes, codes, codes[:, 0] % 2 == 0))
+        for item, code in zip(ids, codes[:, 0].tolist()):
+            expected[item] = code
+    table = _stack(parts, {"codebook_sizes": [100]})
+    assert dict(zip(table.item_ids.to_pylist(), table.codes[:, 0].tolist())) == expected
+    assert table.item_ids.to_pylist() == list(expected)
+    np.testing.assert_array_equal(table.active, table.codes[:, 0] % 2 == 0)
+    assert table.rows(["i3", "no", "i5"]).tolist() == [list(expected).index("i3"), -1, list(expected).index("i5")]
+
+
 def test_an_item_that_left_comes_back_with_its_id(folder):
     append(folder, ["x"], line(21))
     assert remove(folder, ["x", "b"]) == {"version": 3, "removed": 2, "known": 0}
     assert remove(folder, ["x"]) == {"version": 3, "removed": 0, "known": 1}
     table = read_version(folder)
-    assert table.active_ids == ["a", "c", "d"] and table.record["figures"]["inactive"] == 2
+    assert table.active_ids.to_pylist() == ["a", "c", "d"] and table.record["figures"]["inactive"] == 2
     with pytest.raises(UserError, match="no active item_id 'b'"):
         table.space(["a", "b"])
     back = append(folder, ["b", "y"], line(150, 113))  # Its embedding has changed; its ID has not.
     assert (back["version"], back["added"], back["returned"], back["known"]) == (4, 1, 1, 0)
-    assert read_version(folder).active_ids == ["a", "b", "c", "d", "y"]
+    assert read_version(folder).active_ids.to_pylist() == ["a", "b", "c", "d", "y"]
     assert codes_of(folder)["b"] == (0, 1)
     assert list_versions(folder)[-1]["figures"]["error"] == pytest.approx(9)  # That of y alone.
 
@@ -246,6 +275,42 @@ def test_drift_tells_when_codebooks_are_outdated(folder):
     assert json.loads(json.dumps([first, far])) == [first, far]
 
 
+def test_without_embeddings_a_rise_is_told_from_the_first_append_on(tmp_path):
+    folder = make_folder(tmp_path / "ids", line(0, 11), embeddings=False)
+    for item, value in (("x", 22), ("y", 112.5), ("z", 103)):  # Squared errors 4, 6.25 and 9.
+        append(folder, [item], line(value))
+    assert [row["error_rise"] for row in drift(folder)] == [None, 1, pytest.approx(6.25 / 4), pytest.approx(9 / 4)]
+
+
+def test_what_is_refused_leaves_a_fresh_folder_as_it_was(folder):
+    for call in (
+        lambda: append(folder, ["x"], line(np.nan)),
+        lambda: append(folder, ["x"], line(0), np.array([np.nan])),
+        lambda: append(folder, ["x"], line(0), np.zeros(2)),
+        lambda: reencode(folder, ["a", "a"], line(0, 0)),
+        lambda: reencode(folder, ["a"], np.zeros((1, 2))),
+    ):
+        with pytest.raises(UserError):
+            call()
+        assert list_versions(folder) == []
+
+
+def test_a_folder_without_codebooks_is_left_alone(tmp_path):
+    for call in (lambda: begin(tmp_path), lambda: append(tmp_path, ["x"], line(0)), lambda: publish(tmp_path)):
+        with pytest.raises(UserError, match=r"holds no codebooks\.safetensors: give the semantic_ids folder"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_known_items_are_not_sorted_into_the_catalogue_again(folder, monkeypatch):
+    begin(folder)
+    remove(folder, ["b"])
+    monkeypatch.setattr("jaxrec.semantic_ids.catalogue.resolve", lambda *_: pytest.fail("IDs were resolved"))
+    assert append(folder, ["a"], line(0)) == {"version": 2, "added": 0, "returned": 0, "known": 1}
+    assert append(folder, ["b", "a"], line(0, 0)) == {"version": 3, "added": 0, "returned": 1, "known": 1}
+    assert codes_of(folder)["b"] == (0, 1)
+
+
 def test_without_embeddings_the_first_errors_are_those_of_the_first_append(tmp_path):
     folder = make_folder(tmp_path / "ids", line(0, 11), embeddings=False)
     append(folder, ["x"], line(21))
@@ -259,6 +324,53 @@ def test_a_rise_after_the_first_append_counts_too(tmp_path):
     append(folder, ["y"], line(113.5))  # 3.5^2 is 1.36 times 3^2, less than 1.5 times, more than 1.25.
     hints = [row["hint"] for row in drift(folder)]
     assert hints[:2] == ["", ""] and "1.36 times the squared error of the first that came later" in hints[2]
+
+
+class ExamplesWanted(Exception):
+    """The run has its IDs."""
+
+
+def test_a_run_does_not_replace_ids_that_have_later_versions(tmp_path, monkeypatch):
+    def stop(*_):
+        raise ExamplesWanted
+
+    monkeypatch.setattr(onemall, "prepare", lambda *_: None)
+    monkeypatch.setattr(onemall, "tokenize", lambda *_, **__: None)
+    monkeypatch.setattr(onemall, "write_examples", stop)
+    run, config = Run(tmp_path), load_config("tests/mall.py")
+    made = tmp_path / "semantic_ids" / "versions"
+
+    def train(seed):
+        with pytest.raises(ExamplesWanted):
+            onemall.train(run, replace(config, seed=seed))
+
+    train(0)
+    (made / "000001").mkdir(parents=True)
+    train(1)  # The first version alone is what the phase makes anyway.
+    assert not made.exists()
+    (made / "000001").mkdir(parents=True)
+    (made / "000002").mkdir()
+    train(1)
+    with pytest.raises(UserError, match="in its versions, which new IDs would replace: give another --run"):
+        onemall.train(run, replace(config, seed=2))
+    assert (made / "000002").exists()
+
+
+def test_scenarios_count_only_where_they_are_chosen(tmp_path, monkeypatch):
+    def stop(_, parts):
+        raise ExamplesWanted(*parts)
+
+    monkeypatch.setattr(Run, "phase", lambda *_: "tables")
+    monkeypatch.setattr(onemall, "fingerprint", lambda *parts: parts)
+    monkeypatch.setattr(onemall, "check_replaceable", stop)
+    config = load_config("tests/mall.py")
+    for scenarios, counted in ((None, []), (TowersConfig(), [TowersConfig()])):
+        with pytest.raises(ExamplesWanted) as found:
+            onemall.train(Run(tmp_path), replace(config, scenarios=scenarios))
+        # Without them the inputs are those of runs from before there were any.
+        *_, align, ids, collisions, seed = (part for part in found.value.args if part not in counted)
+        assert (align, ids, collisions, seed) == (config.align, config.semantic_ids, config.collisions, config.seed)
+        assert [part for part in found.value.args if part in (None, TowersConfig())] == counted
 
 
 PROGRAM = """
@@ -340,8 +452,9 @@ def test_a_damaged_file_is_named(folder, name):
         read_version(folder)
     assert str(path) in str(error.value)
     path.unlink()
-    with pytest.raises(UserError, match=r"missing|no current version"):
+    with pytest.raises(UserError, match=r"missing|no current version") as error:
         read_version(folder)
+    assert "train.py" not in str(error.value)
 
 
 def test_a_lost_pointer_is_not_guessed(folder):
@@ -411,10 +524,12 @@ def test_commands_say_what_they_did(folder, tmp_path, capsys):
     live = write_items(tmp_path / "live.parquet", item_id=["c", "d"], embedding=pa.array(list(line(112, 102))))
     commands.append(folder, new)
     commands.remove(folder, gone, publish=True)
+    first = capsys.readouterr().out
+    assert "embeddings.safetensors stays as it was tokenized" in first
     assert read_codes(folder / "codes.parquet", list("acdx")).levels == 2
     commands.reencode(folder, live)
     commands.rollback(folder, 2)
-    said = capsys.readouterr().out
+    said = first + capsys.readouterr().out
     for words in (
         "Version 2: 1 new, 1 were there and keep their IDs.",
         "Collisions: items keep their IDs",
@@ -446,7 +561,7 @@ def test_text_embeddings_go_through_the_alignment(folder, tmp_path):
     np.testing.assert_allclose(commands.aligned(folder, np.float32([[4, 9], [0, 5]])), [[1], [-1]])
     path = write_items(tmp_path / "text.parquet", item_id=["x"], embedding=[[4.0, 9.0]])
     commands.append(folder, path, text=True)
-    assert read_version(folder).errors[-1] == pytest.approx(1)
+    assert list_versions(folder)[-1]["figures"]["error"] == pytest.approx(1)
     with pytest.raises(UserError, match=r"are 3 wide, but the alignment .* takes 2"):
         commands.aligned(folder, np.zeros((1, 3), np.float32))
     with pytest.raises(UserError, match="holds no alignment"):

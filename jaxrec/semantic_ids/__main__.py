@@ -15,8 +15,8 @@ import jax
 import tyro
 
 from jaxrec.config import UserError, choose_types
-from jaxrec.run import console, report_user_errors, writing
-from jaxrec.semantic_ids import commands, streaming
+from jaxrec.run import console, disk_full, report_user_errors, sync, writing
+from jaxrec.semantic_ids import codebooks, collisions, commands, streaming
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig, describe
 from jaxrec.semantic_ids.files import Items, check_distinct, open_items
@@ -81,7 +81,7 @@ def fit(config: FitConfig) -> dict:
     """Fits codebooks and writes the folder; returns the figures of quality.json.
 
     Raises:
-      UserError: the file or the configuration cannot be used, or the folder is there already.
+      UserError: the file or the configuration cannot be used, or the folder is there already or cannot be made.
     """
     if config.out.exists():
         raise UserError(f"{config.out} is there already: give another --out, or delete it")
@@ -93,9 +93,12 @@ def fit(config: FitConfig) -> dict:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(config.out):
-            partial.mkdir(parents=True)
+            _make(partial, config.out)
             figures = write(partial, items, config)
+            for path in (*partial.iterdir(), partial):
+                sync(path)
             partial.rename(config.out)
+            sync(config.out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -109,7 +112,18 @@ def fit(config: FitConfig) -> dict:
     return figures
 
 
+def _make(folder: Path, out: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        if disk_full(error):
+            raise
+        raise UserError(f"{out} cannot be written ({error.strerror}): give another --out") from error
+
+
 def _write_in_memory(folder: Path, items: Items, config: FitConfig) -> dict:
+    collisions.check(config.collisions)
+    codebooks.check(config.semantic_ids, (len(items), items.width))
     scan = items.scan()
     check_distinct(scan.item_ids, items.path)
     return write_ids(

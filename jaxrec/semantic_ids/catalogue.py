@@ -12,42 +12,59 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from jaxrec.config import UserError
 from jaxrec.semantic_ids import codebooks
-from jaxrec.semantic_ids.collisions import describe, resolve, squared_errors
-from jaxrec.semantic_ids.rows import check_width, to_matrix
+from jaxrec.semantic_ids.collisions import Resolved, describe, resolve, squared_errors
+from jaxrec.semantic_ids.rows import check_width, not_finite, to_matrix
+from jaxrec.semantic_ids.space import as_strings
+from jaxrec.semantic_ids.vectors import keep_own
 from jaxrec.semantic_ids.versions import BOOKS, Changes, IdTable, begin_locked, commit, locked
 
 
-def append(folder: Path, item_ids: Sequence[str], embeddings: np.ndarray, popularity: np.ndarray | None = None) -> dict:
+def append(
+    folder: Path,
+    item_ids: Sequence[str],
+    embeddings: np.ndarray,
+    popularity: np.ndarray | None = None,
+    own: np.ndarray | None = None,
+) -> dict:
     """Give new items their IDs, under the policy for collisions that the first items had.
 
     Args:
       item_ids: [n], embeddings: f32 [n, D]. An item that is there already keeps its ID whatever its embedding, and is
         counted as `known`; one that had left comes back with the ID it had.
       popularity: [n], which of the new items come first; None: in their order.
+      own: f32 [n, D'], with scenarios: the items' own embeddings, kept for those that sell them (`vectors.keep_own`).
     Returns:
-      `version` (the current one when there is nothing new), `added`, `returned`, `known`, `collisions`.
+      `version` (the current one when there is nothing new), `added`, `returned`, `known`; `collisions` where there are
+      new items.
     Raises:
       UserError: no items, an item listed twice, an embedding of another width or with NaN or infinity, an extra level
         that is full, or what `versions.read_version` refuses.
     """
     folder = Path(folder)
     with locked(folder):
-        table, books = begin_locked(folder), codebooks.load(folder / BOOKS)
+        books = codebooks.load(folder / BOOKS)
         x = check_items(item_ids, embeddings, books.width)
-        rows = np.array([table.row.get(item, -1) for item in item_ids])
+        check_popularity(popularity, len(item_ids))
+        table = begin_locked(folder)
+        rows = table.rows(item_ids)
         new = np.flatnonzero(rows < 0)
         back = rows[rows >= 0][~table.active[rows[rows >= 0]]]
-        encoded = codebooks.encode(books, x[new])
-        first = _chosen(popularity, item_ids, new)
-        resolved = resolve(encoded, books.sizes, table.collisions, x[new], books, first, table.codes)
         counts = {"added": len(new), "returned": len(back), "known": len(rows) - len(new) - len(back)}
-        report = {"collisions": resolved.changed | {"text": describe(resolved.changed)}}
+        encoded, codes, report = table.encoded[:0], table.codes[:0], {}
+        if len(new):
+            encoded = codebooks.encode(books, x[new])
+            first = None if popularity is None else np.asarray(popularity)[new]
+            resolved = resolve(encoded, books.sizes, table.collisions, x[new], books, first, table.codes)
+            codes, report = resolved.codes, _told(resolved)
+        # Before the version: killed in between, no item is there without its own embedding.
+        _keep(folder, item_ids, own)
         if len(new) or len(back):
             errors = squared_errors(books, encoded, x[new])
-            changes = _changes(table, back, True, [item_ids[row] for row in new], resolved.codes, encoded, errors)
+            changes = _changes(table, back, True, [item_ids[row] for row in new], codes, encoded)
             table = commit(folder, table, changes, errors, table.collisions, "append", counts, report)
         return {"version": table.version, **counts, **report}
 
@@ -70,12 +87,16 @@ def remove(folder: Path, item_ids: Sequence[str]) -> dict:
         counts = {"removed": len(rows), "known": len(item_ids) - len(rows)}
         if len(rows):
             changes = _changes(table, rows, False)
-            table = commit(folder, table, changes, changes.errors[:0], table.collisions, "remove", counts)
+            table = commit(folder, table, changes, np.zeros(0, np.float32), table.collisions, "remove", counts)
         return {"version": table.version, **counts}
 
 
 def reencode(
-    folder: Path, item_ids: Sequence[str], embeddings: np.ndarray, popularity: np.ndarray | None = None
+    folder: Path,
+    item_ids: Sequence[str],
+    embeddings: np.ndarray,
+    popularity: np.ndarray | None = None,
+    own: np.ndarray | None = None,
 ) -> dict:
     """Encode items anew whose embeddings changed, such as live streams that sell something else by now.
 
@@ -90,8 +111,10 @@ def reencode(
     """
     folder = Path(folder)
     with locked(folder):
-        table, books = begin_locked(folder), codebooks.load(folder / BOOKS)
+        books = codebooks.load(folder / BOOKS)
         x = check_items(item_ids, embeddings, books.width)
+        check_popularity(popularity, len(item_ids))
+        table = begin_locked(folder)
         rows = _rows(table, item_ids, "append it first")
         if len(gone := np.flatnonzero(~table.active[rows])):
             raise UserError(
@@ -100,8 +123,9 @@ def reencode(
         encoded = codebooks.encode(books, x)
         moved = np.flatnonzero((encoded != table.encoded[rows]).any(axis=1))
         others = np.delete(table.codes, rows[moved], axis=0)
-        first = _chosen(popularity, item_ids, moved)
+        first = None if popularity is None else np.asarray(popularity)[moved]
         resolved = resolve(encoded[moved], books.sizes, table.collisions, x[moved], books, first, others)
+        _keep(folder, item_ids, own)
         codes = table.codes[rows].copy()
         codes[moved] = resolved.codes
         different = codes != table.codes[rows]
@@ -110,12 +134,12 @@ def reencode(
             "changed_share": float(different.any(axis=1).mean()),
             "changed_codes": different.mean(axis=0).tolist(),
             "changed_codes_mean": float(different.mean()),
-            "collisions": resolved.changed | {"text": describe(resolved.changed)},
+            **_told(resolved),
         }
         if len(moved):
             errors = squared_errors(books, encoded, x)
-            ids, active = [item_ids[row] for row in moved], np.ones(len(moved), bool)
-            changes = Changes(ids, resolved.codes, encoded[moved], active, errors[moved])
+            ids = as_strings([item_ids[row] for row in moved])
+            changes = Changes(ids, resolved.codes, encoded[moved], np.ones(len(moved), bool))
             table = commit(folder, table, changes, errors, table.collisions, "reencode", counts, report)
         return {"version": table.version, **counts, **report}
 
@@ -138,28 +162,36 @@ def check_items(item_ids: Sequence[str], embeddings: np.ndarray, width: int) -> 
     x = np.asarray(to_matrix(embeddings))
     if len(x) != len(item_ids):
         raise UserError(f"{len(x)} embeddings do not fit {len(item_ids)} items: give one embedding an item")
-    for row in np.flatnonzero(~np.isfinite(x).all(axis=1))[:1]:
+    for row in not_finite(x)[:1]:
         raise UserError(f"the embedding of item_id {item_ids[row]!r} (row {row}) holds NaN or infinity: mend it first")
     check_width(x, width)
     return x
 
 
-def _rows(table: IdTable, item_ids: Sequence[str], mend: str) -> np.ndarray:
-    for item in item_ids:
-        if item not in table.row:
-            raise UserError(f"item_id {item!r} has no semantic ID in version {table.version}: {mend}")
-    return np.array([table.row[item] for item in item_ids])
-
-
-def _chosen(popularity: np.ndarray | None, item_ids: Sequence[str], rows: np.ndarray) -> np.ndarray | None:
-    """The popularity of some of the items."""
+def check_popularity(popularity: np.ndarray | None, items: int) -> None:
+    """UserError when there is a popularity, but not one number an item."""
     if popularity is None:
-        return None
-    if np.shape(popularity) != (len(item_ids),):
+        return
+    if np.shape(popularity) != (items,) or np.isnan(np.asarray(popularity, np.float64)).any():
         raise UserError(
-            f"popularity of shape {np.shape(popularity)} does not fit {len(item_ids)} items: give each one number"
+            f"popularity of shape {np.shape(popularity)} does not fit {items} items: give each one number, and not NaN"
         )
-    return np.asarray(popularity)[rows]
+
+
+def _keep(folder: Path, item_ids: Sequence[str], own: np.ndarray | None) -> None:
+    if own is not None:
+        keep_own(folder, list(item_ids), own)
+
+
+def _rows(table: IdTable, item_ids: Sequence[str], mend: str) -> np.ndarray:
+    rows = table.rows(item_ids)
+    for row in np.flatnonzero(rows < 0)[:1]:
+        raise UserError(f"item_id {item_ids[row]!r} has no semantic ID in version {table.version}: {mend}")
+    return rows
+
+
+def _told(resolved: Resolved) -> dict:
+    return {"collisions": resolved.changed | {"text": describe(resolved.changed)}}
 
 
 def _changes(
@@ -169,14 +201,12 @@ def _changes(
     new_ids: Sequence[str] = (),
     codes: np.ndarray | None = None,
     encoded: np.ndarray | None = None,
-    errors: np.ndarray | None = None,
 ) -> Changes:
     """Rows of a table that become active or inactive, and new rows behind them."""
     codes = table.codes[:0] if codes is None else codes
     return Changes(
-        [table.item_ids[row] for row in rows] + list(new_ids),
+        pa.concat_arrays([table.item_ids.take(pa.array(rows, pa.int64())), as_strings(new_ids)]),
         np.concatenate([table.codes[rows], codes]),
         np.concatenate([table.encoded[rows], table.encoded[:0] if encoded is None else encoded]),
         np.concatenate([np.full(len(rows), active), np.ones(len(codes), bool)]),
-        np.concatenate([table.errors[rows], table.errors[:0] if errors is None else errors]),
     )

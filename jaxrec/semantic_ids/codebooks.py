@@ -26,7 +26,7 @@ from jaxrec.semantic_ids import fsq, opq, residual, rqvae
 from jaxrec.semantic_ids.fsq import Fsq, FsqConfig
 from jaxrec.semantic_ids.opq import Opq, OpqConfig
 from jaxrec.semantic_ids.residual import Residual, ResidualConfig
-from jaxrec.semantic_ids.rows import check_enough, check_rows, check_width, to_matrix
+from jaxrec.semantic_ids.rows import check_enough, check_rows, check_width, not_finite, to_matrix
 from jaxrec.semantic_ids.rqvae import RqVae, RqVaeConfig
 
 MODULES = {
@@ -115,11 +115,14 @@ def encode(codebooks: Codebooks, x: np.ndarray | jax.Array) -> np.ndarray:
     Raises:
       UserError: a row with NaN or infinity, or a width that the codebooks were not fitted to.
     """
-    x = check_rows(x, 0)
+    x = to_matrix(x)
     check_width(x, codebooks.width)
-    if not len(x):
-        return np.zeros((0, len(codebooks.sizes)), np.int32)
-    return np.concatenate([_encode_block(codebooks, rows) for rows in _blocks(x)])
+    codes = [np.zeros((0, len(codebooks.sizes)), np.int32)]
+    for rows in _blocks(x):
+        if len(not_finite(rows)):
+            check_rows(x, 0)  # Which names the row among all of them.
+        codes.append(_encode_block(codebooks, rows))
+    return np.concatenate(codes)
 
 
 def encode_catalogue(codebooks: Codebooks, x: np.ndarray | jax.Array, config: SemanticIdConfig) -> np.ndarray:

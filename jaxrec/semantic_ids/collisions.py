@@ -114,7 +114,8 @@ def resolve(
         changed |= moved
     else:
         changed |= {"moved": 0, "without_room": 0}
-    after = SemanticIdSpace(np.concatenate([taken, codes]), sizes).counts
+    # Sorting a whole catalogue takes a while, and `keep` has changed nothing.
+    after = before if config.policy == "keep" else SemanticIdSpace(np.concatenate([taken, codes]), sizes).counts
     for name, counts in (("before", before), ("after", after)):
         changed |= {f"distinct_{name}": len(counts), f"largest_{name}": int(counts.max(initial=0))}
     return Resolved(codes, sizes, changed)

@@ -18,7 +18,8 @@ from jaxrec.config import UserError
 from jaxrec.run import console
 from jaxrec.semantic_ids import catalogue, files, versions
 from jaxrec.semantic_ids.drift import drift, drift_table
-from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts, with_products
+from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts, has_scenarios, with_products
+from jaxrec.semantic_ids.vectors import EMBEDDINGS
 
 
 def append(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
@@ -121,25 +122,25 @@ def read_items(path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
     return scan.item_ids.to_pylist(), scan.x, scan.counts
 
 
-def read_text_items(folder: Path, path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+def read_text_items(folder: Path, path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None, np.ndarray | None]:
     """As `read_items`, embedded as the run of a semantic_ids folder embedded its items.
 
     From their `text`, where the run encoded texts; else from `embedding`, those of the encoder before any alignment.
-    Where the run knows scenarios, by `scenario` and `product_ids` too.
+    Where the run knows scenarios, by `scenario` and `product_ids` too, and their own embeddings, f32 [n, D], come last;
+    else None does.
 
     Raises:
       UserError: as `read_items`; neither column will do, or the column `text` holds something else.
     """
-    table = files.read_table(path, ["item_id"])
-    if "text" not in table.column_names or not encodes_texts(folder):
+    wanted = ["scenario", "product_ids", *(["text", "count"] if encodes_texts(folder) else [])]
+    table = files.read_table(path, ["item_id"], wanted)
+    if "text" in table.column_names:
+        ids, counts = table["item_id"].to_pylist(), files.counts_of(table, path)
+        own = embed_new(folder, _texts(path, table), ids)
+    else:
         ids, x, counts = read_items(path)
-        return ids, with_products(folder, aligned(folder, x), table), counts
-    ids, column = table["item_id"].to_pylist(), table["text"]
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise UserError(f"{path}: column 'text' is {column.type}, but must be text")
-    for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
-        raise UserError(f"{path}: item_id {ids[row]!r} (row {row}) has no text: give every item one")
-    return ids, with_products(folder, embed_new(folder, column.to_pylist()), table), files.counts_of(table)
+        own = aligned(folder, x, ids)
+    return ids, with_products(folder, own, table), counts, own if has_scenarios(folder) else None
 
 
 def read_ids(path: Path) -> list[str]:
@@ -147,5 +148,22 @@ def read_ids(path: Path) -> list[str]:
     return files.read_table(path, ["item_id"])["item_id"].to_pylist()
 
 
+def _texts(path: Path, table: pa.Table) -> list[str]:
+    column = table["text"]
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise UserError(f"{path}: column 'text' is {column.type}, but must be text")
+    for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
+        raise UserError(
+            f"{path}: item_id {table['item_id'][row].as_py()!r} (row {row}) has no text: give every item one"
+        )
+    return column.to_pylist()
+
+
 def _publish(folder: Path) -> None:
     console.print(f"{versions.publish(folder)} holds these IDs now.", markup=False)
+    if (folder / EMBEDDINGS).exists() and versions.current_number(folder) > 1:
+        console.print(
+            f"{EMBEDDINGS} stays as it was tokenized: a model of this run would see it beside the new IDs; tokenize "
+            "into a new run to train on them.",
+            markup=False,
+        )

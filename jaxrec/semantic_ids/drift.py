@@ -22,19 +22,21 @@ def drift(folder: Path) -> list[dict]:
     `cur_total` for whole IDs (OneSearch's CUR); `icr`: share of the IDs in use that one item has to itself (ICR).
     `error_added`: mean squared error of the items that the version encoded, before collisions were resolved, and
     `error_ratio`: how many times that of the first version that knows its errors; `error_rise`: how many times that of
-    the first version after it; None where nothing was encoded. `hint` is a sentence about `OUTDATED` or `RISEN` items,
-    or empty.
+    the first version in which items came or were encoded anew; None where nothing was encoded, or there is none yet.
+    `hint` is a sentence about `OUTDATED` or `RISEN` items, or empty.
 
     Raises:
       UserError: there are no versions, or one is damaged.
     """
     rows: list[dict] = []
     known: list[float] = []
+    later: list[float] = []
     for record in read_lineage(folder):
         figures, counts = record["figures"], record["counts"]
         error = figures["error"]
         known += [] if error is None else [error]
-        ratio, rise = (_times(error, known[at : at + 1]) for at in (0, 1))
+        later += [] if error is None or record["action"] == "begin" else [error]
+        ratio, rise = _times(error, known[:1]), _times(error, later[:1])
         rows.append(
             {
                 "version": record["version"],

@@ -11,7 +11,8 @@ projection. For new items the semantic_ids folder keeps
     text.json               the encoder (a package, a folder, or `encoder`, the one beside it) and how much it reads
     alignment.safetensors   the projection, where there is one
     encoder/                the encoder, where it was fine-tuned
-    own.parquet             with scenarios: item_id, embedding: of the items before their products were put beside them
+    own.parquet             with scenarios: the items' embeddings before their products were put beside them; those of
+                            items that come later are in own_later.parquet (`vectors`)
     item_tower.safetensors  with live streams: what makes their embeddings
 """
 
@@ -31,6 +32,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError
 from jaxrec.run import read_json, write_json
+from jaxrec.semantic_ids.files import open_items
+from jaxrec.semantic_ids.vectors import OWN, read_own, write_own
+from jaxrec.semantic_ids.versions import first_ids
 from jaxrec.text import align, finetune
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig, embed_texts
@@ -48,7 +52,7 @@ from jaxrec.text.scenarios import (
 )
 
 TEXT, ALIGNMENT, ENCODER = "text.json", "alignment.safetensors", "encoder"
-OWN, TOWER = "own.parquet", "item_tower.safetensors"
+TOWER = "item_tower.safetensors"
 
 
 def finetune_items(tables: Path, folder: Path, text_config: EncoderConfig, config: FinetuneConfig, seed: int) -> Path:
@@ -91,7 +95,8 @@ def embed_catalogue(
     text = {"model": None if own else text_config.model, "max_tokens": text_config.max_tokens}
     pairs = read_pairs(tables / "pairs.parquet", pair_kinds(align_config))
     if isinstance(align_config, AlignConfig):
-        vectors = read_embeddings(items, text_config)
+        path = tables / "items.parquet"
+        vectors = open_items(path).scan().x if own else embed_texts(read_texts(items), text_config)
         categories = items["category"].to_numpy() if "category" in items.column_names else None
         alignment = align.align(key, vectors, pairs, align_config, categories)
         flat = flatten_dict(alignment.params, sep=".")
@@ -129,7 +134,7 @@ def embed_scenarios(key: jax.Array, tables: Path, folder: Path, own: np.ndarray,
         data = tower_data(own, items, pq.read_table(tables / "events.parquet"), live_streams, config)
         tower = jax.tree.map(np.asarray, train_towers(key, data, config)["item"])
         save_file(flatten_dict(tower, sep="."), folder / TOWER)
-    pq.write_table(pa.table({"item_id": items["item_id"], "embedding": list(own)}), folder / OWN)
+    write_own(folder / OWN, items["item_id"], own)
     return scenario_embeddings(own, items, live_streams, tower)
 
 
@@ -137,29 +142,19 @@ def with_products(folder: Path, own: np.ndarray, items: pa.Table) -> np.ndarray:
     """Embeddings of new items by their scenarios, unit f32 [n, 2 D], from their own f32 [n, D]; without scenarios own.
 
     Args:
-      items: item_id, and scenario and product_ids (lists of str) where there are any; products are items that the run
-        was made with, or others of this table.
+      items: item_id, and scenario and product_ids (lists of str) where there are any; products are items of the run,
+        from the start or appended since, or others of this table.
 
     Raises:
-      UserError: a product is neither, or a live stream comes to a run without any.
+      UserError: a product is none of these, or a live stream comes to a run without any.
     """
     folder = Path(folder)
-    if not (folder / OWN).is_file():
+    if not has_scenarios(folder):
         return own
-    known = pq.read_table(folder / OWN)
-    vectors = np.concatenate([own, np.stack(known["embedding"].to_numpy(zero_copy_only=False))])
-    ids = pa.concat_arrays([items["item_id"].cast(pa.string()).combine_chunks(), known["item_id"].combine_chunks()])
-    products = np.full((len(own), 1), -1)
+    products, vectors = np.full((len(own), 1), -1), own
     if "product_ids" in items.column_names:
-        lists = items["product_ids"].combine_chunks()
-        if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
-            raise UserError(f"column 'product_ids' is {lists.type}, but must be a list of item ids")
-        named = lists.flatten()
-        if len(unknown := named.filter(pc.invert(pc.is_in(named, ids)))):
-            raise UserError(
-                f"product_ids names {unknown[0].as_py()!r}, whose own embedding is not at hand: give that item in the "
-                "same file, or leave it out"
-            )
+        lists = _lists(items["product_ids"].combine_chunks())
+        ids, vectors = _known(folder, lists.flatten(), items["item_id"].cast(pa.string()).combine_chunks(), own)
         products = product_table(lists, ids)
     inputs = compose(own, products, vectors)
     scenarios = items["scenario"].to_pylist() if "scenario" in items.column_names else []
@@ -171,23 +166,32 @@ def with_products(folder: Path, own: np.ndarray, items: pa.Table) -> np.ndarray:
     return inputs
 
 
+def has_scenarios(folder: Path) -> bool:
+    """Whether the items of a semantic_ids folder were embedded by their scenarios."""
+    return (Path(folder) / OWN).is_file()
+
+
 def encodes_texts(folder: Path) -> bool:
     """Whether a semantic_ids folder says how texts become embeddings."""
     path = Path(folder) / TEXT
     return path.is_file() and read_json(path)["model"] is not None
 
 
-def embed_new(folder: Path, texts: Sequence[str]) -> np.ndarray:
-    """Embeddings of new items from their texts, made as those of the catalogue were, f32 [n, D]."""
+def embed_new(folder: Path, texts: Sequence[str], item_ids: Sequence[str] = ()) -> np.ndarray:
+    """Embeddings of items from their texts, made as those of the catalogue were, f32 [n, D]; item_ids as `aligned`."""
     made = read_json(Path(folder) / TEXT)
     beside = made["model"] == ENCODER
     model = str(Path(folder) / ENCODER) if beside else made["model"]
     vectors = embed_texts(texts, EncoderConfig(model=model, max_tokens=made["max_tokens"]))
-    return vectors if beside else aligned(folder, vectors)
+    return vectors if beside else aligned(folder, vectors, item_ids)
 
 
-def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
-    """Text embeddings f32 [n, D] of new items, through the alignment that the run learned, f32 [n, width].
+def aligned(folder: Path, text: np.ndarray, item_ids: Sequence[str] = ()) -> np.ndarray:
+    """Text embeddings f32 [n, D] of items, through the alignment that the run learned, f32 [n, width].
+
+    Args:
+      item_ids: [n]; what the run learned beside the text of an item it was made with is added, as it was the first
+        time, or the same text would get another embedding. Without them all items are taken for new ones.
 
     Raises:
       UserError: there is no alignment, or the embeddings are not as wide as those that it was learned on.
@@ -210,7 +214,17 @@ def aligned(folder: Path, text: np.ndarray) -> np.ndarray:
             f"the text embeddings are {text.shape[1]} wide, but the alignment of {path} takes {width}: "
             "encode the texts with the encoder of this run"
         )
-    return np.asarray(jax.jit(align.apply)(params, text))
+    if "residual" not in params or not len(item_ids):
+        return np.asarray(jax.jit(align.apply)(params, text))
+    first = first_ids(folder)
+    if len(first) != len(params["residual"]):
+        raise UserError(
+            f"{path} knows {len(params['residual'])} items, but the first version of the IDs has {len(first)}: "
+            "restore the files of this run"
+        )
+    params["residual"] = np.pad(params["residual"], ((0, 1), (0, 0)))  # The last row is that of any other item.
+    rows = pc.index_in(pa.array(item_ids, pa.string()), first).fill_null(len(first)).to_numpy()
+    return np.asarray(jax.jit(align.apply)(params, text, rows))
 
 
 def read_texts(items: pa.Table) -> list[str]:
@@ -221,19 +235,6 @@ def read_texts(items: pa.Table) -> list[str]:
             "prepare the tables again with one of them"
         )
     return [text or "" for text in items["text"].to_pylist()]
-
-
-def read_embeddings(items: pa.Table, config: EncoderConfig) -> np.ndarray:
-    """The items' own `embedding` column where there is one, else their encoded `text`, f32 [I, D]."""
-    if "embedding" not in items.column_names:
-        return embed_texts(read_texts(items), config)
-    widths = pc.list_value_length(items["embedding"]).to_numpy()
-    if len(odd := np.flatnonzero(~(widths == widths[0]))):
-        raise UserError(
-            f"items.parquet: the embedding in row {odd[0]} is {widths[odd[0]]} wide, that in row 0 is "
-            f"{widths[0]}: give every item an embedding of the same width"
-        )
-    return items["embedding"].combine_chunks().flatten().to_numpy().astype(np.float32).reshape(len(items), -1)
 
 
 def pair_kinds(config: AlignConfig | FinetuneConfig) -> tuple[str, ...]:
@@ -255,3 +256,23 @@ def read_pairs(path: Path, kinds: Sequence[str]) -> np.ndarray:
             )
     pairs = pairs.filter(pc.is_in(pairs["kind"], pa.array(list(kinds), pa.string())))
     return np.stack([pairs["item"].to_numpy(), pairs["other"].to_numpy()], axis=1).astype(np.int32)
+
+
+def _lists(column: pa.Array) -> pa.Array:
+    """The column product_ids as lists of texts."""
+    try:
+        return column.cast(pa.list_(pa.string()))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"column 'product_ids' is {column.type}, but must be a list of item ids") from error
+
+
+def _known(folder: Path, named: pa.Array, item_ids: pa.Array, own: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+    """Items and their own embeddings, those of `named` among them; of an item that is there twice, the first counts."""
+    there, vectors = read_own(folder, pc.unique(named), own.shape[1])
+    ids = pa.concat_arrays([item_ids, there])
+    if len(unknown := named.filter(pc.invert(pc.is_in(named, ids)))):
+        raise UserError(
+            f"product_ids names {unknown[0].as_py()!r}, whose own embedding is not at hand: append that item with "
+            "--text first, give it in the same file, or leave it out"
+        )
+    return ids, np.concatenate([own, vectors])

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
 from jaxrec.run import progress
+from jaxrec.semantic_ids.rows import not_finite
 
 BLOCK_ROWS = 1 << 16
 BUFFER_BYTES = 1 << 20
@@ -83,7 +84,7 @@ class Table:
             ids = check_ids(batch["item_id"], self.path, start)
             x = _vectors(batch["embedding"], ids, self.path, start, width)
             _check_finite(x, self.path, start, ids)
-            yield Block(ids, x, counts_of(batch))
+            yield Block(ids, x, counts_of(batch, self.path, start))
             start, width = start + len(ids), x.shape[1]
 
 
@@ -109,7 +110,7 @@ class Items:
 
         Raises:
           UserError: a file is damaged, an item_id is missing, or an embedding is missing, of another width than those
-            before it, or holds NaN or infinity; file, row and column are named.
+            before it, or holds NaN or infinity, or a count does; file, row and column are named.
         """
         return _even((block for part in self.parts for block in part.blocks(rows, self.width)), rows)
 
@@ -135,14 +136,14 @@ class Items:
             start += len(block.x)
         return Scan(pa.chunked_array(ids), None if counts[0] is None else np.concatenate(counts), kept, x)
 
-    def column(self, name: str) -> list | None:
-        """Another column of all items, [I]; None when there is none."""
+    def column(self, name: str) -> list[str | None] | None:
+        """Another column of all items as texts, [I]; None when there is none."""
         values: list = []
         for part in self.parts if self.named else ():
             file = _open(part.path)
             if name not in file.schema_arrow.names:
                 return None
-            values += file.read([name])[name].to_pylist()
+            values += [value if value is None else str(value) for value in file.read([name])[name].to_pylist()]
         return values or None
 
 
@@ -202,41 +203,61 @@ def read_batches(path: Path, rows: int, names: Sequence[str]) -> Iterator[pa.Rec
         raise UserError(f"{path} is damaged ({error}): restore it from a copy") from error
 
 
-def read_table(path: Path, names: Sequence[str]) -> pa.Table:
-    """All columns of a parquet file, or of a folder of them, among them `names`; `item_id` as distinct strings.
+def read_table(path: Path, names: Sequence[str], wanted: Sequence[str] = ()) -> pa.Table:
+    """Columns `names` of a parquet file, or of a folder of them, and of `wanted` those that are there.
+
+    `item_id`, which is among `names`, comes as distinct strings. Of a column that some parts lack, their rows are null.
 
     Raises:
-      UserError: a file cannot be read, a column of `names` is missing, there are no rows, an item_id is missing or
-        listed twice, or `count` is no number.
+      UserError: a file cannot be read, a column of `names` is missing, parts have columns of different types, there are
+        no rows, an item_id is missing or listed twice, or a `count` is no number, NaN or infinity.
     """
     tables = []
     for part in parts_of(path):
         file = _open(part)
-        found = file.schema_arrow.names
+        found = [name for name in file.schema_arrow.names if name in (*names, *wanted)]
         _check_columns(part, file.schema_arrow, (*names, *(["count"] if "count" in found else [])))
         try:
-            table = file.read()
+            table = file.read(found)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{part} is damaged ({error}): restore it from a copy") from error
+        counts_of(table, part)
         ids = check_ids(table["item_id"], part)
-        tables.append(table.set_column(found.index("item_id"), "item_id", ids))
-    table = pa.concat_tables(tables, promote_options="default")
+        tables.append(table.set_column(table.column_names.index("item_id"), "item_id", ids))
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(f"the parts of {path} do not fit each other ({error}): give a column one type") from error
     if not len(table):
         raise UserError(f"{path} has no rows: give at least one item")
     check_distinct(table["item_id"], path)
     return table
 
 
-def counts_of(table: pa.Table | pa.RecordBatch) -> np.ndarray | None:
-    """The column `count`, f64 [n], nothing counted as 0; None when there is none."""
+def counts_of(table: pa.Table | pa.RecordBatch, path: Path, start: int = 0) -> np.ndarray | None:
+    """The column `count`, f64 [n], a missing one as 0; None when there is no such column.
+
+    UserError when one is NaN or infinity, its row counted from `start`.
+    """
     if "count" not in table.schema.names:
         return None
-    return table["count"].fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64)
+    counts = table["count"].fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64)
+    for row in np.flatnonzero(~np.isfinite(counts))[:1]:
+        raise UserError(f"{path}: count of row {start + row} is {counts[row]}: give a number, or leave it empty for 0")
+    return counts
 
 
 def check_ids(column: pa.Array | pa.ChunkedArray, path: Path, start: int = 0) -> pa.Array | pa.ChunkedArray:
-    """A column item_id as strings [n]; UserError when one is missing or empty, its row counted from `start`."""
-    ids = column.cast(pa.string())
+    """A column item_id as strings [n]; UserError when it is no text, or one is missing or empty.
+
+    Rows are counted from `start`.
+    """
+    try:
+        ids = column.cast(pa.string())
+        ids.validate(full=True)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        kind = f"is {column.type}, but must be UTF-8 text"
+        raise UserError(f"{path}: column 'item_id' {kind} ({error}): write it anew as strings") from error
     for row in np.flatnonzero(pc.fill_null(pc.equal(ids, ""), True).to_numpy(zero_copy_only=False))[:1]:
         raise UserError(f"{path}: row {start + row} has no item_id: give every item its own")
     return ids
@@ -324,12 +345,10 @@ def _vectors(column: pa.Array, ids: pa.Array, path: Path, start: int, width: int
 
 
 def _check_finite(x: np.ndarray, path: Path, start: int, ids: pa.Array | None = None) -> None:
-    finite = np.isfinite(x)
-    if finite.all():
-        return
-    row, place = np.argwhere(~finite)[0]
-    name = "" if ids is None else f" (item_id {ids[row].as_py()!r}, column 'embedding')"
-    raise UserError(f"{path}: number {place} of row {start + row}{name} is NaN or infinity: mend it first")
+    for row in not_finite(x)[:1]:
+        place = np.flatnonzero(~np.isfinite(x[row]))[0]
+        name = "" if ids is None else f" (item_id {ids[row].as_py()!r}, column 'embedding')"
+        raise UserError(f"{path}: number {place} of row {start + row}{name} is NaN or infinity: mend it first")
 
 
 def _even(blocks: Iterable[Block], rows: int) -> Iterator[Block]:

@@ -49,10 +49,16 @@ def check_rows(x: np.ndarray | jax.Array, k: int) -> np.ndarray | jax.Array:
     """
     x = to_matrix(x)
     check_enough(len(x), k)
-    bad = [start + row for start in range(0, len(x), CHECKED_AT_ONCE) for row in _not_finite(x, start)]
-    if bad:
+    bad = not_finite(x)
+    if len(bad):
         raise UserError(f"row {bad[0]} of the embeddings holds NaN or infinity ({len(bad)} such rows): mend them first")
     return x
+
+
+def not_finite(x: np.ndarray | jax.Array) -> np.ndarray:
+    """The rows of a matrix x [I, D] that hold NaN or infinity, in rising order, int64 [n]."""
+    bad = [start + _not_finite(x, start) for start in range(0, len(x), CHECKED_AT_ONCE)]
+    return np.concatenate([np.zeros(0, np.int64), *bad])
 
 
 def to_matrix(x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:

@@ -1,16 +1,20 @@
 """The semantic IDs of a catalogue: which ID each item has, and which items an ID stands for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
+from jaxrec.semantic_ids.files import check_distinct
 
 SIZES_KEY = b"codebook_sizes"
+ItemIds = Sequence[str] | pa.Array | pa.ChunkedArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,16 +118,16 @@ def _sort_keys(codes: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
     return keys
 
 
-def write_codes(path: Path, item_ids: list[str] | pa.ChunkedArray, space: SemanticIdSpace) -> None:
+def write_codes(path: Path, item_ids: ItemIds, space: SemanticIdSpace) -> None:
     """Write codes.parquet: item_id, c1..cM int32; the codebook sizes are in the schema's metadata."""
-    columns = {"item_id": item_ids if isinstance(item_ids, pa.ChunkedArray) else pa.array(item_ids, pa.string())}
+    columns = {"item_id": as_strings(item_ids)}
     columns |= {f"c{level + 1}": pa.array(space.codes[:, level], pa.int32()) for level in range(space.levels)}
     sizes = ",".join(str(size) for size in space.codebook_sizes).encode()
     pq.write_table(pa.table(columns).replace_schema_metadata({SIZES_KEY: sizes}), path)
 
 
-def read_codes(path: Path, item_ids: list[str], popularity: np.ndarray | None = None) -> SemanticIdSpace:
-    """Read codes.parquet in the order of item_ids [I].
+def read_codes(path: Path, item_ids: ItemIds | None = None, popularity: np.ndarray | None = None) -> SemanticIdSpace:
+    """Read codes.parquet in the order of item_ids [I]; None: of all items in the file's own order.
 
     Without codebook sizes in its metadata (a table made elsewhere), each level is as large as its largest code needs.
 
@@ -142,11 +146,14 @@ def read_codes(path: Path, item_ids: list[str], popularity: np.ndarray | None = 
             f"{path} has no column {missing[0]!r}; it needs item_id and c1..cM (found {', '.join(table.column_names)})"
         )
     codes = np.stack([_code_column(path, table, name) for name in names], axis=1)
-    rows = _rows_of(path, table["item_id"].cast(pa.string()).to_pylist(), item_ids)
+    listed = table["item_id"].cast(pa.string())
+    check_distinct(listed, path)
+    if item_ids is not None:
+        codes = codes[_rows_of(path, listed, as_strings(item_ids))]
     sizes = (table.schema.metadata or {}).get(SIZES_KEY)
     found = tuple(int(s) for s in sizes.split(b",")) if sizes else tuple(int(size) for size in codes.max(0) + 1)
     try:
-        return SemanticIdSpace(codes[rows], found, popularity)
+        return SemanticIdSpace(codes, found, popularity)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -163,18 +170,30 @@ def _code_column(path: Path, table: pa.Table, name: str) -> np.ndarray:
     return values.astype(np.int32)
 
 
-def _rows_of(path: Path, listed: list[str], item_ids: list[str]) -> np.ndarray:
+def as_strings(item_ids: ItemIds) -> pa.Array | pa.ChunkedArray:
+    """Item ids as Arrow's strings [I]."""
+    if isinstance(item_ids, pa.Array | pa.ChunkedArray):
+        return item_ids.cast(pa.string())
+    return pa.array(item_ids, pa.string())
+
+
+def rows_in(item_ids: ItemIds, listed: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """The row in `listed` [I] of each of item_ids [n], int64 [n]; -1 where there is none."""
+    rows = pc.index_in(as_strings(item_ids), listed)
+    return rows.fill_null(-1).to_numpy().astype(np.int64)
+
+
+def _rows_of(path: Path, listed: pa.ChunkedArray, item_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """The row of each catalogue item, int64 [I]."""
-    row = {item: i for i, item in enumerate(listed)}
-    if len(row) < len(listed):
-        twice = next(item for i, item in enumerate(listed) if row[item] != i)
-        raise UserError(f"{path}: item_id {twice!r} is listed more than once; keep one row an item")
-    if unknown := set(listed).difference(item_ids):
+    unknown = np.flatnonzero(rows_in(listed, item_ids) < 0)
+    if len(unknown):
         raise UserError(
-            f"{path}: item_id {min(unknown)!r} (row {row[min(unknown)]}) is not in items.parquet "
+            f"{path}: item_id {listed[unknown[0]].as_py()!r} (row {unknown[0]}) is not in items.parquet "
             f"({len(unknown)} such items): tokenize these tables again"
         )
-    for item in item_ids:
-        if item not in row:
-            raise UserError(f"{path}: item_id {item!r} of items.parquet has no row: tokenize these tables again")
-    return np.array([row[item] for item in item_ids], np.int64)
+    rows = rows_in(item_ids, listed)
+    for row in np.flatnonzero(rows < 0)[:1]:
+        raise UserError(
+            f"{path}: item_id {item_ids[row].as_py()!r} of items.parquet has no row: tokenize these tables again"
+        )
+    return rows

@@ -9,15 +9,15 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import save_file
 
-from jaxrec.semantic_ids import codebooks
+from jaxrec.semantic_ids import codebooks, collisions
 from jaxrec.semantic_ids.codebooks import Codebooks, SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_scenarios
 from jaxrec.semantic_ids.page import write_page
 from jaxrec.semantic_ids.quality import quality
-from jaxrec.semantic_ids.space import SemanticIdSpace, write_codes
+from jaxrec.semantic_ids.space import ItemIds, SemanticIdSpace, write_codes
+from jaxrec.semantic_ids.vectors import EMBEDDINGS, write_embeddings
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
@@ -49,6 +49,9 @@ def tokenize(
     """
     align_key, id_key = jax.random.split(jax.random.key(seed))
     items = pq.read_table(tables / "items.parquet")
+    collisions.check(collision_config)
+    # The width is known once there are embeddings; `codebooks.fit` checks it then. Everything divides 0.
+    codebooks.check(id_config, (len(items), 0))
     embeddings, pairs, figures = embed_catalogue(align_key, tables, folder, text_config, align_config, tuned)
     if scenarios is not None:
         tower_key = jax.random.fold_in(jax.random.key(seed), 2)
@@ -63,7 +66,7 @@ def tokenize(
 def write_ids(
     folder: Path,
     key: jax.Array,
-    item_ids: list[str] | pa.ChunkedArray,
+    item_ids: ItemIds,
     embeddings: np.ndarray,
     id_config: SemanticIdConfig,
     collision_config: CollisionConfig,
@@ -80,8 +83,9 @@ def write_ids(
     semantic_ids.html; returns the figures of quality.json.
 
     Raises:
-      UserError: the configuration does not fit the embeddings.
+      UserError: the configuration cannot be, or does not fit the embeddings.
     """
+    collisions.check(collision_config)
     books = codebooks.fit(key, embeddings, id_config)
     codes = codebooks.encode_catalogue(books, embeddings, id_config)
     resolved = resolve(codes, books.sizes, collision_config, embeddings, books, popularity)
@@ -89,7 +93,7 @@ def write_ids(
     figures = quality(space, embeddings, partial(codebooks.decode, books), pairs)
     figures |= {"collisions": resolved.changed, **(more or {})}
     write_space(folder, books, space, item_ids, figures, titles, categories)
-    save_file({"embeddings": np.ascontiguousarray(embeddings)}, folder / "embeddings.safetensors")
+    write_embeddings(folder / EMBEDDINGS, item_ids, embeddings)
     return figures
 
 
@@ -97,7 +101,7 @@ def write_space(
     folder: Path,
     books: Codebooks,
     space: SemanticIdSpace,
-    item_ids: list[str] | pa.ChunkedArray,
+    item_ids: ItemIds,
     figures: dict,
     titles: Sequence[str | None] | None = None,
     categories: Sequence[str | None] | None = None,

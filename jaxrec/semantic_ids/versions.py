@@ -19,43 +19,39 @@ items in it.
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from jaxrec.config import UserError, fingerprint, from_json, to_json
 from jaxrec.run import fault_point, read_json, sync, write_json, writing
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.collisions import CollisionConfig, squared_errors
 from jaxrec.semantic_ids.quality import collisions, independent_coding_rate, prefix_use
-from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes, write_codes
+from jaxrec.semantic_ids.space import ItemIds, SemanticIdSpace, as_strings, read_codes, rows_in, write_codes
+from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
 
-BOOKS, CODES, EMBEDDINGS, QUALITY = "codebooks.safetensors", "codes.parquet", "embeddings.safetensors", "quality.json"
+BOOKS, CODES, QUALITY = "codebooks.safetensors", "codes.parquet", "quality.json"
 
 
 @dataclass(frozen=True, eq=False)
 class IdTable:
     """The IDs of one version, those of inactive items among them; rows are in the order in which items first came.
 
-    item_ids: [I]. codes: int32 [I, M], the IDs. encoded: int32 [I, m], what the codebooks alone gave, before
-    collisions were resolved. active: bool [I]. errors: f32 [I], squared distance of the embedding to what `encoded`
-    stands for; NaN where no embedding was at hand. sizes: codes in each level of M. record: what version.json says.
+    item_ids: string [I]. codes: int32 [I, M], the IDs. encoded: int32 [I, m], what the codebooks alone gave, before
+    collisions were resolved. active: bool [I]. sizes: codes in each level of M. record: what version.json says.
     """
 
-    item_ids: list[str]
+    item_ids: pa.Array
     codes: np.ndarray
     encoded: np.ndarray
     active: np.ndarray
-    errors: np.ndarray
     sizes: tuple[int, ...]
     record: dict
 
@@ -69,17 +65,16 @@ class IdTable:
         """The policy under which new items get their IDs."""
         return from_json(CollisionConfig, self.record["collisions"])
 
-    @cached_property
-    def row(self) -> dict[str, int]:
-        """The row of each item."""
-        return {item: row for row, item in enumerate(self.item_ids)}
+    @property
+    def active_ids(self) -> pa.Array:
+        """The items that are in the catalogue, string [n]."""
+        return self.item_ids.filter(pa.array(self.active))
 
-    @cached_property
-    def active_ids(self) -> list[str]:
-        """The items that are in the catalogue."""
-        return [self.item_ids[row] for row in np.flatnonzero(self.active)]
+    def rows(self, item_ids: ItemIds) -> np.ndarray:
+        """The row of each of some items [n], int64 [n]; -1 where there is none."""
+        return rows_in(item_ids, self.item_ids)
 
-    def space(self, item_ids: Sequence[str] | None = None, popularity: np.ndarray | None = None) -> SemanticIdSpace:
+    def space(self, item_ids: ItemIds | None = None, popularity: np.ndarray | None = None) -> SemanticIdSpace:
         """The IDs of a catalogue's items in its order; None: of all active items.
 
         Raises:
@@ -87,24 +82,25 @@ class IdTable:
         """
         if item_ids is None:
             return SemanticIdSpace(self.codes[self.active], self.sizes, popularity)
-        missing = [item for item in item_ids if item not in self.row or not self.active[self.row[item]]]
-        if missing:
+        rows = self.rows(item_ids)
+        missing = np.flatnonzero((rows < 0) | ~self.active[rows])
+        if len(missing):
             raise UserError(
-                f"version {self.version} of the semantic IDs has no active item_id {missing[0]!r} ({len(missing)} such "
-                "items): append them, or take the version that belongs to these tables"
+                f"version {self.version} of the semantic IDs has no active item_id "
+                f"{as_strings(item_ids)[missing[0]].as_py()!r} ({len(missing)} such items): append them, or take the "
+                "version that belongs to these tables"
             )
-        return SemanticIdSpace(self.codes[[self.row[item] for item in item_ids]], self.sizes, popularity)
+        return SemanticIdSpace(self.codes[rows], self.sizes, popularity)
 
 
 @dataclass(frozen=True, eq=False)
 class Changes:
     """The rows that a version adds or replaces; the fields are those of an `IdTable`."""
 
-    item_ids: list[str]
+    item_ids: pa.Array
     codes: np.ndarray
     encoded: np.ndarray
     active: np.ndarray
-    errors: np.ndarray
 
 
 def begin(folder: Path, config: CollisionConfig | None = None) -> IdTable:
@@ -131,8 +127,7 @@ def begin_locked(folder: Path, config: CollisionConfig | None = None) -> IdTable
         return read_version(folder)
     books = codebooks.load(folder / BOOKS)
     config = config or _config_of(folder)
-    ids = _item_ids(folder / CODES)
-    space = read_codes(folder / CODES, ids)
+    ids, space = _item_ids(folder / CODES), read_codes(folder / CODES)
     extra = config.policy == "extra_level"
     if space.codebook_sizes[: space.levels - extra] != books.sizes:
         raise UserError(
@@ -141,12 +136,12 @@ def begin_locked(folder: Path, config: CollisionConfig | None = None) -> IdTable
         )
     encoded, errors = space.codes[:, : len(books.sizes)], np.full(len(ids), np.nan, np.float32)
     if (folder / EMBEDDINGS).exists():
-        x = _embeddings(folder, len(ids))
+        x = read_embeddings(folder / EMBEDDINGS, ids)
         encoded = codebooks.encode(books, x)
         errors = squared_errors(books, encoded, x)
     settled = CollisionConfig(config.policy, config.capacity, space.codebook_sizes[-1] if extra else 0)
-    parent = IdTable([], space.codes[:0], encoded[:0], np.zeros(0, bool), errors[:0], space.codebook_sizes, {})
-    changes = Changes(ids, space.codes, encoded, np.ones(len(ids), bool), errors)
+    parent = IdTable(ids[:0], space.codes[:0], encoded[:0], np.zeros(0, bool), space.codebook_sizes, {})
+    changes = Changes(ids, space.codes, encoded, np.ones(len(ids), bool))
     return commit(folder, parent, changes, errors, settled, "begin", {"added": len(ids)})
 
 
@@ -215,7 +210,9 @@ def roll_back(folder: Path, version: int) -> dict:
 def publish(folder: Path, version: int | None = None) -> Path:
     """Replace codes.parquet by the active items of a version (by default the current one), in one step.
 
-    The run's items.parquet must list the same items by then: `read_codes` refuses any others.
+    The run's items.parquet must list the same items by then: `read_codes` refuses any others. embeddings.safetensors
+    stays as it was tokenized: a model of the run is refused it where the list of items is another, and sees the old
+    embeddings of items that were encoded anew.
     """
     folder = Path(folder)
     path = folder / CODES
@@ -311,6 +308,23 @@ def numbers(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in versions(folder).glob("[0-9]*") if path.name.isdigit())
 
 
+def first_ids(folder: Path) -> pa.Array:
+    """The items that the tokenize phase gave IDs, in its order, string [I]; UserError when they cannot be read."""
+    folder = Path(folder)
+    first = _path(folder, 1) / "changes.parquet"
+    return _item_ids(first if first.exists() else folder / CODES)
+
+
+def check_replaceable(folder: Path, inputs: str) -> None:
+    """UserError when a run would make its IDs anew, from these inputs, though they have versions beyond the first."""
+    made = folder / "fingerprint.json"
+    if max(numbers(folder), default=0) > 1 and not (made.exists() and read_json(made).get("inputs") == inputs):
+        raise UserError(
+            f"what {folder} was made from has changed, but items were appended, removed or encoded anew in its "
+            f"versions, which new IDs would replace: give another --run, or move {folder} away"
+        )
+
+
 def check_number(folder: Path, version: int) -> None:
     """UserError when there is no such version."""
     if version not in (there := numbers(folder)):
@@ -332,9 +346,11 @@ def current_number(folder: Path) -> int:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the versions of a folder for this process; UserError when another one does, or the folder is not there."""
+    """Holds the versions of a folder for this process; UserError when another one does, or there are no IDs there."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the semantic_ids folder of a run")
+    if not (folder / BOOKS).is_file():
+        raise UserError(f"{folder} holds no {BOOKS}: give the semantic_ids folder of a run, or restore the file")
     versions(folder).mkdir(exist_ok=True)
     with (versions(folder) / ".lock").open("w") as file:
         try:
@@ -374,6 +390,8 @@ def _repair(folder: Path, existing: list[int]) -> None:
 def _read_record(folder: Path, number: int) -> dict:
     """version.json without its own fingerprint, which is checked."""
     path = _path(folder, number) / "version.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: restore it from a copy, or roll back to a version that does without it")
     record = read_json(path)
     if not isinstance(record, dict) or record.pop("fingerprint", None) != fingerprint(record):
         raise UserError(f"{path} is damaged (it is not what its fingerprint says): restore it from a copy")
@@ -399,51 +417,33 @@ def _config_of(folder: Path) -> CollisionConfig:
     return CollisionConfig(**{name: told[name] for name in names if name in told})
 
 
-def _item_ids(path: Path) -> list[str]:
+def _item_ids(path: Path) -> pa.Array:
     try:
-        return pq.read_table(path, columns=["item_id"])["item_id"].cast(pa.string()).to_pylist()
+        return pq.read_table(path, columns=["item_id"])["item_id"].cast(pa.string()).combine_chunks()
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise UserError(f"{path} has no readable column item_id ({error}): run the tokenize phase again") from error
 
 
-def _embeddings(folder: Path, items: int) -> np.ndarray:
-    path = folder / EMBEDDINGS
-    try:
-        x = load_file(path)["embeddings"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path} holds no embeddings ({error}): run the tokenize phase again") from error
-    if len(x) != items:
-        raise UserError(f"{path} has {len(x)} rows, but {folder / CODES} has {items}: run the tokenize phase again")
-    return x
-
-
 def _changes_of(table: IdTable) -> Changes:
-    return Changes(table.item_ids, table.codes, table.encoded, table.active, table.errors)
+    return Changes(table.item_ids, table.codes, table.encoded, table.active)
 
 
 def _stack(parts: list[Changes], record: dict) -> IdTable:
     """Changes one after the other: the last row of an item counts, at the place of its first."""
-    place: dict[str, int] = {}
-    last: list[int] = []
-    for row, item in enumerate(item for part in parts for item in part.item_ids):
-        at = place.setdefault(item, len(last))
-        if at == len(last):
-            last.append(row)
-        else:
-            last[at] = row
+    coded = pa.concat_arrays([part.item_ids for part in parts]).dictionary_encode()
+    last = np.empty(len(coded.dictionary), np.int64)
+    last[coded.indices.to_numpy()] = np.arange(len(coded))  # Of equal places the last one stays.
     columns = {
-        name: np.concatenate([getattr(part, name) for part in parts])[last]
-        for name in ("codes", "encoded", "active", "errors")
+        name: np.concatenate([getattr(part, name) for part in parts])[last] for name in ("codes", "encoded", "active")
     }
-    return IdTable(list(place), **columns, sizes=tuple(record["codebook_sizes"]), record=record)
+    return IdTable(coded.dictionary, **columns, sizes=tuple(record["codebook_sizes"]), record=record)
 
 
 def _write_changes(path: Path, changes: Changes) -> None:
-    columns = {"item_id": pa.array(changes.item_ids, pa.string())}
+    columns = {"item_id": changes.item_ids}
     for letter, codes in (("c", changes.codes), ("e", changes.encoded)):
         columns |= {f"{letter}{level + 1}": pa.array(codes[:, level], pa.int32()) for level in range(codes.shape[1])}
     columns["active"] = pa.array(changes.active)
-    columns["error"] = pa.array(changes.errors, pa.float32())
     pq.write_table(pa.table(columns), path)
     sync(path)
 
@@ -458,6 +458,4 @@ def _read_changes(folder: Path, record: dict) -> Changes:
         names = [name for name in table.column_names if name[0] == letter and name[1:].isdigit()]
         return np.stack([table[name].to_numpy() for name in names], axis=1)
 
-    return Changes(
-        table["item_id"].to_pylist(), levels("c"), levels("e"), table["active"].to_numpy(), table["error"].to_numpy()
-    )
+    return Changes(table["item_id"].combine_chunks(), levels("c"), levels("e"), table["active"].to_numpy())

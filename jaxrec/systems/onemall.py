@@ -22,6 +22,7 @@ from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig
 from jaxrec.semantic_ids.embeddings import finetune_items
 from jaxrec.semantic_ids.tokenize import tokenize
+from jaxrec.semantic_ids.versions import check_replaceable
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
 from jaxrec.systems.onemall_model import assemble
 from jaxrec.systems.onemall_training import train_model
@@ -103,16 +104,19 @@ def train(run: Run, config: OneMallConfig) -> None:
         lambda folder: prepare(source, config.prepare, folder),
     )
     encoder = _encoder(run, config.text)
+    id_configs = (config.align, config.semantic_ids, config.collisions)
+    scenarios = () if config.scenarios is None else (config.scenarios,)
+    id_inputs = fingerprint(tables, *encoder, *id_configs, *scenarios, config.seed)
+    check_replaceable(run.semantic_ids, id_inputs)
     if isinstance(config.align, FinetuneConfig):
         run.stage(
             ALIGNMENT,
             fingerprint(tables, *encoder, config.align, config.seed),
             lambda folder: finetune_items(run.tables, folder, config.text, config.align, config.seed),
         )
-    id_configs = (config.align, config.semantic_ids, config.collisions)
     ids = run.phase(
         "semantic_ids",
-        fingerprint(tables, *encoder, *id_configs, config.scenarios, config.seed),
+        id_inputs,
         lambda folder: tokenize(
             run.tables,
             folder,

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
-from safetensors.numpy import load_file
 
 from jaxrec.data.attributes import attribute_indices, later_attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
@@ -22,6 +21,7 @@ from jaxrec.models.cross_decoder import CrossDecoder
 from jaxrec.models.prior import build_prior
 from jaxrec.run import Run
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
+from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.training.sharding import init_sharded
 
 if TYPE_CHECKING:
@@ -80,11 +80,12 @@ def assemble(run: Run, config: "OneMallConfig") -> Assembly:
     """Reads the catalogue of a run and shapes the model to it.
 
     Raises:
-      UserError: a file is missing or doesn't fit, or an attribute is no column of the items table.
+      UserError: a file is missing or doesn't fit the items, or an attribute is no column of the items table.
     """
     items = pq.read_table(run.tables / "items.parquet")
     counts = items["count"].to_numpy()
-    space = read_codes(run.semantic_ids / "codes.parquet", items["item_id"].to_pylist(), counts)
+    item_ids = items["item_id"].to_pylist()
+    space = read_codes(run.semantic_ids / "codes.parquet", item_ids, counts)
     attributes, sizes = attribute_indices(items, config.attributes)
     lately = read_popularity(run.tables, len(items), config.data.target_behaviors, config.popularity)
     # One event more for everybody, so that an item nobody took in training has a finite log-probability.
@@ -92,7 +93,7 @@ def assemble(run: Run, config: "OneMallConfig") -> Assembly:
     catalogue = Catalogue(
         codes=jnp.asarray(space.codes, jnp.int32),
         attributes=jnp.asarray(attributes, jnp.int32),
-        embeddings=jnp.asarray(load_file(run.semantic_ids / "embeddings.safetensors")["embeddings"]),
+        embeddings=jnp.asarray(read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids)),
         log_q=jnp.asarray(log_q, jnp.float32),
         prior=build_prior(space.codes, lately.weights, space.codebook_sizes),
     )
