@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.data.attributes import PRICE_STEPS, attribute_indices
+from jaxrec.data.attributes import PRICE_STEPS, attribute_indices, later_attribute_indices
 
 ITEMS = pa.table(
     {
@@ -69,3 +69,15 @@ def test_the_order_of_rows_and_chunks_does_not_matter():
 def test_a_column_that_will_not_do(columns, message):
     with pytest.raises(UserError, match=message):
         attribute_indices(ITEMS, columns)
+
+
+def test_later_items_are_numbered_as_the_earlier_ones():
+    later = pa.table({"category": ["cake", "milk", None], "price": [2.0, 99.0, None], "brand": ["x", "", "y"]})
+    columns = ["category", "brand", "price"]
+    earlier, _ = attribute_indices(ITEMS, columns)
+    indices = later_attribute_indices(ITEMS, columns, later)
+    assert indices[:, 0].tolist() == [1, 0, 0], "a word that no earlier item has is as if missing"
+    assert indices[:, 1].tolist() == [2, 1, 0]
+    low, high = earlier[0, 2], earlier[2, 2]
+    assert low <= indices[0, 2] <= high == indices[1, 2] and indices[2, 2] == 0
+    np.testing.assert_array_equal(later_attribute_indices(ITEMS, columns, ITEMS), earlier)

@@ -57,3 +57,21 @@ def test_each_row_has_its_own_period():
     np.testing.assert_allclose(out[0, 0, [1, 3]], np.log([3 / 4, 1 / 4]), rtol=1e-6)
     np.testing.assert_allclose(out[1, 0, [1, 3]], np.log([2 / 3, 1 / 3]), rtol=1e-6)
     np.testing.assert_array_equal(out[1, 1], out[1, 0])
+
+
+def test_room_for_more_items_changes_shapes_and_nothing_else():
+    """All prefixes, in the catalogue and not, in shapes that a larger catalogue has too."""
+    plain, roomy = build_prior(CODES, WEIGHTS, SIZES), build_prior(CODES, WEIGHTS, SIZES, capacity=9)
+    tokens = jnp.arange(3)[None]
+    reached = []
+    for prior in (plain, roomy):
+        nodes, edges = prior.step(0, jnp.zeros((1, 3), jnp.int32), tokens, NOW)
+        reached.append((prior.logits(0, jnp.zeros((1, 1), jnp.int32), NOW), edges, prior.logits(1, nodes, NOW)))
+    jax.tree.map(np.testing.assert_array_equal, *reached)
+    codes = np.concatenate([CODES, [[1, 0], [1, 1], [1, 2], [2, 3]]])
+    larger = build_prior(codes, np.ones((2, 8)), SIZES, capacity=9, like=roomy)
+    assert jax.tree.map(jnp.shape, larger) == jax.tree.map(jnp.shape, roomy)
+    fewer = build_prior(CODES[:1], np.ones((2, 1)), (3, 40), capacity=9)
+    wide = build_prior(np.array([[0, code] for code in range(9)]), np.ones((2, 9)), (3, 40), capacity=9)
+    again = build_prior(CODES[:1], np.ones((2, 1)), (3, 40), capacity=9, like=wide)
+    assert (fewer.branching[1], wide.branching[1], again.branching[1]) == (8, 16, 16)

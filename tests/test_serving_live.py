@@ -3,6 +3,7 @@
 import threading
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,9 @@ from serving_run import ITEMS, NextInLine, write_run
 
 from jaxrec.config import UserError
 from jaxrec.data.features import FeatureConfig
+from jaxrec.semantic_ids import Codebooks, codebooks, write_codes
+from jaxrec.semantic_ids.catalogue import append
+from jaxrec.semantic_ids.residual import Residual
 from jaxrec.serving.retriever import NOTHING_ALLOWED, Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
@@ -159,6 +163,33 @@ def test_new_items_are_recommended_and_read_in_histories(real):
         real.add(pa.table({"item_id": ["n1"]}))
     real.catalogue.rollback(1)
     assert ask(real, history=[{"item_id": "n0"}]).ignored == ["n0"]
+
+
+def test_new_items_come_with_the_ids_that_append_gave_them(real):
+    """Codes by the run's codebooks, and without an embedding of its own what these say that the ID stands for."""
+    folder, space = real.run.semantic_ids, real.recommender.space
+    folder.mkdir()
+    generator = np.random.default_rng(1)
+    levels = tuple(jnp.asarray(10.0 ** -level * generator.normal(size=(size, 6)), jnp.float32)
+                   for level, size in enumerate(space.codebook_sizes))  # fmt: skip
+    books = Codebooks(Residual(levels, (None,) * 3), None)
+    codebooks.save(books, folder / "codebooks.safetensors")
+    write_codes(folder / "codes.parquet", IDS, space)
+    (folder / "quality.json").write_text("{}")
+    stands_for = codebooks.decode(books, np.array([[3, 2, 1], [1, 0, 0]]))
+    append(folder, ["n0", "n1"], stands_for)
+    table = pa.table({"item_id": ["n1", "n0"], "title": ["One", "Zero"]})
+    version = real.add(table)
+    assert version.codes[COUNT:].tolist() == [[1, 0, 0], [3, 2, 1]]
+    np.testing.assert_allclose(version.embeddings, stands_for[::-1], atol=1e-6)
+    np.testing.assert_allclose(version.served["catalogue"].embeddings[COUNT : COUNT + 2], stands_for[::-1], atol=1e-6)
+    assert [item.title for item in ask(real, history=HISTORY, allowed=["n0"]).items] == ["Zero"]
+    given = np.ones((1, 6), np.float32)
+    append(folder, ["n2"], stands_for[:1])
+    version = real.add(pa.table({"item_id": ["n2"]}), embeddings=given)
+    np.testing.assert_array_equal(version.embeddings[2:], given)
+    with pytest.raises(UserError, match="no active item_id 'n3'"):
+        real.add(pa.table({"item_id": ["n3"]}))
 
 
 def test_swaps_while_many_threads_ask(real):

@@ -108,7 +108,9 @@ def _context_scores(query: jax.Array, key: jax.Array) -> jax.Array:
 def _context_values(weights: jax.Array, value: jax.Array) -> jax.Array:
     """[B, N, L, M, S] and [B, S, N, H] -> [B, L, M, N, H]."""
     if value.shape[1] == 1:
-        return _own_values(weights, jnp.broadcast_to(value[:, None], (len(value), weights.shape[2], *value.shape[1:])))
+        return _own_values(
+            weights, jnp.broadcast_to(value[:, None], (value.shape[0], weights.shape[2], *value.shape[1:]))
+        )
     # In this order: written as one einsum, the compiler turns the operands round and transposes for twice the time.
     return jnp.moveaxis(jnp.einsum("BNLMS,BSNH->BNLMH", weights, value), 1, 3)
 

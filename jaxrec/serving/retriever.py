@@ -97,7 +97,7 @@ class Retriever:
             item_ids = items["item_id"].to_pylist()
             codes = table.space(item_ids).codes
             if embeddings is None:
-                encoded = table.encoded[[table.row[item] for item in item_ids]]
+                encoded = table.encoded[table.rows(item_ids)]
                 embeddings = codebooks.decode(codebooks.load(self.run.semantic_ids / BOOKS), encoded)
         return self.catalogue.add(items, codes, popularity=popularity, embeddings=embeddings)
 
