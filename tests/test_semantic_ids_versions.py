@@ -335,6 +335,7 @@ def test_a_run_does_not_replace_ids_that_have_later_versions(tmp_path, monkeypat
         raise ExamplesWanted
 
     monkeypatch.setattr(onemall, "prepare", lambda *_: None)
+    monkeypatch.setattr(onemall, "_encoder", lambda *_: ("encoder",))  # There are no tables to ask.
     monkeypatch.setattr(onemall, "tokenize", lambda *_, **__: None)
     monkeypatch.setattr(onemall, "write_examples", stop)
     run, config = Run(tmp_path), load_config("tests/mall.py")
@@ -362,6 +363,7 @@ def test_scenarios_count_only_where_they_are_chosen(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "phase", lambda *_: "tables")
     monkeypatch.setattr(onemall, "fingerprint", lambda *parts: parts)
+    monkeypatch.setattr(onemall, "_encoder", lambda *_: ("encoder",))  # There are no tables to ask.
     monkeypatch.setattr(onemall, "check_replaceable", stop)
     config = load_config("tests/mall.py")
     for scenarios, counted in ((None, []), (TowersConfig(), [TowersConfig()])):
