@@ -22,9 +22,8 @@ def attribute_indices(items: pa.Table, columns: Sequence[str]) -> tuple[np.ndarr
     if unknown := [name for name in columns if name not in items.column_names]:
         known = ", ".join(name for name in items.column_names if name not in ("item_id", "title", "text"))
         raise UserError(f"attributes: items.parquet has no column {unknown[0]!r}; it has {known}")
-    indices = [_indices(name, items[name].combine_chunks(), items[name].combine_chunks()) for name in columns]
-    stacked = np.stack(indices, axis=1) if indices else np.zeros((len(items), 0), np.int32)
-    return stacked, tuple(int(index.max(initial=0)) + 1 for index in indices)
+    indices = later_attribute_indices(items, columns, items)
+    return indices, tuple(int(index.max(initial=0)) + 1 for index in indices.T)
 
 
 def later_attribute_indices(items: pa.Table, columns: Sequence[str], later: pa.Table) -> np.ndarray:

