@@ -130,6 +130,23 @@ def test_growing_samples_end_as_well_as_all_rows():
     assert inertia[1] < 1.02 * inertia[0]
 
 
+@pytest.mark.parametrize("width", [40, 64])
+def test_with_few_rows_a_cluster_axes_that_grow_end_lower(width):
+    x = np.random.default_rng(0).normal(size=(3000, width)).astype(np.float32) * np.geomspace(1, 0.2, width) + 3
+    at_once, by_axes = (
+        [float(kmeans(jax.random.key(seed), x, 200, KMeansConfig(axes_iterations=count)).inertia) for seed in range(3)]
+        for count in (0, 10)
+    )
+    assert np.mean(by_axes) < 0.995 * np.mean(at_once)
+
+
+def test_moments_are_numpys_and_of_real_rows():
+    x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32) + 1
+    mean, squares = kmeans_module.moments(jnp.asarray(x), jnp.arange(50) < 40)
+    np.testing.assert_allclose(mean, x[:40].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(squares, np.cov(x[:40].T) * 39, rtol=1e-4)
+
+
 def test_empty_clusters_start_again(blobs):
     x, _ = blobs
     nowhere = np.concatenate([x[:3], np.full((3, 5), 1e4, np.float32)])

@@ -30,7 +30,7 @@ x = np.load(out + "/x.npy")
 mine = x[:300] if host == 0 else x[300:]
 rows = place(mine if hosts > 1 else x, make_mesh(MeshConfig()))
 assert len(rows) == len(x)
-config = ResidualConfig((8, 4), kmeans=KMeansConfig(start_rows=(100, 100), rows_per_cluster=50))
+config = ResidualConfig((8, 4, 20), kmeans=KMeansConfig(start_rows=(100, 100), rows_per_cluster=50))
 fitted = residual.fit(jax.random.key(0), rows, config)
 codes = rows.local(residual.encode_rows(fitted, rows))
 assert len(codes) == (len(mine) if hosts > 1 else len(x))
@@ -40,12 +40,15 @@ np.savez(f"{out}/host{host}.npz", *fitted.centroids, codes=codes)
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-    """501 rows of 8 far centres, saved for the other processes, and the codebooks that one device gives."""
+    """501 rows of 8 far centres, saved for the other processes, and the codebooks that one device gives.
+
+    The last level has so few rows a code that it is fitted axis by axis.
+    """
     folder = tmp_path_factory.mktemp("rows")
     rng = np.random.default_rng(0)
-    x = (rng.normal(size=(8, 5))[np.arange(501) % 8] * 10 + rng.normal(size=(501, 5))).astype(np.float32)
+    x = (rng.normal(size=(8, 32))[np.arange(501) % 8] * 10 + rng.normal(size=(501, 32))).astype(np.float32)
     np.save(folder / "x.npy", x)
-    config = ResidualConfig((8, 4), kmeans=KMeansConfig(start_rows=(100, 100), rows_per_cluster=50))
+    config = ResidualConfig((8, 4, 20), kmeans=KMeansConfig(start_rows=(100, 100), rows_per_cluster=50))
     fitted = residual.fit(jax.random.key(0), x, config)
     return folder, fitted, np.asarray(residual.encode(fitted, x))
 

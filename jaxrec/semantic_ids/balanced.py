@@ -21,7 +21,7 @@ from jaxrec.semantic_ids.rows import Rows, place
 
 HOT, COLD = 1.0, 0.01
 """The first and the last temperature at which rows are shared, of the mean squared distance of a row to the mean."""
-SETTLING, SHARES = 5, 12
+SETTLING, SHARES = 5, 10
 """How often the centroids are moved at the last temperature, and the changes of the prices before each of these; at the
 falling ones there are two."""
 BINS = 64
@@ -34,9 +34,9 @@ class BalancedConfig:
 
     slack: float = 0.1
     """No cluster is larger or smaller than the mean size by more than this share (and less than one row)."""
-    iterations: int = 60
+    iterations: int = 40
     """How often the centroids are moved while rows are shared between clusters."""
-    whole_iterations: int = 8
+    whole_iterations: int = 6
     """How often they are moved after that, when every row belongs to one cluster."""
     rounds: int = 10
     """The most changes of the prices before each of these; twice as many at the end."""
@@ -122,20 +122,22 @@ def _spread(x: jax.Array) -> jax.Array:
 def shared_sizes(x: jax.Array, centroids: jax.Array, prices: jax.Array, temperature: jax.Array) -> jax.Array:
     """The sizes f32 [K] of clusters among which every row of x f32 [I, D] is shared."""
     chunk = min(chunk_rows(len(centroids)), len(x))
-    chunks = -(-len(x) // chunk)
-    padded = jnp.pad(x, ((0, chunks * chunk - len(x)), (0, 0))).reshape(chunks, chunk, -1)
-    where = (jnp.arange(chunks * chunk) < len(x)).reshape(chunks, chunk)
+    # The last chunk reaches back over rows that are counted already, as to fill it up would copy all rows.
+    begins = np.arange(0, len(x), chunk)
+    starts = np.minimum(begins, len(x) - chunk)
+    fresh = starts[:, None] + np.arange(chunk) >= begins[:, None]
     centre = centroids.mean(0)
     moved = centroids - centre
     offsets = (jnp.sum(moved * moved, axis=-1) + prices)[:, None]
 
-    def of_rows(chunk):
-        rows, where = chunk
+    def of_chunk(part):
+        start, fresh = part
+        rows = jax.lax.dynamic_slice_in_dim(x, start, chunk)
         logits = ((2 * moved) @ (rows - centre).T - offsets) / temperature
         shares = jnp.exp(logits - logits.max(0))
-        return shares @ (where / shares.sum(0))
+        return shares @ (fresh / shares.sum(0))
 
-    return jax.lax.map(of_rows, (padded, where)).sum(0)
+    return jax.lax.map(of_chunk, (jnp.asarray(starts), jnp.asarray(fresh))).sum(0)
 
 
 def _wanted(prices: jax.Array, sizes: jax.Array, least: int, most: int) -> jax.Array:
