@@ -77,7 +77,7 @@ def full_softmax(
         -(1 - a) log p(target) - a / I * sum over items of log p(item),    p = softmax(states @ table.T),   a smoothing
 
     Targets that exist are moved to the front and worked through `rows` at a time, so that a chunk's logits stay in the
-    cache; chunks without a target cost nothing. Gradients are made along with the values, while a chunk's logits are there.
+    cache; chunks without a target cost nothing. Gradients are made with the values, while a chunk's logits are there.
 
     Args:
       states: [T, D].
