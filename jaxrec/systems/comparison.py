@@ -36,7 +36,7 @@ def compare(run: Run, model: GenerativeRecommender, config: EvaluationConfig, fo
     assembly = model.assembly
     records = list(Records(assembly.examples, config.split))
     cases = _draw(make_cases(records, assembly.target_behaviors, config.split), config)
-    items, targets = len(assembly.catalogue.codes), assembly.target_behaviors
+    items, targets = len(assembly.space.codes), assembly.target_behaviors
     name = read_json(run.config_file)["system"]
     rows = evaluate({**fit_baselines(records, items, targets), name: model}, cases, split=config.split)
     rows += evaluate_ties_shuffled(records, items, targets, split=config.split, seed=config.seed)
