@@ -54,7 +54,7 @@ def compare(
     assembly = model.assembly
     items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
     records = list(Records(assembly.examples, config.split))
-    cases = _draw(make_cases(records, assembly.target_behaviors, config.split), config)
+    cases = draw(make_cases(records, assembly.target_behaviors, config.split), config)
     name = read_json(run.config_file)["system"]
     baselines = fit_baselines(records, items, targets) if config.baselines else {}
     rows = evaluate({**baselines, name: model}, cases, split=config.split, cutoffs=config.cutoffs)
@@ -87,7 +87,8 @@ def present(run: Run) -> None:
     console.print(f"report: {report}", markup=False)
 
 
-def _draw(cases: Cases, config: EvaluationConfig) -> Cases:
+def draw(cases: Cases, config: EvaluationConfig) -> Cases:
+    """Some of the cases: `config.max_users` of them, the same for the same seed; all if there are no more."""
     if not 0 < config.max_users < len(cases):
         return cases
     return cases.take(np.sort(np.random.default_rng(config.seed).permutation(len(cases))[: config.max_users]))
