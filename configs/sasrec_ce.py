@@ -3,6 +3,7 @@
     python train.py configs/sasrec_ce.py --run runs/sasrec_ce --data.path DIR
 
 DIR: a folder in the layout of S3-Rec, as for configs/onemall_beauty.py.
+The paper's architecture, a loss over all items instead of one drawn for each target.
 """
 
 from pathlib import Path
@@ -20,9 +21,7 @@ config = SequentialConfig(
     model=SasRecConfig(width=128, layers=2, heads=2, hidden=256, dropout=0.4),
     objective=FullSoftmax(),
     batch_size=256,
-    # 85 steps are an epoch.
     optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01),
-    training=LoopConfig(
-        steps=8500, log_every=85, checkpoint_every=425, evaluate_every=170, patience=8, monitor="ndcg@10"
-    ),
+    # 85 steps are an epoch.
+    training=LoopConfig(steps=8500, log_every=85, checkpoint_every=425, evaluate_every=170, patience=8),
 )

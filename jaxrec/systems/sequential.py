@@ -59,8 +59,6 @@ class SequentialConfig:
     """Histories in a training step, over all hosts."""
     lengths: tuple[int, ...] = (4, 8, 16, 32, 50)
     """Lengths that histories are padded to, rising; of longer ones the latest events are read."""
-    valid_users: int = 0
-    """Evaluate this many users while training; 0 for all."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """Cleaning and splits."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -69,6 +67,8 @@ class SequentialConfig:
     """Length of training, evaluation, early stopping, checkpoints."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Layout of the devices."""
+    validation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(split="valid"))
+    """Who is measured while training, every `training.evaluate_every` steps."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured at the end."""
 
@@ -88,10 +88,11 @@ def train(run: Run, config: SequentialConfig) -> None:
     examples = run.phase(
         "examples", fingerprint(tables), lambda folder: write_examples(run.tables, folder, source.behaviors)
     )
-    names = ("seed", "model", "objective", "batch_size", "lengths", "valid_users", "optim", "training", "mesh")
+    names = ("seed", "model", "objective", "batch_size", "lengths", "optim", "training", "mesh")
+    measured = (config.validation,) if config.training.evaluate_every else ()
     trained = run.stage(
         STAGE,
-        fingerprint(examples, *(getattr(config, name) for name in names)),
+        fingerprint(examples, *(getattr(config, name) for name in names), *measured),
         lambda folder: train_model(assemble(run, config), config, folder, run.metrics_file),
     )
     run.phase(

@@ -82,19 +82,33 @@ class Histories:
         """int64 [R]."""
         return self.end - self.start
 
-    def take(self, rows: np.ndarray, size: int, latest: int) -> dict[str, np.ndarray]:
+    def take(self, rows: np.ndarray, size: int, latest: int, first: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The latest events of some histories: item and time int32 [n, size], length int32 [n].
 
-        At most `latest` <= size events each. Times are seconds since the first of them; behind the last stands `now`.
+        At most `latest` <= size events each, of all or of the `first` int64 [n]. Times are seconds since the first one
+        that is taken; behind the last stands `now`.
         """
-        start = np.maximum(self.start[rows], self.end[rows] - latest)
-        length = self.end[rows] - start
+        end = self.end[rows] if first is None else self.start[rows] + first
+        start = np.maximum(self.start[rows], end - latest)
+        length = end - start
         there = np.arange(size) < length[:, None]
         index = np.where(there, start[:, None] + np.arange(size), 0)
         time = np.where(there, self.time[index], self.now[rows][:, None])
         since = np.clip(time - time[:, :1], 0, np.iinfo(np.int32).max)
         item = np.where(there, self.item[index], 0)
         return {"item": item, "time": since.astype(np.int32), "length": length.astype(np.int32)}
+
+
+def windows(lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """How to read histories of `lengths` int64 [R], at most `most` items and one target more at a time.
+
+    Returns int64 [n] and [n]: the history of each window, and how many events have happened at its end. From the latest
+    backwards every event but the first is the target of one item before it exactly once.
+    """
+    count = np.where(lengths > 1, -(-(lengths - 1) // most), 0)
+    rows = np.repeat(np.arange(len(lengths)), count)
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
+    return rows, lengths[rows] - place * most
 
 
 class SequentialRecommender:

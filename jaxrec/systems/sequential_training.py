@@ -17,7 +17,8 @@ from jaxrec.evaluation import make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
 from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
 from jaxrec.models.sequential import Bert4RecConfig
-from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender
+from jaxrec.systems.comparison import draw
+from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, windows
 from jaxrec.training.loop import TrainState, fit
 from jaxrec.training.optim import make_optimizer
 from jaxrec.training.sharding import make_mesh
@@ -182,21 +183,20 @@ def unseen_items(batch: dict, shape: tuple[int, int], count: int, items: int, ke
 
 
 def training_batches(assembly: SequentialAssembly, config: "SequentialConfig") -> Iterator[Features]:
-    """Batches of histories without end, in an order that the seed decides; each of one length bucket.
+    """Batches without end, in an order that the seed decides, each of one length bucket; long histories in windows.
 
     Raises:
       UserError: no history holds two events.
     """
     histories = Histories.of(Records(assembly.examples, "train"), assembly.wanted)
-    rows = np.flatnonzero(histories.lengths > 1)
+    rows, ends = windows(histories.lengths, assembly.lengths[-1])
     if not len(rows):
         raise UserError("no user has two events of a target behavior to train on; use more data or another split")
-    inputs = np.minimum(histories.lengths[rows] - 1, assembly.lengths[-1])
-    buckets = np.searchsorted(assembly.lengths, inputs)
+    buckets = np.searchsorted(assembly.lengths, np.minimum(ends - 1, assembly.lengths[-1]))
 
     def take(chosen: np.ndarray) -> Features:
         size = assembly.lengths[buckets[chosen[0]]] + 1
-        return histories.take(rows[chosen], size, size)
+        return histories.take(rows[chosen], size, size, ends[chosen])
 
     return array_batches(
         take,
@@ -210,9 +210,9 @@ def training_batches(assembly: SequentialAssembly, config: "SequentialConfig") -
 
 def validation(assembly: SequentialAssembly, config: "SequentialConfig") -> Callable[[TrainState], dict[str, float]]:
     """A function of the state: metrics of the validation targets, ranked among all items."""
-    cases = make_cases(Records(assembly.examples, "valid"), assembly.target_behaviors, "valid")
-    if 0 < config.valid_users < len(cases):
-        cases = cases.take(np.sort(np.random.default_rng(config.seed).permutation(len(cases))[: config.valid_users]))
+    split = config.validation.split
+    cases = make_cases(Records(assembly.examples, split), assembly.target_behaviors, split)
+    cases = draw(cases, config.validation)
     histories = Histories.of(cases.histories, assembly.wanted)
 
     def evaluate(state: TrainState) -> dict[str, float]:
