@@ -123,6 +123,22 @@ def array_batches(
     return _iterate(lambda _, rows: take(rows), plan, epochs, process_index, process_count)
 
 
+def merge_small(buckets: np.ndarray, least: int) -> np.ndarray:
+    """Buckets int [n], rising in length, where those of fewer rows than `least` are joined to longer ones.
+
+    Rows of a short bucket fit into a longer one, so that on a small log more is padded and nothing left out.
+    """
+    counts = np.bincount(buckets)
+    joined, into, rows = np.zeros(len(counts), np.int64), len(counts) - 1, 0
+    for bucket in reversed(range(len(counts))):
+        joined[bucket] = into
+        rows += counts[bucket]
+        # The shortest ones stay together with those above them if they are too few by themselves.
+        if rows >= least and counts[:bucket].sum() >= least:
+            into, rows = bucket - 1, 0
+    return joined[buckets]
+
+
 def _iterate(
     make: MakeBatch, plan: "_Plan", epochs: int | None, process_index: int, process_count: int
 ) -> Iterator[Features]:

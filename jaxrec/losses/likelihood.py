@@ -23,31 +23,29 @@ def next_token(log_probs: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def sampled_softmax(
-    positive: jax.Array,
-    negatives: jax.Array,
-    *,
-    log_q_positive: jax.Array,
-    log_q_negatives: jax.Array,
-    candidates: jax.Array,
-    where: jax.Array,
+    positive: jax.Array, negatives: jax.Array, *, log_draws: jax.Array, candidates: jax.Array, where: jax.Array
 ) -> jax.Array:
-    """-log softmax of each target's score among its own and those of drawn items, corrected for how they were drawn.
+    """-log softmax of each target's score among all items, of which only some that were drawn are looked at.
 
-    From every score the log of the expected number of draws of its item is subtracted, so that the loss tends to the
-    full softmax's (Bengio & Senecal 2008; Covington et al. 2016, section 3.1).
+        -log exp(s_t) / (exp(s_t) + sum over drawn j != t of exp(s_j - log n q_j))
 
-    positive [...], negatives [..., n]; log_q_positive [...] and log_q_negatives (broadcast to negatives): log of the
-    probability of an item in one draw; candidates bool, broadcast to negatives: which drawn items count, those that
-    are the target itself left out; where bool [...]. Returns [...] in float32, 0 where masked.
+    The logQ correction: an item that is drawn n q_j times on average counts for so much less, so that the sum is
+    expected to be that over all other items (Bengio & Senecal 2008; Covington et al. 2016, section 3.1).
 
-    >>> same = dict(log_q_positive=jnp.zeros(1), log_q_negatives=jnp.zeros(3), where=jnp.ones(1, bool))
-    >>> sampled_softmax(jnp.zeros(1), jnp.zeros((1, 3)), candidates=jnp.array([[True, False, False]]), **same).round(3)
-    Array([0.693], dtype=float32)
+    positive [...]; negatives [..., n]; log_draws, broadcast to negatives: log of how often the item is expected among
+    the draws; candidates bool, broadcast to negatives: which of them count, those that are the target itself left out;
+    where bool [...]. Returns [...] in float32, 0 where masked.
+
+    >>> sampled_softmax(
+    ...     jnp.zeros(1), jnp.zeros((1, 2)), log_draws=jnp.log(jnp.array([1.0, 0.5])),
+    ...     candidates=jnp.ones((1, 2), bool), where=jnp.ones(1, bool),
+    ... ).round(3)
+    Array([1.386], dtype=float32)
     """
-    own = positive.astype(jnp.float32) - log_q_positive
-    others = jnp.where(candidates, negatives.astype(jnp.float32) - log_q_negatives, -jnp.inf)
-    everything = jnp.logaddexp(own, jax.nn.logsumexp(jnp.where(where[..., None], others, 0.0), axis=-1))
-    return jnp.where(where, everything - own, 0.0)
+    own = positive.astype(jnp.float32)
+    # Finite, so that a target without candidates has gradient zero.
+    others = jnp.where(candidates, negatives.astype(jnp.float32) - log_draws, -1e30)
+    return jnp.where(where, jnp.logaddexp(own, jax.nn.logsumexp(others, axis=-1)) - own, 0.0)
 
 
 def binary(positive: jax.Array, negatives: jax.Array, *, candidates: jax.Array, where: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import optax
 
 from jaxrec.config import UserError
 from jaxrec.data.examples import Records
-from jaxrec.data.pipeline import Features, array_batches
+from jaxrec.data.pipeline import Features, array_batches, merge_small
 from jaxrec.evaluation import make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
 from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
@@ -165,8 +165,7 @@ def _sampled(objective: SampledSoftmax, log_q: np.ndarray, states, table, target
     return sampled_softmax(
         (states * table[targets]).sum(-1),
         states @ table[drawn].T,
-        log_q_positive=log_p[targets],
-        log_q_negatives=log_p[drawn],
+        log_draws=log_p[drawn] + np.log(objective.negatives),
         candidates=drawn != targets[..., None],
         where=where,
     )
@@ -193,6 +192,7 @@ def training_batches(assembly: SequentialAssembly, config: "SequentialConfig") -
     if not len(rows):
         raise UserError("no user has two events of a target behavior to train on; use more data or another split")
     buckets = np.searchsorted(assembly.lengths, np.minimum(ends - 1, assembly.lengths[-1]))
+    buckets = merge_small(buckets, config.batch_size)
 
     def take(chosen: np.ndarray) -> Features:
         size = assembly.lengths[buckets[chosen[0]]] + 1
@@ -203,6 +203,8 @@ def training_batches(assembly: SequentialAssembly, config: "SequentialConfig") -
         buckets,
         batch_size=config.batch_size,
         seed=config.seed,
+        # A log of fewer histories than a batch is one batch, filled up.
+        drop_remainder=len(rows) >= config.batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
