@@ -1,4 +1,4 @@
-"""The item-level baselines as a system: what is trained on, what is recommended, and a whole run, killed and resumed."""
+"""The item-level baselines as a system: what is trained on, what is recommended, a whole run, killed and resumed."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ import pytest
 
 from jaxrec.config import UserError, load_config
 from jaxrec.models.sequential import Bert4RecConfig, SasRecConfig, SequentialModel
+from jaxrec.evaluation.metrics import METRICS
 from jaxrec.run import Run
 from jaxrec.systems import SYSTEMS, sequential
 from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, windows
