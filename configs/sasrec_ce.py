@@ -4,6 +4,7 @@
 
 DIR: a folder in the layout of S3-Rec, as for configs/onemall_beauty.py.
 The paper's architecture, a loss over all items instead of one drawn for each target.
+An epoch with its validation takes about 22 seconds on two cores; at most 100 of them.
 """
 
 from pathlib import Path

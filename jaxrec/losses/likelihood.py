@@ -68,7 +68,7 @@ def full_softmax(
     *,
     where: jax.Array,
     label_smoothing: float = 0.0,
-    rows: int = 128,
+    rows: int = 256,
 ) -> jax.Array:
     """-log softmax of each target's item among all items, without the logits of all targets ever being there at once.
 

@@ -36,7 +36,7 @@ class FullSoftmax:
 
     label_smoothing: float = 0.0
     """share of the probability that is spread over all items"""
-    rows: int = 128
+    rows: int = 256
     """targets whose logits are there at once; 0 for all"""
 
 
