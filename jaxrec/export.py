@@ -22,7 +22,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +38,6 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec import __version__
 from jaxrec.config import UserError, fingerprint, from_json, to_json
-from jaxrec.data import features
 from jaxrec.data.features import AGES, FeatureConfig
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
@@ -50,9 +49,11 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 FILES = {"variables": "model.safetensors", "trie": "trie.safetensors"}
 """Which file an array of `GenerativeRecommender.served` goes to, by its first key; the others are the catalogue's."""
 CATALOGUE = "catalogue.safetensors"
+READERS = {reader.__name__: reader for reader in (FeatureConfig,)}
+"""What makes the inputs of histories, by the name in the manifest."""
 OUTPUTS = {
     "items": "line of items.jsonl from 0, best first; -1 = none",
-    "scores": "log-probability of the item's semantic ID; -inf = none",
+    "scores": "log-probability of the item's semantic ID, or what a rank head made of it; -inf = none",
     "valid": "whether there is an item",
     "nan": "the model gave NaN for this request, which has no valid item then: weights or inputs are damaged",
 }
@@ -151,7 +152,7 @@ def export_modules(recommender: Any, config: ExportConfig) -> tuple[dict[str, ja
     leaves, tree = jax.tree_util.tree_flatten_with_path(recommender.served)
     served = {jax.tree_util.keystr(path, simple=True, separator="/"): array for path, array in leaves}
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in served.items()}
-    width = max(config.beam_width or recommender.config.beam_width, config.k)
+    width = _width(recommender, config)
 
     def retrieve(weights, requests):
         # What the retrieval doesn't read is not among the weights; zeros of its shape are enough.
@@ -183,7 +184,7 @@ def _read_by(function: Callable, weights: dict, requests: dict) -> list[str]:
 
 def _requests(recommender: Any, length: int, config: ExportConfig, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the inputs for histories of one bucket."""
-    only = FeatureConfig(**asdict(recommender.feature_config) | {"buckets": (length,)})
+    only = replace(recommender.feature_config, buckets=(length,))
     arrays = _cut(_EMPTY, only, recommender.assembly.behaviors, recommender.assembly.wanted)
     shapes = {name: jax.ShapeDtypeStruct((batch, *each.shape), each.dtype) for name, each in arrays.items()}
     if config.filters:
@@ -195,10 +196,14 @@ def _requests(recommender: Any, length: int, config: ExportConfig, batch: Any) -
 _EMPTY = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")} | {"now": 0}
 
 
-def _cut(history: History, config: FeatureConfig, behaviors: Sequence[str], wanted: np.ndarray) -> dict:
+def _width(recommender: Any, config: ExportConfig) -> int | tuple[int, ...]:
+    return max(config.beam_width, config.k) if config.beam_width else recommender.width(config.k)
+
+
+def _cut(history: History, config: Any, behaviors: Sequence[str], wanted: np.ndarray) -> dict:
     """The features of everything in a history."""
     end = int(history["session"][-1]) + 1 if len(history["session"]) else 0
-    cut = features.cut(history, end, config, behaviors=len(behaviors), wanted=wanted)
+    cut = config.cut(history, end, behaviors=len(behaviors), wanted=wanted)
     return {name: np.asarray(array) for name, array in cut.items()}
 
 
@@ -207,7 +212,7 @@ def _describe(recommender: Any, item_ids: Sequence[str], config: ExportConfig, w
     assembly, space = recommender.assembly, recommender.assembly.space
     if len(item_ids) != len(space.codes):
         raise UserError(f"there are {len(item_ids)} item ids for {len(space.codes)} items with semantic IDs; give all")
-    first = next(iter(modules.values()))
+    first, width = next(iter(modules.values())), _width(recommender, config)
     return {
         "format": FORMAT,
         "jaxrec": __version__,
@@ -221,7 +226,8 @@ def _describe(recommender: Any, item_ids: Sequence[str], config: ExportConfig, w
             "codebook_sizes": list(space.codebook_sizes),
         },
         "k": config.k,
-        "beam_widths": [max(config.beam_width or recommender.config.beam_width, config.k)] * space.levels,
+        "beam_widths": [width] * space.levels if isinstance(width, int) else list(width),
+        "reader": type(recommender.feature_config).__name__,
         "features": to_json(recommender.feature_config),
         "behaviors": list(assembly.behaviors),
         "target_behaviors": [assembly.behaviors[index] for index in assembly.target_behaviors],
@@ -291,7 +297,7 @@ class Artefact:
         self.item_ids = [json.loads(line)["item_id"] for line in (folder / ITEMS).open(encoding="utf-8")]
         files = {array["file"] for array in manifest["weights"].values()}
         self.weights = jax.device_put({k: v for file in sorted(files) for k, v in load_file(folder / file).items()})
-        self.features = from_json(FeatureConfig, manifest["features"])
+        self.features = from_json(READERS[manifest["reader"]], manifest["features"])
         self._calls = {}
         for module in manifest["modules"]:
             exported = jax_export.deserialize(bytearray((folder / module["file"]).read_bytes()))
@@ -302,8 +308,8 @@ class Artefact:
         behaviors = self.manifest["behaviors"]
         wanted = np.isin(behaviors, self.manifest["target_behaviors"])
         ends = [int(each["session"][-1]) + 1 if len(each["session"]) else 0 for each in histories]
-        lengths = [features.bucket_of(each, end, self.features) for each, end in zip(histories, ends, strict=True)]
-        config = FeatureConfig(**asdict(self.features) | {"buckets": (max(lengths),)})
+        lengths = [self.features.bucket_of(each, end) for each, end in zip(histories, ends, strict=True)]
+        config = replace(self.features, buckets=(max(lengths),))
         cuts = [_cut(history, config, behaviors, wanted) for history in histories]
         return {name: np.stack([cut[name] for cut in cuts]) for name in cuts[0]}
 
@@ -323,7 +329,7 @@ class Artefact:
             name = min(different)
             wrong = "is missing" if name not in requests else "is no input of this artefact"
             raise UserError(f"input {name!r} {wrong}; the inputs are {', '.join(modules[0]['inputs'])}")
-        batch = np.shape(requests["day"])[:1]
+        batch = np.shape(next(iter(requests.values())))[:1]
         for module in modules:
             given = {name: [*batch, *module["inputs"][name]["shape"][1:]] for name in requests}
             if all(list(np.shape(requests[name])) == given[name] for name in requests):

@@ -246,7 +246,7 @@ def test_new_items_are_scored_and_read_by_codes_and_embedding(recommender):
     assert (items == ITEMS).any(1).all() and (items == ITEMS + 1).any(1).all()
     # Another ID for a known item: its vector in histories changes with it, as in a table made anew.
     swapped = live.swap(version.items, np.concatenate([NEW_ROWS[:1], codes[1:]]), popularity=popularity)
-    fresh = recommender._table(swapped, swapped.served["catalogue"], np.arange(ITEMS + 2))
+    fresh = old.table(recommender.variables, swapped.served["catalogue"], np.arange(ITEMS + 2))
     np.testing.assert_allclose(swapped.served["table"][: ITEMS + 2], fresh, atol=1e-6)
     assert np.abs(swapped.served["table"][0] - version.served["table"][0]).max() > 1e-3
 

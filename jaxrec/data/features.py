@@ -41,6 +41,14 @@ class FeatureConfig:
         """The most events of a behavior that are read."""
         return self.history_lengths[min(behavior, len(self.history_lengths) - 1)]
 
+    def cut(self, record: dict, session: int, *, behaviors: int, wanted: np.ndarray) -> dict[str, np.ndarray]:
+        """As the function `cut`."""
+        return cut(record, session, self, behaviors=behaviors, wanted=wanted)
+
+    def bucket_of(self, record: dict, session: int) -> int:
+        """As the function `bucket_of`."""
+        return bucket_of(record, session, self)
+
 
 def cut(record: dict, session: int, config: FeatureConfig, *, behaviors: int, wanted: np.ndarray) -> dict:
     """The context before `session` of a record, as arrays; `wanted` bool [behaviors] marks the target behaviors.

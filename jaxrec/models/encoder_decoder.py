@@ -69,6 +69,9 @@ class EncoderDecoderConfig:
     """dropout on embeddings, on what each layer adds and on the last states, in training"""
     dtype: str = "float32"
     """type of activations"""
+    causal: bool = False
+    """a token of the context looks at itself and at those before it, so that one pass serves all of its prefixes
+    (`score_prefixes`); no T5, whose encoder looks both ways"""
 
     def __post_init__(self):
         check_levels(self.levels, self.vocabulary)
@@ -156,23 +159,42 @@ class EncoderDecoder(nn.Module):
 
     def prefill(self, tokens: jax.Array, mask: jax.Array, train: bool = False) -> EncodedContext:
         """Encode B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding anywhere."""
-        x = self.drop(self.embed(tokens), deterministic=not train)
-        positions = np.arange(tokens.shape[1])
-        bias = self.encoder_bias(positions, positions)
-        for layer in self.encoder:
-            x = self._dropped(layer(x, mask, bias), x, train)
-        memory = self.drop(self.encoder_norm(x), deterministic=not train)
-        cross = tuple(layer.cross.key_value(memory) for layer in self.decoder)
+        cross = self._encode(tokens, mask, train)
         start = jnp.full((len(tokens), 1, 1), self.config.start_token, jnp.int32)
         states, own = self._decode(start, cross, mask, None, None, train)
         start = tuple((key[:, 0], value[:, 0]) for key, value in own)
         return EncodedContext(cross, mask, start, states[:, 0, 0])
 
-    def score(self, context: EncodedContext, targets: jax.Array, train: bool = False) -> jax.Array:
-        """Log-probabilities float32 [B, L, M] of every code of targets int32 [B, L, M]."""
+    def score(
+        self, context: EncodedContext, targets: jax.Array, train: bool = False, smoothing: float = 0.0
+    ) -> jax.Array:
+        """Log-probabilities float32 [B, L, M] of every code of targets int32 [B, L, M].
+
+        `smoothing` as for `jaxrec.models.vocabulary.target_log_probs`.
+        """
         first, states = context.state, self.states(context, targets[..., :-1], train)
         cfg = self.config
-        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict)
+        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing)
+
+    def score_prefixes(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        seen: jax.Array,
+        targets: jax.Array,
+        train: bool = False,
+        smoothing: float = 0.0,
+    ) -> jax.Array:
+        """As `score`, where each target sees another prefix of its context: tokens int32 [B, S], seen bool [B, L, S].
+
+        With a causal encoder this is what `prefill` of each prefix and `score` of its target give, from one pass.
+        """
+        start = jnp.full((*targets.shape[:2], 1), self.config.start_token, jnp.int32)
+        entered = jnp.concatenate([start, to_tokens(targets[..., :-1], self.config.levels)], axis=-1)
+        cross = self._encode(tokens, mask, train)
+        states, _ = self._decode(entered, cross, seen & mask[:, None], None, None, train)
+        first, states, cfg = states[:, :, 0], states[:, :, 1:], self.config
+        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing)
 
     def states(self, context: EncodedContext, codes: jax.Array, train: bool = False) -> jax.Array:
         """What the decoder makes of codes int32 [B, L, M]: [B, L, M, D], the m-th predicts the code after the m-th."""
@@ -196,6 +218,17 @@ class EncoderDecoder(nn.Module):
             state, cache = states[:, :, 0], {"own": own}
         cfg = self.config
         return level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict), cache
+
+    def _encode(self, tokens: jax.Array, mask: jax.Array, train: bool) -> tuple[KeyValue, ...]:
+        """Per decoder layer K/V [B, S, N, H] of the encoder's output."""
+        x = self.drop(self.embed(tokens), deterministic=not train)
+        positions = np.arange(tokens.shape[1])
+        bias = self.encoder_bias(positions, positions)
+        looked_at = mask[:, None] & (positions <= positions[:, None]) if self.config.causal else mask
+        for layer in self.encoder:
+            x = self._dropped(layer(x, looked_at, bias), x, train)
+        memory = self.drop(self.encoder_norm(x), deterministic=not train)
+        return tuple(layer.cross.key_value(memory) for layer in self.decoder)
 
     def _decode(self, tokens, cross, mask, start, past, train: bool = False):
         """Tokens int32 [B, L, M] through the decoder -> (states [B, L, M, D] for the head, each layer's own K/V)."""

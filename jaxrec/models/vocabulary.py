@@ -64,18 +64,29 @@ def level_log_probs(table: jax.Array, state: jax.Array, level: int, levels: Leve
 
 
 def target_log_probs(
-    table: jax.Array, first: jax.Array, states: jax.Array, targets: jax.Array, levels: Levels | None, restrict: bool
+    table: jax.Array,
+    first: jax.Array,
+    states: jax.Array,
+    targets: jax.Array,
+    levels: Levels | None,
+    restrict: bool,
+    smoothing: float = 0.0,
 ) -> jax.Array:
     """Log-probabilities float32 [B, L, M] of the codes of targets int32 [B, L, M].
 
-    first [B, D] is the state that predicts the first code of every target, so its logits are made once; states
-    [B, L, M - 1, D] predict the others.
+    first [B, D] is the state that predicts the first code of every target, so its logits are made once, or [B, L, D]
+    where each target has its own; states [B, L, M - 1, D] predict the others. With `smoothing` s the value of a code is
+    (1 - s) log p + s times the mean log-probability of its level: what a loss with smoothed labels takes.
     """
-    logits, log_z = level_logits(table, first[:, None], 0, levels, restrict)
-    found = [_pick(jnp.broadcast_to(logits, (*targets.shape[:2], logits.shape[-1])), targets[..., 0]) - log_z]
-    for level in range(1, targets.shape[-1]):
-        logits, log_z = level_logits(table, states[:, :, level - 1], level, levels, restrict)
-        found.append(_pick(logits, targets[..., level]) - log_z)
+    first = first[:, None] if first.ndim == 2 else first
+    found = []
+    for level in range(targets.shape[-1]):
+        state = states[:, :, level - 1] if level else first
+        logits, log_z = level_logits(table, state, level, levels, restrict)
+        value = _pick(jnp.broadcast_to(logits, (*targets.shape[:2], logits.shape[-1])), targets[..., level])
+        if smoothing:
+            value = (1 - smoothing) * value + smoothing * logits.mean(-1)
+        found.append(value - log_z)
     return jnp.stack(found, axis=-1)
 
 

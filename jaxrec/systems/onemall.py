@@ -8,27 +8,22 @@ can be killed and run again.
 
 from dataclasses import dataclass, field
 
-import pyarrow.parquet as pq
-
 from jaxrec.config import fingerprint, from_json
-from jaxrec.data.examples import write_examples
 from jaxrec.data.features import FeatureConfig
 from jaxrec.data.popularity import PopularityConfig
-from jaxrec.data.prepare import PrepareConfig, prepare
+from jaxrec.data.prepare import PrepareConfig
 from jaxrec.data.sources import CompleteJourney, Folder, SequenceText, SyntheticMall
 from jaxrec.models.cross_decoder import CrossDecoderConfig
 from jaxrec.run import Run
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig
-from jaxrec.semantic_ids.embeddings import finetune_items
-from jaxrec.semantic_ids.tokenize import tokenize
-from jaxrec.semantic_ids.versions import check_replaceable
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
 from jaxrec.systems.onemall_model import assemble
 from jaxrec.systems.onemall_training import train_model
+from jaxrec.systems.phases import prepare_with_ids
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.text.align import AlignConfig
-from jaxrec.text.encoder import EncoderConfig, load_encoder
+from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
 from jaxrec.text.scenarios import TowersConfig
 from jaxrec.training import checkpoint
@@ -36,7 +31,7 @@ from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 from jaxrec.training.sharding import MeshConfig
 
-ALIGNMENT, STAGE = "stages/alignment", "stages/pretrain"
+STAGE = "stages/pretrain"
 
 
 @dataclass(frozen=True)
@@ -97,39 +92,7 @@ class OneMallConfig:
 
 def train(run: Run, config: OneMallConfig) -> None:
     """Runs every phase that is not done yet, and prints the comparison table."""
-    source = config.data
-    tables = run.phase(
-        "tables",
-        fingerprint(source.fingerprint(), config.prepare),
-        lambda folder: prepare(source, config.prepare, folder),
-    )
-    encoder = _encoder(run, config.text)
-    id_configs = (config.align, config.semantic_ids, config.collisions)
-    scenarios = () if config.scenarios is None else (config.scenarios,)
-    id_inputs = fingerprint(tables, *encoder, *id_configs, *scenarios, config.seed)
-    check_replaceable(run.semantic_ids, id_inputs)
-    if isinstance(config.align, FinetuneConfig):
-        run.stage(
-            ALIGNMENT,
-            fingerprint(tables, *encoder, config.align, config.seed),
-            lambda folder: finetune_items(run.tables, folder, config.text, config.align, config.seed),
-        )
-    ids = run.phase(
-        "semantic_ids",
-        id_inputs,
-        lambda folder: tokenize(
-            run.tables,
-            folder,
-            config.text,
-            *id_configs,
-            config.seed,
-            tuned=run.path / ALIGNMENT / "tuned",
-            scenarios=config.scenarios,
-        ),
-    )
-    examples = run.phase(
-        "examples", fingerprint(tables), lambda folder: write_examples(run.tables, folder, source.behaviors)
-    )
+    ids, examples = prepare_with_ids(run, config)
     trained = run.stage(
         STAGE,
         fingerprint(ids, examples, *_training_inputs(config)),
@@ -153,14 +116,6 @@ def load_recommender(run: Run) -> GenerativeRecommender:
     trained = checkpoint.load_parts(run.path / STAGE, "params", "extra")
     variables = {"params": trained["params"], **trained["extra"]}
     return GenerativeRecommender(assemble(run, config), variables, config.features, config.decoding)
-
-
-def _encoder(run: Run, text: EncoderConfig) -> tuple:
-    """What the vectors of the items' texts depend on; nothing, where the items bring embeddings of their own."""
-    if "embedding" in pq.read_schema(run.tables / "items.parquet").names:
-        return ()
-    # Not by its name alone: a folder may hold another encoder by now.
-    return text.model, load_encoder(text.model).fingerprint, text.max_tokens
 
 
 def _training_inputs(config: OneMallConfig) -> list:

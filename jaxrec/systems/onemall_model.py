@@ -1,4 +1,9 @@
-"""OneMall's model, fitted to one catalogue: what training, decoding and evaluation share."""
+"""OneMall's model, fitted to one catalogue: what training, decoding and evaluation share.
+
+For a catalogue that changes while it is served (`jaxrec.decoding.live`) it makes the arrays of every version: rows of
+items that came later are made of their codes, attributes and embedding, as all rows are; where the model has a vector
+for every item, theirs is the mean.
+"""
 
 import functools
 from collections.abc import Callable
@@ -13,12 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
+from jaxrec.config import UserError
 from jaxrec.data.attributes import attribute_indices, later_attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
 from jaxrec.data.popularity import PopularityByPeriod, read_popularity
-from jaxrec.models.context import Catalogue, Features, Sequence
+from jaxrec.decoding.live import Version
+from jaxrec.models.context import Catalogue, Context, Features, Sequence
 from jaxrec.models.cross_decoder import CrossDecoder
-from jaxrec.models.prior import build_prior
+from jaxrec.models.prior import Prior, build_prior
 from jaxrec.run import Run
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
@@ -26,6 +33,9 @@ from jaxrec.training.sharding import init_sharded
 
 if TYPE_CHECKING:
     from jaxrec.systems.onemall import OneMallConfig
+
+PATCH = 1024
+"""Rows of items that came later are made so many at once; of more, all rows are made again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +85,93 @@ class Assembly:
 
         return nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
 
+    # ---- what the recommender asks for -------------------------------------------------------------------------------
+
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
+        """{"variables", "catalogue", "table"}: the model's vector of every item, of the trained catalogue or a version.
+
+        Trained rows are as they were, but for their codes; later ones are made of what was given with them.
+        """
+        if version is None:
+            table = self._make_table(variables, self.catalogue)
+            return {"variables": variables, "catalogue": self.catalogue, "table": table}
+        changed = np.arange(len(version))
+        if before is not None:
+            same = np.zeros(len(version), bool)
+            same[: len(before)] = (version.codes[: len(before)] == before.codes).all(1)
+            changed = np.flatnonzero(~same)
+        catalogue = self._catalogue(version, None if before is None else before.served["catalogue"].prior)
+        if before is None or len(changed) > PATCH:
+            table = self.table(variables, catalogue, np.arange(version.capacity))
+        else:
+            rows = np.resize(changed, PATCH)
+            table = _put(before.served["table"], rows, self.table(variables, catalogue, rows))
+        return {"variables": variables, "catalogue": catalogue, "table": table}
+
+    def context(self, served: dict, arrays: dict[str, jax.Array]) -> Context:
+        """B contexts from stacked arrays of `jaxrec.data.features.cut`."""
+        inputs, table = self.features(arrays), served["table"]
+        return self.model.apply(served["variables"], inputs, served["catalogue"], table=table, method="prefill")
+
+    def extend(self, served: dict, context: Context, tokens: jax.Array | None, cache: Any, level: int):
+        """One more code for every beam."""
+        return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
+
+    def rescore(self, served: dict, context: Context) -> None:
+        """Beams are chosen by the log-probabilities."""
+
+    def table(self, variables: dict, catalogue: Catalogue, rows: np.ndarray) -> jax.Array:
+        """The model's vectors of some rows: float32 [n, D]."""
+        params = dict(variables["params"])
+        if "item" in params:
+            trained = np.asarray(params["item"]["table"])
+            vectors = np.broadcast_to(trained.mean(0), (len(rows), trained.shape[1])).copy()
+            vectors[rows < len(trained)] = trained[rows[rows < len(trained)]]
+            params["item"] = {"table": jnp.asarray(vectors)}
+        columns = (catalogue.codes, catalogue.attributes, catalogue.embeddings, catalogue.log_q)
+        some = Catalogue(*(jnp.asarray(np.asarray(column)[rows]) for column in columns))
+        return self._make_table({**variables, "params": params}, some)
+
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def _make_table(self, variables: dict, catalogue: Catalogue) -> jax.Array:
+        model = self.model.clone(items=len(catalogue.codes))
+        return model.apply(variables, catalogue, method="item_table")
+
+    def _catalogue(self, version: Version, like: Prior | None) -> Catalogue:
+        """Trained rows as they were, but for their codes; later ones from what was given; zeros up to the capacity."""
+        trained = self.catalogue
+        first, count = len(trained.codes), len(version)
+        later = version.items.slice(first)
+        attributes, embeddings = np.asarray(trained.attributes), np.asarray(trained.embeddings)
+        given = np.zeros((count - first, embeddings.shape[1]), np.float32)
+        if version.embeddings.shape[1]:
+            if version.embeddings.shape[1] != given.shape[1]:
+                raise UserError(
+                    f"embeddings of new items have width {version.embeddings.shape[1]}, those of the run have "
+                    f"{given.shape[1]}: give such as its semantic IDs were made of"
+                )
+            given = np.nan_to_num(version.embeddings)
+        more = np.zeros((count - first, attributes.shape[1]), np.int32)
+        if len(later) and self.attributes_of is not None:
+            more = self.attributes_of(later)
+        weights = self.popularity.weights
+        # As popular, at any time, as an item that sold so much over the whole log.
+        total = (version.popularity[:first] + 1).sum()
+        added = np.broadcast_to((version.popularity[first:] + 1) / total, (len(weights), count - first))
+        return Catalogue(
+            codes=filled_up(version.codes, version.capacity),
+            attributes=filled_up(np.concatenate([attributes, more]), version.capacity),
+            embeddings=filled_up(np.concatenate([embeddings, given]), version.capacity),
+            log_q=filled_up(np.asarray(trained.log_q), version.capacity),
+            prior=build_prior(
+                version.codes,
+                np.concatenate([weights, added], axis=1),
+                self.space.codebook_sizes,
+                capacity=version.capacity,
+                like=like,
+            ),
+        )
+
 
 def assemble(run: Run, config: "OneMallConfig") -> Assembly:
     """Reads the catalogue of a run and shapes the model to it.
@@ -102,3 +199,16 @@ def assemble(run: Run, config: "OneMallConfig") -> Assembly:
     wanted = np.isin(behaviors, config.data.target_behaviors)
     later = functools.partial(later_attribute_indices, items.select(list(config.attributes)), config.attributes)
     return Assembly(model, catalogue, space, lately, run.examples, wanted, later)
+
+
+@jax.jit
+def _put(table: jax.Array, rows: jax.Array, vectors: jax.Array) -> jax.Array:
+    """A copy of the table with other vectors at rows int32 [n], which may repeat with the same vector."""
+    return table.at[rows].set(vectors)
+
+
+def filled_up(values: np.ndarray, rows: int) -> jax.Array:
+    """values [n, ...] with zeros behind up to `rows`."""
+    filled = np.zeros((rows, *values.shape[1:]), values.dtype)
+    filled[: len(values)] = values
+    return jnp.asarray(filled)

@@ -1,37 +1,28 @@
 """A trained model that recommends: histories in, ranked items out, by beam search over the catalogue's trie.
 
-For a catalogue that changes while it is served (`jaxrec.decoding.live`) it makes the arrays of every version: rows of
-items that came later are made of their codes, attributes and embedding, as all rows are; where the model has a vector
-for every item, theirs is the mean.
+It knows a model only by its `Assembly`: how a history becomes a context, and how a beam gets one more code. So every
+generative system is searched, measured, served live and exported by the same code.
 """
 
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import UserError
-from jaxrec.data import features
-from jaxrec.data.features import FeatureConfig
-from jaxrec.decoding.beam import beam_search, expand_items
+from jaxrec.decoding.beam import Rescore, beam_search, expand_items
 from jaxrec.decoding.filters import Allowed, ItemFilter, ItemOrder, stack
 from jaxrec.decoding.live import Version
 from jaxrec.decoding.trie import build_trie
 from jaxrec.evaluation.cases import Cases, History
 from jaxrec.evaluation.metrics import add, id_accuracy, validity_rate
-from jaxrec.models.context import Catalogue
-from jaxrec.models.prior import build_prior
 from jaxrec.semantic_ids.space import SemanticIdSpace
-from jaxrec.systems.onemall_model import Assembly
 
 Item = TypeVar("Item")
-
-PATCH = 1024
-"""Rows of items that came later are made so many at once; of more, all rows are made again."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +33,95 @@ class DecodingConfig:
     """beams; where more items are asked for, as many beams as items"""
     batch_size: int = 32
     """histories that are decoded together"""
+    beam_widths: tuple[int, ...] = ()
+    """beams of every level (RankGR: 500, 1400) in place of `beam_width`; never more than there are prefixes"""
+    candidates: tuple[int, ...] = ()
+    """candidates of every level that a rank head scores (RankGR's lambda: 1400, 1400); at least the beams, which is
+    the default"""
+
+    def __post_init__(self):
+        for name in ("beam_widths", "candidates"):
+            if min(getattr(self, name), default=1) < 1:
+                given = getattr(self, name)
+                raise UserError(f"configuration key 'decoding.{name}' is {given}; give numbers of 1 or more")
+
+
+class Assembly(Protocol):
+    """A model fitted to one catalogue, as the recommender sees it. What `serve` returns is only handed back to it."""
+
+    space: SemanticIdSpace
+    """the semantic IDs of the items that the model was trained on"""
+    wanted: np.ndarray
+    """bool [behaviors]: the target behaviors"""
+    examples: Any
+    """folder of the example records"""
+
+    @property
+    def behaviors(self) -> tuple[str, ...]:
+        """Names, weakest first."""
+        ...
+
+    @property
+    def target_behaviors(self) -> list[int]:
+        """Indices of the target behaviors."""
+        ...
+
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
+        """What contexts and codes are computed from, as arrays by name; "trie" is added to them.
+
+        version: a version of a live catalogue, whose first rows are the items of `space`; arrays have room for its
+        `capacity`. before: the version before, of the same capacity, if there was one.
+        """
+        ...
+
+    def context(self, served: dict, arrays: dict[str, jax.Array]) -> Any:
+        """B contexts from stacked arrays that the system's features (`cut`) made."""
+        ...
+
+    def extend(self, served: dict, context: Any, tokens: jax.Array | None, cache: Any, level: int):
+        """As `jaxrec.decoding.beam_search` calls it."""
+        ...
+
+    def rescore(self, served: dict, context: Any) -> Rescore | None:
+        """What chooses beams in place of the log-probabilities, if anything does."""
+        ...
+
+
+class Reader(Protocol):
+    """How a system cuts histories into arrays of few shapes; a configuration, such as `FeatureConfig`."""
+
+    buckets: tuple[int, ...]
+
+    def cut(self, record: History, session: int, *, behaviors: int, wanted: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of what comes before `session`."""
+        ...
+
+    def bucket_of(self, record: History, session: int) -> int:
+        """Which of the buckets that cut is padded to."""
+        ...
 
 
 class GenerativeRecommender:
     """Recommends with a trained model. Histories are padded to few shapes: nothing recompiles after a warm-up."""
 
-    def __init__(self, assembly: Assembly, variables: dict, feature_config: FeatureConfig, config: DecodingConfig):
+    def __init__(self, assembly: Assembly, variables: dict, feature_config: Reader, config: DecodingConfig):
         self.assembly, self.feature_config, self.config = assembly, feature_config, config
+        for name in ("beam_widths", "candidates"):
+            given, levels = getattr(config, name), assembly.space.levels
+            if given and len(given) != levels:
+                raise UserError(
+                    f"configuration key 'decoding.{name}' has {len(given)} numbers, but semantic IDs have {levels} "
+                    "levels; give one for each"
+                )
         self._variables = variables
         self._signatures: dict[tuple, dict[str, np.ndarray]] = {}
 
     @functools.cached_property
     def served(self) -> dict:
         """What answers need and no request changes; an argument of the compiled functions, not a constant in them."""
-        assembly, space = self.assembly, self.assembly.space
-        return {
-            "variables": self._variables,
-            "catalogue": assembly.catalogue,
-            "table": jax.jit(functools.partial(assembly.model.apply, method="item_table"))(
-                self._variables, assembly.catalogue
-            ),
-            "trie": build_trie(space.codes, space.codebook_sizes, order=space.popularity),
-        }
+        space = self.assembly.space
+        trie = build_trie(space.codes, space.codebook_sizes, order=space.popularity)
+        return {**self.assembly.serve(self._variables), "trie": trie}
 
     @functools.cached_property
     def order(self) -> ItemOrder:
@@ -77,7 +135,7 @@ class GenerativeRecommender:
 
     @property
     def variables(self) -> dict:
-        """The model's variables: {"params", "balance"}."""
+        """The model's variables: {"params", ...}."""
         return self._variables
 
     def recommend(
@@ -100,7 +158,7 @@ class GenerativeRecommender:
             allowed = self._unseen(histories)
         items = np.full((len(histories), k), -1, np.int32)
         scores = np.full((len(histories), k), -np.inf, np.float32)
-        width = max(self.config.beam_width, k)
+        width = self.width(k)
 
         def searches():
             for rows, arrays in self._batches(histories):
@@ -130,11 +188,17 @@ class GenerativeRecommender:
             sums = add(sums, jax.device_get(self._measure(self.served, arrays, target, where, real)))
         return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
 
+    def width(self, k: int) -> int | tuple[int, ...]:
+        """Beams where k items are asked for: one number, or one a level."""
+        if self.config.beam_widths:
+            return tuple(max(width, k) for width in self.config.beam_widths)
+        return max(self.config.beam_width, k)
+
     def _batches(self, histories: list[History]):
         """Yields (rows, stacked features): histories of one length bucket, filled up to the batch size."""
         ends = [int(history["session"][-1]) + 1 if len(history["session"]) else 0 for history in histories]
         pairs = list(zip(histories, ends, strict=True))
-        buckets = np.array([features.bucket_of(history, end, self.feature_config) for history, end in pairs])
+        buckets = np.array([self.feature_config.bucket_of(history, end) for history, end in pairs])
         for bucket in np.unique(buckets):
             group = np.flatnonzero(buckets == bucket)
             for start in range(0, len(group), self.config.batch_size):
@@ -146,7 +210,7 @@ class GenerativeRecommender:
     def _cut(self, history: History, end: int) -> dict:
         """The features of everything in a history that ends before session `end`."""
         wanted, behaviors = self.assembly.wanted, len(self.assembly.behaviors)
-        return features.cut(history, end, self.feature_config, behaviors=behaviors, wanted=wanted)
+        return self.feature_config.cut(history, end, behaviors=behaviors, wanted=wanted)
 
     def _unseen(self, histories: list[History]) -> list[Allowed]:
         """What each user doesn't have yet."""
@@ -157,7 +221,7 @@ class GenerativeRecommender:
         """The filter of a batch, filled up to the batch size."""
         return stack([requests[row % len(requests)] for row in range(self.config.batch_size)])
 
-    def _note(self, arrays: dict, item_filter: ItemFilter | None, width: int, k: int) -> None:
+    def _note(self, arrays: dict, item_filter: ItemFilter | None, width: int | tuple, k: int) -> None:
         """Remembers which shapes were asked for, so that `warm_up` can ask for them again."""
         shapes = tuple((name, array.shape) for name, array in arrays.items())
         key = (shapes, item_filter is not None, width, k)
@@ -165,17 +229,39 @@ class GenerativeRecommender:
             self._signatures[key] = {name: np.zeros_like(array) for name, array in arrays.items()}
 
     @functools.partial(jax.jit, static_argnames=("self", "width", "k"))
-    def _search(self, served, arrays, allowed, width: int, k: int):
+    def _search(self, served, arrays, allowed, width: int | tuple[int, ...], k: int):
         return self.retrieve(served, arrays, allowed, width, k)
 
-    def retrieve(self, served: dict, arrays: dict, allowed: jax.Array | ItemFilter | None, width: int, k: int):
+    def retrieve(
+        self,
+        served: dict,
+        arrays: dict,
+        allowed: jax.Array | ItemFilter | None,
+        width: int | tuple[int, ...],
+        k: int,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The whole retrieval as a pure function of arrays: what is jitted here and exported by `jaxrec.export`.
 
         served: as `self.served`; arrays: stacked features of B histories; allowed: bool [B, I], a filter made
         of it, or None for everything.
-        Returns items int32 [B, k] (-1 = none), log-probabilities float32 [B, k], and bool [B]: the model gave NaN.
+        Returns items int32 [B, k] (-1 = none), scores float32 [B, k] (log-probabilities, or what a rank head made of
+        them), and bool [B]: the model gave NaN.
         """
-        result = self._beams(served, self._context(served, arrays), allowed, width)
+        context = self.assembly.context(served, arrays)
+        rescore, candidates = self.assembly.rescore(served, context), None
+        if rescore is not None and self.config.candidates:
+            widths = (width,) * self.space.levels if isinstance(width, int) else width
+            candidates = tuple(map(max, self.config.candidates, widths))
+        result = beam_search(
+            functools.partial(self.assembly.extend, served, context),
+            None,
+            served["trie"],
+            batch=_batch_size(arrays),
+            beam_width=width,
+            allowed=allowed,
+            rescore=rescore,
+            candidates=candidates,
+        )
         return *expand_items(served["trie"], result, k=k, allowed=allowed), result.nan
 
     # ---- a catalogue that changes ------------------------------------------------------------------------------------
@@ -187,19 +273,9 @@ class GenerativeRecommender:
         """
         if before is not None and version.codes is before.codes and version.capacity == before.capacity:
             return {**before.served, "trie": version.trie}
-        fresh = before is None or version.capacity != before.capacity
-        changed = np.arange(len(version))
-        if not fresh:
-            same = np.zeros(len(version), bool)
-            same[: len(before)] = (version.codes[: len(before)] == before.codes).all(1)
-            changed = np.flatnonzero(~same)
-        catalogue = self._catalogue(version, None if before is None else before.served["catalogue"].prior)
-        if fresh or len(changed) > PATCH:
-            table = self._table(version, catalogue, np.arange(version.capacity))
-        else:
-            rows = np.resize(changed, PATCH)
-            table = _put(before.served["table"], rows, self._table(version, catalogue, rows))
-        return {"variables": self._variables, "catalogue": catalogue, "table": table, "trie": version.trie}
+        grown = before is None or version.capacity != before.capacity
+        arrays = self.assembly.serve(self._variables, version, None if grown else before)
+        return {**arrays, "trie": version.trie}
 
     def warm_up(self, served: dict) -> None:
         """Runs every search that was asked for so far once, on arrays of zeros: whoever asks next need not wait."""
@@ -207,89 +283,28 @@ class GenerativeRecommender:
             few = self._stack([ItemOrder(served["trie"]).allowed()]) if filtered else None
             jax.block_until_ready(self._search(served, arrays, few, width, k))
 
-    def _catalogue(self, version: Version, like: Any) -> Catalogue:
-        """Trained rows as they were, but for their codes; later ones from what was given; zeros up to the capacity."""
-        trained, assembly = self.assembly.catalogue, self.assembly
-        first, count = len(trained.codes), len(version)
-        later = version.items.slice(first)
-        attributes, embeddings = np.asarray(trained.attributes), np.asarray(trained.embeddings)
-        given = np.zeros((count - first, embeddings.shape[1]), np.float32)
-        if version.embeddings.shape[1]:
-            if version.embeddings.shape[1] != given.shape[1]:
-                raise UserError(
-                    f"embeddings of new items have width {version.embeddings.shape[1]}, those of the run have "
-                    f"{given.shape[1]}: give such as its semantic IDs were made of"
-                )
-            given = np.nan_to_num(version.embeddings)
-        more = np.zeros((count - first, attributes.shape[1]), np.int32)
-        if len(later) and assembly.attributes_of is not None:
-            more = assembly.attributes_of(later)
-        weights = assembly.popularity.weights
-        # As popular, at any time, as an item that sold so much over the whole log.
-        total = (version.popularity[:first] + 1).sum()
-        added = np.broadcast_to((version.popularity[first:] + 1) / total, (len(weights), count - first))
-        return Catalogue(
-            codes=_filled_up(version.codes, version.capacity),
-            attributes=_filled_up(np.concatenate([attributes, more]), version.capacity),
-            embeddings=_filled_up(np.concatenate([embeddings, given]), version.capacity),
-            log_q=_filled_up(np.asarray(trained.log_q), version.capacity),
-            prior=build_prior(
-                version.codes,
-                np.concatenate([weights, added], axis=1),
-                assembly.space.codebook_sizes,
-                capacity=version.capacity,
-                like=like,
-            ),
-        )
-
-    def _table(self, version: Version, catalogue: Catalogue, rows: np.ndarray) -> jax.Array:
-        """The model's vectors of some rows: float32 [n, D]."""
-        params = dict(self._variables["params"])
-        if "item" in params:
-            trained = np.asarray(params["item"]["table"])
-            vectors = np.broadcast_to(trained.mean(0), (len(rows), trained.shape[1])).copy()
-            vectors[rows < len(trained)] = trained[rows[rows < len(trained)]]
-            params["item"] = {"table": jnp.asarray(vectors)}
-        columns = (catalogue.codes, catalogue.attributes, catalogue.embeddings, catalogue.log_q)
-        some = Catalogue(*(jnp.asarray(np.asarray(column)[rows]) for column in columns))
-        return self._make_table({**self._variables, "params": params}, some)
-
-    @functools.partial(jax.jit, static_argnames=("self",))
-    def _make_table(self, variables, catalogue):
-        model = self.assembly.model.clone(items=len(catalogue.codes))
-        return model.apply(variables, catalogue, method="item_table")
-
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def _measure(self, served, arrays, target, where, real):
-        context = self._context(served, arrays)
-        codes = self.assembly.catalogue.codes[target]
-        log_probs, cache = self._extend(served, context, None, None, 0)
+        context = self.assembly.context(served, arrays)
+        extend = functools.partial(self.assembly.extend, served, context)
+        codes = jnp.asarray(self.space.codes)[target]
+        log_probs, cache = extend(None, None, 0)
         log_probs = [jnp.broadcast_to(log_probs, (*target.shape, log_probs.shape[-1]))]
         cache = jax.tree.map(lambda x: jnp.repeat(x, target.shape[1], axis=1), cache)
         for level in range(1, codes.shape[-1]):
-            following, cache = self._extend(served, context, codes[..., level - 1], cache, level)
+            following, cache = extend(codes[..., level - 1], cache, level)
             log_probs.append(following)
-        free = self._beams(served, context, None, self.config.beam_width, constrained=False)
+        width = self.config.beam_width
+        free = beam_search(extend, None, served["trie"], batch=_batch_size(arrays), beam_width=width, constrained=False)
         return id_accuracy(log_probs, codes, where) | {
             "validity": validity_rate(free.valid[:, :10], jnp.broadcast_to(real[:, None], free.valid[:, :10].shape))
         }
 
-    def _context(self, served, arrays):
-        assembly = self.assembly
-        inputs, table = assembly.features(arrays), served["table"]
-        return assembly.model.apply(served["variables"], inputs, served["catalogue"], table=table, method="prefill")
 
-    def _extend(self, served, context, tokens, cache, level: int):
-        return self.assembly.model.apply(served["variables"], context, tokens, cache, level, method="extend")
-
-    def _beams(self, served, context, allowed, width: int, constrained: bool = True):
-        extend = functools.partial(self._extend, served, context)
-        batch = context.state.shape[0]
-        return beam_search(
-            extend, None, served["trie"], batch=batch, beam_width=width, allowed=allowed, constrained=constrained
-        )
+def _batch_size(arrays: dict[str, jax.Array]) -> int:
+    return next(iter(arrays.values())).shape[0]
 
 
 def _one_ahead(iterator: Iterator[Item]) -> Iterator[Item]:
@@ -299,15 +314,3 @@ def _one_ahead(iterator: Iterator[Item]) -> Iterator[Item]:
         yield from before
         before = [element]
     yield from before
-
-
-@jax.jit
-def _put(table: jax.Array, rows: jax.Array, vectors: jax.Array) -> jax.Array:
-    """A copy of the table with other vectors at rows int32 [n], which may repeat with the same vector."""
-    return table.at[rows].set(vectors)
-
-
-def _filled_up(values: np.ndarray, rows: int) -> jax.Array:
-    filled = np.zeros((rows, *values.shape[1:]), values.dtype)
-    filled[: len(values)] = values
-    return jnp.asarray(filled)

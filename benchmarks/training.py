@@ -1,0 +1,305 @@
+"""Training steps against PyTorch, against the machine's matrix product, and packed targets against one at a time.
+
+    python benchmarks/training.py [--peers PYTHON] [--quick]
+
+PYTHON is an interpreter with torch and transformers, in an environment of its own; without it, its rows are left out.
+One JSON line a row; ratio = ours / peer in milliseconds a step, timed in turns, best of several. All in float32.
+
+training_tiger          TIGER's published T5, contexts of 20 items and their user, against transformers' T5: forward,
+                        backward and AdamW. Both start from the same weights, without dropout, and must give the same
+                        losses to 1e-3 while they learn; then once more with a dropout of 0.1, each as it has it.
+training_qwen2          a Qwen2 that learns every next token, in the same way
+packed_preference       a listwise preference loss over 16 targets of one prompt, forward and backward, against running
+                        each target with a copy of the prompt: in ours, and in transformers
+training_*_share        the step's model FLOPs (three times the forward's matrix products) at the rate of a 2048 x 2048
+training_onemall_share  `jnp.dot`, in the same turns: ratio = ours / that = 1 / peak_share. OneMall's experts count as
+                        if they were run exactly.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from shared.synthetic import TrainingStep, demo_config
+from shared.timing import best_of, parser, report
+
+from jaxrec.config import UserError
+from jaxrec.models.causal import Causal, CausalConfig
+from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from jaxrec.models.huggingface import save_qwen2, save_t5
+from jaxrec.systems.onemall_training import flops_counter
+from jaxrec.training.flops import matmul_flops
+
+LEVELS, SIZE, USERS = 4, 256, 2000
+TIGER = EncoderDecoderConfig(
+    vocabulary=1 + LEVELS * SIZE + USERS,
+    levels=tuple((1 + level * SIZE, SIZE) for level in range(LEVELS)),
+    restrict=False,  # as transformers normalises
+)
+QWEN2 = CausalConfig(
+    vocabulary=1 + LEVELS * SIZE, width=256, heads=4, groups=2, head_dim=64, hidden=1024, layers=4, restrict=False
+)
+PROMPT, TARGETS, TOKENS = 240, 16, 3
+RATE, DOT_SIZE = 1e-3, 2048
+
+
+@dataclass
+class Case:
+    """A training step in both libraries."""
+
+    name: str
+    loss: Callable
+    """loss(params, arrays, key) -> float32 []"""
+    params: dict
+    arrays: dict[str, np.ndarray]
+    save: Callable
+    """save(folder): the weights in Hugging Face's layout"""
+    peer: dict
+    """which model and loss `shared/training_peers.py` runs"""
+    case: str
+    """what the rows call it"""
+    update: bool = True
+    """AdamW included"""
+    optimizer: optax.GradientTransformation = field(default_factory=lambda: optax.adamw(RATE, weight_decay=0.01))
+
+    def begin(self) -> None:
+        """A fresh state, and the compiled step."""
+        params = jax.tree.map(jnp.array, self.params)
+        self.state = params, self.optimizer.init(params), jax.random.key(0)
+        self.compiled = jax.jit(self._step, donate_argnums=0)
+        self.device_arrays = {name: jnp.asarray(value, jnp.int32) for name, value in self.arrays.items()}
+
+    def __call__(self) -> jax.Array:
+        self.state, loss, self.gradients = self.compiled(self.state, self.device_arrays)
+        return loss
+
+    def _step(self, state, arrays):
+        params, moments, key = state
+        loss, gradients = jax.value_and_grad(self.loss)(params, arrays, jax.random.fold_in(key, 1))
+        if not self.update:
+            # What is not returned would not be computed.
+            return state, loss, gradients
+        updates, moments = self.optimizer.update(gradients, moments, params)
+        return (optax.apply_updates(params, updates), moments, jax.random.fold_in(key, 0)), loss, None
+
+    def flops(self) -> float:
+        """Model FLOPs of a step."""
+        return 3 * matmul_flops(self.loss, self.params, self.arrays, jax.random.key(0))
+
+
+def tiger(batch: int, dropout: float) -> Case:
+    """Contexts of 20 items and a user; the next item's codes."""
+    config = replace(TIGER, dropout=dropout)
+    model = EncoderDecoder(config)
+    rng = np.random.default_rng(0)
+    offsets = 1 + SIZE * np.arange(LEVELS)
+    history = rng.integers(0, SIZE, (batch, 20, LEVELS)) + offsets
+    user = rng.integers(1 + LEVELS * SIZE, config.vocabulary, (batch, 1))
+    contexts = np.concatenate([user, history.reshape(batch, -1)], axis=1)
+    targets = rng.integers(0, SIZE, (batch, LEVELS))
+    shapes = (
+        jnp.asarray(contexts[:1], jnp.int32),
+        jnp.ones((1, contexts.shape[1]), bool),
+        jnp.zeros((1, 1, LEVELS), int),
+    )
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), *shapes))["params"]
+
+    def loss(params, arrays, key):
+        tokens, train = arrays["contexts"], bool(dropout)
+        variables, rngs = {"params": params}, {"dropout": key} if train else None
+        context = model.apply(variables, tokens, jnp.ones(tokens.shape, bool), train, method="prefill", rngs=rngs)
+        codes = arrays["targets"][:, None] - offsets
+        return -model.apply(variables, context, codes, train, method="score", rngs=rngs).mean()
+
+    return Case(
+        "training_tiger",
+        loss,
+        params,
+        {"contexts": contexts, "targets": targets + offsets},
+        lambda folder: save_t5(folder, config, params),
+        {"t5": True, "loss": "targets", "config": {}},
+        f"B={batch} S={contexts.shape[1]} M={LEVELS} dropout={dropout}",
+    )
+
+
+def make_qwen2(config: CausalConfig) -> tuple[Causal, dict]:
+    """The model and random parameters."""
+    model = Causal(config)
+    shapes = jnp.zeros((1, 4), int), jnp.ones((1, 4), bool), jnp.zeros((1, 1, LEVELS), int)
+    return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), *shapes))["params"]
+
+
+def qwen2(batch: int, length: int) -> Case:
+    """Every next token of sequences."""
+    model, params = make_qwen2(QWEN2)
+    contexts = np.random.default_rng(0).integers(1, QWEN2.vocabulary, (batch, length))
+
+    def loss(params, arrays, key):
+        tokens, variables = arrays["contexts"], {"params": params}
+        mask = jnp.ones(tokens.shape, bool)
+        _, states = model.apply(variables, tokens, mask, method="prefill_with_states")
+        log_probs = model.apply(variables, states, tokens, mask, method="score_context")
+        return -log_probs[:, 1:].mean()
+
+    return Case(
+        "training_qwen2",
+        loss,
+        params,
+        {"contexts": contexts},
+        lambda folder: save_qwen2(folder, QWEN2, params),
+        {"t5": False, "loss": "next_tokens", "config": {}},
+        f"B={batch} S={length} D={QWEN2.width} F={QWEN2.hidden} layers={QWEN2.layers}",
+    )
+
+
+def preference(batch: int, packed: bool) -> Case:
+    """16 targets of one prompt, packed or each behind a copy of it."""
+    model, params = make_qwen2(QWEN2)
+    rng = np.random.default_rng(0)
+    contexts = rng.integers(1, QWEN2.vocabulary, (batch, PROMPT))
+    targets = rng.integers(1, QWEN2.vocabulary, (batch, TARGETS, TOKENS))
+
+    def loss(params, arrays, key):
+        tokens, asked = arrays["contexts"], arrays["targets"]
+        if not packed:
+            tokens, asked = jnp.repeat(tokens, TARGETS, axis=0), asked.reshape(-1, 1, TOKENS)
+        variables = {"params": params}
+        context = model.apply(variables, tokens, jnp.ones(tokens.shape, bool), method="prefill")
+        scores = model.apply(variables, context, asked, method="score").sum(-1).reshape(-1, TARGETS)
+        return -jax.nn.log_softmax(scores)[:, 0].mean()
+
+    return Case(
+        "packed_preference",
+        loss,
+        params,
+        {"contexts": contexts, "targets": targets},
+        lambda folder: save_qwen2(folder, QWEN2, params),
+        {"t5": False, "loss": "preference", "config": {}},
+        f"B={batch} P={PROMPT} L={TARGETS} M={TOKENS} D={QWEN2.width}",
+        update=False,
+    )
+
+
+class Peers:
+    """The process that PyTorch runs in."""
+
+    def __init__(self, python: str):
+        script, threads = Path(__file__).parent / "shared" / "training_peers.py", len(os.sched_getaffinity(0))
+        self.folder = tempfile.TemporaryDirectory()
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
+        self.process = subprocess.Popen(
+            [python, script, self.folder.name, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=clean | {"OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+        self.answer()
+
+    def answer(self) -> dict:
+        """The next line that the process writes."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError("the peers' process ended: --peers needs torch and transformers")
+        return json.loads(line)
+
+    def add(self, case: Case) -> None:
+        """Writes what the process needs for a case."""
+        folder = Path(self.folder.name) / case.name
+        folder.mkdir(exist_ok=True)
+        case.save(folder)
+        for name, array in case.arrays.items():
+            np.save(folder / f"{name}.npy", array.astype(np.int64))
+        (folder / "case.json").write_text(json.dumps(case.peer | {"update": case.update}))
+
+    def step(self, case: Case, fresh: bool = False) -> dict:
+        """One step."""
+        print(json.dumps({"case": case.name, "fresh": fresh}), file=self.process.stdin, flush=True)
+        return self.answer()
+
+
+def same_losses(peers: Peers, case: Case, steps: int) -> None:
+    """AssertionError unless both libraries give the same losses, step after step."""
+    case.begin()
+    for step in range(steps):
+        ours, peer = float(case()), peers.step(case, fresh=not step)["loss"]
+        assert abs(ours - peer) < 1e-3 * max(1, abs(peer)), f"{case.name}, step {step}: loss {ours} and {peer}"
+
+
+def compare(case: Case, peers: Peers | None, repeats: int, check: bool = True) -> None:
+    """The rows of a training step: against PyTorch, and against the machine."""
+    x = jnp.ones((DOT_SIZE, DOT_SIZE), jnp.float32)
+    dot = jax.jit(jnp.dot)
+    turns = [case, lambda: dot(x, x)]
+    if peers is not None:
+        peers.add(case)
+        if check:
+            same_losses(peers, case, 4)
+        turns.append(partial(peers.step, case))
+    case.begin()
+    ours, product, *peer = best_of(turns, repeats)
+    flops, peak = case.flops(), 2 * DOT_SIZE**3 / product  # FLOPs in a millisecond
+    if peer:
+        report(case.name, case.case, ours, peer[0], "transformers")
+    more = {"peak_share": round(flops / peak / ours, 4), "gflops": round(flops / 1e9, 2)}
+    report(f"{case.name}_share", case.case, ours, flops / peak, "jnp.dot peak", **more)
+
+
+def compare_packed(batch: int, peers: Peers | None, repeats: int) -> None:
+    """The rows of packed targets."""
+    packed, apart = preference(batch, True), preference(batch, False)
+    packed.begin()
+    apart.begin()
+    assert abs(float(packed()) - float(apart())) < 1e-4, "losses differ"
+    for ours, peer in zip(*map(jax.tree.leaves, (packed.gradients, apart.gradients)), strict=True):
+        assert jnp.abs(ours - peer).max() < 1e-3 * jnp.abs(peer).max() + 1e-6, "gradients differ"
+    turns = [packed, apart]
+    if peers is not None:
+        peers.add(packed)
+        same_losses(peers, packed, 1)
+        turns.append(partial(peers.step, packed))
+    ours, *others = best_of(turns, repeats)
+    names = (f"{batch * TARGETS} prompts of one target", f"{batch * TARGETS} prompts of one target, transformers")
+    for other, name in zip(others, names, strict=False):
+        report("packed_preference", packed.case, ours, other, name)
+
+
+def onemall_share(width: int, repeats: int) -> None:
+    """The share of the demo's model, at a width; heads stay, experts grow with the width."""
+    config = demo_config(width=width, hidden=2 * width)
+    step = TrainingStep(config)
+    flops = flops_counter(step.assembly, config)(step.batch)
+    x = jnp.ones((DOT_SIZE, DOT_SIZE), jnp.float32)
+    dot = jax.jit(jnp.dot)
+    ours, product = best_of([step, lambda: dot(x, x)], repeats)
+    peak = 2 * DOT_SIZE**3 / product
+    case = f"width={width} hidden={2 * width} B={config.batch_size} L={config.features.targets}"
+    more = {"peak_share": round(flops / peak / ours, 4), "gflops": round(flops / 1e9, 2)}
+    report("training_onemall_share", case, ours, flops / peak, "jnp.dot peak", **more)
+
+
+def main() -> None:
+    command = parser(__doc__)
+    command.add_argument("--peers", metavar="PYTHON", help="an interpreter with torch and transformers")
+    args = command.parse_args()
+    peers = Peers(args.peers) if args.peers else None
+    repeats, batch = (3, 64) if args.quick else (7, 256)
+    compare(tiger(batch, 0.0), peers, repeats)
+    compare(tiger(batch, 0.1), peers, repeats, check=False)
+    compare(qwen2(batch // 4, 80), peers, repeats)
+    compare_packed(2 if args.quick else 4, peers, repeats)
+    for width in () if args.quick else (128, 192, 256):
+        onemall_share(width, 12)
+    if peers is not None:
+        peers.process.stdin.close()
+
+
+if __name__ == "__main__":
+    main()

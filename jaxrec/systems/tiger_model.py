@@ -1,0 +1,117 @@
+"""TIGER's model, fitted to one catalogue: what training, decoding and evaluation share.
+
+tokens of the vocabulary   0: start   |   codes, a slice for every level   |   hashed users
+context                    user   c1 c2 .. cM of the first item   ...   c1 c2 .. cM of the last
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+
+from jaxrec.decoding.live import Version
+from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
+from jaxrec.models.vocabulary import Levels, to_tokens
+from jaxrec.run import Run
+from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
+from jaxrec.training.sharding import init_sharded
+
+if TYPE_CHECKING:
+    from jaxrec.systems.tiger import TigerConfig
+
+START = 0
+
+
+@dataclass(frozen=True, eq=False)
+class TigerAssembly:
+    """The model and the catalogue that it speaks of."""
+
+    model: EncoderDecoder
+    space: SemanticIdSpace
+    behaviors: tuple[str, ...]
+    """names, weakest first"""
+    wanted: np.ndarray
+    """bool [behaviors]: the target behaviors"""
+    users: int
+    """tokens that users are hashed to; 0 for none"""
+    examples: Any = None
+    """folder of the example records"""
+
+    @property
+    def target_behaviors(self) -> list[int]:
+        """Indices of the target behaviors."""
+        return np.flatnonzero(self.wanted).tolist()
+
+    def init(self, seed: int, mesh: Mesh | None = None) -> dict:
+        """Fresh variables {"params"}: made on the devices where they stay, if there is a mesh."""
+        levels = self.space.levels
+
+        def make():
+            tokens, mask = jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool)
+            return self.model.init(jax.random.key(seed), tokens, mask, jnp.zeros((1, 1, levels), jnp.int32))
+
+        return nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
+
+    def tokens(self, codes: jax.Array, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The contexts of stacked item sequences: tokens int32 [B, 1 + S * M] and their mask, without the 1 if no user.
+
+        codes: int32 [I, M] of all items; arrays: item int32 [B, S], mask bool [B, S], user int32 [B].
+        """
+        found = to_tokens(codes[arrays["item"]], self.model.config.levels)
+        batch, _, levels = found.shape
+        tokens, mask = found.reshape(batch, -1), jnp.repeat(arrays["mask"], levels, axis=1)
+        if not self.users:
+            return tokens, mask
+        user = arrays["user"]
+        # Knuth's multiplicative hash: neighbours among the numbered users are no neighbours here.
+        hashed = (user.astype(jnp.uint32) * jnp.uint32(2654435761)) >> 8
+        token = self.model.config.vocabulary - self.users + (hashed % self.users).astype(jnp.int32)
+        tokens = jnp.concatenate([token[:, None], tokens], axis=1)
+        return tokens, jnp.concatenate([(user >= 0)[:, None], mask], axis=1)
+
+    # ---- what the recommender asks for -------------------------------------------------------------------------------
+
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
+        """{"variables", "codes"}: an item is its codes, so new items need nothing else."""
+        if version is None:
+            return {"variables": variables, "codes": jnp.asarray(self.space.codes, jnp.int32)}
+        codes = np.zeros((version.capacity, self.space.levels), np.int32)
+        codes[: len(version)] = version.codes
+        return {"variables": variables, "codes": jnp.asarray(codes)}
+
+    def context(self, served: dict, arrays: dict[str, jax.Array]) -> EncodedContext:
+        """B contexts from stacked arrays of `ItemSequenceConfig.cut`."""
+        return self.model.apply(served["variables"], *self.tokens(served["codes"], arrays), method="prefill")
+
+    def extend(self, served: dict, context: EncodedContext, tokens: jax.Array | None, cache: Any, level: int):
+        """One more code for every beam."""
+        return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
+
+    def rescore(self, served: dict, context: EncodedContext) -> None:
+        """Beams are chosen by the log-probabilities."""
+
+
+def assemble(run: Run, config: "TigerConfig") -> TigerAssembly:
+    """Reads the IDs of a run and shapes the model to them.
+
+    Raises:
+      UserError: a file is missing or doesn't fit the items.
+    """
+    items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
+    space = read_codes(run.semantic_ids / "codes.parquet", items["item_id"].to_pylist(), items["count"].to_numpy())
+    behaviors = tuple(config.data.behaviors)
+    wanted = np.isin(behaviors, config.data.target_behaviors)
+    model = EncoderDecoder(fit_vocabulary(config.model, space.codebook_sizes, config.users))
+    return TigerAssembly(model, space, behaviors, wanted, config.users, run.examples)
+
+
+def fit_vocabulary(config: EncoderDecoderConfig, sizes: tuple[int, ...], users: int) -> EncoderDecoderConfig:
+    """The configuration with a vocabulary of the start token, a slice for every level, and the users."""
+    offsets = np.cumsum([START + 1, *sizes])
+    levels: Levels = tuple(zip(offsets[:-1].tolist(), sizes, strict=True))
+    return replace(config, vocabulary=int(offsets[-1]) + users, levels=levels, start_token=START)

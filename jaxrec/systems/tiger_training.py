@@ -1,0 +1,153 @@
+"""Training TIGER: the codes of the next item, for every prefix of every user's sequence.
+
+Two ways to make contexts of the prefixes:
+
+- each by itself, as published: a prefix is encoded, and its next item, or its next few, are the targets of the context;
+- all at once, with a causal encoder (`model.causal`): a sequence is encoded once, and each of its items is a target
+  that sees the part before it. The encoder then reads several times fewer tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrec.data import item_sequences
+from jaxrec.data.examples import Records
+from jaxrec.data.pipeline import batches, cut_index
+from jaxrec.losses.likelihood import next_token
+from jaxrec.systems.tiger_model import TigerAssembly
+from jaxrec.systems.validation import make_validation
+from jaxrec.training.flops import matmul_flops
+from jaxrec.training.loop import TrainState, fit
+from jaxrec.training.optim import make_optimizer
+from jaxrec.training.sharding import like_params, make_mesh, use_mesh
+
+if TYPE_CHECKING:
+    from jaxrec.systems.tiger import TigerConfig
+
+
+def train_model(assembly: TigerAssembly, config: "TigerConfig", folder: Path, metrics_path: Path) -> TrainState:
+    """Trains to the end, from the newest checkpoint in `folder` if there is one."""
+    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    optimizer = make_optimizer(config.optim, config.training.steps)
+    return fit(
+        make_step(assembly, config, optimizer),
+        make_state(assembly, config.seed, optimizer, mesh),
+        training_batches(assembly, config),
+        config=config.training,
+        folder=folder,
+        metrics_path=metrics_path,
+        stage="train",
+        mesh=mesh,
+        flops_per_step=flops_counter(assembly, config),
+        evaluate=make_validation(assembly, config.features, config.decoding, config.validation),
+    )
+
+
+def make_state(assembly: TigerAssembly, seed: int, optimizer: optax.GradientTransformation, mesh=None) -> TrainState:
+    """The state before the first step."""
+    params = assembly.init(seed, mesh)["params"]
+    if mesh is None:
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+    with use_mesh(mesh):
+        shapes = jax.eval_shape(optimizer.init, params)
+        opt_state = jax.jit(optimizer.init, out_shardings=like_params(shapes, params, mesh))(params)
+    return TrainState(jnp.int32(0), params, opt_state)
+
+
+def make_step(assembly: TigerAssembly, config: "TigerConfig", optimizer: optax.GradientTransformation) -> Callable:
+    """step(state, batch) -> (state, metrics as (sum, count)), where batch is what `training_batches` yields."""
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def mean_loss(params):
+            total, count = losses(assembly, config, {"params": params}, batch, key)
+            return total / jnp.maximum(count, 1), (total, count)
+
+        gradients, sums = jax.grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, state.extra), {"loss": sums}
+
+    return step
+
+
+def losses(
+    assembly: TigerAssembly, config: "TigerConfig", variables: dict, batch: dict, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of the targets' negative log-likelihoods (labels smoothed), and the sum of the weights."""
+    model, rngs, smoothing = assembly.model, {"dropout": key}, config.objective.smoothing
+    codes = jnp.asarray(assembly.space.codes, jnp.int32)
+    tokens, mask = assembly.tokens(codes, batch)
+    targets, where = codes[batch["target"]], (batch["target_rank"] >= 0) & batch["where"][:, None]
+    if model.config.causal:
+        seen = _seen(assembly, batch, tokens.shape[1])
+        log_probs = model.apply(
+            variables, tokens, mask, seen, targets, True, smoothing, method="score_prefixes", rngs=rngs
+        )
+    else:
+        context = model.apply(variables, tokens, mask, True, method="prefill", rngs=rngs)
+        log_probs = model.apply(variables, context, targets, True, smoothing, method="score", rngs=rngs)
+    weight = jnp.where(where, config.objective.later_weight ** jnp.maximum(batch["target_rank"], 0), 0.0)
+    return (weight * next_token(log_probs, where)).sum(), weight.sum()
+
+
+def _seen(assembly: TigerAssembly, batch: dict, length: int) -> jax.Array:
+    """bool [B, L, S]: the user and the codes of the items before each target."""
+    known = batch["before"] * assembly.space.levels + (1 if assembly.users else 0)
+    return jnp.arange(length) < known[..., None]
+
+
+def training_batches(assembly: TigerAssembly, config: "TigerConfig") -> Iterator[dict]:
+    """Batches of contexts with their targets, without end, in an order that the seed decides."""
+    records, wanted, features = Records(assembly.examples, "train"), assembly.wanted, config.features
+    if config.model.causal:
+        cuts = item_sequences.windows(item_sequences.counts_of(records, wanted), features)
+        lengths = np.minimum(cuts[:, 1] - 1, features.buckets[-1])
+    else:
+        names = [assembly.behaviors[index] for index in assembly.target_behaviors]
+        cuts = cut_index(records, names, min_history=1)
+        lengths = np.array([features.bucket_of(records[record], session) for record, session in cuts])
+
+    def example(record: dict, place: int, rng: np.random.Generator) -> dict:
+        # Users that aren't known are served too, so that some are trained on.
+        if rng.random() < config.objective.without_user:
+            record = {**record, "user": item_sequences.NOBODY}
+        if config.model.causal:
+            return item_sequences.whole(record, place, features, wanted=wanted)
+        context = features.cut(record, place, behaviors=len(assembly.behaviors), wanted=wanted)
+        return context | item_sequences.following(record, place, config.objective.targets, wanted=wanted)
+
+    return batches(
+        records,
+        cuts,
+        example,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        buckets=np.searchsorted(features.buckets, lengths),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def flops_counter(assembly: TigerAssembly, config: "TigerConfig") -> Callable[[dict], float]:
+    """Model FLOPs of a training step on a batch: three times the matrix products of the forward pass."""
+    counted: dict[int, float] = {}
+    variables = jax.eval_shape(lambda: assembly.init(0))
+
+    def forward(variables, batch):
+        return losses(assembly, config, variables, batch, jax.random.key(0))
+
+    def count(batch: dict) -> float:
+        size = batch["item"].shape[1]
+        if size not in counted:
+            counted[size] = 3 * matmul_flops(forward, variables, batch)
+        return counted[size]
+
+    return count

@@ -1,0 +1,39 @@
+"""Measuring a generative model while it is trained: the same beam search and metrics as at the end, on fewer users."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxrec.data.examples import Records
+from jaxrec.decoding.trie import build_trie
+from jaxrec.evaluation import make_cases, ranking_metrics
+from jaxrec.evaluation.metrics import mean
+from jaxrec.systems.comparison import EvaluationConfig, draw
+from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender, Reader
+from jaxrec.training.loop import TrainState
+
+CUTOFFS = (5, 10)
+
+
+def make_validation(
+    assembly: Assembly, features: Reader, decoding: DecodingConfig, config: EvaluationConfig
+) -> Callable[[TrainState], dict[str, float]]:
+    """evaluate(state) -> {"recall@10": ..., "ndcg@10": ..., ...} of the full ranking, for `jaxrec.training.loop.fit`.
+
+    The same users every time: `config.max_users` of the split `config.split`, drawn by the seed. Nothing is read before
+    the first call.
+    """
+    made: dict[str, Any] = {}
+
+    def measure(state: TrainState) -> dict[str, float]:
+        if not made:
+            records, space = Records(assembly.examples, config.split), assembly.space
+            made["cases"] = draw(make_cases(records, assembly.target_behaviors, config.split), config)
+            made["trie"] = build_trie(space.codes, space.codebook_sizes, order=space.popularity)
+            made["model"] = GenerativeRecommender(assembly, {}, features, decoding)
+        served = {**assembly.serve({"params": state.params, **state.extra}), "trie": made["trie"]}
+        cases = made["cases"]
+        ranked, _ = made["model"].recommend(cases.histories, max(CUTOFFS), served=served)
+        found = ranking_metrics(ranked, cases.targets, cases.where, CUTOFFS)
+        return {name: mean(pair) for name, pair in found.items()}
+
+    return measure
