@@ -229,7 +229,7 @@ def _session_starts(config: SyntheticMall) -> np.ndarray:
 
 
 def _events(config: SyntheticMall, mall: Mall) -> pa.Table:
-    """A session, ten seconds a step: chosen, shown, clicked, carted, bought; what is bought was shown, clicked, carted."""
+    """A session, ten seconds a step: chosen in vain, shown, clicked, carted, bought (after all but the first)."""
     half = config.exposures_per_session
     steps = [
         ("pseudo_exposure", mall.shown[..., half:]),
