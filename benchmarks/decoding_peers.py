@@ -149,7 +149,7 @@ def measure_parts(threads: int, quick: bool, peak: float) -> None:
     run = partial(search, make_t5(), *make_contexts(batch), beam_width=widths[-1])
     calls = [partial(run, trie), partial(run, trie, constrained=False), partial(run, trie, built[0])]
     calls += [partial(run, small), partial(run, large), partial(run, large, built[1])]
-    on, off, filtered, little, much, much_filtered = best_of(calls, 5)
+    on, off, filtered, little, much, much_filtered = best_of(calls, 3)
 
     def name(items: int, beams: int) -> str:
         return f"items={items} B={batch} W={beams}, {threads} thread{'s' * (threads > 1)}"
