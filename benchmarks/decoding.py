@@ -14,9 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from shared.timing import best_of, parser, report
 
-from jaxrec.decoding import BeamResult, Rollouts, Trie, beam_search, build_filter, build_trie, rollout
+from jaxrec.decoding import (
+    BeamResult,
+    Rollouts,
+    TextResult,
+    Trie,
+    beam_search,
+    build_filter,
+    build_text_trie,
+    build_trie,
+    rollout,
+    text_search,
+)
 
 LEVELS = 3
+END = 1
 
 
 def make_model(seed: int, batch: int, codebook_size: int) -> tuple[jax.Array, jax.Array]:
@@ -139,6 +151,37 @@ def compare_catalogues(small: int, large: int, batch: int, beam_width: int, repe
     report("catalogue_growth", case, more, fewer, f"items={small}")
 
 
+@partial(jax.jit, static_argnames=("beam_width", "max_length"))
+def decode_texts(model, trie: Trie | None, *, beam_width: int, max_length: int) -> TextResult:
+    first, transitions = model
+
+    def extend(tokens, cache, level):
+        return (first[:, None, :] if level == 0 else transitions[tokens]), cache
+
+    return text_search(
+        extend,
+        (),
+        batch=len(first),
+        beam_width=beam_width,
+        eos=END,
+        max_length=max_length,
+        length_penalty=1.0,
+        trie=trie,
+    )
+
+
+def compare_texts(count: int, vocabulary: int, batch: int, beam_width: int, repeats: int) -> None:
+    """Queries of two to eight tokens and an end."""
+    generator = np.random.default_rng(6)
+    lengths = generator.integers(2, 9, count)
+    rows = [[*generator.integers(END + 1, vocabulary, length), END] for length in lengths]
+    trie, model = build_text_trie(rows, vocabulary, END), make_model(1, batch, vocabulary)
+    search = partial(decode_texts, model, beam_width=beam_width, max_length=trie.levels)
+    on, off = best_of([partial(search, trie), partial(search, None)], repeats)
+    case = f"texts={count} V={vocabulary} M<={trie.levels} B={batch} W={beam_width}"
+    report("text_trie_on_vs_off", case, on, off, "our unconstrained text search")
+
+
 def main() -> None:
     quick = parser(__doc__).parse_args().quick
     repeats = 3 if quick else 7
@@ -153,6 +196,7 @@ def main() -> None:
     if not quick:
         compare_builds(10_000_000, 256, 3, dictionary=False)
         compare_builds(10_000_000, 2048, 4, dictionary=False)
+    compare_texts(10_000 if quick else 100_000, 2048, 8, 64, repeats)
     compare_catalogues(10_000, 100_000 if quick else 10_000_000, 8, 500, repeats)
 
 
