@@ -6,12 +6,14 @@ Without --run a synthetic mall is trained for a few steps in a temporary folder:
 here, how long they take does. Requests are users of the run in a seeded order, every fourth with a history of its own
 in the request. Both peers go through the same retriever: the first pads each request to a whole batch, as the run is
 configured; the second has a batch size of 1. `parts` gives the milliseconds of 1,000 lines, each part alone: what is
-not `model` is on the host, beside the device or in its way.
+not `model` is on the host, beside the device or in its way. `peak memory` is the process's, after all lines and after a
+tenth of them.
 """
 
 import contextlib
 import dataclasses
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -40,25 +42,29 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--run", type=Path, help="a trained run")
     args = arguments.parse_args()
-    lines, alone = (6_000, 40) if args.quick else (40_000, 200)
+    lines, alone = (6_000, 40) if args.quick else (100_000, 200)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as output:
         output.enter_context(contextlib.redirect_stdout(sys.stderr))
         retriever = Retriever(args.run or train_mall(Path(folder) / "run"))
         requests = write_requests(Path(folder) / "in.jsonl", retriever, lines)
         answer = partial(answer_file, retriever, requests, Path(folder) / "out.jsonl", window_lines=WINDOW)
-        answer()  # compiles
+        few = write_requests(Path(folder) / "few.jsonl", retriever, lines // 10)
+        answer_file(retriever, few, Path(folder) / "few_out.jsonl", window_lines=WINDOW)  # compiles
+        memory = peak_memory()
         with counted_compilations() as compiled:
             seconds = timed(answer)
+        memory = peak_memory(), memory
         some = [parse_request(line) for line in requests.read_bytes().splitlines()[:alone]]
         padded = alone / time_alone(retriever, some)
         parts = time_parts(retriever, requests, min(lines, 2_000))
         config = retriever.recommender.config
         retriever.recommender.config = dataclasses.replace(config, batch_size=1)
         single = alone / time_alone(retriever, some)
-    case = f"{lines} lines, batches of {config.batch_size}, {config.beam_width} beams, {len(retriever.item_ids)} items"
+    case = f"{lines} lines, batches of {config.batch_size}, {config.beam_width} beams, {len(retriever.catalogue.current)} items"
     ours = lines / seconds
     report("lines/s", case, ours, padded, "one request at a time", "lines/s", compilations=len(compiled))
     report("lines/s", case, ours, single, "one request at a time, batch size 1", "lines/s")
+    report("peak memory", case, *memory, "a tenth of the lines", "MiB")
     total = 1e6 * seconds / lines
     report("1,000 lines", case, total, parts["model"], "the model alone", **parts)
 
@@ -78,6 +84,7 @@ def write_requests(path: Path, retriever: Retriever, lines: int) -> Path:
     """Users in a seeded order, every fourth request with the user's history written out."""
     rng = np.random.default_rng(0)
     users = list(retriever.user_index)
+    item_ids = retriever.catalogue.current.items["item_id"].to_pylist()
     with path.open("w", encoding="utf-8") as file:
         for number, user in enumerate(rng.integers(0, len(users), lines)):
             request = {"user_id": users[user]}
@@ -86,7 +93,7 @@ def write_requests(path: Path, retriever: Retriever, lines: int) -> Path:
                 columns = (history[name].tolist() for name in ("item", "behavior", "timestamp"))
                 events = [
                     {
-                        "item_id": retriever.item_ids[item],
+                        "item_id": item_ids[item],
                         "behavior": retriever.behaviors[behavior],
                         "timestamp": second,
                     }
@@ -102,6 +109,11 @@ def timed(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def peak_memory() -> float:
+    """MiB that this process has had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def time_alone(retriever: Retriever, requests: list[Request]) -> float:

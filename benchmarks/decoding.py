@@ -2,10 +2,9 @@
 
     python benchmarks/decoding.py [--quick]
 
-The model is a table of log-probabilities of each code given the code before: the times are those of the search itself.
-The rows "with decoder" put a feed-forward decoder in its place (4 layers, D=256, 12 D^2 weights each), which costs what
-a small transformer's steps cost. One JSON line a row; ratio = ours / peer, both timed in turns in the same run, best of
-several.
+The model is a table of log-probabilities of each code given the code before: the times are those of the search itself;
+`decoding_peers.py` has them with a transformer. One JSON line a row; ratio = ours / peer, both timed in turns in the
+same run, best of several.
 """
 
 from functools import partial
@@ -15,9 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from shared.timing import best_of, parser, report
 
-from jaxrec.decoding import BeamResult, Rollouts, Trie, beam_search, build_filter, build_trie, rollout
+from jaxrec.decoding import (
+    BeamResult,
+    Rollouts,
+    TextResult,
+    Trie,
+    beam_search,
+    build_filter,
+    build_text_trie,
+    build_trie,
+    rollout,
+    text_search,
+)
 
 LEVELS = 3
+END = 1
 
 
 def make_model(seed: int, batch: int, codebook_size: int) -> tuple[jax.Array, jax.Array]:
@@ -28,33 +39,12 @@ def make_model(seed: int, batch: int, codebook_size: int) -> tuple[jax.Array, ja
     return jax.nn.log_softmax(first, axis=-1), jax.nn.log_softmax(transitions, axis=-1)
 
 
-def make_decoder(seed: int, codebook_size: int, width: int = 256, layers: int = 4) -> dict:
-    """Weights of a decoder without attention."""
-    generator = np.random.default_rng(seed)
-
-    def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(generator.standard_normal(shape, dtype=np.float32) / np.sqrt(shape[0]))
-
-    stack = [(draw(width, 6 * width), draw(6 * width, width)) for _ in range(layers)]
-    return {"codes": draw(codebook_size, width), "layers": stack, "head": draw(width, codebook_size)}
-
-
-def next_codes(decoder: dict, tokens: jax.Array) -> jax.Array:
-    """Log-probabilities [B, W, K] after tokens int32 [B, W]."""
-    x = decoder["codes"][tokens]
-    for up, down in decoder["layers"]:
-        x = x + jax.nn.gelu(x @ up) @ down
-    return jax.nn.log_softmax(x @ decoder["head"], axis=-1)
-
-
 @partial(jax.jit, static_argnames=("beam_width", "constrained"))
-def decode(model, trie: Trie, allowed=None, decoder=None, *, beam_width: int, constrained: bool = True) -> BeamResult:
+def decode(model, trie: Trie, allowed=None, *, beam_width: int, constrained: bool = True) -> BeamResult:
     first, transitions = model
 
     def extend(tokens, cache, level):
-        if level == 0:
-            return first[:, None, :], cache
-        return (transitions[tokens] if decoder is None else next_codes(decoder, tokens)), cache
+        return (first[:, None, :] if level == 0 else transitions[tokens]), cache
 
     return beam_search(
         extend, (), trie, batch=len(first), beam_width=beam_width, allowed=allowed, constrained=constrained
@@ -153,19 +143,43 @@ def compare_builds(count: int, codebook_size: int, levels: int, dictionary: bool
 def compare_catalogues(small: int, large: int, batch: int, beam_width: int, repeats: int) -> None:
     """The same model and width, so that only the number of items differs."""
     sizes = (256,) * LEVELS
-    model, decoder = make_model(1, batch, 256), make_decoder(4, 256)
+    model = make_model(1, batch, 256)
     case = f"items={large} K=256 B={batch} W={beam_width}"
     tries = [build_trie(np.random.default_rng(3).integers(0, 256, (count, LEVELS)), sizes) for count in (small, large)]
     searches = [partial(decode, model, trie, beam_width=beam_width) for trie in tries]
     fewer, more = best_of(searches, repeats)
     report("catalogue_growth", case, more, fewer, f"items={small}")
-    real = [partial(search, decoder=decoder) for search in searches]
-    allowed = jax.jit(build_filter)(tries[1], jnp.asarray(np.random.default_rng(5).random((batch, large)) < 0.5))
-    real += [partial(real[1], constrained=False), partial(real[1], allowed)]
-    fewer, more, free, filtered = best_of(real, 3)
-    report("catalogue_growth, with decoder", case, more, fewer, f"items={small}")
-    report("trie_on_vs_off, with decoder", case, more, free, "our unconstrained beam")
-    report("filter_on_vs_off, with decoder", case, filtered, more, "no filter")
+
+
+@partial(jax.jit, static_argnames=("beam_width", "max_length"))
+def decode_texts(model, trie: Trie | None, *, beam_width: int, max_length: int) -> TextResult:
+    first, transitions = model
+
+    def extend(tokens, cache, level):
+        return (first[:, None, :] if level == 0 else transitions[tokens]), cache
+
+    return text_search(
+        extend,
+        (),
+        batch=len(first),
+        beam_width=beam_width,
+        eos=END,
+        max_length=max_length,
+        length_penalty=1.0,
+        trie=trie,
+    )
+
+
+def compare_texts(count: int, vocabulary: int, batch: int, beam_width: int, repeats: int) -> None:
+    """Queries of two to eight tokens and an end."""
+    generator = np.random.default_rng(6)
+    lengths = generator.integers(2, 9, count)
+    rows = [[*generator.integers(END + 1, vocabulary, length), END] for length in lengths]
+    trie, model = build_text_trie(rows, vocabulary, END), make_model(1, batch, vocabulary)
+    search = partial(decode_texts, model, beam_width=beam_width, max_length=trie.levels)
+    on, off = best_of([partial(search, trie), partial(search, None)], repeats)
+    case = f"texts={count} V={vocabulary} M<={trie.levels} B={batch} W={beam_width}"
+    report("text_trie_on_vs_off", case, on, off, "our unconstrained text search")
 
 
 def main() -> None:
@@ -182,6 +196,7 @@ def main() -> None:
     if not quick:
         compare_builds(10_000_000, 256, 3, dictionary=False)
         compare_builds(10_000_000, 2048, 4, dictionary=False)
+    compare_texts(10_000 if quick else 100_000, 2048, 8, 64, repeats)
     compare_catalogues(10_000, 100_000 if quick else 10_000_000, 8, 500, repeats)
 
 

@@ -1,15 +1,19 @@
-"""Constrained beam search on a T5 of 4.6M parameters against transformers and CTranslate2, with the same weights.
+"""Constrained beam search on a T5 of 4.6M parameters: against transformers and CTranslate2, and what its parts cost.
 
-    python benchmarks/decoding_peers.py --peers PYTHON [--quick]
+    python benchmarks/decoding_peers.py [--peers PYTHON] [--quick]
 
-PYTHON is an interpreter with torch, transformers, ctranslate2 and sentencepiece, in an environment of its own. 80 input
-tokens, IDs of four levels of 256 codes, 100,000 of them in the catalogue; log-probabilities are normalised over the
-whole vocabulary of 1,100 tokens, as the peers do. Ours is always with the trie on. The peers are transformers with
-`prefix_allowed_tokens_fn`, and CTranslate2, which knows no constraints: it finds any tokens. Before anything is timed,
-ours with the trie is held to transformers with the constraint, and ours without to CTranslate2: the same IDs, scores to
-1e-4. All take turns, one and two threads, best of several, milliseconds a batch. --quick: two threads, small beams.
+80 input tokens, IDs of four levels of 256 codes, 100,000 of them in the catalogue; log-probabilities are normalised
+over the whole vocabulary of 1,100 tokens, as the peers do. One and two threads (--quick: two, small cases), best of
+several, milliseconds a batch.
 
-Rows of claim `share of matmul peak` have the time that the FLOPs of the same search take at the measured peak as peer.
+Without --peers: the whole search with the trie on against off, with a filter of its own for each request (built before)
+against none, with a thousand times more items, and as beams grow from 10 to 512. Rows of claim `share of matmul peak`
+have the time that the FLOPs of the same search take at the measured peak as peer.
+
+With --peers also other libraries, all taking turns: PYTHON is an interpreter with torch, transformers, ctranslate2 and
+sentencepiece, in an environment of its own. Ours is always with the trie on. transformers has its
+`prefix_allowed_tokens_fn`; CTranslate2 knows no constraints and finds any tokens. Before anything is timed, ours with
+the trie is held to transformers with the constraint, and ours without to CTranslate2: the same IDs, scores to 1e-4.
 """
 
 import json
@@ -17,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +37,7 @@ from shared.t5 import CONFIG, FIRST, LEVELS, SIZE, make_contexts, make_t5
 from shared.timing import best_of, parser, report
 
 from jaxrec.config import UserError
-from jaxrec.decoding import BeamResult, Trie, beam_search, build_trie
+from jaxrec.decoding import BeamResult, ItemFilter, Trie, beam_search, build_filter, build_trie
 from jaxrec.models.encoder_decoder import EncoderDecoder
 from jaxrec.models.huggingface import save_t5
 from jaxrec.run import report_user_errors
@@ -42,18 +47,24 @@ QUICK = ((1, 10), (1, 50))
 CASES = (*QUICK, (8, 50), (8, 512))
 ITEMS = 100_000
 END = 1
+WIDTHS = (10, 32, 100, 256, 512)
+GROWTH = (10_000, 10_000_000)
 
 
-@partial(jax.jit, static_argnames="beam_width")
-def search(variables: dict, tokens: jax.Array, mask: jax.Array, trie: Trie, *, beam_width: int) -> BeamResult:
-    """The beams of every context, with the trie on."""
+@partial(jax.jit, static_argnames=("beam_width", "constrained"))
+def search(
+    variables: dict, tokens: jax.Array, mask: jax.Array, trie: Trie, allowed=None, *, beam_width: int, constrained=True
+) -> BeamResult:
+    """The beams of every context."""
     model = EncoderDecoder(CONFIG)
     context = model.apply(variables, tokens, mask, method="prefill")
 
     def extend(codes, cache, level):
         return model.apply(variables, context, codes, cache, level, method="extend")
 
-    return beam_search(extend, None, trie, batch=len(tokens), beam_width=beam_width)
+    return beam_search(
+        extend, None, trie, batch=len(tokens), beam_width=beam_width, allowed=allowed, constrained=constrained
+    )
 
 
 @partial(jax.jit, static_argnames="beam_width")
@@ -100,17 +111,19 @@ def main() -> None:
     command.add_argument("--peers", metavar="PYTHON", help="an interpreter with torch, transformers and ctranslate2")
     command.add_argument("--threads", type=int, help="do one number of threads only")
     args = command.parse_args()
-    if not args.peers:
-        raise UserError("--peers is missing: give the python of an environment with torch, transformers, ctranslate2")
-    if args.threads:
-        return measure(args.peers, args.threads, QUICK if args.quick else CASES, 3 if args.quick else 5)
-    for threads in (2,) if args.quick else (1, 2):
-        subprocess.run([sys.executable, *sys.argv, "--threads", str(threads)], check=True)
+    if not args.threads:
+        for threads in (2,) if args.quick else (1, 2):
+            subprocess.run([sys.executable, *sys.argv, "--threads", str(threads)], check=True)
+        return
+    peak = matmul_peak()
+    if args.peers:
+        measure_peers(args.peers, args.threads, QUICK if args.quick else CASES, 3 if args.quick else 5, peak)
+    measure_parts(args.threads, args.quick, peak)
 
 
-def measure(python: str, threads: int, cases: tuple, repeats: int) -> None:
-    """All rows of one number of threads."""
-    codes = np.unique(np.random.default_rng(0).integers(0, SIZE, (ITEMS, LEVELS)), axis=0)
+def measure_peers(python: str, threads: int, cases: tuple, repeats: int, peak: float) -> None:
+    """The rows against other libraries, of one number of threads."""
+    codes = random_ids(ITEMS)
     tokens = codes + FIRST + SIZE * np.arange(LEVELS)
     tries = build_trie(codes, (SIZE,) * LEVELS), build_trie(tokens, (CONFIG.vocabulary,) * LEVELS)
     variables = make_t5()
@@ -120,12 +133,47 @@ def measure(python: str, threads: int, cases: tuple, repeats: int) -> None:
         np.save(Path(folder) / "contexts.npy", np.asarray(contexts, np.int64))
         np.save(Path(folder) / "ids.npy", tokens)
         peers = Peers(python, Path(folder), threads)
-        peak = matmul_peak()
         for batch, beams in cases:
             some = variables, contexts[:batch], mask[:batch]
             hold_equal(peers, some, tries, batch, beams)
             compare(peers, some, tries[0], batch, beams, threads, repeats, peak)
         peers.process.stdin.close()
+
+
+def measure_parts(threads: int, quick: bool, peak: float) -> None:
+    """The rows of ours alone: trie, filter, catalogue, beams."""
+    batch, widths = (1, WIDTHS[:3]) if quick else (8, WIDTHS)
+    fewer, more = (GROWTH[0], GROWTH[1] // 10) if quick else GROWTH
+    small, trie, large = (build_trie(random_ids(count), (SIZE,) * LEVELS) for count in (fewer, ITEMS, more))
+    built = [random_filter(one, batch) for one in (trie, large)]
+    run = partial(search, make_t5(), *make_contexts(batch), beam_width=widths[-1])
+    calls = [partial(run, trie), partial(run, trie, constrained=False), partial(run, trie, built[0])]
+    calls += [partial(run, small), partial(run, large), partial(run, large, built[1])]
+    on, off, filtered, little, much, much_filtered = best_of(calls, 3)
+
+    def name(items: int, beams: int) -> str:
+        return f"items={items} B={batch} W={beams}, {threads} thread{'s' * (threads > 1)}"
+
+    report("trie on and off", name(ITEMS, widths[-1]), on, off, "our unconstrained beam")
+    report("filter on and off", name(ITEMS, widths[-1]), filtered, on, "no filter")
+    report("filter on and off", name(more, widths[-1]), much_filtered, much, "no filter")
+    report("catalogue growth", name(more, widths[-1]), much, little, f"items={fewer}")
+    for beams, taken in zip(
+        widths, best_of([partial(run, trie, beam_width=beams) for beams in widths], 3), strict=True
+    ):
+        share_of_peak(name(ITEMS, beams), taken, partial(run, trie, beam_width=beams), peak)
+
+
+def random_filter(trie: Trie, batch: int) -> ItemFilter:
+    """One that allows another half of the items to every request."""
+    allowed = np.random.default_rng(1).integers(0, 2, (batch, trie.capacity), dtype=np.int8).astype(bool)
+    return jax.jit(build_filter)(trie, jnp.asarray(allowed))
+
+
+def random_ids(count: int) -> np.ndarray:
+    """About `count` distinct IDs, sorted."""
+    drawn = np.random.default_rng(0).integers(0, SIZE**LEVELS, count)
+    return np.stack([np.unique(drawn) // SIZE**level % SIZE for level in range(LEVELS)[::-1]], axis=1)
 
 
 def hold_equal(peers: Peers, some: tuple, tries: tuple[Trie, Trie], batch: int, beams: int) -> None:
@@ -160,9 +208,14 @@ def compare(peers: Peers, some: tuple, trie: Trie, batch: int, beams: int, threa
     case = f"B={batch} W={beams}, {threads} thread" + "s" * (threads > 1)
     report("trie on, against transformers", case, min(ours), min(times["trie"]), "generate, prefix_allowed_tokens_fn")
     report("trie on, against CTranslate2", case, min(ours), min(times["ctranslate2"]), "CTranslate2, unconstrained")
-    floor = 1e3 * matmul_flops(partial(search, beam_width=beams), *some, trie) / peak
-    share = {"share": round(floor / min(ours), 3)}
-    report("share of matmul peak", case, min(ours), floor, "its FLOPs at the matmul peak", **share)
+    share_of_peak(case, min(ours), run, peak)
+
+
+def share_of_peak(case: str, milliseconds: float, function: Callable[[], BeamResult], peak: float) -> None:
+    """The row of a search against its own FLOPs."""
+    floor = 1e3 * matmul_flops(function) / peak
+    share = {"share": round(floor / milliseconds, 3)}
+    report("share of matmul peak", case, milliseconds, floor, "its FLOPs at the matmul peak", **share)
 
 
 def matmul_peak() -> float:

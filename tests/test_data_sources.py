@@ -272,6 +272,37 @@ def test_mall_tables(tmp_path):
     assert all(row["query"].startswith(row["prefix"]) for row in queries)
 
 
+def test_mall_sessions_have_items_at_every_level():
+    """As listwise preferences need them: pseudo-exposure < exposure < click < purchase, the strongest for each item."""
+    strongest = {}
+    for event in SMALL.load().events.to_pyarrow().to_pylist():
+        key = event["user_id"], event["session_id"], event["item_id"]
+        strongest.setdefault(key, set()).add(event["behavior"])
+    levels = {}
+    for (user, session, _item), seen in strongest.items():
+        assert "purchase" not in seen or {"exposure", "click", "cart"} <= seen
+        assert "click" not in seen or "exposure" in seen
+        level = max(seen, key=SMALL.behaviors.index)
+        levels.setdefault((user, session), set()).add(level)
+    assert len(levels) == 60 * 5
+    assert all(found >= {"exposure", "click", "purchase"} for found in levels.values())
+    assert sum("pseudo_exposure" in found for found in levels.values()) > 0.99 * len(levels)
+    assert not any("cart" in found for found in levels.values())  # whatever is carted is bought
+
+
+def test_complete_journey_sessions_have_items_at_two_levels_or_three(journey):
+    """What was promoted and not bought is below what was bought; a few baskets hold coupon purchases too."""
+    kinds = journey.events.group_by(["session_id", "item_id"]).agg(
+        bought=(_.behavior != "exposure").any(), coupon=(_.behavior == "coupon_purchase").any()
+    )
+    sessions = kinds.group_by("session_id").agg(
+        shown=(~_.bought).any(), plain=(_.bought & ~_.coupon).any(), coupon=_.coupon.any()
+    )
+    [shares] = sessions.agg(shown=_.shown.mean(), plain=_.plain.mean(), coupon=_.coupon.mean()).to_pyarrow().to_pylist()
+    assert shares["shown"] > 0.9 and shares["plain"] > 0.98 and 0.02 < shares["coupon"] < 0.3
+    assert journey.events.behavior.nunique().to_pyarrow().as_py() == len(CompleteJourney.behaviors)
+
+
 def test_mall_is_the_same_for_the_same_seed():
     def events(config):
         return config.load().events.to_pyarrow()

@@ -22,8 +22,10 @@ TRACES = []
 
 
 @functools.partial(jax.jit, static_argnames=("beam_width", "constrained", "rescore", "candidates", "per_prefix"))
-def decode(tables, trie, allowed, *, beam_width, constrained=True, rescore=None, candidates=None, per_prefix=None):
-    """Jitted once for all models of one shape."""
+def decode(
+    tables, trie, allowed, weights=None, *, beam_width, constrained=True, rescore=None, candidates=None, per_prefix=None
+):
+    """Jitted once for all models of one shape; `weights` [B, ...] are there for `rescore` to read."""
     TRACES.append(1)
     batch, levels = tables[0].shape[0], len(tables)
 
@@ -33,9 +35,11 @@ def decode(tables, trie, allowed, *, beam_width, constrained=True, rescore=None,
             return tables[0][:, None, :], cache
         prefix = prefix.at[..., level - 1].set(tokens)
         index = tuple(prefix[..., position] for position in range(level))
-        return tables[level][(jnp.arange(batch)[:, None], *index)], {"prefix": prefix}
+        return tables[level][(jnp.arange(batch)[:, None], *index)], {**cache, "prefix": prefix}
 
     cache = {"prefix": jnp.zeros((batch, 1, levels), jnp.int32)}
+    if weights is not None:
+        cache["weights"] = weights[:, None]
     return beam_search(
         extend, cache, trie, batch=batch, beam_width=beam_width, allowed=allowed, constrained=constrained,
         rescore=rescore, candidates=candidates, per_prefix=per_prefix,
@@ -56,8 +60,9 @@ class ToyModel:
             normalised = table - np.log(np.exp(table).sum(-1, keepdims=True))
             self.tables.append(np.round(table - 4) * np.float32(quantum) if quantum else normalised)
 
-    def search(self, trie, beam_width, constrained=True, **options) -> BeamResult:
-        result = decode(self.tables, trie, self.allowed, beam_width=beam_width, constrained=constrained, **options)
+    def search(self, trie, beam_width, constrained=True, weights=None, **options) -> BeamResult:
+        options |= {"beam_width": beam_width, "constrained": constrained}
+        result = decode(self.tables, trie, self.allowed, weights, **options)
         return jax.tree.map(np.asarray, result)
 
     def score(self, row: int, code: np.ndarray) -> np.float32:
@@ -77,9 +82,11 @@ class ToyModel:
         for level, width in enumerate(widths):
             grown = {tuple(code[: level + 1].tolist()) for code in ids if tuple(code[:level].tolist()) in set(beams)}
             scores = {code: self.score(row, code) for code in grown}
+            scores = {code: score for code, score in scores.items() if score > -np.inf}
             if second is not None:
-                pool = sorted(grown, key=lambda code: (-scores[code], code))[: pools[level]]
-                scores = totals = {code: np.float32(totals[code[:-1]] + second(code)) for code in pool}
+                pool = sorted(scores, key=lambda code: (-scores[code], code))[: pools[level]]
+                totals = {code: np.float32(totals[code[:-1]] + second(code)) for code in pool}
+                scores = totals = {code: score for code, score in totals.items() if score > -np.inf}
             ranked, seen = [], {}
             for code in sorted(scores, key=lambda code: (-scores[code], code)):
                 seen[code[0]] = seen.get(code[0], 0) + 1
@@ -410,6 +417,86 @@ def test_rescoring_ranks_the_best_candidates_of_the_model(widths, pools, filtere
         np.testing.assert_array_equal(result.scores[row, :found], np.array([s for s, _ in expected], np.float32))
         own = np.array([model.score(row, np.array(code)) for _, code in expected], np.float32)
         np.testing.assert_array_equal(result.log_probs[row, :found], own)
+
+
+DRAWN_SIZES, DRAWN_CAPACITY, DRAWN_BATCH = (4, 3, 5), 32, 2
+# One compilation each; everything else that a search depends on is drawn.
+OPTIONS = {
+    "widths": {"beam_width": (2, 5, 9)},
+    "capped": {"beam_width": (3, 4, 6), "per_prefix": 2},
+    "free": {"beam_width": (3, 4, 8), "constrained": False},
+    "free, capped": {"beam_width": (4, 6, 5), "constrained": False, "per_prefix": 1},
+    "rescored": {"beam_width": (2, 4, 6), "candidates": (3, 7, 9), "rescore": True},
+    "rescored, capped": {"beam_width": (3, 5, 6), "candidates": (4, 8, 12), "rescore": True, "per_prefix": 2},
+    "rescored, free": {"beam_width": (4, 5, 8), "candidates": (4, 10, 20), "rescore": True, "constrained": False},
+    "rescored, exhaustive": {"beam_width": 60, "rescore": True},
+}
+
+
+def drawn_scores(candidates, cache):
+    """As `rank_scores`, with the weights of each request."""
+    weights = jnp.take_along_axis(cache["weights"], candidates.parents[:, :, None, None], axis=1)[
+        :, :, candidates.level
+    ]
+    code = jnp.maximum(candidates.codes[..., -1:], 0)
+    return candidates.parent_scores + jnp.take_along_axis(weights, code, axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.integers(1, DRAWN_CAPACITY),
+    share=st.sampled_from([0.1, 0.5, 1.0]),
+    quantum=st.sampled_from([None, 1.0]),
+    impossible=st.sampled_from([0.0, 0.2]),
+)
+def test_any_search_with_any_options_gives_the_oracles_result(name, seed, count, share, quantum, impossible):
+    """Also where scores tie, and where the model or `rescore` says that something can't be."""
+    options = dict(OPTIONS[name])
+    free, is_rescored = not options.get("constrained", True), options.pop("rescore", False)
+    widths = np.broadcast_to(options["beam_width"], 3).tolist()
+    pools = list(options.get("candidates", widths))
+    generator = np.random.default_rng(seed)
+    codes = random_codes(seed, count, DRAWN_SIZES)
+    model = ToyModel(seed, DRAWN_BATCH, DRAWN_SIZES, quantum)
+    for table in model.tables:
+        table[generator.random(table.shape) < impossible] = -np.inf
+    model.allowed = generator.random((DRAWN_BATCH, DRAWN_CAPACITY)) < share
+    if is_rescored:
+        weights = generator.normal(size=(DRAWN_BATCH, 3, max(DRAWN_SIZES))).astype(np.float32)
+        weights = np.round(weights) if quantum else weights
+        weights[generator.random(weights.shape) < impossible / 2] = -np.inf
+        options |= {"rescore": drawn_scores, "weights": weights}
+    result = model.search(build_trie(codes, DRAWN_SIZES, like=drawn_shapes()), **options)
+    leaves = np.unique(codes, axis=0)
+    every = np.array(np.meshgrid(*map(np.arange, DRAWN_SIZES), indexing="ij")).reshape(3, -1).T
+    for row in range(DRAWN_BATCH):
+        allowed = np.unique(codes[model.allowed[row, :count]], axis=0)
+
+        def second_of_row(code, row=row):
+            return weights[row, len(code) - 1, code[-1]]
+
+        expected = model.oracle(
+            row, every if free else allowed, widths, second_of_row if is_rescored else None, pools,
+            options.get("per_prefix"),
+        )  # fmt: skip
+        found, ids = len(expected), [code for _, code in expected]
+        assert [tuple(code) for code in result.codes[row, :found].tolist()] == ids
+        assert (result.codes[row, found:] == -1).all() and not result.valid[row, found:].any()
+        np.testing.assert_array_equal(result.scores[row, :found], np.array([s for s, _ in expected], np.float32))
+        np.testing.assert_array_equal(result.log_probs[row, :found], [model.score(row, code) for code in ids])
+        exists = set(map(tuple, allowed.tolist()))
+        assert result.valid[row, :found].tolist() == [code in exists for code in ids]
+        real = result.valid[row]
+        np.testing.assert_array_equal(leaves[result.leaf[row, real]], result.codes[row, real])
+    assert not result.nan.any()
+
+
+@functools.cache
+def drawn_shapes():
+    """A trie in whose shapes every catalogue fits: all the codes there are follow some node."""
+    return build_trie(np.argwhere(np.ones(DRAWN_SIZES))[:DRAWN_CAPACITY], DRAWN_SIZES, capacity=DRAWN_CAPACITY)
 
 
 def test_rescoring_reads_the_state_of_the_beam_a_candidate_grew_from():

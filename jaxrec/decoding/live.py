@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from jaxrec.config import UserError
+from jaxrec.decoding.background import in_background
 from jaxrec.decoding.filters import Allowed, ItemOrder, Mask
 from jaxrec.decoding.predicates import Column, Where, check_kind, index_column, parse_where
 from jaxrec.decoding.trie import Trie, build_trie
@@ -409,8 +410,9 @@ class LiveCatalogue:
         )
 
     def _publish(self, version: Version, before: Version, action: str) -> Version:
-        """Finishes a version beside the current one, then makes it the current one."""
-        version = self._finish(replace(version, parent=before.number, action=action), before)
+        """Finishes a version beside the current one, in the time that requests leave, then makes it the current one."""
+        changed = replace(version, parent=before.number, action=action)
+        version = in_background(lambda: self._finish(changed, before))
         self.current = version
         return version
 

@@ -12,7 +12,7 @@ from jaxrec.config import fingerprint, from_json
 from jaxrec.data.features import FeatureConfig
 from jaxrec.data.popularity import PopularityConfig
 from jaxrec.data.prepare import PrepareConfig
-from jaxrec.data.sources import CompleteJourney, Folder, SequenceText, SyntheticMall
+from jaxrec.data.sources import AnySource
 from jaxrec.models.cross_decoder import CrossDecoderConfig
 from jaxrec.run import Run
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
@@ -46,7 +46,7 @@ class ObjectiveConfig:
 class OneMallConfig:
     """Everything that decides a OneMall run."""
 
-    data: CompleteJourney | SequenceText | Folder | SyntheticMall
+    data: AnySource
     """Where the logs come from."""
     system: str = "onemall"
     """Which system this configures."""

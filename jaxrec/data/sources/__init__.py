@@ -2,7 +2,11 @@
 
 from jaxrec.data.sources.complete_journey import CompleteJourney
 from jaxrec.data.sources.folder import Folder
+from jaxrec.data.sources.jd_micro import JdMicro
 from jaxrec.data.sources.sequence_text import SequenceText
 from jaxrec.data.sources.synthetic_mall import SyntheticMall
 
-__all__ = ["CompleteJourney", "Folder", "SequenceText", "SyntheticMall"]
+AnySource = CompleteJourney | SequenceText | Folder | SyntheticMall | JdMicro
+"""What a system's configuration may name after `--data`."""
+
+__all__ = ["AnySource", "CompleteJourney", "Folder", "JdMicro", "SequenceText", "SyntheticMall"]

