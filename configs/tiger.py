@@ -27,11 +27,11 @@ config = TigerConfig(
     batch_size=128,
     features=ItemSequenceConfig((4, 6, 9, 20)),
     model=EncoderDecoderConfig(
-        width=128, heads=4, head_dim=32, hidden=512, encoder_layers=4, layers=2, dropout=0.2, causal=True
+        width=128, heads=4, head_dim=32, hidden=512, encoder_layers=3, layers=2, dropout=0.2, causal=True
     ),
     objective=ObjectiveConfig(smoothing=0.1),
     optim=OptimConfig(learning_rate=2e-3, warmup=200, weight_decay=0.05),
-    training=LoopConfig(steps=6000, log_every=50, checkpoint_every=500, evaluate_every=500),
+    training=LoopConfig(steps=3500, log_every=50, checkpoint_every=350, evaluate_every=350),
     decoding=DecodingConfig(beam_width=32, batch_size=64),
     # Beams of 500 for all 22,363 users would take longer than the training; 0 measures them all.
     evaluation=EvaluationConfig(max_users=5000),

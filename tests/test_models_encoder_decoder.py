@@ -293,3 +293,27 @@ def test_more_codes_than_levels_are_refused():
     with pytest.raises(UserError, match="level 3 is asked for"):
         cache = model.apply({"params": params}, context, TARGETS[..., 0], {}, 1, method="extend")[1]
         model.apply({"params": params}, context, TARGETS[..., 0], cache, 3, method="extend")
+
+
+def test_a_causal_encoder_scores_every_prefix_at_once():
+    model, params = make(causal=True)
+    variables, ends = {"params": params}, (1, 3, 5)
+    targets = TARGETS[:, : len(ends)]
+    seen = jnp.broadcast_to(jnp.arange(S) < jnp.array(ends)[:, None], (B, len(ends), S))
+    at_once = model.apply(variables, TOKENS, MASK, seen, targets, method="score_prefixes")
+    for index, end in enumerate(ends):
+        context = model.apply(variables, TOKENS[:, :end], MASK[:, :end], method="prefill")
+        alone = model.apply(variables, context, targets[:, index : index + 1], method="score")
+        np.testing.assert_allclose(at_once[:, index], alone[:, 0], atol=1e-5)
+
+
+def test_smoothed_labels_by_hand():
+    model, params = make()
+    context = model.apply({"params": params}, TOKENS, MASK, method="prefill")
+    targets = TARGETS[:, :1]
+    plain = model.apply({"params": params}, context, targets, method="score")
+    smooth = model.apply({"params": params}, context, targets, False, 0.3, method="score")
+    every = jnp.stack([jnp.full((B, 1), code).astype(jnp.int32) for code in range(SIZES[0])], 1)
+    first = jnp.broadcast_to(targets, (B, SIZES[0], 3)).at[..., 0].set(every[..., 0])
+    level = model.apply({"params": params}, context, first, method="score")[..., 0]
+    np.testing.assert_allclose(smooth[:, 0, 0], 0.7 * plain[:, 0, 0] + 0.3 * level.mean(1), rtol=1e-5)

@@ -92,3 +92,17 @@ def test_block_adds_its_output_to_its_input(part):
     silent = jax.tree.map(jnp.zeros_like, variables)
     np.testing.assert_array_equal(block.apply(silent, x, memory, method=run), x)
     assert not np.allclose(block.apply(variables, x, memory, method=run), x)
+
+
+def test_masked_softmax_has_the_gradient_of_its_formula():
+    scores = jax.random.normal(jax.random.key(0), (3, 5))
+    mask = jnp.array([[True, False, True, True, True], [True] * 5, [False] * 5])
+    weight = jnp.arange(15.0).reshape(3, 5)
+
+    def plain(scores):
+        powers = jnp.where(mask, jnp.exp(scores), 0.0)
+        return (weight * powers / jnp.maximum(powers.sum(1, keepdims=True), 1e-30)).sum()
+
+    ours = jax.grad(lambda scores: (weight * masked_softmax(scores, mask)).sum())(scores)
+    assert jnp.allclose(ours, jax.grad(plain)(scores), atol=1e-6)
+    assert not ours[2].any()

@@ -92,6 +92,8 @@ def save_t5(folder: str | Path, config: EncoderDecoderConfig, params: dict) -> N
     Raises:
       UserError: the parameters don't fit the configuration, or the folder can't be written.
     """
+    if config.causal:
+        raise UserError("a T5 reads its context both ways: model.causal=True can't be saved in Hugging Face's layout")
     names = {(activation, gated): name for name, (activation, gated) in T5_ACTIVATIONS.items()}
     if (config.activation, config.gated) not in names:
         raise UserError(

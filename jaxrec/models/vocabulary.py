@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrec.config import UserError
+from jaxrec.nn.layers import project
 
 Levels = tuple[tuple[int, int], ...]
 
@@ -45,15 +46,15 @@ def level_logits(
     """
     table, state = table.astype(jnp.float32), state.astype(jnp.float32)
     if levels is None:
-        logits = jnp.einsum("...D,VD->...V", state, table)
+        logits = project(state, table.T)
         return logits, jax.nn.logsumexp(logits, axis=-1)
     if level >= len(levels):
         raise UserError(f"level {level} is asked for, but model.levels names {len(levels)}: give a level for each code")
     offset, size = levels[level]
     if restrict:
-        logits = jnp.einsum("...D,KD->...K", state, table[offset : offset + size])
+        logits = project(state, table[offset : offset + size].T)
         return logits, jax.nn.logsumexp(logits, axis=-1)
-    logits = jnp.einsum("...D,VD->...V", state, table)
+    logits = project(state, table.T)
     return logits[..., offset : offset + size], jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -97,7 +98,7 @@ def token_log_probs(
 
     When `restrict`, a token of a level's slice is normalised over the slice, any other over the whole vocabulary.
     """
-    logits = jnp.einsum("...D,VD->...V", states.astype(jnp.float32), table.astype(jnp.float32))
+    logits = project(states.astype(jnp.float32), table.astype(jnp.float32).T)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     for offset, size in (levels or ()) if restrict else ():
         inside = (tokens >= offset) & (tokens < offset + size)

@@ -5,6 +5,8 @@ mask is never built: the two parts are scored by two einsums and share one softm
 (S+L*M)^2.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -90,11 +92,20 @@ def _fold_bias(bias: jax.Array, group: int, length: int) -> jax.Array:
     return jnp.moveaxis(grouped, 1, 3).reshape(heads // group, targets, length * group, positions)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def masked_softmax(scores: jax.Array, mask: jax.Array, axis: int = -1) -> jax.Array:
     """Softmax over `axis` where `mask`, in float32; a slice that is all masked gives zeros."""
     scores = jnp.where(mask, scores.astype(jnp.float32), NEVER)
-    weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis, keepdims=True))), 0.0)
+    weights = jnp.where(mask, jnp.exp(scores - scores.max(axis, keepdims=True)), 0.0)
     return weights / jnp.maximum(weights.sum(axis, keepdims=True), 1e-30)
+
+
+@masked_softmax.defjvp
+def _masked_softmax_tangent(axis: int, inputs: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # From the weights alone, which are kept anyway: derived step by step, it would read three arrays of their size.
+    weights = masked_softmax(*inputs, axis)
+    moved = weights * tangents[0].astype(jnp.float32)
+    return weights, moved - weights * moved.sum(axis, keepdims=True)
 
 
 # A context of a single token is one more own token of every target.

@@ -17,6 +17,16 @@ def partitioned(initializer, *axes: str | None):
     return nn.with_logical_partitioning(initializer, axes)
 
 
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product over the last axis of x and the first of weight: [..., D] and [D, ...] -> [..., ...].
+
+    As a product of two matrices: with more axes, the gradients' products would be over several axes at once, for which
+    XLA writes transposed copies of the activations on a CPU, element by element.
+    """
+    flat = jnp.dot(x.reshape(-1, x.shape[-1]), weight.reshape(len(weight), -1))
+    return flat.reshape(*x.shape[:-1], *weight.shape[1:])
+
+
 class Projection(nn.Module):
     """A matrix over the last axis: [..., D] -> [..., *features], with a bias if asked for.
 
@@ -36,7 +46,7 @@ class Projection(nn.Module):
             self.gain**2, "fan_in", "truncated_normal", in_axis=0, out_axis=range(1, 1 + len(features))
         )
         weight = self.param("weight", partitioned(fan_in, *self.axes), (x.shape[-1], *features))
-        out = jnp.tensordot(x.astype(self.dtype), weight.astype(self.dtype), axes=1)
+        out = project(x.astype(self.dtype), weight.astype(self.dtype))
         if self.bias:
             out += self.param("bias", partitioned(init.zeros, *self.axes[1:]), features).astype(self.dtype)
         return out
@@ -73,7 +83,7 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits in float32."""
-        return jnp.einsum("...D,VD->...V", x.astype(jnp.float32), self.table.astype(jnp.float32))
+        return project(x.astype(jnp.float32), self.table.astype(jnp.float32).T)
 
 
 class FeedForward(nn.Module):

@@ -1,0 +1,165 @@
+"""TIGER: a training step against a plain computation, and a tiny run: killed, resumed, measured, recommending."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrec.config import load_config
+from jaxrec.data.examples import Records
+from jaxrec.data.item_sequences import ItemSequenceConfig, following, whole
+from jaxrec.evaluation import make_cases
+from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from jaxrec.run import Run, read_json
+from jaxrec.semantic_ids.space import SemanticIdSpace
+from jaxrec.systems.tiger import STAGE, ObjectiveConfig, load_recommender, train
+from jaxrec.systems.tiger_model import TigerAssembly, fit_vocabulary
+from jaxrec.systems.tiger_training import losses, make_state, make_step
+from jaxrec.training import checkpoint
+
+ROOT = Path(__file__).parent.parent
+CONFIG = load_config(ROOT / "tests" / "mall_tiger.py")
+SIZES, ITEMS, USERS = (4, 3, 2), 12, 5
+TINY = EncoderDecoderConfig(width=8, heads=2, head_dim=4, hidden=8, encoder_layers=1, layers=1, causal=True)
+CODES = np.random.default_rng(0).integers(0, SIZES, (ITEMS, 3)).astype(np.int32)
+FEATURES = ItemSequenceConfig((4,))
+RECORDS = [
+    {
+        "item": np.array(items, np.int32),
+        "behavior": np.zeros(len(items), np.int8),
+        "session": np.array(sessions, np.int32),
+        "user": user,
+    }
+    for user, items, sessions in ((3, [1, 5, 2, 9, 11], [0, 1, 1, 2, 3]), (8, [4, 7, 0], [0, 1, 2]))
+]
+WANTED = np.array([True])
+
+
+def make_assembly(causal: bool) -> TigerAssembly:
+    model = EncoderDecoder(fit_vocabulary(dataclasses.replace(TINY, causal=causal), SIZES, USERS))
+    return TigerAssembly(model, SemanticIdSpace(CODES, SIZES), ("purchase",), WANTED, USERS)
+
+
+def make_config(assembly: TigerAssembly, **objective):
+    made = dataclasses.replace(CONFIG, model=assembly.model.config, features=FEATURES, users=USERS)
+    return dataclasses.replace(made, objective=ObjectiveConfig(**objective))
+
+
+def stacked(examples: list[dict]) -> dict:
+    batch = {name: jnp.asarray(np.stack([example[name] for example in examples])) for name in examples[0]}
+    return batch | {"where": jnp.ones(len(examples), bool)}
+
+
+def plain_loss(assembly, params, history: list[int], user: int, target: int, smoothing: float) -> jax.Array:
+    """-log p of an item's codes after a history, one code after the other, without padding."""
+    cfg = assembly.model.config
+    offsets = np.array([offset for offset, _ in cfg.levels])
+    hashed = (np.uint32(user) * np.uint32(2654435761)) >> np.uint32(8)
+    tokens = np.concatenate([[cfg.vocabulary - USERS + int(hashed) % USERS], (CODES[history] + offsets).ravel()])
+    variables = {"params": params}
+    context = assembly.model.apply(
+        variables, jnp.asarray(tokens[None], jnp.int32), jnp.ones((1, len(tokens)), bool), method="prefill"
+    )
+    total, cache = 0.0, None
+    for level, code in enumerate(CODES[target]):
+        before = None if level == 0 else jnp.full((1, 1), CODES[target][level - 1], jnp.int32)
+        log_probs, cache = assembly.model.apply(variables, context, before, cache, level, method="extend")
+        total -= (1 - smoothing) * log_probs[0, 0, code] + smoothing * log_probs[0, 0].mean()
+    return total
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_step_equals_a_plain_computation(causal):
+    assembly = make_assembly(causal)
+    config = make_config(assembly, smoothing=0.2, targets=2, later_weight=0.25)
+    if causal:
+        batch = stacked([whole(record, len(record["item"]), FEATURES, wanted=WANTED) for record in RECORDS])
+        asked = [(RECORDS[0], 1, 5, 1.0), (RECORDS[0], 1, 2, 1.0), (RECORDS[0], 3, 9, 1.0), (RECORDS[0], 4, 11, 1.0)]
+        asked += [(RECORDS[1], 1, 7, 1.0), (RECORDS[1], 2, 0, 1.0)]
+    else:
+        cuts = [FEATURES.cut(record, 2, behaviors=1, wanted=WANTED) for record in RECORDS]
+        batch = stacked(
+            [cut | following(record, 2, 2, wanted=WANTED) for cut, record in zip(cuts, RECORDS, strict=True)]
+        )
+        asked = [(RECORDS[0], 3, 9, 1.0), (RECORDS[0], 3, 11, 0.25), (RECORDS[1], 2, 0, 1.0)]
+
+    def plain(params):
+        each = [
+            weight * plain_loss(assembly, params, record["item"][:seen].tolist(), record["user"], target, 0.2)
+            for record, seen, target, weight in asked
+        ]
+        return sum(each) / sum(weight for *_, weight in asked)
+
+    optimizer = optax.sgd(0.1)
+    state = make_state(assembly, 0, optimizer)
+    loss, gradients = jax.jit(jax.value_and_grad(plain))(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
+    after, metrics = jax.jit(make_step(assembly, config, optimizer))(state, batch)
+    total, count = metrics["loss"]
+    assert count == sum(weight for *_, weight in asked)
+    np.testing.assert_allclose(total / count, loss, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_padding_and_unknown_users_change_nothing():
+    assembly = make_assembly(causal=True)
+    config, variables = make_config(assembly), assembly.init(0)
+    record = {**RECORDS[1], "user": -1}
+    short = stacked([whole(record, 3, ItemSequenceConfig((2,)), wanted=WANTED)])
+    long = stacked([whole(record, 3, FEATURES, wanted=WANTED)])
+    found = [losses(assembly, config, variables, batch, jax.random.key(0)) for batch in (short, long)]
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    np.testing.assert_array_equal(assembly.tokens(jnp.asarray(CODES), long)[1][0], [False, *6 * [True], *6 * [False]])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """Two runs of one configuration: one without a stop, one killed at step 70 and run again."""
+    folder = tmp_path_factory.mktemp("tiger")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXREC_CACHE", str(folder / "cache"))
+        train(Run.open(folder / "whole", CONFIG), CONFIG)
+        killed = subprocess.run(
+            [sys.executable, "train.py", "tests/mall_tiger.py", "--run", str(folder / "killed")],
+            cwd=ROOT,
+            env=os.environ | {"JAXREC_KILL_AT": "step:70"},
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        train(Run.open(folder / "killed", CONFIG), CONFIG)
+    return folder / "whole", folder / "killed"
+
+
+def test_killed_and_resumed_it_ends_in_the_same_bits(runs):
+    whole_run, killed = (checkpoint.load_parts(run / STAGE, "params", "opt_state") for run in runs)
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole_run, killed))
+    assert (runs[0] / "evaluation.json").read_bytes() == (runs[1] / "evaluation.json").read_bytes()
+
+
+def test_it_beats_popularity(runs):
+    rows = read_json(runs[0] / "evaluation.json")
+    recall = {row["model"]: row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all"}
+    assert recall["tiger"] > 1.4 * recall["popularity"]
+
+
+def test_items_under_one_id_are_told_apart_and_all_found(runs):
+    recommender = load_recommender(Run(runs[0]))
+    space, assembly = recommender.space, recommender.assembly
+    assert space.levels == 3  # two of the RQ-VAE and one that numbers
+    assert len(np.unique(space.codes, axis=0)) == len(space.codes)
+    assert len(np.unique(space.codes[:, :2], axis=0)) < len(space.codes)
+    cases = make_cases(Records(assembly.examples, "test"), assembly.target_behaviors).take(range(4))
+    items, scores = recommender.recommend(cases.histories, len(space.codes))
+    assert all(sorted(row) == list(range(len(space.codes))) for row in items.tolist())
+    np.testing.assert_allclose(np.exp(scores).sum(1) <= 1 + 1e-4, True)
