@@ -1,6 +1,6 @@
 """Systems: each puts the parts together for one published system, from a source to an evaluated run."""
 
-from jaxrec.systems import onemall
+from jaxrec.systems import onemall, rankgr
 
-SYSTEMS = {"onemall": onemall}
+SYSTEMS = {"onemall": onemall, "rankgr": rankgr}
 """Name -> module with `train(run, config)` and `load_recommender(run)`."""
