@@ -30,9 +30,7 @@ class ItemSequenceConfig:
 
     def __post_init__(self):
         if not self.buckets or min(self.buckets) < 1 or list(self.buckets) != sorted(set(self.buckets)):
-            raise UserError(
-                f"configuration key 'features.buckets' is {self.buckets}; give rising lengths of 1 or more"
-            )
+            raise UserError(f"configuration key 'features.buckets' is {self.buckets}; give rising lengths of 1 or more")
 
     def cut(self, record: dict, session: int, *, behaviors: int, wanted: np.ndarray) -> dict[str, np.ndarray]:
         """The last items before `session`: item int32 [S], mask bool [S], user int32 [] (NOBODY where unknown).

@@ -37,9 +37,7 @@ class LeveledSessionConfig:
             raise UserError(f"configuration key 'features.buckets' is {self.buckets}; give rising lengths of 1 or more")
         for name, least in (("weakest", 0), ("targets", 1), ("next_items", 0), ("sampled", 0)):
             if getattr(self, name) < least:
-                raise UserError(
-                    f"configuration key 'features.{name}' is {getattr(self, name)}; give {least} or more"
-                )
+                raise UserError(f"configuration key 'features.{name}' is {getattr(self, name)}; give {least} or more")
 
     def cut(self, record: dict, session: int, *, behaviors: int, wanted: np.ndarray) -> dict[str, np.ndarray]:
         """The history before `session`: item, behavior, gap int32 [S] and mask bool [S], S its bucket.

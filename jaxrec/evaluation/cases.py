@@ -25,7 +25,7 @@ class Cases:
     """int32 [U]."""
     histories: list[History]
     """One a case: item int32 [T], behavior int8 [T], timestamp int64 [T], session int32 [T], T >= 1; `now` int64, when
-    the target session begins, which whoever is asked for a recommendation knows."""
+    the target session begins, which whoever is asked for a recommendation knows; `user` int32."""
     targets: np.ndarray
     """int32 [U, L], distinct within a row, -1 where `where` is False."""
     where: np.ndarray
@@ -68,7 +68,7 @@ def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split
             continue
         users.append(int(record["user"]))
         history = {field: record[field][before] for field in EVENT_FIELDS}
-        histories.append({**history, "now": now})
+        histories.append({**history, "now": now, "user": np.int32(record["user"])})
         targets.append(answer)
         new.append(~np.isin(answer, record["item"][wanted & before]))
     padded, where = _pad(targets, -1, np.int32)

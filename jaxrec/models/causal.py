@@ -200,9 +200,7 @@ class Causal(nn.Module):
         """
         return self.log_probs(context.state, self.states(context, targets[..., :-1], train), targets, smoothing)
 
-    def log_probs(
-        self, first: jax.Array, states: jax.Array, targets: jax.Array, smoothing: float = 0.0
-    ) -> jax.Array:
+    def log_probs(self, first: jax.Array, states: jax.Array, targets: jax.Array, smoothing: float = 0.0) -> jax.Array:
         """As `score`, from the states that predict the first codes ([B, D], or [B, L, D]) and the others."""
         cfg = self.config
         return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing)

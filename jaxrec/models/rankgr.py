@@ -166,7 +166,9 @@ class RankGR(nn.Module):
         first, own = context.own.state, self.backbone.states(context.own, targets[..., :-1], train)
         log_probs = self.backbone.log_probs(first, own, targets)
         smoothed = self.backbone.log_probs(first, own, targets, smoothing) if smoothing else log_probs
-        first = jnp.broadcast_to(first if first.ndim == 3 else first[:, None], own[:, :, :1, :].shape[:2] + own.shape[-1:])
+        first = jnp.broadcast_to(
+            first if first.ndim == 3 else first[:, None], own[:, :, :1, :].shape[:2] + own.shape[-1:]
+        )
         return log_probs, smoothed, jnp.concatenate([first[:, :, None], own], axis=2)
 
     def level_log_probs(self, states: jax.Array, level: int) -> jax.Array:
@@ -206,7 +208,9 @@ class RankGR(nn.Module):
         context = self.read(arrays, codes, self.item_table(codes))
         log_probs, _, states = self.score(context, targets)
         if self.rank_head is not None:
-            log_probs += self.rank(context, self.memory(context), states[:, :, :1], targets[..., :1], log_probs[..., :1], 0)
+            log_probs += self.rank(
+                context, self.memory(context), states[:, :, :1], targets[..., :1], log_probs[..., :1], 0
+            )
         if self.query is not None:
             log_probs += self.item_query(states).sum(-1)
         return log_probs

@@ -183,6 +183,8 @@ class Retriever:
             user = self.user_index.get(request.user_id)
             rows = slice(0, 0) if user is None else slice(self.offsets[user], self.offsets[user + 1])
             history = {name: column[rows] for name, column in self.events.items()}
+            if user is not None:
+                history["user"] = np.int32(user)
         else:
             there = [event for event in request.history if version.row(event.item_id) is not None]
             ignored = [event.item_id for event in request.history if version.row(event.item_id) is None] + ignored

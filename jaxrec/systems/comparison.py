@@ -35,7 +35,7 @@ def compare(run: Run, model: GenerativeRecommender, config: EvaluationConfig, fo
     """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`."""
     assembly = model.assembly
     records = list(Records(assembly.examples, config.split))
-    cases = _draw(make_cases(records, assembly.target_behaviors, config.split), config)
+    cases = draw(make_cases(records, assembly.target_behaviors, config.split), config)
     items, targets = len(assembly.space.codes), assembly.target_behaviors
     name = read_json(run.config_file)["system"]
     rows = evaluate({**fit_baselines(records, items, targets), name: model}, cases, split=config.split)
@@ -65,7 +65,8 @@ def present(run: Run) -> None:
     console.print(f"report: {report}", markup=False)
 
 
-def _draw(cases: Cases, config: EvaluationConfig) -> Cases:
+def draw(cases: Cases, config: EvaluationConfig) -> Cases:
+    """Some of the cases: `config.max_users` of them, the same for the same seed; all if there are no more."""
     if not 0 < config.max_users < len(cases):
         return cases
     return cases.take(np.sort(np.random.default_rng(config.seed).permutation(len(cases))[: config.max_users]))

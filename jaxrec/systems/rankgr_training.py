@@ -192,9 +192,7 @@ def training_batches(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Ite
     """Batches of contexts with their targets, without end, in an order that the seed decides."""
     records, features = Records(assembly.examples, "train"), config.features
     names = [assembly.behaviors[index] for index in assembly.target_behaviors]
-    cuts = cut_index(
-        records, names, min_history=config.min_history, max_per_record=config.sessions_per_user or None
-    )
+    cuts = cut_index(records, names, min_history=config.min_history, max_per_record=config.sessions_per_user or None)
     lengths = np.array([features.bucket_of(records[record], session) for record, session in cuts])
     # Drawn as often as word2vec draws: the power of 3/4 keeps popular items from being all that is drawn.
     share = (assembly.counts + 1.0) ** 0.75
@@ -203,9 +201,7 @@ def training_batches(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Ite
 
     def example(record: dict, session: int, rng: np.random.Generator) -> dict:
         context = features.cut(record, session, behaviors=len(assembly.behaviors), wanted=assembly.wanted)
-        held = leveled_sessions.targets(
-            record, session, features, level_of=assembly.levels, rng=rng, popular=popular
-        )
+        held = leveled_sessions.targets(record, session, features, level_of=assembly.levels, rng=rng, popular=popular)
         following = leveled_sessions.next_items(context, features, rng) if features.next_items else {}
         return context | held | following
 

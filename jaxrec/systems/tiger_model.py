@@ -1,7 +1,7 @@
 """TIGER's model, fitted to one catalogue: what training, decoding and evaluation share.
 
-    tokens of the vocabulary   0: start   |   codes, a slice for every level   |   hashed users
-    context                    user   c1 c2 .. cM of the first item   ...   c1 c2 .. cM of the last
+tokens of the vocabulary   0: start   |   codes, a slice for every level   |   hashed users
+context                    user   c1 c2 .. cM of the first item   ...   c1 c2 .. cM of the last
 """
 
 from dataclasses import dataclass, replace

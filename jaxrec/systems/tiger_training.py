@@ -2,9 +2,9 @@
 
 Two ways to make contexts of the prefixes:
 
-- each by itself, as published: a prefix is encoded, and its next item, or its next few, are the targets of that context;
-- all at once, with a causal encoder (`model.causal`): a sequence is encoded once, and each of its items is a target that
-  sees the part before it. The encoder then reads several times fewer tokens.
+- each by itself, as published: a prefix is encoded, and its next item, or its next few, are the targets of the context;
+- all at once, with a causal encoder (`model.causal`): a sequence is encoded once, and each of its items is a target
+  that sees the part before it. The encoder then reads several times fewer tokens.
 """
 
 from collections.abc import Callable, Iterator

@@ -3,19 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxrec.data.examples import Records
-from jaxrec.evaluation import make_cases
-from jaxrec.evaluation.comparison import evaluate_full
+from jaxrec.decoding.trie import build_trie
+from jaxrec.evaluation import make_cases, ranking_metrics
+from jaxrec.evaluation.metrics import mean
 from jaxrec.systems.comparison import EvaluationConfig, draw
-from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
+from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender, Reader
 from jaxrec.training.loop import TrainState
+
+CUTOFFS = (5, 10)
 
 
 def make_validation(
-    assembly: Any, features: Any, decoding: DecodingConfig, config: EvaluationConfig
+    assembly: Assembly, features: Reader, decoding: DecodingConfig, config: EvaluationConfig
 ) -> Callable[[TrainState], dict[str, float]]:
     """evaluate(state) -> {"recall@10": ..., "ndcg@10": ..., ...} of the full ranking, for `jaxrec.training.loop.fit`.
 
@@ -26,10 +26,14 @@ def make_validation(
 
     def measure(state: TrainState) -> dict[str, float]:
         if not made:
-            records = Records(assembly.examples, config.split)
+            records, space = Records(assembly.examples, config.split), assembly.space
             made["cases"] = draw(make_cases(records, assembly.target_behaviors, config.split), config)
+            made["trie"] = build_trie(space.codes, space.codebook_sizes, order=space.popularity)
             made["model"] = GenerativeRecommender(assembly, {}, features, decoding)
-        served = made["model"].serve({"params": state.params, **state.extra})
-        return evaluate_full(lambda *asked: made["model"].recommend(*asked, served=served), made["cases"])
+        served = {**assembly.serve({"params": state.params, **state.extra}), "trie": made["trie"]}
+        cases = made["cases"]
+        ranked, _ = made["model"].recommend(cases.histories, max(CUTOFFS), served=served)
+        found = ranking_metrics(ranked, cases.targets, cases.where, CUTOFFS)
+        return {name: mean(pair) for name, pair in found.items()}
 
     return measure
