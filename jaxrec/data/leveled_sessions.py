@@ -21,7 +21,7 @@ class LeveledSessionConfig:
     """How much of the past a model reads, and what it learns from at once."""
 
     buckets: tuple[int, ...] = (4, 8, 16, 50)
-    """lengths that histories are padded to; a batch holds those of one bucket; the last is also the most that is read"""
+    """lengths that histories are padded to; a batch holds those of one bucket; the last is also the most that's read"""
     weakest: int = 0
     """the weakest behavior that histories hold, counted from 0 in the source's order; sessions hold them all"""
     targets: int = 16

@@ -1,7 +1,7 @@
 """Preferences between the items of one session: listwise direct preference optimisation (RankGR Eq. 8).
 
-Items stand on ordered levels (pseudo-exposure < exposure < click < purchase, or any other list), and each is to be scored
-above all items of lower levels. No reward model is needed: what people did is the preference.
+Items stand on ordered levels (pseudo-exposure < exposure < click < purchase, or any other list), and each is to be
+scored above all items of lower levels. No reward model is needed: what people did is the preference.
 """
 
 import jax

@@ -5,8 +5,9 @@
                                       ├─ extend:   one more code for every beam
                                       └─ rank:     the rank head's scores of candidate codes (Eq. 12-15)
 
-The history is one position an item (`context="item"`: a vector of the item's own and the sum of its codes' embeddings) or
-one position a code (`context="codes"`, as published). Behavior and the time since the event before are added to either.
+The history is one position an item (`context="item"`: a vector of the item's own and the sum of its codes' embeddings)
+or one position a code (`context="codes"`, as published). Behavior and the time since the event before are added to
+either.
 """
 
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class RankGRConfig:
 
 @struct.dataclass
 class RankContext:
-    """B read histories. own: as the backbone reads on; states [B, S, D]: of all positions, which the rank head reads."""
+    """B read histories. own: as the backbone reads on; states [B, S, D]: of all positions, for the rank head."""
 
     own: CausalContext
     states: jax.Array
@@ -166,9 +167,8 @@ class RankGR(nn.Module):
         first, own = context.own.state, self.backbone.states(context.own, targets[..., :-1], train)
         log_probs = self.backbone.log_probs(first, own, targets)
         smoothed = self.backbone.log_probs(first, own, targets, smoothing) if smoothing else log_probs
-        first = jnp.broadcast_to(
-            first if first.ndim == 3 else first[:, None], own[:, :, :1, :].shape[:2] + own.shape[-1:]
-        )
+        first = first if first.ndim == 3 else first[:, None]
+        first = jnp.broadcast_to(first, (*targets.shape[:2], first.shape[-1]))
         return log_probs, smoothed, jnp.concatenate([first[:, :, None], own], axis=2)
 
     def level_log_probs(self, states: jax.Array, level: int) -> jax.Array:

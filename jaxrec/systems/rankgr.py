@@ -1,9 +1,9 @@
 """RankGR: generative retrieval that learns the order of a session's items and ranks inside the beam.
 
 Fu et al., "RankGR: Rank-Enhanced Generative Retrieval with Listwise Direct Preference Optimization in Recommendation"
-(Alibaba 2026). A decoder of the Qwen2.5 architecture reads a history and generates the next item's semantic ID; the
-items of a session are trained by level (purchase > click > exposure > pseudo-exposure) and a rank head chooses the beams.
-Its authors report on Amazon Clothing 2023 HR@20 .0227, @50 .0313, @100 .0468, @500 .0996.
+(Alibaba 2026). A decoder of the Qwen2.5 architecture reads a history and generates the next item's semantic ID. Items
+of a session are trained by level (purchase > click > exposure > pseudo-exposure), a rank head chooses the beams. Its
+authors report on Amazon Clothing 2023 HR@20 .0227, @50 .0313, @100 .0468, @500 .0996.
 
     source ─▶ tables ─▶ semantic IDs ─▶ examples ─▶ training ─▶ evaluation ─▶ report
 """

@@ -78,7 +78,7 @@ class RankGRAssembly:
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
     def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
-        """{"variables", "codes", "table"}: vectors of all items; those of items that came later are made of their codes.
+        """{"variables", "codes", "table"}: vectors of all items, those of items that came later made of their codes.
 
         Where items have vectors of their own, later ones have the mean.
         """

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrec.config import UserError
 from jaxrec.data import leveled_sessions
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import batches, cut_index
@@ -117,7 +118,7 @@ def losses(assembly: RankGRAssembly, config: "RankGRRunConfig", variables: dict,
 
 
 def pack(assembly: RankGRAssembly, config: "RankGRRunConfig", batch: dict) -> dict[str, jax.Array]:
-    """All targets of a batch of contexts, [B, L] each: item, last (the place of the history that each sees up to), level.
+    """All targets of a batch of contexts, [B, L] each: item, level, last (the place that each sees the history up to).
 
     weight float32: of its next tokens (Eq. 9-10), 0 where drawn; bool: where it has any, whether it is compared with
     others (Eq. 8), and whether the rank head looks for it.
@@ -151,10 +152,18 @@ def pack(assembly: RankGRAssembly, config: "RankGRRunConfig", batch: dict) -> di
     }
 
 
-def level_weights(assembly: RankGRAssembly, config: "RankGRRunConfig") -> np.ndarray:
-    """float32 [levels]: the weight of every level's items in next-token prediction."""
+def level_weights(assembly: RankGRAssembly, config: "RankGRRunConfig") -> jax.Array:
+    """float32 [levels]: the weight of every level's items in next-token prediction.
+
+    Raises:
+      UserError: they are not one a level.
+    """
     count, given = int(assembly.levels[-1]) + 1, config.objective.level_weights
-    return np.array(given or [1.0] * count, np.float32)
+    if given and (len(given) != count or min(given) < 0):
+        raise UserError(
+            f"configuration key 'objective.level_weights' is {given}; give 0 or more for each of {count} levels"
+        )
+    return jnp.array(given or [1.0] * count, jnp.float32)
 
 
 def rank_loss(
