@@ -1,9 +1,10 @@
-"""RankGR end to end on a tiny synthetic mall: trained, killed and resumed, measured, served, exported; and its losses."""
+"""RankGR's losses; and end to end on a tiny synthetic mall: trained, killed and resumed, measured, served, exported."""
 
 import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from flax import linen as nn
 from rankgr_parts import BACKBONE, FEATURES, MODEL, make_arrays, make_assembly, make_record, make_variables
 
 from jaxrec.config import UserError, load_config
@@ -88,7 +90,10 @@ def test_the_losses_are_those_of_the_paper():
 def test_the_rank_heads_loss_by_hand():
     """Eq. 16: the true code and the three most likely others, told apart by binary cross-entropy at every level."""
     batch, assembly, variables = make_batch(), make_assembly(), make_variables()
-    apply = lambda *args, method: assembly.model.apply(variables, *args, method=method)
+
+    def apply(*args, method):
+        return assembly.model.apply(variables, *args, method=method)
+
     context = assembly.context(assembly.serve(variables), batch)
     packed = pack(assembly, CONFIG, batch)
     seen, codes = apply(context, packed["last"], method="at"), np.asarray(assembly.codes)[packed["item"]]
@@ -128,7 +133,7 @@ def test_drawn_items_are_compared_but_not_learnt():
 
 @pytest.mark.parametrize("given", [(0, 1), (1, 0, 2), (-1, 0, 1)])
 def test_levels_that_do_not_fit_the_behaviors_are_refused(given):
-    with pytest.raises(UserError, match="objective.levels.*exposure, click, purchase"):
+    with pytest.raises(UserError, match=r"objective\.levels.*exposure, click, purchase"):
         behavior_levels(given, ("exposure", "click", "purchase"))
 
 
@@ -139,15 +144,9 @@ def save_tiny_qwen2(folder: Path) -> dict:
     one = jnp.zeros((1, 1), jnp.int32)
     config = dataclasses.replace(BACKBONE, vocabulary=9)
     params = Causal(config).init(jax.random.key(5), one, one > -1, one[None])["params"]
-    params = jax.tree.map(lambda leaf: leaf + 0.1, jax.tree.map(jnp.asarray, jax.device_get(unboxed(params))))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, jax.tree.map(jnp.asarray, jax.device_get(nn.unbox(params))))
     save_qwen2(folder, config, params)
     return params
-
-
-def unboxed(tree):
-    from flax import linen as nn
-
-    return nn.unbox(tree)
 
 
 def test_layers_of_a_pretrained_model_are_taken_over(tmp_path):
@@ -169,17 +168,19 @@ def test_layers_of_a_pretrained_model_are_taken_over(tmp_path):
 def folder(tmp_path_factory) -> Path:
     """`whole`: a run; `killed`: the same one, killed in training and gone on with."""
     folder = tmp_path_factory.mktemp("mall")
-    environment = {**os.environ, "JAXREC_CACHE": str(folder / "cache")}
-
-    def train(run: str, **more: str) -> subprocess.CompletedProcess:
-        line = [sys.executable, "train.py", "tests/mall_rankgr.py", "--run", str(folder / run)]
-        return subprocess.run(line, cwd=ROOT, env=environment | more, capture_output=True, text=True, check=False)
-
-    whole = train("whole")
-    assert whole.returncode == 0, whole.stderr + whole.stdout
-    death, last = train("killed", JAXREC_KILL_AT="step:100"), train("killed")
-    assert death.returncode == -signal.SIGKILL
-    assert last.returncode == 0, last.stderr + last.stdout
+    config = load_config(ROOT / "tests" / "mall_rankgr.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXREC_CACHE", str(folder / "cache"))
+        rankgr.train(Run.open(folder / "whole", config), config)
+        shutil.copytree(
+            folder / "whole", folder / "killed", ignore=shutil.ignore_patterns("stages", "eval*", "*.jsonl")
+        )
+        line = [sys.executable, "train.py", "tests/mall_rankgr.py", "--run", str(folder / "killed")]
+        environment = {**os.environ, "JAXREC_KILL_AT": "step:100"}
+        death = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert death.returncode == -signal.SIGKILL, death.stderr + death.stdout
+        assert checkpoint.steps(folder / "killed" / STAGE) == [48, 96]
+        rankgr.train(Run.open(folder / "killed", config), config)
     return folder
 
 
@@ -199,9 +200,8 @@ def test_it_learns_what_was_planted(folder):
 
 
 def test_killed_and_gone_on_with_it_ends_in_the_same_bits(folder):
-    parts = [
-        checkpoint.load_parts(folder / name / STAGE, "step", "params", "opt_state") for name in ("whole", "killed")
-    ]
+    names = ("step", "params", "opt_state")
+    parts = [checkpoint.load_parts(folder / run / STAGE, *names) for run in ("whole", "killed")]
     assert int(parts[0]["step"]) == 240
     jax.tree.map(np.testing.assert_array_equal, *parts)
     for name in ("evaluation.json", "examples_shown.json", "config.json"):
