@@ -2,11 +2,11 @@
 
     python benchmarks/rankgr_ablation.py [--config configs/rankgr_mall.py] [--data DIR] [--seeds 0,1,2] [--quick]
 
-Semantic IDs are made once; every variant is trained from several seeds. "w/o IAP": no LDPO, and next tokens of the items
-that are looked for alone; "w/o RSP": no rank head; "w/o both": a plain generative model. --data puts a folder in place of
-the configuration's. Rows (model, seed, split, subset, metric, value, seconds) gather in OUT/rankgr_ablation.json, where
-what is done is not done again; subset: items of that behavior in the held-out session. Figures go to OUT. --quick: one
-seed, few steps.
+Semantic IDs are made once; every variant is trained from several seeds. "w/o IAP": no LDPO, and next tokens of the
+items that are looked for alone; "w/o RSP": no rank head; "w/o both": a plain generative model. --data puts a folder in
+place of the configuration's. Rows (model, seed, split, subset, metric, value, seconds) gather in
+OUT/rankgr_ablation.json, where what is done is not done again; subset: items of that behavior in the held-out session.
+Figures go to OUT. --quick: one seed, few steps.
 """
 
 import argparse

@@ -21,7 +21,7 @@ config = RankGRRunConfig(
     features=LeveledSessionConfig(buckets=(64,), weakest=2, targets=24),
     model=RankGRConfig(
         CausalConfig(width=64, heads=2, groups=2, head_dim=32, hidden=128, layers=2, rotary_base=1e4, dropout=0.1),
-        rank=RankConfig(heads=2, hidden=64, candidates=16),
+        rank=RankConfig(heads=2, hidden=64, candidates=16, targets=3),
     ),
     objective=ObjectiveConfig(levels=(0, 1, 2, 3, 3), level_weights=(0.1, 0.1, 1.0, 1.0)),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),

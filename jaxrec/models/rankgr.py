@@ -38,13 +38,15 @@ class RankConfig:
     """width of the MLP"""
     candidates: int = 32
     """codes of highest probability that each target's level learns to tell from the true one (lambda in training)"""
+    targets: int = 8
+    """targets a context that the head of "bce" learns from, of those that it looks for: first the session's"""
     likelihood: bool = True
     """the head's logit begins as the code's log-probability and learns what to add; off, as published, without it"""
     likelihood_weight: float = 0.0
     """weight of the ID's log-probability that is added to the final score, which is without it as published"""
 
     def __post_init__(self):
-        for name in ("heads", "hidden", "candidates"):
+        for name in ("heads", "hidden", "candidates", "targets"):
             if getattr(self, name) < 1:
                 raise UserError(f"configuration key 'model.rank.{name}' is {getattr(self, name)}; give 1 or more")
 

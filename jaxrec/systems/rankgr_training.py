@@ -108,7 +108,7 @@ def losses(assembly: RankGRAssembly, config: "RankGRRunConfig", variables: dict,
             flat, table, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing
         ).sum()
     elif loss == "bce":
-        sums["rank"] = rank_loss(assembly, variables, seen, states, targets).sum()
+        sums["rank"] = rank_loss(assembly, variables, context, states, targets).sum()
     held = compared.any(-1)
     notes = {
         "one_level": ((held & ~has_preference(level, compared)).sum(), held.sum()),
@@ -169,26 +169,31 @@ def level_weights(assembly: RankGRAssembly, config: "RankGRRunConfig") -> jax.Ar
 def rank_loss(
     assembly: RankGRAssembly, variables: dict, context: RankContext, states: jax.Array, targets: dict
 ) -> jax.Array:
-    """Binary cross-entropy of the rank head over the candidates of every level, a value a target [B, L] (Eq. 12, 16).
+    """Binary cross-entropy of the rank head over the candidates of every level, a value a target [B, R] (Eq. 12, 16).
 
-    Candidates are the true code and the most probable others. A code is true if an item that is looked for, after the
-    same place of the history, continues the same prefix with it.
+    The targets are the first R = `model.rank.targets` that are looked for. Candidates are the true code and the most
+    probable others. A code is true if an item that is looked for, after the same place of the history, continues the
+    same prefix with it.
     """
-    model, wanted = assembly.model, targets["wanted"]
-    codes, memory = assembly.codes[targets["item"]], model.apply(variables, context, method="memory")
+    model = assembly.model
+    chosen = jnp.argsort(~targets["wanted"], axis=1, stable=True)[:, : model.config.rank.targets]
+    wanted, last, item = (jnp.take_along_axis(targets[name], chosen, axis=1) for name in ("wanted", "last", "item"))
+    states = jnp.take_along_axis(states, chosen[..., None, None], axis=1)
+    codes, memory = assembly.codes[item], model.apply(variables, context, method="memory")
+    context = model.apply(variables, context, last, method="at")
     total = jnp.zeros(wanted.shape, jnp.float32)
-    # together [B, L, L']: items that are looked for beside one another, with the prefix so far in common.
-    together = (targets["last"][:, :, None] == targets["last"][:, None, :]) & wanted[:, None, :]
+    # together [B, R, R']: items that are looked for beside one another, with the prefix so far in common.
+    together = (last[:, :, None] == last[:, None, :]) & wanted[:, None, :]
     for level, size in enumerate(assembly.space.codebook_sizes):
         log_probs = model.apply(variables, states[:, :, level], level, method="level_log_probs")
-        chosen = jax.lax.stop_gradient(log_probs)
+        log_probs = jax.lax.stop_gradient(log_probs)
         true = codes[..., level]
-        _, best = jax.lax.top_k(chosen, min(model.config.rank.candidates, size))
+        _, best = jax.lax.top_k(log_probs, min(model.config.rank.candidates, size))
         candidates = jnp.concatenate([true[..., None], best], axis=-1)
         where = jnp.concatenate([jnp.ones_like(wanted)[..., None], best != true[..., None]], -1) & wanted[..., None]
         same = (candidates[:, :, None, :] == true[:, None, :, None]) & together[..., None]
         labels = same.any(2)
-        own = jnp.take_along_axis(chosen, candidates, axis=-1)
+        own = jnp.take_along_axis(log_probs, candidates, axis=-1)
         logits = model.apply(
             variables, context, memory, states[:, :, : level + 1], candidates, own, level, method="rank"
         )
