@@ -40,6 +40,7 @@ from jaxrec import __version__
 from jaxrec.config import UserError, fingerprint, from_json, to_json
 from jaxrec.data.features import AGES, FeatureConfig
 from jaxrec.data.item_sequences import ItemSequenceConfig
+from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
 from jaxrec.systems import SYSTEMS
@@ -50,7 +51,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 FILES = {"variables": "model.safetensors", "trie": "trie.safetensors"}
 """Which file an array of `GenerativeRecommender.served` goes to, by its first key; the others are the catalogue's."""
 CATALOGUE = "catalogue.safetensors"
-READERS = {reader.__name__: reader for reader in (FeatureConfig, ItemSequenceConfig)}
+READERS = {reader.__name__: reader for reader in (FeatureConfig, ItemSequenceConfig, LeveledSessionConfig)}
 """What makes the inputs of histories, by the name in the manifest."""
 OUTPUTS = {
     "items": "line of items.jsonl from 0, best first; -1 = none",

@@ -271,3 +271,38 @@ def test_an_empty_context_gives_finite_scores_and_gradients():
 def test_a_configuration_that_makes_no_sense_is_refused(changes, words):
     with pytest.raises(UserError, match=words.replace(".", r"\.")):
         dataclasses.replace(CONFIG, **changes)
+
+
+def test_targets_that_see_a_part_of_the_context_are_scored_as_after_it_alone():
+    """Scores and gradients of `at`, against one context a target."""
+    model, params = make()
+    last = np.array([[6, 0, 3, 2], [3, 1, 0, 3]])
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=TARGETS.shape), jnp.float32)
+
+    def run(params):
+        context, states = model.apply({"params": params}, TOKENS, MASK, method="prefill_with_states")
+        found = model.apply({"params": params}, context.at(states, last), TARGETS, method="score")
+        return (found * weights).sum(), found
+
+    # Each target after a context of its own, whose end is masked.
+    tokens, mask = jnp.repeat(TOKENS, L, axis=0), np.repeat(MASK, L, axis=0) & (np.arange(S) <= last.reshape(-1, 1))
+
+    def plain(params):
+        found = everything(model, params, tokens, mask, TARGETS.reshape(B * L, 1, M)).reshape(B, L, M)
+        return (found * weights).sum(), found
+
+    (_, found), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
+    (_, expected), expected_gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-4), gradient, expected_gradient)
+
+
+def test_dropout_is_for_training_alone():
+    model, params = make(dropout=0.5)
+    run = jax.jit(lambda key, train: model.apply(
+        {"params": params}, TOKENS, MASK, train, method="prefill_with_states", rngs={"dropout": key}
+    )[1], static_argnums=1)  # fmt: skip
+    one, other = jax.random.key(0), jax.random.key(1)
+    np.testing.assert_array_equal(run(one, False), run(other, False))
+    np.testing.assert_array_equal(run(one, True), run(one, True))
+    assert not np.allclose(run(one, True), run(other, True))

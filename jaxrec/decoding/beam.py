@@ -73,6 +73,8 @@ class Candidates:
     """int32 [B, C], the beam each grew from: the place of its state in the cache."""
     log_probs: jax.Array
     """float32 [B, C], the model's, summed over the prefix; -inf where dead."""
+    parent_log_probs: jax.Array
+    """float32 [B, C], the model's for the prefix one code shorter; 0 at level 0."""
     parent_scores: jax.Array
     """float32 [B, C], what `rescore` gave the prefix one code shorter; 0 at level 0."""
     level: int = flax.struct.field(pytree_node=False)
@@ -131,6 +133,7 @@ def beam_search(
     for level, (width, pool) in enumerate(zip(widths, pools, strict=True)):
         last = level == trie.levels - 1
         log_probs, cache = extended(extend, beams, cache, level, trie.codebook_sizes[level])
+        above = beams.log_probs
         in_order = not last or rescore is not None
         cap = per_prefix if level else None
         if cap is not None and rescore is None:
@@ -146,7 +149,7 @@ def beam_search(
         if rescore is None:
             scores = beams.log_probs
         else:
-            beams, scores = _rescored(rescore, beams, parents, scores, cache, level)
+            beams, scores = _rescored(rescore, beams, parents, above, scores, cache, level)
             if cap is not None:
                 scores = capped(scores, beams.codes[..., 0], cap)
             beams, parents, scores = _best(beams, parents, scores, width, in_order=not last)
@@ -226,11 +229,12 @@ def _choose_capped(
 
 
 def _rescored(
-    rescore: Rescore, beams: Beams, parents: jax.Array, scores: jax.Array, cache: Any, level: int
+    rescore: Rescore, beams: Beams, parents: jax.Array, above: jax.Array, scores: jax.Array, cache: Any, level: int
 ) -> tuple[Beams, jax.Array]:
-    """The candidates and their new scores, -inf where they are dead."""
+    """The candidates and their new scores, -inf where they are dead; `above`, `scores`: of the beams before."""
     parent_scores = jnp.take_along_axis(scores, parents, axis=1)
-    asked = Candidates(beams.codes, beams.nodes, parents, beams.log_probs, parent_scores, level)
+    parent_log_probs = jnp.take_along_axis(above, parents, axis=1)
+    asked = Candidates(beams.codes, beams.nodes, parents, beams.log_probs, parent_log_probs, parent_scores, level)
     given = rescore(asked, cache)
     if given.shape != parents.shape:
         raise UserError(f"rescore gave scores {given.shape} at level {level}: expected [B, C] = {parents.shape}.")

@@ -2,6 +2,7 @@
 
     tokens ──▶ prefill ──▶ CausalContext: per layer K/V of the context; the state of its last token
                               │         and, for training on every next item, the state of every position (RankGR Eq. 2)
+                              ├─ at(positions): the same K/V, of which each target sees the part up to a position
                targets ──▶ score:  [B, L, M] log-probabilities under the mask of RankGR Eq. 7, which is never built
                beams   ──▶ extend: one more code for every beam, its cache is [B, W, t, N, H] a layer
 
@@ -62,6 +63,8 @@ class CausalConfig:
     restrict: bool = True
     """normalise a level over its slice alone; off, over the whole vocabulary, which is what generic decoders do: then
     a level's probabilities sum to less than one"""
+    dropout: float = 0.0
+    """share of zeroed embeddings and block outputs in training"""
     dtype: str = "float32"
     """type of activations"""
 
@@ -78,13 +81,23 @@ class CausalContext:
     """A prefilled context. Never copied per target.
 
     own: per layer K/V [B, S, G, H]; mask bool [B, S]; length int32 [B]: real tokens, which is the position of every
-    target's first code; state [B, D] of the last real token, from which the first code is predicted.
+    target's first code; state [B, D] of the last real token, from which the first code is predicted. Where every target
+    sees another part of the context (`at`): mask [B, L, S], length [B, L], state [B, L, D].
     """
 
     own: tuple[KeyValue, ...]
     mask: jax.Array
     length: jax.Array
     state: jax.Array
+
+    def at(self, states: jax.Array, last: jax.Array) -> "CausalContext":
+        """The context as L targets see it, each up to a position of it: last int32 [B, L], of a real token.
+
+        states [B, S, D] of all positions, as `Causal.prefill_with_states` returns them. Nothing is copied.
+        """
+        mask = self.mask[:, None] & (jnp.arange(self.mask.shape[1]) <= last[..., None])
+        state = jnp.take_along_axis(states, last[..., None], axis=1)
+        return self.replace(mask=mask, length=mask.sum(-1).astype(jnp.int32), state=state)
 
 
 class CausalLayer(nn.Module):
@@ -99,18 +112,31 @@ class CausalLayer(nn.Module):
             cfg.width, cfg.heads, cfg.groups, cfg.head_dim, cfg.bias, cfg.rotary_base, None, cfg.epsilon, dtype
         )
         self.feed_forward = FeedForwardBlock(cfg.hidden, "silu", True, cfg.epsilon, dtype)
+        self.drop = nn.Dropout(cfg.dropout)
 
-    def sequence(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, KeyValue]:
+    def sequence(self, x: jax.Array, mask: jax.Array, positions: jax.Array, train: bool) -> tuple[jax.Array, KeyValue]:
         """x [B, S, D], mask [B, S, S], positions [B, S] -> x and its own K/V."""
         x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
-        x, own = self.attention.sequence(x, mask, positions=positions)
-        return self.feed_forward(x), own
+        attended, own = self.attention.sequence(x, mask, positions=positions)
+        return self._feed_forward(x, attended, train), own
 
-    def targets(self, x, context: KeyValue, mask, past: KeyValue | None, positions) -> tuple[jax.Array, KeyValue]:
+    def targets(
+        self, x, context: KeyValue, mask, past: KeyValue | None, positions, train: bool
+    ) -> tuple[jax.Array, KeyValue]:
         """x [B, L, M, D] -> x, and the targets' own K/V [B, L, t + M, G, H] with `past` [B, L, t, G, H] in front."""
         x = nn.with_logical_constraint(x, ("act_batch", "act_targets", None, "act_embed"))
-        x, own = self.attention.targets(x, context=context, context_mask=mask, past=past, positions=positions)
-        return self.feed_forward(x), own
+        attended, own = self.attention.targets(x, context=context, context_mask=mask, past=past, positions=positions)
+        return self._feed_forward(x, attended, train), own
+
+    def _feed_forward(self, x: jax.Array, attended: jax.Array, train: bool) -> jax.Array:
+        x = self._dropped(x, attended, train)
+        return self._dropped(x, self.feed_forward(x), train)
+
+    def _dropped(self, before: jax.Array, after: jax.Array, train: bool) -> jax.Array:
+        """`after`, with dropout of what a block added to `before`."""
+        if not train or not self.config.dropout:
+            return after
+        return before + self.drop(after - before, deterministic=False)
 
 
 class Causal(nn.Module):
@@ -125,23 +151,30 @@ class Causal(nn.Module):
         self.head = None if cfg.tied else Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), scale)
         self.layers = [CausalLayer(cfg) for _ in range(cfg.layers)]
         self.norm = RMSNorm(cfg.epsilon)
+        self.drop = nn.Dropout(cfg.dropout)
 
-    def prefill(self, tokens: jax.Array, mask: jax.Array) -> CausalContext:
+    def prefill(self, tokens: jax.Array, mask: jax.Array, train: bool = False) -> CausalContext:
         """Read B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding on either side.
 
         A row without any token gives finite numbers that mean nothing.
         """
-        return self.prefill_with_states(tokens, mask)[0]
+        return self.prefill_with_states(tokens, mask, train)[0]
 
-    def prefill_with_states(self, tokens: jax.Array, mask: jax.Array) -> tuple[CausalContext, jax.Array]:
+    def prefill_with_states(
+        self, tokens: jax.Array, mask: jax.Array, train: bool = False
+    ) -> tuple[CausalContext, jax.Array]:
         """As `prefill`, and the states [B, S, D] of all positions, each of which predicts the token after it."""
+        return self.read(self.embed(tokens), mask, train)
+
+    def read(self, x: jax.Array, mask: jax.Array, train: bool = False) -> tuple[CausalContext, jax.Array]:
+        """As `prefill_with_states`, of positions that are given as vectors x [B, S, D] in place of tokens."""
         length = mask.sum(1).astype(jnp.int32)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        order = jnp.arange(tokens.shape[1])
+        order = jnp.arange(mask.shape[1])
         seen = (order <= order[:, None]) & mask[:, None, :]
-        x, own = self.embed(tokens), []
+        x, own = self.drop(x, deterministic=not train), []
         for layer in self.layers:
-            x, kv = layer.sequence(x, seen, positions)
+            x, kv = layer.sequence(x, seen, positions, train)
             own.append(kv)
         states = self.norm(x)
         last = jnp.max(jnp.where(mask, order, 0), axis=1)
@@ -158,20 +191,25 @@ class Causal(nn.Module):
         found = token_log_probs(self._table(), states[:, :-1], tokens[:, 1:], cfg.levels, cfg.restrict)
         return jnp.pad(jnp.where(mask[:, 1:] & mask[:, :-1], found, 0.0), ((0, 0), (1, 0)))
 
-    def score(self, context: CausalContext, targets: jax.Array) -> jax.Array:
+    def score(
+        self, context: CausalContext, targets: jax.Array, train: bool = False, smoothing: float = 0.0
+    ) -> jax.Array:
         """Log-probabilities float32 [B, L, M] of every code of targets int32 [B, L, M] (RankGR Eq. 4 and 7).
 
-        Their sum over M is pi of RankGR Eq. 5.
+        Their sum over M is pi of RankGR Eq. 5. `smoothing` as for `target_log_probs`.
         """
-        states = self.states(context, targets[..., :-1])
-        cfg = self.config
-        return target_log_probs(self._table(), context.state, states, targets, cfg.levels, cfg.restrict)
+        return self.log_probs(context.state, self.states(context, targets[..., :-1], train), targets, smoothing)
 
-    def states(self, context: CausalContext, codes: jax.Array) -> jax.Array:
+    def log_probs(self, first: jax.Array, states: jax.Array, targets: jax.Array, smoothing: float = 0.0) -> jax.Array:
+        """As `score`, from the states that predict the first codes ([B, D], or [B, L, D]) and the others."""
+        cfg = self.config
+        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing)
+
+    def states(self, context: CausalContext, codes: jax.Array, train: bool = False) -> jax.Array:
         """States of codes int32 [B, L, M] (RankGR Eq. 3): [B, L, M, D], the m-th predicts the code after the m-th."""
         if codes.shape[-1] == 0:
             return jnp.zeros((*codes.shape, self.config.width), self.config.dtype)
-        return self._continue(to_tokens(codes, self.config.levels), context, None)[0]
+        return self._continue(to_tokens(codes, self.config.levels), context, None, train)[0]
 
     def extend(self, context: CausalContext, tokens: jax.Array | None, cache: dict | None, level: int):
         """One more code for every beam: codes int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
@@ -179,23 +217,30 @@ class Causal(nn.Module):
         At level 0 there are no codes and W is 1. The cache holds, per layer, the K/V [B, W, t, G, H] of the codes so
         far. K is the level's size, or V without levels.
         """
-        if level == 0:
-            state, cache = context.state[:, None], {}
-        else:
-            entered = to_tokens(tokens[..., None], self.config.levels, level - 1)
-            states, own = self._continue(entered, context, cache["own"] if level > 1 else None)
-            state, cache = states[:, :, 0], {"own": own}
-        cfg = self.config
-        return level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict), cache
+        state, cache = self.extend_state(context, tokens, cache, level)
+        return self.level_log_probs(state, level), cache
 
-    def _continue(self, tokens: jax.Array, context: CausalContext, past: tuple[KeyValue, ...] | None):
+    def extend_state(self, context: CausalContext, tokens: jax.Array | None, cache: dict | None, level: int):
+        """As `extend`, but the states [B, W, D] that the level's codes are predicted from."""
+        if level == 0:
+            return context.state[:, None], {}
+        entered = to_tokens(tokens[..., None], self.config.levels, level - 1)
+        states, own = self._continue(entered, context, cache["own"] if level > 1 else None, False)
+        return states[:, :, 0], {"own": own}
+
+    def level_log_probs(self, states: jax.Array, level: int) -> jax.Array:
+        """Log-probabilities float32 [..., K] of a level's codes from states [..., D]."""
+        return level_log_probs(self._table(), states, level, self.config.levels, self.config.restrict)
+
+    def _continue(self, tokens: jax.Array, context: CausalContext, past: tuple[KeyValue, ...] | None, train: bool):
         """Tokens int32 [B, L, M] after the context and their past -> (states [B, L, M, D], each layer's own K/V)."""
         earlier = 0 if past is None else past[0][0].shape[2]
-        positions = context.length[:, None, None] + jnp.arange(earlier, earlier + tokens.shape[-1])
-        x, own = self.embed(tokens), []
+        length = context.length if context.length.ndim == 2 else context.length[:, None]
+        positions = length[..., None] + jnp.arange(earlier, earlier + tokens.shape[-1])
+        x, own = self.drop(self.embed(tokens), deterministic=not train), []
         for index, layer in enumerate(self.layers):
             before = None if past is None else past[index]
-            x, kv = layer.targets(x, context.own[index], context.mask, before, positions)
+            x, kv = layer.targets(x, context.own[index], context.mask, before, positions, train)
             own.append(kv)
         return self.norm(x), tuple(own)
 

@@ -25,6 +25,7 @@ def packed_attention(
     own: KeyValue | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    causal: bool = True,
 ) -> jax.Array:
     """Attend from every token of every target to the shared context and, causally, to its own target.
 
@@ -33,6 +34,7 @@ def packed_attention(
     positions. Either part may be missing. Keys and values may have fewer heads, of which each serves a group of
     consecutive heads of the queries (grouped-query attention); they are not repeated for it. `bias` [N, L, M, S + T], L
     and M possibly 1, is added to the scores after they are multiplied by `scale`, H**-0.5 if None. Softmax in float32.
+    Without `causal` the queries are no part of `own`, and each sees all of it, however many there are.
     Returns [B, L, M, N, H] in the dtype of `query`; zeros where a token has nothing to look at.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -48,8 +50,8 @@ def packed_attention(
     if own is not None:
         scores.append(_own_scores(query, own[0]))
         total = own[0].shape[2]
-        causal = jnp.arange(total) <= jnp.repeat(jnp.arange(length), group)[:, None] + (total - length)
-        masks.append(jnp.broadcast_to(causal, scores[-1].shape))
+        seen = jnp.arange(total) <= jnp.repeat(jnp.arange(length), group)[:, None] + (total - length)
+        masks.append(jnp.broadcast_to(seen | (not causal), scores[-1].shape))
     joined = jnp.concatenate(scores, -1) * scale
     if bias is not None:
         joined += _fold_bias(bias, group, length)
@@ -193,11 +195,12 @@ class TargetAttention(nn.Module):
         context: KeyValue | None = None,
         context_mask: jax.Array | None = None,
         own: KeyValue | None = None,
+        causal: bool = True,
     ) -> jax.Array:
         query = nn.with_logical_constraint(
             self.query(self.norm(x)), ("act_batch", "act_targets", None, "act_heads", None)
         )
-        attended = packed_attention(query, context=context, context_mask=context_mask, own=own)
+        attended = packed_attention(query, context=context, context_mask=context_mask, own=own, causal=causal)
         flat = attended.reshape(*attended.shape[:-2], -1)
         return x + Projection(x.shape[-1], ("heads", "embed"), self.dtype, name="out")(flat)
 

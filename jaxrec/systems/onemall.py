@@ -113,7 +113,7 @@ def load_recommender(run: Run) -> GenerativeRecommender:
       UserError: the run is not trained yet, or no checkpoint of it can be read.
     """
     config = from_json(OneMallConfig, Run.load(run.path)[1])
-    trained = checkpoint.load_parts(run.path / STAGE, "params", "extra")
+    trained = checkpoint.load_best(run.path / STAGE, "params", "extra")
     variables = {"params": trained["params"], **trained["extra"]}
     return GenerativeRecommender(assemble(run, config), variables, config.features, config.decoding)
 

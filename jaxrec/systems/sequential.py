@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jaxrec.config import UserError, fingerprint, from_json
 from jaxrec.data.examples import write_examples
 from jaxrec.data.prepare import PrepareConfig, prepare
-from jaxrec.data.sources import CompleteJourney, Folder, SequenceText, SyntheticMall
+from jaxrec.data.sources import AnySource
 from jaxrec.models.sequential import (
     Bert4RecConfig,
     CaserConfig,
@@ -43,7 +43,7 @@ STAGE = "stages/train"
 class SequentialConfig:
     """Everything that decides the run of an item-level baseline."""
 
-    data: CompleteJourney | SequenceText | Folder | SyntheticMall
+    data: AnySource
     """Where the logs come from."""
     model: (
         YouTubeDnnConfig | SasRecConfig | Bert4RecConfig | CaserConfig | NextItNetConfig | CoreConfig | HstuConfig

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from jaxrec.config import UserError, fingerprint, from_json
 from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.prepare import PrepareConfig
-from jaxrec.data.sources import CompleteJourney, Folder, SequenceText, SyntheticMall
+from jaxrec.data.sources import AnySource
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.run import Run
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
@@ -71,7 +71,7 @@ class ObjectiveConfig:
 class TigerConfig:
     """Everything that decides a run of TIGER or FORGE."""
 
-    data: CompleteJourney | SequenceText | Folder | SyntheticMall
+    data: AnySource
     """Where the logs come from."""
     system: str = "tiger"
     """Which system this configures; forge is the same on other IDs, and goes by its own name in tables."""
@@ -138,7 +138,7 @@ def load_recommender(run: Run) -> GenerativeRecommender:
       UserError: the run is not trained yet, or no checkpoint of it can be read.
     """
     config = from_json(TigerConfig, Run.load(run.path)[1])
-    trained = checkpoint.load_parts(run.path / STAGE, "params")
+    trained = checkpoint.load_best(run.path / STAGE, "params")
     return GenerativeRecommender(assemble(run, config), trained, config.features, config.decoding)
 
 

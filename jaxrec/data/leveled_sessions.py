@@ -1,0 +1,129 @@
+"""A user's events of several behaviors as one sequence, and the items of a session with their levels (NumPy only).
+
+    history    click a, cart a, purchase a, click b   ──▶  a (purchase), b (click)     an item once a session
+    session    purchase c, click d, exposure e        ──▶  c 3, d 2, e 1 (target_level)  the strongest first
+
+Histories keep their latest items. Sequences are aligned left.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxrec.config import UserError
+from jaxrec.data.features import AGES
+
+DAY = 86_400
+
+
+@dataclass(frozen=True)
+class LeveledSessionConfig:
+    """How much of the past a model reads, and what it learns from at once."""
+
+    buckets: tuple[int, ...] = (4, 8, 16, 50)
+    """lengths that histories are padded to; a batch holds those of one bucket; the last is also the most that's read"""
+    weakest: int = 0
+    """the weakest behavior that histories hold, counted from 0 in the source's order; sessions hold them all"""
+    targets: int = 16
+    """items of a session that are targets, L; of more, the strongest"""
+    next_items: int = 0
+    """items of the history that are targets too, each after those before it (RankGR Eq. 2), drawn anew every epoch; as
+    many as the last bucket: all of them"""
+    sampled: int = 0
+    """items drawn as pseudo-exposures of a session, for logs that have none: a level below all others"""
+
+    def __post_init__(self):
+        if not self.buckets or min(self.buckets) < 1 or list(self.buckets) != sorted(set(self.buckets)):
+            raise UserError(f"configuration key 'features.buckets' is {self.buckets}; give rising lengths of 1 or more")
+        for name, least in (("weakest", 0), ("targets", 1), ("next_items", 0), ("sampled", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"configuration key 'features.{name}' is {getattr(self, name)}; give {least} or more")
+
+    def cut(self, record: dict, session: int, *, behaviors: int, wanted: np.ndarray) -> dict[str, np.ndarray]:
+        """The history before `session`: item, behavior, gap int32 [S] and mask bool [S], S its bucket.
+
+        gap: the time since the event before, in half powers of two of days, which doesn't tell of what comes later.
+        """
+        index = self._read(record, session)
+        size = self._bucket(len(index))
+        index = index[-size:]
+        days = np.maximum(np.diff(record["timestamp"][index], prepend=record["timestamp"][index[:1]]), 0) / DAY
+        gap = np.minimum(2 * np.log2(1 + days), AGES - 1)
+        return {
+            "item": _padded(record["item"][index], size),
+            "behavior": _padded(record["behavior"][index], size),
+            "gap": _padded(gap, size),
+            "mask": np.arange(size) < len(index),
+        }
+
+    def bucket_of(self, record: dict, session: int) -> int:
+        """The length that a cut is padded to: the smallest bucket that holds the history."""
+        return self._bucket(len(self._read(record, session)))
+
+    def _bucket(self, count: int) -> int:
+        return next((size for size in self.buckets if size >= count), self.buckets[-1])
+
+    def _read(self, record: dict, session: int) -> np.ndarray:
+        """Rows of the events that a history holds, rising: of an item's events in a session the strongest (or last)."""
+        stop = int(np.searchsorted(record["session"], session))
+        index = np.flatnonzero(record["behavior"][:stop] >= self.weakest)
+        # An item's events are neighbours in this order, the one to keep the last of them.
+        order = np.lexsort((index, record["behavior"][index], record["item"][index], record["session"][index]))
+        sessions, items = record["session"][index][order], record["item"][index][order]
+        last = np.ones(len(order), bool)
+        last[:-1] = (sessions[1:] != sessions[:-1]) | (items[1:] != items[:-1])
+        return np.sort(index[order[last]])
+
+
+def targets(
+    record: dict,
+    session: int,
+    config: LeveledSessionConfig,
+    *,
+    level_of: np.ndarray,
+    rng: np.random.Generator,
+    popular: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """The items of a session by falling level: target int32 [L + n], target_level int32 [L + n] (-1 = no target).
+
+    level_of: int [behaviors], the level of each, from 0. More than L are left out from the weakest up, by chance inside
+    a level; `left_out` int32 [] says how many. The last n = `config.sampled` places are drawn items that the session
+    doesn't hold, at level 0; real levels then begin at 1. popular: float64 [I] that rises from 0 to 1, the cumulative
+    distribution they are drawn from.
+    """
+    start, stop = np.searchsorted(record["session"], [session, session + 1])
+    held, inverse = np.unique(record["item"][start:stop], return_inverse=True)
+    level = np.zeros(len(held), np.int32)
+    np.maximum.at(level, inverse, level_of[record["behavior"][start:stop]].astype(np.int32))
+    order = np.lexsort((rng.random(len(held)), -level))
+    kept = order[: config.targets]
+    item, levels = _padded(held[kept], config.targets), np.full(config.targets, -1, np.int32)
+    levels[: len(kept)] = level[kept]
+    if config.sampled:
+        drawn = np.searchsorted(popular, rng.random(config.sampled), side="right").astype(np.int32)
+        new = np.zeros(config.sampled, bool)
+        new[np.unique(drawn, return_index=True)[1]] = True
+        new &= ~np.isin(drawn, held)
+        item, levels = np.concatenate([item, drawn]), np.where(levels < 0, -1, levels + 1)
+        levels = np.concatenate([levels, np.where(new, 0, -1).astype(np.int32)])
+    return {"target": item, "target_level": levels, "left_out": np.int32(len(held) - len(kept))}
+
+
+def next_items(cut: dict[str, np.ndarray], config: LeveledSessionConfig, rng: np.random.Generator) -> dict:
+    """Places of a history whose next item is a target: next_after int32 [N], next_where bool [N].
+
+    N is `config.next_items`, or all of the history if that is less.
+    """
+    size = len(cut["item"])
+    places = np.arange(max(int(cut["mask"].sum()) - 1, 0))
+    if len(places) > config.next_items:
+        places = np.sort(rng.permutation(places)[: config.next_items])
+    count = min(config.next_items, size)
+    return {"next_after": _padded(places, count), "next_where": np.arange(count) < len(places)}
+
+
+def _padded(values: np.ndarray, size: int) -> np.ndarray:
+    """int32 [size]: the values, then zeros."""
+    out = np.zeros(size, np.int32)
+    out[: len(values)] = values
+    return out

@@ -1,0 +1,218 @@
+"""RankGR's model: a causal backbone over a history, packed targets after it, and a rank head inside the beam.
+
+    history ──▶ read ──▶ RankContext ─┬─ at(last): each target sees the history up to its own place (Eq. 2)
+                                      ├─ score:    log-probabilities [B, L, M] and states [B, L, M, D] (Eq. 3-7)
+                                      ├─ extend:   one more code for every beam
+                                      └─ rank:     the rank head's scores of candidate codes (Eq. 12-15)
+
+The history is one position an item (`context="item"`: a vector of the item's own and the sum of its codes' embeddings)
+or one position a code (`context="codes"`, as published). Behavior and the time since the event before are added to
+either.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from jaxrec.config import UserError
+from jaxrec.models.causal import Causal, CausalConfig, CausalContext
+from jaxrec.models.vocabulary import to_tokens
+from jaxrec.nn.attention import KeyValue, TargetAttention
+from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """The refined scoring phase."""
+
+    loss: Literal["none", "bce", "softmax"] = "bce"
+    """bce: target attention and an MLP score every code of an ID (RankGR Eq. 12-18). softmax: the last level is scored
+    by the item itself, as SASRec would among all items; codes above it by their likelihood. none: no rank head"""
+    heads: int = 4
+    """heads of the target attention"""
+    hidden: int = 128
+    """width of the MLP"""
+    candidates: int = 32
+    """codes of highest probability that each target's level learns to tell from the true one (lambda in training)"""
+    targets: int = 8
+    """targets a context that the head of "bce" learns from, of those that it looks for: first the session's"""
+    likelihood: bool = True
+    """the head's logit begins as the code's log-probability and learns what to add; off, as published, without it"""
+    likelihood_weight: float = 0.0
+    """weight of the ID's log-probability that is added to the final score, which is without it as published"""
+
+    def __post_init__(self):
+        for name in ("heads", "hidden", "candidates", "targets"):
+            if getattr(self, name) < 1:
+                raise UserError(f"configuration key 'model.rank.{name}' is {getattr(self, name)}; give 1 or more")
+
+
+@dataclass(frozen=True)
+class RankGRConfig:
+    """Sizes and parts of the model."""
+
+    backbone: CausalConfig = field(default_factory=CausalConfig)
+    """the decoder; its vocabulary and levels follow from the semantic IDs"""
+    context: Literal["item", "codes"] = "item"
+    """a history's positions: one an item, or one a code (RankGR Eq. 6)"""
+    behaviors: bool = True
+    """histories say what the user did with an item"""
+    gaps: bool = True
+    """histories say how long after the event before"""
+    rank: RankConfig = field(default_factory=RankConfig)
+    """the rank head"""
+
+
+@struct.dataclass
+class RankContext:
+    """B read histories. own: as the backbone reads on; states [B, S, D]: of all positions, for the rank head."""
+
+    own: CausalContext
+    states: jax.Array
+
+
+class RankHead(nn.Module):
+    """Target attention of candidate codes over the history's and the ID's states, and an MLP (RankGR Eq. 13-15)."""
+
+    config: RankConfig
+    width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.attention = TargetAttention(self.config.heads, self.width // self.config.heads, self.dtype)
+        self.norm, self.states_norm = RMSNorm(), RMSNorm()
+        self.feed_forward = FeedForward(self.config.hidden, self.dtype)
+        self.out = Projection(1, ("embed", None), self.dtype)
+        if self.config.likelihood:
+            self.share = self.param("share", nn.initializers.ones, ())
+
+    def memory(self, states: jax.Array) -> KeyValue:
+        """Key and value of states [..., D]: [..., N, H]."""
+        normed = self.states_norm(states)
+        return self.attention.key(normed), self.attention.value(normed)
+
+    def __call__(self, x, context: KeyValue, mask, own: KeyValue, log_probs: jax.Array) -> jax.Array:
+        """Logits float32 [B, L, C] of candidates x [B, L, C, D].
+
+        context: of `memory` [B, S, N, H] with mask [B, S] or [B, L, S]; own: of the L prefixes [B, L, T, N, H];
+        log_probs [B, L, C] of the candidates, no gradient flows into them.
+        """
+        x = self.attention(x, context, mask, own, causal=False)
+        x = x + self.feed_forward(self.norm(x))
+        logits = self.out(x)[..., 0].astype(jnp.float32)
+        if self.config.likelihood:
+            logits += self.share * jnp.maximum(jax.lax.stop_gradient(log_probs), -30.0)
+        return logits
+
+
+class RankGR(nn.Module):
+    """The model of a catalogue of `items` whose IDs have the levels of `config.backbone`."""
+
+    config: RankGRConfig
+    items: int
+    behaviors: int
+    gaps: int
+
+    def setup(self):
+        cfg = self.config
+        width, dtype = cfg.backbone.width, jnp.dtype(cfg.backbone.dtype)
+        self.backbone = Causal(cfg.backbone)
+        scale = width**-0.5
+        self.item = Embedding(self.items, width, dtype, scale) if self.has_items else None
+        self.behavior = Embedding(self.behaviors, width, dtype, scale) if cfg.behaviors else None
+        self.gap = Embedding(self.gaps, width, dtype, scale) if cfg.gaps else None
+        self.rank_head = RankHead(cfg.rank, width, dtype) if cfg.rank.loss == "bce" else None
+        self.query = Projection(width, ("embed", "mlp"), dtype) if cfg.rank.loss == "softmax" else None
+
+    @property
+    def has_items(self) -> bool:
+        """Whether every item has a vector of its own."""
+        return self.config.context == "item" or self.config.rank.loss == "softmax"
+
+    def item_table(self, codes: jax.Array) -> jax.Array:
+        """The vector of every item, [I, D], from its codes int32 [I, M]."""
+        table = self.backbone.embed(to_tokens(codes, self.config.backbone.levels)).sum(-2)
+        return table + self.item.table.astype(table.dtype) if self.has_items else table
+
+    def read(self, arrays: dict, codes: jax.Array, table: jax.Array, train: bool = False) -> RankContext:
+        """Read B histories once: item, behavior, gap int32 [B, S] and mask bool [B, S], left-aligned.
+
+        codes int32 [I, M] and table [I, D] (`item_table`) are those of all items.
+        """
+        item, mask = arrays["item"], arrays["mask"]
+        if self.config.context == "item":
+            x = table[item][:, :, None]
+        else:
+            x = self.backbone.embed(to_tokens(codes[item], self.config.backbone.levels))
+        if self.behavior is not None:
+            x = x + self.behavior(arrays["behavior"])[:, :, None]
+        if self.gap is not None:
+            x = x + self.gap(arrays["gap"])[:, :, None]
+        each = x.shape[2]
+        own, states = self.backbone.read(x.reshape(x.shape[0], -1, x.shape[-1]), jnp.repeat(mask, each, axis=1), train)
+        return RankContext(own, states)
+
+    def at(self, context: RankContext, last: jax.Array) -> RankContext:
+        """The context as L targets see it, each up to the item at its place: last int32 [B, L]."""
+        each = 1 if self.config.context == "item" else len(self.config.backbone.levels)
+        return context.replace(own=context.own.at(context.states, last * each + each - 1))
+
+    def score(self, context: RankContext, targets: jax.Array, train: bool = False, smoothing: float = 0.0):
+        """(log-probabilities, the same with smoothed labels, states that predict the codes) of targets int32 [B, L, M].
+
+        float32 [B, L, M] twice, the first sums to pi of RankGR Eq. 5; states [B, L, M, D] are h_1 ... h_M of Eq. 3.
+        """
+        first, own = context.own.state, self.backbone.states(context.own, targets[..., :-1], train)
+        log_probs = self.backbone.log_probs(first, own, targets)
+        smoothed = self.backbone.log_probs(first, own, targets, smoothing) if smoothing else log_probs
+        first = first if first.ndim == 3 else first[:, None]
+        first = jnp.broadcast_to(first, (*targets.shape[:2], first.shape[-1]))
+        return log_probs, smoothed, jnp.concatenate([first[:, :, None], own], axis=2)
+
+    def level_log_probs(self, states: jax.Array, level: int) -> jax.Array:
+        """Log-probabilities float32 [..., K] of a level's codes from the states [..., D] that predict them."""
+        return self.backbone.level_log_probs(states, level)
+
+    def extend(self, context: RankContext, tokens: jax.Array | None, cache: dict | None, level: int):
+        """One more code for every beam: codes int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
+
+        The cache holds the backbone's, and the states [B, W, level + 1, D] that the rank head reads.
+        """
+        before = {} if cache is None else cache
+        state, own = self.backbone.extend_state(context.own, tokens, before.get("backbone"), level)
+        states = state[:, :, None]
+        if level:
+            states = jnp.concatenate([before["states"], states], axis=2)
+        return self.backbone.level_log_probs(state, level), {"backbone": own, "states": states}
+
+    def memory(self, context: RankContext) -> KeyValue:
+        """The history as the rank head attends to it; once for all levels."""
+        return self.rank_head.memory(context.states)
+
+    def rank(self, context: RankContext, memory: KeyValue, states, codes, log_probs, level: int) -> jax.Array:
+        """The rank head's logits float32 [B, L, C] of candidate codes int32 [B, L, C] of a level (RankGR Eq. 14-15).
+
+        states [B, L, level + 1, D]: those of the L prefixes, the last of which predicts the code.
+        """
+        x = self.backbone.embed(to_tokens(codes[..., None], self.config.backbone.levels, level)[..., 0])
+        return self.rank_head(x, memory, context.own.mask, self.rank_head.memory(states), log_probs)
+
+    def item_query(self, states: jax.Array) -> jax.Array:
+        """What item vectors are multiplied by, from the state [..., D] of a history: [..., D]."""
+        return self.query(states)
+
+    def __call__(self, arrays: dict, codes: jax.Array, targets: jax.Array) -> jax.Array:
+        """Touches every part once; for `init`."""
+        context = self.read(arrays, codes, self.item_table(codes))
+        log_probs, _, states = self.score(context, targets)
+        if self.rank_head is not None:
+            log_probs += self.rank(
+                context, self.memory(context), states[:, :, :1], targets[..., :1], log_probs[..., :1], 0
+            )
+        if self.query is not None:
+            log_probs += self.item_query(states).sum(-1)
+        return log_probs

@@ -1,0 +1,208 @@
+"""RankGR's model, fitted to one catalogue: what training, decoding and evaluation share."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+
+from jaxrec.config import UserError, from_json, to_json
+from jaxrec.data.features import AGES
+from jaxrec.decoding.beam import Candidates, Rescore
+from jaxrec.decoding.live import Version
+from jaxrec.models.causal import CausalConfig
+from jaxrec.models.huggingface import load_qwen2
+from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig
+from jaxrec.run import Run, read_json, write_json
+from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
+from jaxrec.training.sharding import init_sharded
+
+if TYPE_CHECKING:
+    from jaxrec.systems.rankgr import RankGRRunConfig
+
+BACKBONE = "backbone.json"
+"""In the folder of the training: the sizes of the model, for those who haven't the weights that it began from."""
+
+
+@dataclass(frozen=True, eq=False)
+class RankGRAssembly:
+    """The model and the catalogue that it speaks of."""
+
+    model: RankGR
+    space: SemanticIdSpace
+    behaviors: tuple[str, ...]
+    """names, weakest first"""
+    wanted: np.ndarray
+    """bool [behaviors]: the target behaviors"""
+    levels: np.ndarray
+    """int [behaviors]: the level of each in the order of preference, from 0"""
+    counts: np.ndarray
+    """int64 [I]: how often each item was taken in training"""
+    examples: Any = None
+    """folder of the example records"""
+    pretrained: dict | None = None
+    """parameters of the backbone to begin from"""
+
+    @property
+    def target_behaviors(self) -> list[int]:
+        """Indices of the target behaviors."""
+        return np.flatnonzero(self.wanted).tolist()
+
+    @property
+    def positive(self) -> int:
+        """The lowest level of a target behavior: from here on, an item is what the rank head looks for."""
+        return int(self.levels[self.wanted].min())
+
+    @property
+    def codes(self) -> jax.Array:
+        """int32 [I, M]"""
+        return jnp.asarray(self.space.codes, jnp.int32)
+
+    def init(self, seed: int, mesh: Mesh | None = None) -> dict:
+        """Fresh variables {"params"}, with the pretrained backbone in them if there is one."""
+        levels = self.space.levels
+
+        def make():
+            one = jnp.zeros((1, 1), jnp.int32)
+            arrays = {"item": one, "behavior": one, "gap": one, "mask": jnp.ones((1, 1), bool)}
+            variables = self.model.init(jax.random.key(seed), arrays, self.codes, jnp.zeros((1, 1, levels), jnp.int32))
+            return {"params": with_pretrained(nn.unbox(variables["params"]), self.pretrained, seed)}
+
+        return jax.jit(make)() if mesh is None else init_sharded(make, mesh)
+
+    # ---- what the recommender asks for -------------------------------------------------------------------------------
+
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
+        """{"variables", "codes", "table"}: vectors of all items, those of items that came later made of their codes.
+
+        Where items have vectors of their own, later ones have the mean.
+        """
+        codes = self.space.codes.astype(np.int32)
+        if version is not None:
+            codes = np.zeros((version.capacity, self.space.levels), np.int32)
+            codes[: len(version)] = version.codes
+        params = dict(variables["params"])
+        if "item" in params and version is not None:
+            own = np.asarray(params["item"]["table"])
+            more = np.broadcast_to(own.mean(0), (len(codes) - len(own), own.shape[1]))
+            params["item"] = {"table": jnp.concatenate([own, more])}
+        table = _item_table(self.model.clone(items=len(codes)), {"params": params}, jnp.asarray(codes))
+        return {"variables": variables, "codes": jnp.asarray(codes), "table": table}
+
+    def context(self, served: dict, arrays: dict[str, jax.Array]) -> RankContext:
+        """B contexts from stacked arrays of `LeveledSessionConfig.cut`."""
+        return self.model.apply(served["variables"], arrays, served["codes"], served["table"], method="read")
+
+    def extend(self, served: dict, context: RankContext, tokens: jax.Array | None, cache: Any, level: int):
+        """One more code for every beam."""
+        return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
+
+    def rescore(self, served: dict, context: RankContext) -> Rescore | None:
+        """The rank head's scores in the beam (RankGR Eq. 18), or the items' at the end of it."""
+        config = self.model.config.rank
+        if config.loss == "none":
+            return None
+        variables, last = served["variables"], self.space.levels - 1
+        if config.loss == "softmax":
+            query = self.model.apply(variables, context.own.state, method="item_query")
+
+            def by_item(candidates: Candidates, cache: dict) -> jax.Array:
+                if candidates.level < last:
+                    return candidates.log_probs
+                first, _ = served["trie"].leaf_ranges(jnp.maximum(candidates.nodes, 0))
+                vectors = served["table"][served["trie"].items.at[first].get(mode="clip")]
+                scores = jnp.einsum("BD,BCD->BC", query, vectors).astype(jnp.float32)
+                return scores + config.likelihood_weight * candidates.log_probs
+
+            return by_item
+        memory = self.model.apply(variables, context, method="memory")
+
+        def by_codes(candidates: Candidates, cache: dict) -> jax.Array:
+            level = candidates.level
+            states = jnp.take_along_axis(cache["states"], candidates.parents[..., None, None], axis=1)
+            codes = jnp.maximum(candidates.codes[..., -1:], 0)
+            alive = candidates.log_probs > -jnp.inf
+            log_probs = jnp.where(alive, candidates.log_probs - candidates.parent_log_probs, 0.0)[..., None]
+            logits = self.model.apply(variables, context, memory, states, codes, log_probs, level, method="rank")
+            scores = candidates.parent_scores + jax.nn.log_sigmoid(logits[..., 0])
+            return scores + config.likelihood_weight * log_probs[..., 0]
+
+        return by_codes
+
+
+def _item_table(model: RankGR, variables: dict, codes: jax.Array) -> jax.Array:
+    return jax.jit(lambda v, c: model.apply(v, c, method="item_table"))(variables, codes)
+
+
+def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) -> RankGRAssembly:
+    """Reads the IDs of a run and shapes the model to them; `folder` is that of a training that has begun.
+
+    Raises:
+      UserError: a file is missing or doesn't fit the items, an item has no semantic ID, the levels don't fit the
+        behaviors, or the folder with pretrained weights isn't one of a Qwen2.
+    """
+    items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
+    counts = items["count"].to_numpy()
+    space = read_codes(run.semantic_ids / "codes.parquet", items["item_id"].to_pylist(), counts)
+    behaviors = tuple(config.data.behaviors)
+    wanted = np.isin(behaviors, config.data.target_behaviors)
+    levels = behavior_levels(config.objective.levels, behaviors)
+    backbone, pretrained = config.model.backbone, None
+    known = None if folder is None else folder / BACKBONE
+    if known is not None and known.exists():
+        backbone = from_json(CausalConfig, read_json(known))
+    elif config.pretrained:
+        loaded, pretrained = load_qwen2(config.pretrained)
+        backbone = replace(loaded, dropout=backbone.dropout, dtype=backbone.dtype, restrict=backbone.restrict)
+    backbone = fit_vocabulary(backbone, space.codebook_sizes)
+    model = RankGR(replace(config.model, backbone=backbone), len(items), len(behaviors), AGES)
+    return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained)
+
+
+def behavior_levels(given: tuple[int, ...], behaviors: tuple[str, ...]) -> np.ndarray:
+    """The level of each behavior, from the configuration or, without one, its place.
+
+    Raises:
+      UserError: not one a behavior, or not rising from 0 with their strength.
+    """
+    levels = np.array(given or range(len(behaviors)))
+    if len(levels) != len(behaviors) or levels[0] < 0 or (np.diff(levels) < 0).any():
+        raise UserError(
+            f"configuration key 'objective.levels' is {given}; give one level from 0 for each of "
+            f"{', '.join(behaviors)}, which never falls"
+        )
+    return levels
+
+
+def fit_vocabulary(config: CausalConfig, sizes: tuple[int, ...]) -> CausalConfig:
+    """The configuration with a vocabulary of the codes alone, a slice for every level; histories hold no words."""
+    offsets = np.cumsum([0, *sizes])
+    levels = tuple(zip(offsets[:-1].tolist(), sizes, strict=True))
+    return replace(config, vocabulary=int(offsets[-1]), levels=levels)
+
+
+def with_pretrained(params: dict, pretrained: dict | None, seed: int) -> dict:
+    """Fresh parameters with those of a Qwen2 in their place; codes begin near the mean of its words.
+
+    Its words themselves are left out: histories hold none.
+    """
+    if pretrained is None:
+        return params
+    backbone = {**params["backbone"], **{k: v for k, v in pretrained.items() if k not in ("embed", "head")}}
+    for name in ("embed", "head"):
+        if name in backbone:
+            words = jnp.asarray(pretrained.get(name, pretrained["embed"])["table"])
+            shape = backbone[name]["table"].shape
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), len(name)), shape)
+            backbone[name] = {"table": words.mean(0) + words.std(0) * noise}
+    return {**params, "backbone": backbone}
+
+
+def write_backbone(folder: Path, config: RankGRConfig) -> None:
+    """Notes the sizes of the model beside its checkpoints."""
+    write_json(folder / BACKBONE, to_json(config.backbone))

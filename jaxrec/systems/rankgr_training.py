@@ -1,0 +1,248 @@
+"""Training RankGR (Eq. 17): the initial assessment phase (next tokens and LDPO) and the rank head, all at once.
+
+The targets of a context are one packed list: the items of the session after it with their levels, items of the history
+itself after those before them (Eq. 2), and drawn pseudo-exposures.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrec.config import UserError
+from jaxrec.data import leveled_sessions
+from jaxrec.data.examples import Records
+from jaxrec.data.pipeline import batches, cut_index
+from jaxrec.losses.likelihood import full_softmax, next_token
+from jaxrec.losses.preference import has_preference, ldpo
+from jaxrec.models.rankgr import RankContext
+from jaxrec.systems.rankgr_model import RankGRAssembly, write_backbone
+from jaxrec.systems.validation import make_validation
+from jaxrec.training.flops import matmul_flops
+from jaxrec.training.loop import TrainState, fit
+from jaxrec.training.optim import make_optimizer
+from jaxrec.training.sharding import like_params, make_mesh, use_mesh
+
+if TYPE_CHECKING:
+    from jaxrec.systems.rankgr import RankGRRunConfig
+
+
+def train_model(assembly: RankGRAssembly, config: "RankGRRunConfig", folder: Path, metrics_path: Path) -> TrainState:
+    """Trains to the end, from the newest checkpoint in `folder` if there is one."""
+    write_backbone(folder, assembly.model.config)
+    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    optimizer = make_optimizer(config.optim, config.training.steps)
+    return fit(
+        make_step(assembly, config, optimizer),
+        make_state(assembly, config.seed, optimizer, mesh),
+        training_batches(assembly, config),
+        config=config.training,
+        folder=folder,
+        metrics_path=metrics_path,
+        stage="train",
+        mesh=mesh,
+        flops_per_step=flops_counter(assembly, config),
+        evaluate=make_validation(assembly, config.features, config.decoding, config.validation),
+    )
+
+
+def make_state(assembly: RankGRAssembly, seed: int, optimizer: optax.GradientTransformation, mesh=None) -> TrainState:
+    """The state before the first step."""
+    params = assembly.init(seed, mesh)["params"]
+    if mesh is None:
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+    with use_mesh(mesh):
+        shapes = jax.eval_shape(optimizer.init, params)
+        opt_state = jax.jit(optimizer.init, out_shardings=like_params(shapes, params, mesh))(params)
+    return TrainState(jnp.int32(0), params, opt_state)
+
+
+def make_step(assembly: RankGRAssembly, config: "RankGRRunConfig", optimizer: optax.GradientTransformation) -> Callable:
+    """step(state, batch) -> (state, metrics as (sum, count)), where batch is what `training_batches` yields."""
+    objective = config.objective
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def mean_loss(params):
+            sums, count, notes = losses(assembly, config, {"params": params}, batch, key)
+            total = sums["next_token"] + objective.alpha * sums["ldpo"] + objective.rank_weight * sums["rank"]
+            return total / jnp.maximum(count, 1), (sums | {"loss": total}, count, notes)
+
+        gradients, (sums, count, notes) = jax.grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {name: (value, count) for name, value in sums.items()} | notes
+        return TrainState(state.step + 1, params, opt_state, state.extra), metrics
+
+    return step
+
+
+def losses(assembly: RankGRAssembly, config: "RankGRRunConfig", variables: dict, batch: dict, key: jax.Array):
+    """(sums over the batch of each loss of Eq. 17, the number of targets of the first, what is counted on the way)."""
+    model, objective, rngs = assembly.model, config.objective, {"dropout": key}
+    codes = assembly.codes
+    table = model.apply(variables, codes, method="item_table")
+    context = model.apply(variables, batch, codes, table, True, method="read", rngs=rngs)
+    targets = pack(assembly, config, batch)
+    seen = model.apply(variables, context, targets["last"], method="at")
+    log_probs, smoothed, states = model.apply(
+        variables, seen, codes[targets["item"]], True, objective.smoothing, method="score", rngs=rngs
+    )
+    sums = {"next_token": (targets["weight"] * next_token(smoothed, targets["where"])).sum()}
+    # Items of the history come before others in the session's mind: they have no level among its items.
+    scores, level, compared = log_probs.sum(-1), targets["level"], targets["compared"]
+    sums["ldpo"] = jnp.float32(0)
+    if objective.alpha:
+        sums["ldpo"] = ldpo(scores, level, compared, beta=objective.beta).sum()
+    sums["rank"] = jnp.float32(0)
+    loss, wanted = model.config.rank.loss, targets["wanted"]
+    if loss == "softmax":
+        query = model.apply(variables, states[:, :, 0], method="item_query")
+        flat, items = query.reshape(-1, query.shape[-1]), targets["item"].reshape(-1)
+        sums["rank"] = full_softmax(
+            flat, table, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing
+        ).sum()
+    elif loss == "bce":
+        sums["rank"] = rank_loss(assembly, variables, context, states, targets).sum()
+    held = compared.any(-1)
+    notes = {
+        "one_level": ((held & ~has_preference(level, compared)).sum(), held.sum()),
+        "left_out": (jnp.where(batch["where"], batch["left_out"], 0).sum(), batch["where"].sum()),
+    }
+    return sums, targets["weight"].sum(), notes
+
+
+def pack(assembly: RankGRAssembly, config: "RankGRRunConfig", batch: dict) -> dict[str, jax.Array]:
+    """All targets of a batch of contexts, [B, L] each: item, level, last (the place that each sees the history up to).
+
+    weight float32: of its next tokens (Eq. 9-10), 0 where drawn; bool: where it has any, whether it is compared with
+    others (Eq. 8), and whether the rank head looks for it.
+    """
+    there, shift = batch["where"][:, None], int(config.features.sampled > 0)
+    end = jnp.maximum(batch["mask"].sum(-1, keepdims=True) - 1, 0)
+    level, item = batch["target_level"], batch["target"]
+    last = jnp.broadcast_to(end, item.shape)
+    compared = (level >= 0) & there
+    weights = level_weights(assembly, config)
+    weight = jnp.where(compared & (level >= shift), weights[jnp.maximum(level - shift, 0)], 0.0)
+    wanted = compared & (level - shift >= assembly.positive)
+    if config.features.next_items:
+        # The item after a place of the history; where there is none, next_where says so.
+        after = batch["next_after"]
+        following = jnp.take_along_axis(batch["item"], jnp.minimum(after + 1, batch["item"].shape[1] - 1), axis=1)
+        item, last = jnp.concatenate([item, following], 1), jnp.concatenate([last, after], 1)
+        real = batch["next_where"] & there
+        level = jnp.concatenate([level, jnp.full_like(after, -1)], 1)
+        compared = jnp.concatenate([compared, jnp.zeros_like(real)], 1)
+        weight = jnp.concatenate([weight, real.astype(jnp.float32)], 1)
+        wanted = jnp.concatenate([wanted, real], 1)
+    return {
+        "item": item,
+        "last": last,
+        "level": level,
+        "weight": weight,
+        "where": weight > 0,
+        "compared": compared,
+        "wanted": wanted,
+    }
+
+
+def level_weights(assembly: RankGRAssembly, config: "RankGRRunConfig") -> jax.Array:
+    """float32 [levels]: the weight of every level's items in next-token prediction.
+
+    Raises:
+      UserError: they are not one a level.
+    """
+    count, given = int(assembly.levels[-1]) + 1, config.objective.level_weights
+    if given and (len(given) != count or min(given) < 0):
+        raise UserError(
+            f"configuration key 'objective.level_weights' is {given}; give 0 or more for each of {count} levels"
+        )
+    return jnp.array(given or [1.0] * count, jnp.float32)
+
+
+def rank_loss(
+    assembly: RankGRAssembly, variables: dict, context: RankContext, states: jax.Array, targets: dict
+) -> jax.Array:
+    """Binary cross-entropy of the rank head over the candidates of every level, a value a target [B, R] (Eq. 12, 16).
+
+    The targets are the first R = `model.rank.targets` that are looked for. Candidates are the true code and the most
+    probable others. A code is true if an item that is looked for, after the same place of the history, continues the
+    same prefix with it.
+    """
+    model = assembly.model
+    chosen = jnp.argsort(~targets["wanted"], axis=1, stable=True)[:, : model.config.rank.targets]
+    wanted, last, item = (jnp.take_along_axis(targets[name], chosen, axis=1) for name in ("wanted", "last", "item"))
+    states = jnp.take_along_axis(states, chosen[..., None, None], axis=1)
+    codes, memory = assembly.codes[item], model.apply(variables, context, method="memory")
+    context = model.apply(variables, context, last, method="at")
+    total = jnp.zeros(wanted.shape, jnp.float32)
+    # together [B, R, R']: items that are looked for beside one another, with the prefix so far in common.
+    together = (last[:, :, None] == last[:, None, :]) & wanted[:, None, :]
+    for level, size in enumerate(assembly.space.codebook_sizes):
+        log_probs = model.apply(variables, states[:, :, level], level, method="level_log_probs")
+        log_probs = jax.lax.stop_gradient(log_probs)
+        true = codes[..., level]
+        _, best = jax.lax.top_k(log_probs, min(model.config.rank.candidates, size))
+        candidates = jnp.concatenate([true[..., None], best], axis=-1)
+        where = jnp.concatenate([jnp.ones_like(wanted)[..., None], best != true[..., None]], -1) & wanted[..., None]
+        same = (candidates[:, :, None, :] == true[:, None, :, None]) & together[..., None]
+        labels = same.any(2)
+        own = jnp.take_along_axis(log_probs, candidates, axis=-1)
+        logits = model.apply(
+            variables, context, memory, states[:, :, : level + 1], candidates, own, level, method="rank"
+        )
+        total += jnp.where(where, jax.nn.softplus(jnp.where(labels, -logits, logits)), 0.0).sum(-1)
+        together &= true[:, :, None] == true[:, None, :]
+    return total
+
+
+def training_batches(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Iterator[dict]:
+    """Batches of contexts with their targets, without end, in an order that the seed decides."""
+    records, features = Records(assembly.examples, "train"), config.features
+    names = [assembly.behaviors[index] for index in assembly.target_behaviors]
+    cuts = cut_index(records, names, min_history=config.min_history, max_per_record=config.sessions_per_user or None)
+    lengths = np.array([features.bucket_of(records[record], session) for record, session in cuts])
+    # Drawn as often as word2vec draws: the power of 3/4 keeps popular items from being all that is drawn.
+    share = (assembly.counts + 1.0) ** 0.75
+    popular = np.cumsum(share / share.sum())
+    popular[-1] = 1.0
+
+    def example(record: dict, session: int, rng: np.random.Generator) -> dict:
+        context = features.cut(record, session, behaviors=len(assembly.behaviors), wanted=assembly.wanted)
+        held = leveled_sessions.targets(record, session, features, level_of=assembly.levels, rng=rng, popular=popular)
+        following = leveled_sessions.next_items(context, features, rng) if features.next_items else {}
+        return context | held | following
+
+    return batches(
+        records,
+        cuts,
+        example,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        buckets=np.searchsorted(features.buckets, lengths),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def flops_counter(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Callable[[dict], float]:
+    """Model FLOPs of a training step on a batch: three times the matrix products of the forward pass."""
+    counted: dict[int, float] = {}
+    variables = jax.eval_shape(lambda: assembly.init(0))
+
+    def forward(variables, batch):
+        return losses(assembly, config, variables, batch, jax.random.key(0))[0]
+
+    def count(batch: dict) -> float:
+        size = batch["item"].shape[1]
+        if size not in counted:
+            counted[size] = 3 * matmul_flops(forward, variables, batch)
+        return counted[size]
+
+    return count

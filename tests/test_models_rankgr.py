@@ -1,0 +1,185 @@
+"""RankGR's model: packed targets and the rank head against each target by itself and a plain target attention."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rankgr_parts import FEATURES, ITEMS, MODEL, SIZES, make_arrays, make_assembly, make_record, make_variables
+
+from jaxrec.semantic_ids.space import SemanticIdSpace
+from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
+
+IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)
+VARIANTS = {
+    "items": MODEL,
+    "codes, no likelihood": dataclasses.replace(
+        MODEL, context="codes", rank=dataclasses.replace(MODEL.rank, likelihood=False)
+    ),
+    "no behaviors or gaps": dataclasses.replace(MODEL, behaviors=False, gaps=False),
+}
+SOFTMAX = dataclasses.replace(MODEL, rank=dataclasses.replace(MODEL.rank, loss="softmax"))
+ARRAYS = make_arrays([make_record(0, 12), make_record(1, 9)], dataclasses.replace(FEATURES, buckets=(6,)))
+TARGETS = jnp.asarray(np.random.default_rng(1).integers(0, SIZES, (2, 4, 3)), jnp.int32)
+LAST = np.array([[5, 0, 2, 5], [3, 1, 0, 2]])
+LEVEL = 2
+
+
+def everything(config, params, arrays, targets, last=None):
+    """Log-probabilities [B, L, M] and rank logits [B, L, M] of the true codes, given the true ones before."""
+    assembly = make_assembly(config)
+    apply = functools.partial(assembly.model.apply, {"params": params})
+    context = apply(arrays, assembly.codes, apply(assembly.codes, method="item_table"), method="read")
+    memory = apply(context, method="memory")
+    if last is not None:
+        context = apply(context, last, method="at")
+    log_probs, _, states = apply(context, targets, method="score")
+    logits = []
+    for level in range(len(SIZES)):
+        asked = states[:, :, : level + 1], targets[..., level : level + 1], log_probs[..., level : level + 1]
+        logits.append(apply(context, memory, *asked, level, method="rank")[..., 0])
+    return log_probs, jnp.stack(logits, -1)
+
+
+def test_there_are_histories_of_the_places_that_are_asked_about():
+    assert (ARRAYS["mask"].sum(1)[:, None] > LAST).all()
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_packed_targets_are_scored_as_each_by_itself(config):
+    """Every target after the history up to its place; values and gradients."""
+    params = make_variables(config)["params"]
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(2, *TARGETS.shape)), jnp.float32)
+
+    def packed(params):
+        found = jnp.stack(everything(config, params, ARRAYS, TARGETS, LAST))
+        # Likelihoods in the head are constants to its loss.
+        return (found * weights).sum(), found
+
+    # Each target with a history of its own, whose end is masked.
+    own = {name: np.repeat(array, 4, axis=0) for name, array in ARRAYS.items()}
+    own["mask"] = own["mask"] & (np.arange(6) <= LAST.reshape(-1, 1))
+
+    def apart(params):
+        found = jnp.stack(everything(config, params, own, TARGETS.reshape(8, 1, 3))).reshape(2, 2, 4, 3)
+        return (found * weights).sum(), found
+
+    (_, found), gradient = jax.jit(jax.value_and_grad(packed, has_aux=True))(params)
+    (_, expected), expected_gradient = jax.jit(jax.value_and_grad(apart, has_aux=True))(params)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5, rtol=1e-4), gradient, expected_gradient)
+
+
+@pytest.fixture(scope="module")
+def score():
+    return jax.jit(
+        lambda params, targets: jnp.stack(everything(MODEL, params, ARRAYS, targets, LAST[:, : targets.shape[1]]))
+    )
+
+
+def test_a_target_does_not_change_the_others(score):
+    params = make_variables()["params"]
+    whole = score(params, TARGETS)
+    changed = score(params, TARGETS.at[:, 1].set((TARGETS[:, 1] + 1) % jnp.array(SIZES)))
+    np.testing.assert_array_equal(np.delete(changed, 1, 2), np.delete(whole, 1, 2))
+    assert not np.allclose(changed[:, :, 1], whole[:, :, 1])
+    np.testing.assert_allclose(score(params, TARGETS[:, :3]), whole[:, :, :3], atol=1e-6)
+
+
+def test_the_rank_head_is_target_attention_over_all_states_and_an_mlp():
+    """RankGR Eq. 13-15 written out: one candidate, one query, all states as keys and values."""
+    assembly, params = make_assembly(), make_variables()["params"]
+    apply = functools.partial(assembly.model.apply, {"params": params})
+    context = apply(ARRAYS, assembly.codes, apply(assembly.codes, method="item_table"), method="read")
+    log_probs, _, states = apply(context, TARGETS, method="score")
+    found = apply(
+        context,
+        apply(context, method="memory"),
+        states,
+        TARGETS[..., LEVEL:],
+        log_probs[..., LEVEL:],
+        LEVEL,
+        method="rank",
+    )
+    head, embed = params["rank_head"], params["backbone"]["embed"]["table"]
+
+    def norm(x, part):
+        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6) * part["scale"]
+
+    for b, k in itertools.product(range(2), range(4)):
+        code = TARGETS[b, k, LEVEL]
+        x = np.asarray(embed[sum(SIZES[:LEVEL]) + code])
+        history = context.states[b][: int(ARRAYS["mask"][b].sum())]
+        memory = norm(np.concatenate([history, states[b, k]]), head["states_norm"])
+        part, out = head["attention"], []
+        query = np.einsum("D,DNH->NH", norm(x, part["norm"]), part["query"]["weight"])
+        key, value = (np.einsum("TD,DNH->TNH", memory, part[name]["weight"]) for name in ("key", "value"))
+        for n in range(query.shape[0]):
+            weights = np.exp(key[:, n] @ query[n] / np.sqrt(query.shape[1]))
+            out.append(weights / weights.sum() @ value[:, n])
+        x = x + np.concatenate(out) @ part["out"]["weight"]
+        hidden = jax.nn.gelu(norm(x, head["norm"]) @ head["feed_forward"]["up"]["weight"])
+        x = x + hidden @ head["feed_forward"]["down"]["weight"]
+        expected = x @ head["out"]["weight"][:, 0] + head["share"] * log_probs[b, k, LEVEL]
+        np.testing.assert_allclose(found[b, k, 0], expected, atol=1e-4)
+
+
+# ---- in the beam -----------------------------------------------------------------------------------------------------
+
+RECORDS = [make_record(seed, events) for seed, events in enumerate([12, 3, 9, 0, 14, 1])]
+
+
+def recommend(config, k=ITEMS, **decoding):
+    wide = {"beam_widths": (len(IDS),) * 3, "candidates": (len(IDS),) * 3, "batch_size": 4} | decoding
+    model = GenerativeRecommender(make_assembly(config), make_variables(config), FEATURES, DecodingConfig(**wide))
+    return model.recommend(RECORDS, k)
+
+
+def first_items(space: SemanticIdSpace) -> list[int]:
+    return [int(space.items(tuple(code))[0]) for code in space.ids]
+
+
+def test_the_beam_ranks_by_the_product_of_the_rank_heads_scores():
+    """RankGR Eq. 18, against all IDs scored one by one."""
+    items, scores = recommend(MODEL)
+    space = make_assembly().space
+    run = jax.jit(lambda params, arrays, ids: everything(MODEL, params, arrays, ids)[1])
+    for row, record in enumerate(RECORDS):
+        if not len(record["item"]):
+            continue
+        config = dataclasses.replace(FEATURES, buckets=(FEATURES.bucket_of(record, 10**6),))
+        logits = run(make_variables()["params"], make_arrays([record], config), space.ids[None])
+        total = jax.nn.log_sigmoid(logits).sum(-1)[0]
+        expected = {tuple(code): float(value) for code, value in zip(space.ids.tolist(), total)}
+        found = [tuple(space.codes[item].tolist()) for item in items[row]]
+        np.testing.assert_allclose(scores[row], [expected[code] for code in found], atol=1e-4)
+        assert list(dict.fromkeys(found)) == sorted(expected, key=lambda code: -expected[code])
+
+
+def test_items_are_scored_by_themselves_at_the_end_of_the_beam():
+    items, scores = recommend(SOFTMAX)
+    assembly, variables = make_assembly(SOFTMAX), make_variables(SOFTMAX)
+    first = first_items(assembly.space)
+    for row in (0, 2, 4):
+        config = dataclasses.replace(FEATURES, buckets=(FEATURES.bucket_of(RECORDS[row], 10**6),))
+        served = assembly.serve(variables)
+        context = assembly.context(served, make_arrays([RECORDS[row]], config))
+        query = assembly.model.apply(variables, context.own.state, method="item_query")
+        expected = np.asarray(served["table"] @ query[0])[first]
+        order = np.argsort(-expected, kind="stable")
+        np.testing.assert_allclose(np.unique(scores[row]), np.unique(expected), atol=1e-4)
+        assert items[row, 0] == first[order[0]]
+
+
+def test_narrow_beams_and_widths_that_small_catalogues_do_not_have():
+    items, _ = recommend(MODEL, k=3, beam_widths=(2, 5, 1400), candidates=(1400, 1400, 1400))
+    assert (items >= 0).all()
+    assert len(set(items[0].tolist())) == 3
+
+
+def test_empty_histories_get_finite_scores():
+    _, scores = recommend(MODEL, k=5)
+    assert np.isfinite(scores).all()

@@ -1,0 +1,275 @@
+"""RankGR's losses; and end to end on a tiny synthetic mall: trained, killed and resumed, measured, served, exported."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from flax import linen as nn
+from rankgr_parts import BACKBONE, FEATURES, MODEL, make_arrays, make_assembly, make_record, make_variables
+
+from jaxrec.config import UserError, load_config
+from jaxrec.data.leveled_sessions import next_items, targets
+from jaxrec.export import ExportConfig, load, write_artefact
+from jaxrec.models.causal import Causal
+from jaxrec.models.huggingface import save_qwen2
+from jaxrec.run import Run
+from jaxrec.serving.retriever import Retriever
+from jaxrec.serving.schema import Request
+from jaxrec.systems import rankgr
+from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
+from jaxrec.systems.rankgr_model import assemble, behavior_levels, with_pretrained
+from jaxrec.systems.rankgr_training import losses, pack, rank_loss
+from jaxrec.training import checkpoint
+
+ROOT = Path(__file__).parent.parent
+STAGE = "stages/train"
+
+
+# ---- losses on a batch of made-up records ----------------------------------------------------------------------------
+
+CONFIG = RankGRRunConfig(data=None, features=FEATURES, model=MODEL, objective=ObjectiveConfig(alpha=0.5, beta=2.0))
+
+
+def make_batch(config=CONFIG, count=3) -> dict:
+    assembly = make_assembly(config.model)
+    features = dataclasses.replace(config.features, buckets=(6,))
+    records = [make_record(seed + 10, 10) for seed in range(count)]
+    arrays = make_arrays(records, features)
+    rows = []
+    for seed, record in enumerate(records):
+        rng, last = np.random.default_rng(seed), int(record["session"][-1])
+        cut = {name: array[seed] for name, array in arrays.items()}
+        popular = np.linspace(0.05, 1, 20)
+        rows.append(
+            targets(record, last, features, level_of=assembly.levels, rng=rng, popular=popular)
+            | next_items(cut, features, rng)
+        )
+    more = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return {**arrays, **more, "where": np.array([True] * (count - 1) + [False])}
+
+
+def test_the_losses_are_those_of_the_paper():
+    """Eq. 8-11 from the items' scores one by one; the row that only fills the batch has none."""
+    batch, assembly, variables = make_batch(), make_assembly(), make_variables()
+    sums, count, notes = losses(assembly, CONFIG, variables, batch, jax.random.key(0))
+    served = assembly.serve(variables)
+    context = assembly.context(served, batch)
+    packed = pack(assembly, CONFIG, batch)
+    seen = assembly.model.apply(variables, context, packed["last"], method="at")
+    score = assembly.model.apply(variables, seen, assembly.codes[packed["item"]], method="score")[0].sum(-1)
+    next_token, ldpo, number, one_level = 0.0, 0.0, 0, 0
+    for b in range(2):
+        level, rows = batch["target_level"][b], np.flatnonzero(batch["target_level"][b] >= 0)
+        one_level += len(set(level[rows].tolist())) == 1
+        for k in rows:
+            lower = [i for i in rows if level[i] < level[k]]
+            if lower:
+                own, others = math.exp(2 * score[b, k]), sum(math.exp(2 * score[b, i]) for i in lower)
+                ldpo -= math.log(own / (own + others))
+        following = np.flatnonzero(batch["next_where"][b]) + level.shape[0]
+        for k in [*rows, *following]:
+            next_token, number = next_token - float(score[b, k]), number + 1
+    assert count == number
+    np.testing.assert_allclose(sums["next_token"], next_token, rtol=1e-4)
+    np.testing.assert_allclose(sums["ldpo"], ldpo, rtol=1e-4)
+    assert [float(value) for value in notes["one_level"]] == [one_level, 2]
+
+
+def test_the_rank_heads_loss_by_hand():
+    """Eq. 16: the true code and the three most likely others, told apart by binary cross-entropy at every level."""
+    batch, assembly, variables = make_batch(), make_assembly(), make_variables()
+
+    def apply(*args, method):
+        return assembly.model.apply(variables, *args, method=method)
+
+    context = assembly.context(assembly.serve(variables), batch)
+    packed = pack(assembly, CONFIG, batch)
+    seen, codes = apply(context, packed["last"], method="at"), np.asarray(assembly.codes)[packed["item"]]
+    _, _, states = apply(seen, codes, method="score")
+    found = rank_loss(assembly, variables, context, states, packed)
+    memory, wanted, last = apply(context, method="memory"), np.asarray(packed["wanted"]), np.asarray(packed["last"])
+    assert wanted.sum() >= 4
+    assert wanted.sum(1).max() <= MODEL.rank.targets
+    place = np.cumsum(wanted, axis=1) - 1  # those that are looked for come first
+    for b, k in np.argwhere(wanted):
+        total = 0.0
+        for level, size in enumerate(assembly.space.codebook_sizes):
+            log_probs = np.asarray(apply(states[b, k, level], level, method="level_log_probs"))
+            best = set(np.argsort(-log_probs, kind="stable")[: min(3, size)].tolist()) | {int(codes[b, k, level])}
+            true = {
+                int(codes[b, i, level])
+                for i in np.flatnonzero(wanted[b])
+                if last[b, i] == last[b, k] and (codes[b, i, :level] == codes[b, k, :level]).all()
+            }
+            for code in best:
+                asked = jnp.full((*wanted.shape, 1), code), jnp.full((*wanted.shape, 1), log_probs[code])
+                logit = float(apply(seen, memory, states[:, :, : level + 1], *asked, level, method="rank")[b, k, 0])
+                p = 1 / (1 + math.exp(-logit))
+                total -= math.log(p) if code in true else math.log(1 - p)
+        np.testing.assert_allclose(found[b, place[b, k]], total, rtol=1e-3)
+    np.testing.assert_array_equal((np.asarray(found) > 0).sum(1), wanted.sum(1))
+
+
+def test_drawn_items_are_compared_but_not_learnt():
+    features = dataclasses.replace(FEATURES, sampled=3)
+    config = dataclasses.replace(CONFIG, features=features)
+    packed = pack(make_assembly(), config, make_batch(config))
+    drawn = slice(FEATURES.targets, FEATURES.targets + 3)
+    assert (packed["weight"][:, drawn] == 0).all()
+    assert not packed["wanted"][:, drawn].any()
+    assert packed["compared"][:2, drawn].any()
+    assert not packed["compared"][2].any()
+
+
+@pytest.mark.parametrize("given", [(0, 1), (1, 0, 2), (-1, 0, 1)])
+def test_levels_that_do_not_fit_the_behaviors_are_refused(given):
+    with pytest.raises(UserError, match=r"objective\.levels.*exposure, click, purchase"):
+        behavior_levels(given, ("exposure", "click", "purchase"))
+
+
+# ---- beginning from a Qwen2 ------------------------------------------------------------------------------------------
+
+
+def save_tiny_qwen2(folder: Path) -> dict:
+    one = jnp.zeros((1, 1), jnp.int32)
+    config = dataclasses.replace(BACKBONE, vocabulary=9)
+    params = Causal(config).init(jax.random.key(5), one, one > -1, one[None])["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.1, jax.tree.map(jnp.asarray, jax.device_get(nn.unbox(params))))
+    save_qwen2(folder, config, params)
+    return params
+
+
+def test_layers_of_a_pretrained_model_are_taken_over(tmp_path):
+    pretrained = save_tiny_qwen2(tmp_path / "qwen")
+    fresh = make_assembly().init(0)["params"]
+    begun = with_pretrained(fresh, pretrained, 0)
+    for name in ("layers_0", "layers_1", "norm"):
+        jax.tree.map(np.testing.assert_array_equal, begun["backbone"][name], pretrained[name])
+    table = begun["backbone"]["embed"]["table"]
+    assert table.shape == fresh["backbone"]["embed"]["table"].shape
+    np.testing.assert_allclose(table.mean(), pretrained["embed"]["table"].mean(), atol=0.1)
+    jax.tree.map(np.testing.assert_array_equal, begun["rank_head"], fresh["rank_head"])
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """`whole`: a run; `killed`: the same one, killed in training and gone on with."""
+    folder = tmp_path_factory.mktemp("mall")
+    config = load_config(ROOT / "tests" / "mall_rankgr.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXREC_CACHE", str(folder / "cache"))
+        rankgr.train(Run.open(folder / "whole", config), config)
+        shutil.copytree(
+            folder / "whole", folder / "killed", ignore=shutil.ignore_patterns("stages", "eval*", "*.jsonl")
+        )
+        line = [sys.executable, "train.py", "tests/mall_rankgr.py", "--run", str(folder / "killed")]
+        environment = {**os.environ, "JAXREC_KILL_AT": "step:100"}
+        death = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert death.returncode == -signal.SIGKILL, death.stderr + death.stdout
+        assert checkpoint.steps(folder / "killed" / STAGE) == [48, 96]
+        rankgr.train(Run.open(folder / "killed", config), config)
+    return folder
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_learns_what_was_planted(folder):
+    rows = json.loads((folder / "whole" / "evaluation.json").read_text())
+    recall = {row["model"]: row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all"}
+    others = [value for name, value in recall.items() if name != "rankgr"]
+    assert len(others) >= 4
+    assert recall["rankgr"] > max(others)
+    lines = read_lines(folder / "whole" / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert {"next_token", "ldpo", "rank", "one_level", "left_out"} <= set(lines[0])
+
+
+def test_killed_and_gone_on_with_it_ends_in_the_same_bits(folder):
+    names = ("step", "params", "opt_state")
+    parts = [checkpoint.load_parts(folder / run / STAGE, *names) for run in ("whole", "killed")]
+    assert int(parts[0]["step"]) == 240
+    jax.tree.map(np.testing.assert_array_equal, *parts)
+    for name in ("evaluation.json", "examples_shown.json", "config.json"):
+        assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes()
+
+
+def test_it_is_served_and_gets_new_items(folder):
+    retriever = Retriever(folder / "whole")
+    user = pq.read_table(folder / "whole" / "tables" / "users.parquet")["user_id"][0].as_py()
+    answer, stranger = retriever.answer([Request(user_id=user, k=5), Request(user_id="nobody", k=3)])
+    assert answer.source == "model"
+    assert len({item.item_id for item in answer.items}) == 5
+    scores = [item.score for item in answer.items]
+    assert scores == sorted(scores, reverse=True)
+    assert stranger.source == "popular"
+    # A new item under the ID of the best one is recommended beside it.
+    best = retriever.catalogue.current.row(answer.items[0].item_id)
+    code = retriever.catalogue.current.codes[best]
+    new = pa.table({"item_id": ["brand new"], "title": ["Brand new"]})
+    retriever.catalogue.add(new, code[None], popularity=[1e6])
+    (again,) = retriever.answer([Request(user_id=user, k=5)])
+    assert again.items[0].item_id == "brand new"
+
+
+def test_an_export_answers_the_same(folder, tmp_path):
+    run, _ = Run.load(folder / "whole")
+    model = rankgr.load_recommender(run)
+    item_ids = pq.read_table(run.tables / "items.parquet")["item_id"].to_pylist()
+    write_artefact(model, item_ids, tmp_path / "out", ExportConfig(k=5, platforms=("cpu",)))
+    artefact = load(tmp_path / "out")
+    events = {"item": np.array([3, 9], np.int32), "behavior": np.array([2, 4], np.int8)}
+    events |= {"timestamp": np.array([5, 5], np.int64), "session": np.array([0, 0], np.int32)}
+    found = artefact.retrieve(artefact.prepare([events]))
+    items, scores = model.recommend([events], 5)
+    np.testing.assert_array_equal(found["items"], items)
+    np.testing.assert_allclose(found["scores"], scores, atol=1e-5)
+
+
+def test_items_without_an_id_are_named(folder, tmp_path):
+    run, _ = Run.load(folder / "whole")
+    config = load_config(ROOT / "tests" / "mall_rankgr.py")
+    other = Run(tmp_path)
+    other.tables, other.semantic_ids = run.tables, tmp_path
+    codes = pq.read_table(run.semantic_ids / "codes.parquet")
+    pq.write_table(codes.slice(1), tmp_path / "codes.parquet")
+    missing = codes["item_id"][0].as_py()
+    with pytest.raises(UserError, match=missing):
+        assemble(other, config)
+
+
+def test_bad_pretrained_folders_are_named_before_anything_is_made(folder, tmp_path):
+    run, _ = Run.load(folder / "whole")
+    config = load_config(ROOT / "tests" / "mall_rankgr.py")
+    save_tiny_qwen2(tmp_path / "qwen")
+    good = assemble(run, dataclasses.replace(config, pretrained=str(tmp_path / "qwen")))
+    assert good.model.config.backbone.width == BACKBONE.width
+    assert good.model.config.backbone.layers == BACKBONE.layers
+    about = json.loads((tmp_path / "qwen" / "config.json").read_text())
+
+    def refused(words, **changes):
+        (tmp_path / "qwen" / "config.json").write_text(json.dumps(about | changes))
+        with pytest.raises(UserError, match=words):
+            assemble(run, dataclasses.replace(config, pretrained=str(tmp_path / "qwen")))
+
+    refused("llama", model_type="llama")
+    refused(r"layers\.2\.", num_hidden_layers=3)
+    refused(r"layers\.1\.", num_hidden_layers=1)
+    with pytest.raises(UserError, match="'pretrained': there is no folder"):
+        rankgr.train(run, dataclasses.replace(config, pretrained=str(tmp_path / "none")))
