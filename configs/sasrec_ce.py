@@ -19,10 +19,11 @@ from jaxrec.training.optim import OptimConfig
 config = SequentialConfig(
     data=SequenceText(path=Path("beauty")),
     system="sasrec_ce",
-    model=SasRecConfig(width=128, layers=2, heads=2, hidden=256, dropout=0.4),
+    # Cosines instead of products: items of few events keep their place (CORE, Hou et al. 2022).
+    model=SasRecConfig(width=128, layers=2, heads=4, hidden=512, dropout=0.4, temperature=0.08),
     objective=FullSoftmax(),
     batch_size=256,
-    optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01),
+    optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.05, final_fraction=0.05),
     # 85 steps are an epoch.
-    training=LoopConfig(steps=8500, log_every=85, checkpoint_every=425, evaluate_every=170, patience=8),
+    training=LoopConfig(steps=4250, log_every=85, checkpoint_every=425, evaluate_every=340, patience=4),
 )

@@ -29,6 +29,8 @@ class EncoderSizes:
     """width D of items and states"""
     dropout: float = 0.3
     """dropout of embeddings and of what each block adds, in training"""
+    temperature: float = 0.0
+    """what the cosine of state and item is divided by to be a score; 0: their product is, as most papers have it"""
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,9 @@ class SequentialModel(nn.Module):
         table = self.item.table[: self.items]
         states = self.encoder(x, mask, times, asked, train)
         if isinstance(self.config, CoreConfig):
-            table = unit(self.drop(table, deterministic=not train))
-            return unit(states) / self.config.temperature, table
+            table = self.drop(table, deterministic=not train)
+        if self.config.temperature:
+            return unit(states) / self.config.temperature, unit(table)
         return states, table
 
     def next(self, items: jax.Array, times: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
