@@ -7,7 +7,7 @@ import pytest
 
 from jaxrec.config import UserError
 from jaxrec.data.examples import read_records, write_examples
-from jaxrec.data.pipeline import batches, cut_index
+from jaxrec.data.pipeline import array_batches, batches, cut_index, merge_small
 
 BEHAVIORS = ("exposure", "click", "purchase")
 
@@ -180,3 +180,42 @@ def test_shapes_that_differ_in_a_bucket_are_named():
         ValueError, match=r"feature 'padded' has the shapes \[\(4,\), \(8,\)\] inside one length bucket"
     ):
         list(make(buckets=None, epochs=1))
+
+
+def test_batches_out_of_arrays_are_those_of_a_loop():
+    values, buckets = np.arange(23) * 10, np.arange(23) % 3
+    asked = []
+
+    def take(rows):
+        asked.append(rows)
+        return {"value": values[rows]}
+
+    options = {"batch_size": 4, "seed": 3, "epochs": 2}
+    found = list(array_batches(take, buckets, **options))
+    cuts = np.stack([np.arange(23), np.zeros(23, int)], axis=1)
+    plain = list(batches(values, cuts, lambda value, *_: {"value": np.asarray(value)}, buckets=buckets, **options))
+    assert len(found) == len(plain) == 2 * (2 + 2 + 1)
+    for mine, other in zip(found, plain, strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine:
+            np.testing.assert_array_equal(mine[name], other[name])
+    assert all(len(set(buckets[rows])) == 1 for rows in asked)
+    iterator = array_batches(take, buckets, **options)
+    for _ in range(3):
+        next(iterator)
+    again = array_batches(take, buckets, **options)
+    again.set_state(iterator.get_state())
+    np.testing.assert_array_equal(next(again)["value"], found[3]["value"])
+
+
+def test_small_buckets_are_joined_to_longer_ones():
+    def sizes(counts, least):
+        merged = merge_small(np.repeat(np.arange(len(counts)), counts), least)
+        assert (merged >= np.repeat(np.arange(len(counts)), counts)).all()
+        return np.bincount(merged, minlength=len(counts)).tolist()
+
+    assert sizes([5, 5, 5], 4) == [5, 5, 5]
+    assert sizes([5, 2, 5, 1], 4) == [0, 7, 0, 6]
+    assert sizes([1, 5, 5], 4) == [0, 6, 5]
+    assert sizes([1, 1, 1], 4) == [0, 0, 3]
+    assert sizes([9, 0, 0], 4) == [9, 0, 0]

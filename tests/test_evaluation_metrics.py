@@ -2,6 +2,7 @@
 
 import math
 
+import ir_measures
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -110,3 +111,32 @@ def test_validity_rate_of_the_beams_asked_for():
     valid = np.array([[True, False], [True, True]])
     assert validity_rate(valid) == (3, 4)
     assert validity_rate(valid, np.array([[True, True], [True, False]])) == (2, 3)
+
+
+def test_an_independent_library_agrees():
+    """ir-measures asks trec_eval, which ranks by score; users without a target are in neither."""
+    rng = np.random.default_rng(0)
+    users, items, depth = 40, 60, 25
+    ranked = np.stack([rng.permutation(items)[:depth] for _ in range(users)]).astype(np.int32)
+    ranked[3, 8:], ranked[5] = -1, -1
+    targets = np.stack([rng.permutation(items)[:6] for _ in range(users)]).astype(np.int32)
+    where = np.arange(6) < rng.integers(0, 7, users)[:, None]
+    assert not where.any(1).all()
+    truth = [ir_measures.Qrel(str(user), str(item), 1) for user in range(users) for item in targets[user][where[user]]]
+    run = [
+        ir_measures.ScoredDoc(str(user), str(item), float(-place))
+        for user in range(users)
+        for place, item in enumerate(ranked[user])
+        if item >= 0 and where[user].any()
+    ]
+    mine = {name: mean(pair) for name, pair in ranking_metrics(ranked, targets, where, (5, 10, 25)).items()}
+    for cutoff in (5, 10, 25):
+        theirs = {
+            "recall": ir_measures.R @ cutoff,
+            "hr": ir_measures.Success @ cutoff,
+            "ndcg": ir_measures.nDCG @ cutoff,
+            "mrr": ir_measures.RR @ cutoff,
+        }
+        found = ir_measures.calc_aggregate(theirs.values(), truth, run)
+        for name, measure in theirs.items():
+            np.testing.assert_allclose(mine[f"{name}@{cutoff}"], found[measure], rtol=1e-6, err_msg=f"{name}@{cutoff}")

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrec.losses import contrastive, likelihood
 from jaxrec.losses.contrastive import in_batch_softmax, margin_rank, pair_loss, relevance_regression
-from jaxrec.losses.likelihood import next_token
+from jaxrec.losses.likelihood import binary, full_softmax, next_token, sampled_softmax
 
 
 @pytest.mark.parametrize("module", [contrastive, likelihood])
@@ -154,3 +154,98 @@ def test_relevance_by_hand():
         jnp.array([0.9, 0.2, 0.5]), jnp.array([1.0, 0.6, 0.0]), where=jnp.array([1, 1, 0], bool)
     )
     np.testing.assert_allclose(loss, [0.01, 0.16, 0.0], rtol=1e-4)
+
+
+def test_full_softmax_by_hand():
+    """Two items of logits log 3 and 0: probabilities 3/4 and 1/4."""
+    states, table = jnp.array([[math.log(3.0)], [5.0]]), jnp.array([[1.0], [0.0]])
+    targets, where = jnp.array([1, 0]), jnp.array([True, False])
+    for rows in (0, 2):
+        plain = full_softmax(states, table, targets, where=where, rows=rows)
+        np.testing.assert_allclose(plain, [math.log(4), 0], rtol=1e-6)
+        smooth = full_softmax(states, table, targets, where=where, label_smoothing=0.2, rows=rows)
+        np.testing.assert_allclose(smooth, [0.9 * math.log(4) + 0.1 * math.log(4 / 3), 0], rtol=1e-6)
+
+
+def plain_softmax(states, table, targets, where, smoothing):
+    """A loop over targets; each has the labels of its own."""
+    values = []
+    for state, target, keep in zip(states, targets, where):
+        labels = jnp.full(len(table), smoothing / len(table)).at[target].add(1 - smoothing)
+        values.append(jnp.where(keep, -(labels * jax.nn.log_softmax(table @ state)).sum(), 0.0))
+    return jnp.stack(values)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("weights", ["equal", "different"])
+def test_chunks_of_the_full_softmax_are_the_plain_one_with_its_gradients(smoothing, weights):
+    rng = np.random.default_rng(0)
+    states, table = (jnp.asarray(2 * rng.normal(size=(n, 5)), jnp.float32) for n in (11, 7))
+    targets, where = jnp.asarray(rng.integers(0, 7, 11)), jnp.asarray(rng.random(11) < 0.6)
+    weight = jnp.full(11, 0.25) if weights == "equal" else jnp.asarray(rng.normal(size=11), jnp.float32)
+
+    def total(function):
+        def weighted(states, table):
+            values = function(states, table)
+            return (weight * values).sum(), values
+
+        return jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(states, table)
+
+    (_, expected), gradients = total(lambda s, t: plain_softmax(s, t, targets, where, smoothing))
+    assert not where.all() and jnp.abs(gradients[1]).min() > 0
+    for rows in (0, 1, 4, 16):
+        options = {"where": where, "label_smoothing": smoothing, "rows": rows}
+        (_, values), found = total(lambda s, t, options=options: full_softmax(s, t, targets, **options))
+        np.testing.assert_allclose(values, expected, atol=1e-5)
+        for mine, plain in zip(found, gradients, strict=True):
+            np.testing.assert_allclose(mine, plain, atol=1e-5)
+        assert not found[0][~where].any()
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_full_softmax_of_nothing_is_zero_with_zero_gradients(rows):
+    def total(states, table):
+        return full_softmax(states, table, jnp.zeros(3, int), where=jnp.zeros(3, bool), rows=rows).sum()
+
+    states = jnp.array([[1e30], [jnp.inf], [0.0]])
+    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(states[2:].repeat(3, 0), jnp.ones((4, 1)))
+    assert value == 0 and not any(gradient.any() for gradient in gradients)
+
+
+def test_sampled_softmax_by_hand():
+    """Scores log 2 and, drawn, log 3 and log 6; the second is expected three times as often and counts a third."""
+    positive, negatives = jnp.log(jnp.full(2, 2.0)), jnp.log(jnp.array([[3.0, 6.0], [3.0, 6.0]]))
+    options = {"log_draws": jnp.log(jnp.array([1.0, 3.0])), "candidates": jnp.array([[True, True], [False, True]])}
+    loss = sampled_softmax(positive, negatives, where=jnp.array([True, True]), **options)
+    np.testing.assert_allclose(loss, [math.log(7 / 2), math.log(4 / 2)], rtol=1e-6)
+    masked = sampled_softmax(positive, negatives, where=jnp.array([False, True]), **options)
+    assert masked[0] == 0 and masked[1] == loss[1]
+
+
+def test_sampled_softmax_of_every_item_once_is_the_full_one():
+    rng = np.random.default_rng(0)
+    state, table = jnp.asarray(rng.normal(size=(1, 4)), jnp.float32), jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    scores = state @ table.T
+    options = {"log_draws": jnp.zeros(6), "candidates": jnp.arange(6) != 2, "where": jnp.ones(1, bool)}
+    sampled = sampled_softmax(scores[:, 2], scores, **options)
+    np.testing.assert_allclose(sampled, full_softmax(state, table, jnp.array([2]), where=jnp.ones(1, bool)), rtol=1e-6)
+
+
+def test_sampled_softmax_without_candidates_costs_nothing_and_has_a_finite_gradient():
+    def total(positive, negatives):
+        options = {"log_draws": jnp.zeros(3), "where": jnp.array([True, False])}
+        return sampled_softmax(positive, negatives, candidates=jnp.zeros((2, 3), bool), **options).sum()
+
+    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(jnp.ones(2), jnp.ones((2, 3)))
+    assert value == 0
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, jnp.zeros_like(gradient))
+
+
+def test_binary_by_hand():
+    """sigmoid(log 3) = 3/4, sigmoid(0) = 1/2."""
+    positive, negatives = jnp.full(3, math.log(3.0)), jnp.zeros((3, 2))
+    candidates = jnp.array([[True, True], [True, False], [True, True]])
+    loss = binary(positive, negatives, candidates=candidates, where=jnp.array([True, True, False]))
+    one = -math.log(3 / 4)
+    np.testing.assert_allclose(loss, [one + 2 * math.log(2), one + math.log(2), 0], rtol=1e-6)

@@ -1,5 +1,6 @@
 """The loop: killed or stopped anywhere it ends in the same bits; its sums, its errors, its log."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -100,7 +101,7 @@ def evaluate(state) -> dict[str, float]:
     return {"scale": float(state.params["scale"])}
 
 
-EVALUATE = {"config": LoopConfig(steps=23, log_every=5, checkpoint_every=4, evaluate_every=10)}
+EVALUATE = {"config": LoopConfig(steps=23, log_every=5, checkpoint_every=4, evaluate_every=10, monitor="scale")}
 
 
 def test_the_loop_is_the_plain_loop(whole):
@@ -195,6 +196,66 @@ def test_a_finished_training_is_not_repeated(whole):
     before = (whole[0] / "metrics.jsonl").read_text()
     assert_same(train(whole[0], iterator=Broken()), whole[1])
     assert (whole[0] / "metrics.jsonl").read_text() == before
+
+
+# Judged by these values at steps 3, 6, 9, ...: the best at 6, nothing better in the three that follow.
+VALUES = (0.2, 0.5, 0.4, 0.5, float("nan"), 0.9, 1.0)
+PATIENT = LoopConfig(steps=23, log_every=5, checkpoint_every=4, evaluate_every=3, patience=3, monitor="value")
+
+
+def judge(state) -> dict[str, float]:
+    return {"value": VALUES[int(state.step) // 3 - 1]}
+
+
+def test_training_stops_when_nothing_gets_better_and_keeps_the_best(tmp_path, capsys):
+    last = train(tmp_path, PATIENT, evaluate=judge)
+    assert int(last.step) == 15
+    assert checkpoint.steps(tmp_path / "checkpoints") == [12, 15]
+    assert checkpoint.steps(tmp_path / "checkpoints" / checkpoint.BEST) == [6]
+    assert "pretrain: stopped after step 15: nothing better than value 0.5000 of step 6" in capsys.readouterr().out
+    best = checkpoint.load_best(tmp_path / "checkpoints", "params")["params"]
+    jax.tree.map(np.testing.assert_array_equal, best, train(tmp_path / "six", LoopConfig(steps=6)).params)
+    assert float(best["scale"]) != float(last.params["scale"])
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert_same(train(tmp_path, PATIENT, Counter(end=0), evaluate=judge), last)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    # A line of the training stands before every evaluation.
+    logged = [line["step"] for line in lines(tmp_path) if "loss" in line]
+    assert logged == [3, 5, 6, 9, 10, 12, 15]
+
+
+def test_without_patience_it_trains_to_the_end_and_keeps_the_best(tmp_path):
+    assert int(train(tmp_path, dataclasses.replace(PATIENT, steps=21, patience=0), evaluate=judge).step) == 21
+    assert checkpoint.steps(tmp_path / "checkpoints" / checkpoint.BEST) == [21]
+
+
+def test_killed_while_it_waits_it_stops_at_the_same_step_with_the_same_best(tmp_path):
+    program = PROGRAM.replace("evaluate=evaluate, **EVALUATE", "config=PATIENT, evaluate=judge")
+    for name, points in (("whole", ()), ("killed", ("step:7", "step:13", "step:15"))):
+        for point in (*points, ""):
+            environment = {**os.environ, "JAXREC_KILL_AT": point}
+            command = [sys.executable, "-c", program, str(tmp_path / name), "0"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == (-signal.SIGKILL if point else 0), done.stderr
+    folders = [tmp_path / name / "checkpoints" for name in ("whole", "killed")]
+    for part in (folders, [folder / checkpoint.BEST for folder in folders]):
+        (whole, notes, step), (killed, *rest) = (checkpoint.restore(folder, None, ("params",)) for folder in part)
+        assert [notes, step] == rest
+        jax.tree.map(np.testing.assert_array_equal, whole, killed)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
+    assert notes == {"best": 0.5} and step == 6
+
+
+def test_what_is_monitored_must_be_evaluated(tmp_path):
+    config = LoopConfig(steps=2, evaluate_every=2)
+    with pytest.raises(UserError, match=r"'training.monitor': 'ndcg@10' is not evaluated; there are scale"):
+        train(tmp_path, config, evaluate=evaluate)
+
+
+def test_a_stage_without_evaluation_has_its_newest_state_as_the_best(tmp_path):
+    state = train(tmp_path, LoopConfig(steps=2))
+    best = checkpoint.load_best(tmp_path / "checkpoints", "params")["params"]
+    jax.tree.map(np.testing.assert_array_equal, best, state.params)
 
 
 def test_other_stages_and_broken_last_lines(tmp_path):

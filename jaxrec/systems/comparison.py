@@ -4,17 +4,29 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.data.examples import Records
-from jaxrec.evaluation import Cases, comparison_tables, evaluate, evaluate_ties_shuffled, fit_baselines, make_cases
+from jaxrec.evaluation import (
+    Cases,
+    Recommender,
+    comparison_tables,
+    evaluate,
+    evaluate_ties_shuffled,
+    fit_baselines,
+    make_cases,
+)
 from jaxrec.evaluation.comparison import SEMANTIC_IDS
-from jaxrec.evaluation.metrics import mean
+from jaxrec.evaluation.metrics import CUTOFFS, mean
 from jaxrec.evaluation.report import write_report
 from jaxrec.run import Run, console, read_json, write_json
-from jaxrec.systems.recommender import GenerativeRecommender
+
+if TYPE_CHECKING:
+    from jaxrec.systems.recommender import GenerativeRecommender
+    from jaxrec.systems.sequential_recommender import SequentialRecommender
 
 
 @dataclass(frozen=True)
@@ -27,19 +39,29 @@ class EvaluationConfig:
     """measure this many users, drawn by the seed; 0 for all"""
     seed: int = 0
     """seed of that draw, and of shuffled ties"""
+    cutoffs: tuple[int, ...] = CUTOFFS
+    """places that are measured; the deepest is the length of every ranking"""
+    baselines: bool = True
+    """measure popularity, Markov and the others too"""
     shown_users: int = 8
     """users whose history and recommendations the report shows"""
 
 
-def compare(run: Run, model: GenerativeRecommender, config: EvaluationConfig, folder: Path) -> None:
+def compare(
+    run: Run, model: "GenerativeRecommender | SequentialRecommender", config: EvaluationConfig, folder: Path
+) -> None:
     """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`."""
     assembly = model.assembly
+    items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
     records = list(Records(assembly.examples, config.split))
     cases = draw(make_cases(records, assembly.target_behaviors, config.split), config)
-    items, targets = len(assembly.space.codes), assembly.target_behaviors
     name = read_json(run.config_file)["system"]
-    rows = evaluate({**fit_baselines(records, items, targets), name: model}, cases, split=config.split)
-    rows += evaluate_ties_shuffled(records, items, targets, split=config.split, seed=config.seed)
+    baselines = fit_baselines(records, items, targets) if config.baselines else {}
+    rows = evaluate({**baselines, name: model}, cases, split=config.split, cutoffs=config.cutoffs)
+    if config.baselines:
+        rows += evaluate_ties_shuffled(
+            records, items, targets, split=config.split, seed=config.seed, cutoffs=config.cutoffs
+        )
     rows += [
         {
             "model": name,
@@ -49,7 +71,7 @@ def compare(run: Run, model: GenerativeRecommender, config: EvaluationConfig, fo
             "value": mean(pair),
             "count": pair[1],
         }
-        for metric, pair in model.diagnose(cases).items()
+        for metric, pair in (model.diagnose(cases) if hasattr(model, "diagnose") else {}).items()
     ]
     write_json(folder / "evaluation.json", rows)
     write_json(folder / "examples_shown.json", _shown(run, model, cases, config.shown_users))
@@ -72,7 +94,7 @@ def draw(cases: Cases, config: EvaluationConfig) -> Cases:
     return cases.take(np.sort(np.random.default_rng(config.seed).permutation(len(cases))[: config.max_users]))
 
 
-def _shown(run: Run, model: GenerativeRecommender, cases: Cases, count: int) -> list[dict]:
+def _shown(run: Run, model: Recommender, cases: Cases, count: int) -> list[dict]:
     """A few users in readable text: what they had, what they took next, what was generated."""
     titles = pq.read_table(run.tables / "items.parquet", columns=["title"])["title"].to_pylist()
     users = pq.read_table(run.tables / "users.parquet")["user_id"].to_pylist()

@@ -2,6 +2,7 @@
 
     <folder>/00000200/state/         the pytree, by Orbax
     <folder>/00000200/manifest.json  step, notes (iterator state and the like), size and checksum of every file
+    <folder>/best/...                the same, of what did best in the evaluations of a training
 
 The manifest is written last: a folder without one is a save that was cut off, and is ignored and later removed.
 """
@@ -21,6 +22,8 @@ from jaxrec.config import UserError
 from jaxrec.run import console, disk_full, read_json, write_json
 
 MANIFEST = "manifest.json"
+BEST = "best"
+"""The folder, inside a stage's, with the parameters that did best in its evaluations."""
 
 
 def save(folder: Path, step: int, state: Any, notes: dict[str, Any], *, keep: int = 2) -> None:
@@ -96,6 +99,16 @@ def load_parts(folder: Path, *parts: str) -> dict[str, Any]:
     if not steps(folder):
         raise UserError(f"{folder} holds no checkpoint; run train.py on this run directory first")
     return restore(folder, None, parts)[0]
+
+
+def load_best(folder: Path, *parts: str) -> dict[str, Any]:
+    """Like `load_parts`, of the best state ("params" and "extra") where the stage was evaluated, else of the newest.
+
+    Raises:
+      UserError: there is no checkpoint, or none can be read.
+    """
+    best = Path(folder) / BEST
+    return load_parts(best if steps(best) else folder, *parts)
 
 
 def steps(folder: Path) -> list[int]:

@@ -7,6 +7,7 @@ behind the last batch that was used, and the sums since the last log line: resum
 """
 
 import dataclasses
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -61,6 +62,27 @@ class LoopConfig:
     """Checkpoints that are kept."""
     evaluate_every: int = 0
     """Steps between two evaluations, where the stage has one; 0 for none."""
+    patience: int = 0
+    """Evaluations in a row without a better value before training stops; 0 for never."""
+    monitor: str = "ndcg@10"
+    """The value of an evaluation that decides which state is the best; higher is better."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What the evaluations so far say; kept in the notes of every checkpoint."""
+
+    best: float | None = None
+    """The best value of `LoopConfig.monitor`; None before the first evaluation."""
+    step: int = 0
+    """When it was reached."""
+    stale: int = 0
+    """Evaluations since then."""
+
+    def add(self, value: float, step: int) -> "Watch":
+        """With one evaluation more; a value that is no number is no better one."""
+        better = value > (-math.inf if self.best is None else self.best)
+        return Watch(value, step) if better else dataclasses.replace(self, stale=self.stale + 1)
 
 
 def fit(
@@ -79,27 +101,32 @@ def fit(
 ) -> Any:
     """Trains up to `config.steps`, from the newest checkpoint in `folder` if there is one.
 
+    Where there are evaluations, the best state's `params` and `extra` are a checkpoint in `folder`/best
+    (`checkpoint.load_best`), and training stops early when `config.patience` of them in a row bring nothing better.
+
     Args:
       state: the first state; its buffers are donated.
       folder: where the checkpoints of this stage are.
       metrics_path: the file that gets a JSON line per log and evaluation; a folder `tensorboard` is made beside it.
       stage: the name of this training in metrics.jsonl.
       flops_per_step: model FLOPs of a step, or a function of the batch; for the share of the machine's peak.
-      evaluate: called every `config.evaluate_every` steps with the state; its values are logged under "valid/".
+      evaluate: called every `config.evaluate_every` steps and at the end with the state; its values are logged under
+        "valid/", after a line of the training so far. `config.monitor` is one of them.
       on_log: called with every line that is logged.
 
     Returns:
       The state after the last step.
 
     Raises:
-      UserError: the loss is not finite, the data ends early, the disk is full, or no checkpoint can be read.
+      UserError: the loss is not finite, the data ends early, the disk is full, no checkpoint can be read, or nothing
+        that is evaluated is called `config.monitor`.
       SystemExit: status 130, after Ctrl-C or SIGTERM, when the state is saved.
     """
     step_fn = jax.jit(step_fn)  # so that it is traced once, for the names of its metrics and for the program
-    state, totals, begun = _resume(folder, place(state, mesh), iterator)
+    state, totals, begun, watch = _resume(folder, place(state, mesh), iterator)
     totals = place(totals, mesh)
     log = Log(metrics_path, stage, begun, on_log)
-    if begun >= config.steps:
+    if begun >= config.steps or _gave_up(watch, config):
         return state
     if begun:
         console.print(f"{stage}: going on from step {begun}", markup=False)
@@ -122,17 +149,25 @@ def fit(
             in_flight = done
             # Read once: a signal that comes while saving counts for the next step.
             last, stopping = step == config.steps, bool(stop)
-            if step % config.log_every == 0 or last:
+            evaluates = evaluate and config.evaluate_every and (step % config.evaluate_every == 0 or last)
+            if step % config.log_every == 0 or last or evaluates:
                 line = meter.read(_fetch(totals, stage, folder), step)
                 totals = jax.tree.map(jnp.zeros_like, totals)
                 log.write(line)
                 bars.update(task, **_shown(line))
             bars.update(task, completed=step)
             with meter.paused():
-                if evaluate and config.evaluate_every and (step % config.evaluate_every == 0 or last):
-                    log.write({"step": step, **{f"valid/{name}": value for name, value in evaluate(state).items()}})
+                if evaluates:
+                    values = evaluate(state)
+                    log.write({"step": step, **{f"valid/{name}": value for name, value in values.items()}})
+                    watch = watch.add(_monitored(values, config), step)
+                    if watch.step == step:
+                        best = {"params": state.params, "extra": state.extra}
+                        checkpoint.save(folder / checkpoint.BEST, step, best, {"best": watch.best}, keep=1)
+                    last = last or _gave_up(watch, config)
                 if step % config.checkpoint_every == 0 or last or stopping:
-                    notes = {"iterator": batches.position, "totals": _fetch(totals, stage, folder)}
+                    totals_so_far = _fetch(totals, stage, folder)
+                    notes = {"iterator": batches.position, "totals": totals_so_far, "watch": dataclasses.asdict(watch)}
                     log.sync()
                     checkpoint.save(folder, step, state, notes, keep=config.keep)
             fault_point(f"step:{step}")
@@ -140,18 +175,36 @@ def fit(
                 message = f"stopped after step {step} of {config.steps}, which is saved; run the same command to go on"
                 console.print(f"{stage}: {message}", markup=False)
                 raise SystemExit(130)
+            if last:
+                break
+    if _gave_up(watch, config):
+        message = (
+            f"stopped after step {step}: nothing better than {config.monitor} {watch.best:.4f} of step {watch.step}"
+        )
+        console.print(f"{stage}: {message}", markup=False)
     return state
 
 
-def _resume(folder: Path, state: Any, iterator: BatchIterator) -> tuple[Any, Metrics, int]:
-    """The state, the sums since the last log line and the step of the newest checkpoint; moves the iterator there."""
+def _resume(folder: Path, state: Any, iterator: BatchIterator) -> tuple[Any, Metrics, int, Watch]:
+    """The newest checkpoint: state, sums since the last log line, step, evaluations; moves the iterator there."""
     found = checkpoint.restore(folder, state)
     if found is None:
-        return state, {}, 0
+        return state, {}, 0, Watch()
     state, notes, step = found
     iterator.set_state(notes["iterator"])
     totals = {name: tuple(jnp.float32(value) for value in pair) for name, pair in notes["totals"].items()}
-    return state, totals, step
+    return state, totals, step, Watch(**notes.get("watch", {}))
+
+
+def _gave_up(watch: Watch, config: LoopConfig) -> bool:
+    return 0 < config.patience <= watch.stale
+
+
+def _monitored(values: dict[str, float], config: LoopConfig) -> float:
+    if config.monitor not in values:
+        known = ", ".join(values)
+        raise UserError(f"configuration key 'training.monitor': {config.monitor!r} is not evaluated; there are {known}")
+    return float(values[config.monitor])
 
 
 def _accumulating(step_fn: Callable[[Any, Any], tuple[Any, Metrics]]) -> Callable[..., Any]:

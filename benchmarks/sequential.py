@@ -1,0 +1,274 @@
+"""Any list of models on one log, under one protocol: leave-one-out, full ranking, early stopping on validation.
+
+    python benchmarks/sequential.py --data DIR --models sasrec_ce,tiger --seeds 0,1,2 [--quick] [--out results.json]
+
+DIR holds sequences.txt (`user item item ...`, oldest first); items.jsonl ({"id", "title", "categories"}), without which
+items have no text but their number; and timestamps.jsonl, if there is one. A model is the name of a file in configs/,
+of which everything but the data, the seed and what is measured is used as it is; a configuration is chosen by its rows
+of the validation split, and reported by those of the test split.
+
+Every run keeps its folder (--runs), so that the same command goes on where it was stopped and trains nothing twice.
+Beside the models stand popularity, Markov, ItemKNN and the others that are only counted, as stored and with the order
+of ties shuffled: events of one time, such as one day, are stored in some order, which may be learnable. A trained model
+has to be trained on a shuffled log to be judged on one: --shuffle-ties does that.
+
+Writes a list of rows {model, seed, split, subset, metric, value, count, seconds} to --out, a picture of quality against
+seconds of training beside it, and adds the runs to benchmarks/results/sequential.json. Seconds are those of training
+with its validations; of what is only counted, those of counting.
+
+--quick: 200 steps and 1,000 users, only to see that everything works; not kept among the results.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from rich.table import Table
+from shared import results
+from shared.pictures import COLORS, axes, save
+from shared.timing import parser
+
+from jaxrec.config import UserError, fingerprint, load_config
+from jaxrec.data.examples import Records
+from jaxrec.data.sources import SequenceText
+from jaxrec.evaluation import evaluate, evaluate_ties_shuffled, fit_baselines, make_cases
+from jaxrec.evaluation.comparison import TIES_SHUFFLED
+from jaxrec.run import Run, console, read_json, report_user_errors, write_json
+from jaxrec.systems import SYSTEMS
+from jaxrec.systems.comparison import draw
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+CUTOFFS = (5, 10, 50)
+SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+SPLITS = ("valid", "test")
+MONITORED = "ndcg@10"
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Trains what is not trained yet; writes and prints the rows."""
+    command = parser(__doc__)
+    command.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder with the log")
+    command.add_argument("--models", required=True, help="names of files in configs/, with commas between")
+    command.add_argument("--seeds", default="0", help="whole numbers, with commas between")
+    command.add_argument("--runs", type=Path, default=Path("runs/sequential"), help="where run folders are kept")
+    command.add_argument("--out", type=Path, help="file for the rows; default: results.json in --runs")
+    command.add_argument("--shuffle-ties", action="store_true", help="train on a log with ties in random order")
+    args = command.parse_args()
+    models, seeds = parse_models(args.models), parse_seeds(args.seeds)
+    folder = args.runs / (args.data.resolve().name + "-shuffled" * args.shuffle_ties + "-quick" * args.quick)
+    source = SequenceText(path=with_items(args.data, folder / "log"), shuffle_ties=args.shuffle_ties)
+    suffix = TIES_SHUFFLED if args.shuffle_ties else ""
+    rows, curves, entries = [], {}, []
+    for seed in seeds:
+        for name in models:
+            console.rule(f"{name}, seed {seed}")
+            config = configured(name, source, seed, args.quick)
+            run = one_run(folder, name, seed, config)
+            measured, seconds = measure(run, config), training_curve(run)[1]
+            made = {"model": name + suffix, "seed": seed}
+            rows += [{**made, **row, "seconds": seconds} for row in measured]
+            curves.setdefault(name + suffix, []).append(training_curve(run)[0])
+            entries.append({**made, "data": args.data.resolve().name, "seconds": seconds, "rows": measured})
+    counted = count_baselines(run, folder / "baselines.json", source, suffix, 1000 if args.quick else 0)
+    out = args.out or folder / "results.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, counted + rows)
+    draw_curves(curves, counted, out.with_suffix(".svg"))
+    for table in tables(counted + rows):
+        console.print(table)
+    console.print(f"rows: {out}; picture: {out.with_suffix('.svg')}", markup=False)
+    if not args.quick:
+        console.print(f"kept in {results.append('sequential', entries)}", markup=False)
+
+
+def parse_models(text: str) -> list[str]:
+    """The names of an argument such as "sasrec_ce,tiger".
+
+    Raises:
+      UserError: one is no file in configs/.
+    """
+    known = sorted(path.stem for path in CONFIGS.glob("*.py"))
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--models: there is no configs/{unknown[0]}.py; give some of {', '.join(known)}")
+    if not names:
+        raise UserError(f"--models is empty; give some of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The numbers of an argument such as "0,1,2".
+
+    Raises:
+      UserError: one is no whole number.
+    """
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--seeds {text!r}: give whole numbers with commas between, such as 0,1,2") from error
+    if min(seeds) < 0:
+        raise UserError(f"--seeds {text!r}: a seed is 0 or more")
+    return list(dict.fromkeys(seeds))
+
+
+def with_items(data: Path, folder: Path) -> Path:
+    """The log's folder, or one where its items have at least a line each, if there is no items.jsonl."""
+    sequences = data / "sequences.txt"
+    if not sequences.is_file():
+        raise UserError(f"--data: {sequences} is missing; write `user item item ...`, one user a line")
+    if (data / "items.jsonl").is_file():
+        return data
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (sequences, data / "timestamps.jsonl"):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    items = dict.fromkeys(item for line in sequences.open(encoding="utf-8") for item in line.split()[1:])
+    lines = (json.dumps({"id": item, "title": f"Item {item}"}) + "\n" for item in items)
+    (folder / "items.jsonl").write_text("".join(lines))
+    return folder
+
+
+def configured(name: str, source: SequenceText, seed: int, quick: bool) -> Any:
+    """configs/<name>.py on this log, with this seed, measured on all users and without the baselines."""
+    config = load_config(CONFIGS / f"{name}.py")
+    evaluation = dataclasses.replace(
+        config.evaluation, split="test", cutoffs=CUTOFFS, baselines=False, max_users=1000 if quick else 0
+    )
+    config = dataclasses.replace(config, data=source, seed=seed, evaluation=evaluation)
+    if quick:
+        short = {"steps": 200, "evaluate_every": 100 if config.training.evaluate_every else 0}
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, **short))
+    return config
+
+
+def one_run(folder: Path, name: str, seed: int, config: Any) -> Run:
+    """The finished run of a configuration; what is the same in all runs is copied from one that has it."""
+    path = folder / f"{name}-{seed}"
+    for part in ("tables", "examples"):
+        others = [other for other in folder.glob(f"*/{part}") if (other / "fingerprint.json").exists()]
+        if others and not (path / part).exists():
+            shutil.copytree(others[0], path / f"{part}.copy", dirs_exist_ok=True)
+            (path / f"{part}.copy").rename(path / part)
+    run = Run.open(path, config)
+    SYSTEMS[config.system].train(run, config)
+    return run
+
+
+def measure(run: Run, config: Any) -> list[Row]:
+    """Rows of both splits: that of the test from the run's evaluation, that of validation made once."""
+    system, kept = config.system, run.path / "valid.json"
+    inputs = read_json(run.path / "evaluation" / "fingerprint.json")["inputs"]
+    if not kept.exists() or read_json(kept)["inputs"] != inputs:
+        model = SYSTEMS[system].load_recommender(run)
+        cases = make_cases(Records(run.examples, "valid"), model.assembly.target_behaviors, "valid")
+        cases = draw(cases, config.evaluation)
+        found = evaluate({system: model}, cases, split="valid", cutoffs=CUTOFFS)
+        write_json(kept, {"inputs": inputs, "rows": found})
+    rows = read_json(kept)["rows"] + read_json(run.path / "evaluation.json")
+    return [{name: row[name] for name in ("split", "subset", "metric", "value", "count")} for row in rows]
+
+
+def training_curve(run: Run) -> tuple[list[tuple[float, float]], float]:
+    """(seconds of training, what is monitored) of every validation of a run, and all its seconds.
+
+    A run that was stopped counts its time again from 0; what was done twice because of that is not counted.
+    """
+    before = last = 0.0
+    points = []
+    for line in map(json.loads, run.metrics_file.read_text().splitlines()):
+        if "seconds" in line:
+            before, last = (before + last, line["seconds"]) if line["seconds"] < last else (before, line["seconds"])
+        if f"valid/{MONITORED}" in line:
+            points.append((before + last, line[f"valid/{MONITORED}"]))
+    return points, round(before + last, 1)
+
+
+def count_baselines(run: Run, kept: Path, source: SequenceText, suffix: str, max_users: int) -> list[Row]:
+    """Rows of what is only counted, as stored and with shuffled ties; made once for a log."""
+    inputs = fingerprint(source.fingerprint(), suffix, max_users)
+    if kept.exists() and read_json(kept)["inputs"] == inputs:
+        return read_json(kept)["rows"]
+    items, rows = pq.read_metadata(run.tables / "items.parquet").num_rows, []
+    targets = [source.behaviors.index(name) for name in source.target_behaviors]
+    for split in SPLITS:
+        begun, records = time.perf_counter(), list(Records(run.examples, split))
+        models = {f"{name}{suffix}": model for name, model in fit_baselines(records, items, targets).items()}
+        seconds = round(time.perf_counter() - begun, 1)
+        cases = make_cases(records, targets, split)
+        if 0 < max_users < len(cases):
+            cases = cases.take(np.sort(np.random.default_rng(0).permutation(len(cases))[:max_users]))
+        found = evaluate(models, cases, split=split, cutoffs=CUTOFFS)
+        if not suffix:
+            found += evaluate_ties_shuffled(records, items, targets, split=split, cutoffs=CUTOFFS)
+        rows += [{"seed": 0, **row, "seconds": seconds} for row in found]
+    write_json(kept, {"inputs": inputs, "rows": rows})
+    return rows
+
+
+def spread(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, tuple[float, float, int]]]:
+    """{(split, subset, model): {metric: (mean, standard deviation, seeds)}}; also of "seconds"."""
+    values = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        place = values[row["split"], row["subset"], row["model"]]
+        place[row["metric"]][row["seed"]] = row["value"]
+        place["seconds"][row["seed"]] = row["seconds"]
+    return {
+        place: {metric: _moments(list(by_seed.values())) for metric, by_seed in metrics.items()}
+        for place, metrics in values.items()
+    }
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """One table a split: mean and, of several seeds, standard deviation."""
+    found, made = spread(rows), []
+    for split in SPLITS:
+        table = Table(title=f"{split}, full ranking", title_justify="left")
+        table.add_column("model", no_wrap=True)
+        for name in ("seeds", *SHOWN, "seconds"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for (of_split, subset, model), metrics in found.items():
+            if (of_split, subset) == (split, "all"):
+                cells = [_cell(metrics[metric], 4) for metric in SHOWN]
+                table.add_row(model, str(metrics["seconds"][2]), *cells, _cell(metrics["seconds"], 0))
+        made.append(table)
+    return made
+
+
+def draw_curves(curves: dict[str, list[list[tuple[float, float]]]], counted: list[Row], path: Path) -> None:
+    """Validation against seconds of training, a line a run; Markov as a level to beat."""
+    figure, [axis] = axes(1, width=6.4, height=3.6)
+    for index, (name, lines) in enumerate(curves.items()):
+        style = {"color": COLORS[index % len(COLORS)], "linestyle": ("-", "--", ":")[index // len(COLORS) % 3]}
+        for number, points in enumerate(points for points in lines if points):
+            axis.plot(*zip(*points), label=None if number else name, linewidth=1.2, **style)
+    levels = [row for row in counted if row["model"].startswith("markov") and row["split"] == "valid"]
+    for row in (row for row in levels if row["subset"] == "all" and row["metric"] == MONITORED):
+        axis.axhline(row["value"], color="#808890", linewidth=0.8, linestyle=":")
+        axis.annotate(row["model"], (0.99, row["value"]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                      fontsize=7, color="#808890")  # fmt: skip
+    axis.set_xlabel("seconds of training")
+    axis.set_ylabel(f"validation {MONITORED}")
+    if any(any(lines) for lines in curves.values()):
+        axis.legend(frameon=False, fontsize=7, labelcolor="#808890")
+    save(figure, path)
+
+
+def _moments(values: list[float]) -> tuple[float, float, int]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values)
+
+
+def _cell(moments: tuple[float, float, int], digits: int) -> str:
+    average, deviation, count = moments
+    return f"{average:.{digits}f}" + (f" ± {deviation:.{digits}f}" if count > 1 else "")
+
+
+if __name__ == "__main__":
+    sys.exit(report_user_errors(main))

@@ -1,0 +1,52 @@
+"""Results that are kept: `benchmarks/results/<name>.json`, a list of runs with what made them.
+
+{"model", "seed", "data", "command", "commit", "seconds", "rows": [{"split", "subset", "metric", "value", "count"}]}
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxrec.run import read_json, write_json
+
+FOLDER = Path(__file__).parent.parent / "results"
+SAME = ("model", "seed", "data", "commit")
+"""What tells runs apart: an entry with the same of all these replaces the earlier one."""
+
+
+def append(name: str, entries: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
+    """Adds runs to `<folder>/<name>.json`, with the command and the commit of this process; returns the path."""
+    path = folder / f"{name}.json"
+    made = [{"command": command(), "commit": commit(), **entry} for entry in entries]
+    fresh = [_key(entry) for entry in made]
+    kept = [entry for entry in (read_json(path) if path.exists() else []) if _key(entry) not in fresh]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, kept + made)
+    return path
+
+
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join(["python", *sys.argv])
+
+
+def commit() -> str:
+    """The commit of the working tree, "+" behind it where files differ from it; "unknown" outside of git."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        return head + (
+            "+" if _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parent.parent.parent
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _key(entry: dict[str, Any]) -> tuple:
+    return tuple(entry[name] for name in SAME)

@@ -1,0 +1,27 @@
+"""BERT4Rec on Amazon Beauty (leave-one-out, full ranking).
+
+    python train.py configs/bert4rec.py --run runs/bert4rec --data.path DIR
+
+DIR: a folder in the layout of S3-Rec, as for configs/onemall_beauty.py.
+Cloze: hidden items are told from both sides.
+"""
+
+from pathlib import Path
+
+from jaxrec.data.sources import SequenceText
+from jaxrec.models.sequential import Bert4RecConfig
+from jaxrec.systems.sequential import SequentialConfig
+from jaxrec.systems.sequential_training import FullSoftmax
+from jaxrec.training.loop import LoopConfig
+from jaxrec.training.optim import OptimConfig
+
+config = SequentialConfig(
+    data=SequenceText(path=Path("beauty")),
+    system="bert4rec",
+    model=Bert4RecConfig(width=128, layers=2, heads=2, hidden=256, dropout=0.3),
+    objective=FullSoftmax(),
+    batch_size=256,
+    optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01),
+    # 85 steps are an epoch.
+    training=LoopConfig(steps=17000, log_every=85, checkpoint_every=425, evaluate_every=425, patience=8),
+)

@@ -1,0 +1,28 @@
+"""SASRec with full cross-entropy on Amazon Beauty (leave-one-out, full ranking).
+
+    python train.py configs/sasrec_ce.py --run runs/sasrec_ce --data.path DIR
+
+DIR: a folder in the layout of S3-Rec, as for configs/onemall_beauty.py.
+The paper's architecture, a loss over all items instead of one drawn for each target.
+An epoch with its validation takes about 22 seconds on two cores; at most 100 of them.
+"""
+
+from pathlib import Path
+
+from jaxrec.data.sources import SequenceText
+from jaxrec.models.sequential import SasRecConfig
+from jaxrec.systems.sequential import SequentialConfig
+from jaxrec.systems.sequential_training import FullSoftmax
+from jaxrec.training.loop import LoopConfig
+from jaxrec.training.optim import OptimConfig
+
+config = SequentialConfig(
+    data=SequenceText(path=Path("beauty")),
+    system="sasrec_ce",
+    model=SasRecConfig(width=128, layers=2, heads=2, hidden=256, dropout=0.4),
+    objective=FullSoftmax(),
+    batch_size=256,
+    optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01),
+    # 85 steps are an epoch.
+    training=LoopConfig(steps=8500, log_every=85, checkpoint_every=425, evaluate_every=170, patience=8),
+)

@@ -1,0 +1,124 @@
+"""The item-level baselines, from logs to an evaluated run: one loop and one protocol for all.
+
+    source ─▶ tables ─▶ examples ─▶ training ─▶ evaluation ─▶ report
+
+As `systems/onemall.py`, without semantic IDs: every item has a vector of its own.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from jaxrec.config import UserError, fingerprint, from_json
+from jaxrec.data.examples import write_examples
+from jaxrec.data.prepare import PrepareConfig, prepare
+from jaxrec.data.sources import CompleteJourney, Folder, SequenceText, SyntheticMall
+from jaxrec.models.sequential import (
+    Bert4RecConfig,
+    CaserConfig,
+    CoreConfig,
+    HstuConfig,
+    NextItNetConfig,
+    SasRecConfig,
+    SequentialModel,
+    YouTubeDnnConfig,
+)
+from jaxrec.run import Run
+from jaxrec.systems.comparison import EvaluationConfig, compare, present
+from jaxrec.systems.sequential_recommender import SequentialAssembly, SequentialRecommender
+from jaxrec.systems.sequential_training import Binary, FullSoftmax, SampledSoftmax, train_model
+from jaxrec.training import checkpoint
+from jaxrec.training.loop import LoopConfig
+from jaxrec.training.optim import OptimConfig
+from jaxrec.training.sharding import MeshConfig
+
+NAMES = ("youtubednn", "sasrec", "sasrec_ce", "bert4rec", "caser", "nextitnet", "core", "hstu")
+"""The systems that this module runs."""
+
+STAGE = "stages/train"
+
+
+@dataclass(frozen=True)
+class SequentialConfig:
+    """Everything that decides the run of an item-level baseline."""
+
+    data: CompleteJourney | SequenceText | Folder | SyntheticMall
+    """Where the logs come from."""
+    model: (
+        YouTubeDnnConfig | SasRecConfig | Bert4RecConfig | CaserConfig | NextItNetConfig | CoreConfig | HstuConfig
+    ) = field(default_factory=SasRecConfig)
+    """Which model, and its sizes."""
+    objective: FullSoftmax | SampledSoftmax | Binary = field(default_factory=FullSoftmax)
+    """Loss."""
+    system: str = "sasrec_ce"
+    """The name of the baseline."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    batch_size: int = 256
+    """Histories in a training step, over all hosts."""
+    lengths: tuple[int, ...] = (4, 8, 16, 32, 50)
+    """Lengths that histories are padded to, rising; of longer ones the latest events are read."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """Cleaning and splits."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    training: LoopConfig = field(default_factory=LoopConfig)
+    """Length of training, evaluation, early stopping, checkpoints."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Layout of the devices."""
+    validation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(split="valid"))
+    """Who is measured while training, every `training.evaluate_every` steps."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured at the end."""
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1 or list(self.lengths) != sorted(set(self.lengths)):
+            raise UserError(f"configuration key 'lengths' is {self.lengths}; give rising lengths of 1 or more")
+
+
+def train(run: Run, config: SequentialConfig) -> None:
+    """Runs every phase that is not done yet, and prints the comparison table."""
+    source = config.data
+    tables = run.phase(
+        "tables",
+        fingerprint(source.fingerprint(), config.prepare),
+        lambda folder: prepare(source, config.prepare, folder),
+    )
+    examples = run.phase(
+        "examples", fingerprint(tables), lambda folder: write_examples(run.tables, folder, source.behaviors)
+    )
+    names = ("seed", "model", "objective", "batch_size", "lengths", "optim", "training", "mesh")
+    measured = (config.validation,) if config.training.evaluate_every else ()
+    trained = run.stage(
+        STAGE,
+        fingerprint(examples, *(getattr(config, name) for name in names), *measured),
+        lambda folder: train_model(assemble(run, config), config, folder, run.metrics_file),
+    )
+    run.phase(
+        "evaluation",
+        fingerprint(trained, config.evaluation),
+        lambda folder: compare(run, load_recommender(run), config.evaluation, folder),
+    )
+    present(run)
+
+
+def assemble(run: Run, config: SequentialConfig) -> SequentialAssembly:
+    """Shapes the model to the items of a run."""
+    counts = pq.read_table(run.tables / "items.parquet", columns=["count"])["count"].to_numpy()
+    # One event more for everybody, so that an item nobody took in training has a finite log-probability.
+    log_q = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)
+    model = SequentialModel(config.model, len(counts), config.lengths[-1])
+    wanted = np.isin(config.data.behaviors, config.data.target_behaviors)
+    return SequentialAssembly(model, config.lengths, log_q, run.examples, wanted)
+
+
+def load_recommender(run: Run) -> SequentialRecommender:
+    """The trained model of a run, in its best state, ready to recommend.
+
+    Raises:
+      UserError: the run is not trained yet, or no checkpoint of it can be read.
+    """
+    config = from_json(SequentialConfig, Run.load(run.path)[1])
+    params = checkpoint.load_best(run.path / STAGE, "params")["params"]
+    return SequentialRecommender(assemble(run, config), params)

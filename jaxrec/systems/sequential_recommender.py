@@ -1,0 +1,172 @@
+"""An item-level sequence model that recommends: histories in, the items of the highest scores out."""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrec.decoding.top import top
+from jaxrec.evaluation.cases import History
+from jaxrec.models.sequential import SequentialModel
+
+ROWS = 128
+"""Histories that are ranked together."""
+
+
+@dataclass(frozen=True, eq=False)
+class SequentialAssembly:
+    """The model and what it is asked for."""
+
+    model: SequentialModel
+    lengths: tuple[int, ...]
+    """what histories are padded to, rising"""
+    log_q: np.ndarray
+    """float32 [I]: log of each item's share of the training events"""
+    examples: Any
+    """folder of the example records"""
+    wanted: np.ndarray
+    """bool [behaviors]: the target behaviors, the only ones that are read"""
+
+    @property
+    def target_behaviors(self) -> list[int]:
+        """Indices of the target behaviors."""
+        return np.flatnonzero(self.wanted).tolist()
+
+    def init(self, seed: int) -> Any:
+        """Fresh parameters."""
+        key = jax.random.key(seed)
+        empty = jnp.zeros((1, self.lengths[0] + 1), jnp.int32)
+        made = jax.jit(lambda: self.model.init(key, empty, empty, jnp.zeros(1, jnp.int32), method="next"))()
+        return nn.unbox(made)["params"]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """What many users did, flat, in the target behaviors alone: from here a batch is one look-up."""
+
+    item: np.ndarray
+    """int32 [events]"""
+    time: np.ndarray
+    """int64 [events], seconds"""
+    start: np.ndarray
+    """int64 [R]: the first event of each history"""
+    end: np.ndarray
+    """int64 [R]: behind the last one"""
+    now: np.ndarray
+    """int64 [R]: when the next item is asked for"""
+
+    @classmethod
+    def of(cls, histories: Iterable[History], wanted: np.ndarray) -> "Histories":
+        """Keeps the events of the behaviors that `wanted` bool [behaviors] marks."""
+        items, times, now = [np.zeros(1, np.int32)], [np.zeros(1, np.int64)], []
+        for history in histories:
+            keep = wanted[history["behavior"]]
+            items.append(history["item"][keep])
+            times.append(history["timestamp"][keep])
+            last = history["timestamp"][-1] if len(history["timestamp"]) else 0
+            now.append(int(history.get("now", last)))
+        # The first place holds no event: an empty history points there.
+        end = np.cumsum([len(each) for each in items])
+        return cls(np.concatenate(items), np.concatenate(times), end[:-1], end[1:], np.array(now, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [R]."""
+        return self.end - self.start
+
+    def take(self, rows: np.ndarray, size: int, latest: int, first: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """The latest events of some histories: item and time int32 [n, size], length int32 [n].
+
+        At most `latest` <= size events each, of all or of the `first` int64 [n]. Times are seconds since the first one
+        that is taken; behind the last stands `now`.
+        """
+        end = self.end[rows] if first is None else self.start[rows] + first
+        start = np.maximum(self.start[rows], end - latest)
+        length = end - start
+        there = np.arange(size) < length[:, None]
+        index = np.where(there, start[:, None] + np.arange(size), 0)
+        time = np.where(there, self.time[index], self.now[rows][:, None])
+        since = np.clip(time - time[:, :1], 0, np.iinfo(np.int32).max)
+        item = np.where(there, self.item[index], 0)
+        return {"item": item, "time": since.astype(np.int32), "length": length.astype(np.int32)}
+
+
+def windows(lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """How to read histories of `lengths` int64 [R], at most `most` items and one target more at a time.
+
+    Returns int64 [n] and [n]: the history of each window, and how many events have happened at its end. From the latest
+    backwards every event but the first is the target of one item before it exactly once.
+    """
+    count = np.where(lengths > 1, -(-(lengths - 1) // most), 0)
+    rows = np.repeat(np.arange(len(lengths)), count)
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
+    return rows, lengths[rows] - place * most
+
+
+class SequentialRecommender:
+    """Ranks the whole catalogue by the products of a history's state with the items' vectors."""
+
+    def __init__(self, assembly: SequentialAssembly, params: Any):
+        self.assembly, self.params = assembly, params
+
+    def recommend(self, histories: list[History], k: int, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The k best items of each history: items int32 [B, k] (-1 = none) and scores float32 [B, k] (-inf = none).
+
+        Of a history longer than the model reads, the latest events count. Without any event of a target behavior it
+        gets the most popular items. `exclude_seen` leaves out all items of the history.
+        """
+        return self.rank(Histories.of(histories, self.assembly.wanted), k, exclude_seen)
+
+    def rank(self, histories: Histories, k: int, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """As `recommend`, of flat histories."""
+        assembly, found = self.assembly, min(k, len(self.assembly.log_q))
+        items = np.full((len(histories), k), -1, np.int32)
+        scores = np.full((len(histories), k), -np.inf, np.float32)
+        longest = assembly.lengths[-1]
+        # Histories of about one length together; the last batch is filled up with copies of its first.
+        order = np.argsort(histories.lengths, kind="stable")
+        for begin in range(0, len(order), ROWS):
+            rows = order[begin : begin + ROWS]
+            filled = np.concatenate([rows, np.full(ROWS - len(rows), rows[0])])
+            most = min(histories.lengths[rows].max(), longest)
+            size = next(length for length in assembly.lengths if length >= most)
+            arrays = histories.take(filled, size + 1, size)
+            seen = _seen(histories, filled, len(assembly.log_q)) if exclude_seen else None
+            best, values = jax.device_get(_rank(assembly, self.params, arrays, seen, found))
+            if np.isnan(values).any():
+                raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
+            best = np.where(np.isfinite(values), best, -1)
+            items[rows, :found], scores[rows, :found] = best[: len(rows)], values[: len(rows)]
+        return items, scores
+
+    def with_params(self, params: Any) -> "SequentialRecommender":
+        """The same with other parameters, such as those of a training that goes on; nothing is compiled again."""
+        return SequentialRecommender(self.assembly, params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _rank(assembly: SequentialAssembly, params: Any, arrays: dict, seen: jax.Array | None, k: int):
+    state, table = assembly.model.apply(
+        {"params": params}, arrays["item"], arrays["time"], arrays["length"], method="next"
+    )
+    scores = jnp.where(arrays["length"][:, None] > 0, state @ table.T, assembly.log_q)
+    if seen is not None:
+        scores = scores.at[jnp.arange(len(seen))[:, None], seen].set(-jnp.inf, mode="drop")
+    values, items = top(scores, k)
+    return items, values
+
+
+def _seen(histories: Histories, rows: np.ndarray, nothing: int) -> np.ndarray:
+    """All items of some histories, int32 [n, X], filled up with `nothing`; X is one of few sizes."""
+    longest = max(int(histories.lengths[rows].max()), 1)
+    seen = histories.take(rows, 16 * 2 ** max(0, (longest - 1).bit_length() - 4), longest)
+    there = np.arange(seen["item"].shape[1]) < seen["length"][:, None]
+    return np.where(there, seen["item"], nothing)

@@ -1,0 +1,224 @@
+"""Training an item-level sequence model on whole histories: every place that a model may learn from, in one pass."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrec.config import UserError
+from jaxrec.data.examples import Records
+from jaxrec.data.pipeline import Features, array_batches, merge_small
+from jaxrec.evaluation import make_cases, ranking_metrics
+from jaxrec.evaluation.metrics import mean
+from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
+from jaxrec.models.sequential import Bert4RecConfig
+from jaxrec.systems.comparison import draw
+from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, windows
+from jaxrec.training.loop import TrainState, fit
+from jaxrec.training.optim import make_optimizer
+from jaxrec.training.sharding import make_mesh
+
+if TYPE_CHECKING:
+    from jaxrec.systems.sequential import SequentialConfig
+
+TRIES = 4
+"""Draws of a negative that the user doesn't have."""
+
+
+@dataclass(frozen=True)
+class FullSoftmax:
+    """Cross-entropy over the whole catalogue."""
+
+    label_smoothing: float = 0.0
+    """share of the probability that is spread over all items"""
+    rows: int = 256
+    """targets whose logits are there at once; 0 for all"""
+
+
+@dataclass(frozen=True)
+class SampledSoftmax:
+    """Softmax among items drawn by their popularity, corrected for that (YouTubeDNN)."""
+
+    negatives: int = 1024
+    """items drawn for a batch"""
+    power: float = 1.0
+    """items are drawn by their popularity to this power; 0 for all alike"""
+
+
+@dataclass(frozen=True)
+class Binary:
+    """Each target against items that the user never had, drawn evenly (SASRec as published: one)."""
+
+    negatives: int = 1
+    """items drawn for a target"""
+
+
+def train_model(
+    assembly: SequentialAssembly, config: "SequentialConfig", folder: Path, metrics_path: Path
+) -> TrainState:
+    """Trains to the end, or until validation gets no better, from the newest checkpoint in `folder` if there is one."""
+    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    optimizer = make_optimizer(config.optim, config.training.steps)
+    params = assembly.init(config.seed)
+    return fit(
+        make_step(assembly, config, optimizer),
+        TrainState(jnp.int32(0), params, optimizer.init(params)),
+        training_batches(assembly, config),
+        config=config.training,
+        folder=folder,
+        metrics_path=metrics_path,
+        stage="train",
+        mesh=mesh,
+        evaluate=validation(assembly, config) if config.training.evaluate_every else None,
+    )
+
+
+def make_step(
+    assembly: SequentialAssembly, config: "SequentialConfig", optimizer: optax.GradientTransformation
+) -> Callable:
+    """step(state, batch) -> (state, metrics as (sum, count)), where batch is what `training_batches` yields."""
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def mean_loss(params):
+            total, count = loss(assembly, config.objective, params, batch, key)
+            return total / jnp.maximum(count, 1), (total, count)
+
+        gradients, pair = jax.grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), {"loss": pair}
+
+    return step
+
+
+def loss(
+    assembly: SequentialAssembly,
+    objective: FullSoftmax | SampledSoftmax | Binary,
+    params: Any,
+    batch: dict,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the losses of a batch's targets, and their number.
+
+    batch: item, time int32 [B, S + 1] and length int32 [B] of the events, at least two of them.
+    """
+    chance, drop, draw = jax.random.split(key, 3)
+    prepare = hidden_places if isinstance(assembly.model.config, Bert4RecConfig) else next_places
+    inputs, targets, where = prepare(assembly, batch, chance)
+    states, table = assembly.model.apply({"params": params}, *inputs, True, rngs={"dropout": drop})
+    where &= batch["where"][:, None]
+    if isinstance(objective, FullSoftmax):
+        values = full_softmax(
+            states.reshape(-1, states.shape[-1]),
+            table,
+            targets.reshape(-1),
+            where=where.reshape(-1),
+            label_smoothing=objective.label_smoothing,
+            rows=objective.rows,
+        )
+    elif isinstance(objective, SampledSoftmax):
+        values = _sampled(objective, assembly.log_q, states, table, targets, where, draw)
+    else:
+        negatives, candidates = unseen_items(batch, targets.shape, objective.negatives, len(table), draw)
+        positive = (states * table[targets]).sum(-1)
+        others = jnp.einsum("BSD,BSnD->BSn", states, table[negatives])
+        values = binary(positive, others, candidates=candidates, where=where)
+    return values.sum(), where.sum()
+
+
+def next_places(assembly: SequentialAssembly, batch: dict, chance: jax.Array):
+    """(what the model reads, targets int32 [B, S], where bool [B, S]): each item is the target of the place before."""
+    item, time, length = batch["item"], batch["time"], batch["length"]
+    where = jnp.arange(item.shape[1] - 1) < length[:, None] - 1
+    return (item[:, :-1], where, time[:, :-1], time[:, 1:]), item[:, 1:], where
+
+
+def hidden_places(assembly: SequentialAssembly, batch: dict, chance: jax.Array):
+    """As `next_places`, for BERT4Rec: items hidden at random are the targets of their own places.
+
+    Of some histories the last item alone; no history is without a target.
+    """
+    config, item, length = assembly.model.config, batch["item"], batch["length"][:, None]
+    place = jnp.arange(item.shape[1])
+    few, rows = jax.random.split(chance)
+    last = place == length - 1
+    hidden = jax.random.uniform(few, item.shape) < config.masked
+    only = jax.random.uniform(rows, (len(item), 1)) < config.last_only
+    mask = place < length
+    hidden = jnp.where(only | ~(hidden & mask).any(1, keepdims=True), last, hidden) & mask
+    items = jnp.where(hidden, assembly.model.items, item)
+    return (items, mask, batch["time"], batch["time"]), item, hidden
+
+
+def _sampled(objective: SampledSoftmax, log_q: np.ndarray, states, table, targets, where, key) -> jax.Array:
+    log_p = jax.nn.log_softmax(objective.power * log_q)
+    bounds = jnp.cumsum(jnp.exp(log_p))
+    drawn = jnp.searchsorted(bounds, jax.random.uniform(key, (objective.negatives,)) * bounds[-1], side="right")
+    drawn = jnp.minimum(drawn, len(log_p) - 1)
+    return sampled_softmax(
+        (states * table[targets]).sum(-1),
+        states @ table[drawn].T,
+        log_draws=log_p[drawn] + np.log(objective.negatives),
+        candidates=drawn != targets[..., None],
+        where=where,
+    )
+
+
+def unseen_items(batch: dict, shape: tuple[int, int], count: int, items: int, key: jax.Array):
+    """Items drawn evenly of those that a history doesn't hold: int32 [B, S, count], and bool: whether one was found."""
+    tries = jax.random.randint(key, (*shape, count, TRIES), 0, items)
+    there = jnp.arange(batch["item"].shape[1]) < batch["length"][:, None]
+    own = jnp.where(there, batch["item"], -1)
+    fresh = (tries[..., None] != own[:, None, None, None]).all(-1)
+    first = jnp.argmax(fresh, axis=-1, keepdims=True)
+    return jnp.take_along_axis(tries, first, axis=-1)[..., 0], fresh.any(-1)
+
+
+def training_batches(assembly: SequentialAssembly, config: "SequentialConfig") -> Iterator[Features]:
+    """Batches without end, in an order that the seed decides, each of one length bucket; long histories in windows.
+
+    Raises:
+      UserError: no history holds two events.
+    """
+    histories = Histories.of(Records(assembly.examples, "train"), assembly.wanted)
+    rows, ends = windows(histories.lengths, assembly.lengths[-1])
+    if not len(rows):
+        raise UserError("no user has two events of a target behavior to train on; use more data or another split")
+    buckets = np.searchsorted(assembly.lengths, np.minimum(ends - 1, assembly.lengths[-1]))
+    buckets = merge_small(buckets, config.batch_size)
+
+    def take(chosen: np.ndarray) -> Features:
+        size = assembly.lengths[buckets[chosen[0]]] + 1
+        return histories.take(rows[chosen], size, size, ends[chosen])
+
+    return array_batches(
+        take,
+        buckets,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        # A log of fewer histories than a batch is one batch, filled up.
+        drop_remainder=len(rows) >= config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def validation(assembly: SequentialAssembly, config: "SequentialConfig") -> Callable[[TrainState], dict[str, float]]:
+    """A function of the state: metrics of the validation targets, ranked among all items."""
+    split = config.validation.split
+    cases = make_cases(Records(assembly.examples, split), assembly.target_behaviors, split)
+    cases = draw(cases, config.validation)
+    histories = Histories.of(cases.histories, assembly.wanted)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        ranked, _ = SequentialRecommender(assembly, state.params).rank(histories, 10)
+        return {name: mean(pair) for name, pair in ranking_metrics(ranked, cases.targets, cases.where, (10,)).items()}
+
+    return evaluate
