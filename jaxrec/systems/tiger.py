@@ -132,13 +132,13 @@ def train(run: Run, config: TigerConfig) -> None:
 
 
 def load_recommender(run: Run) -> GenerativeRecommender:
-    """The trained model of a run, ready to recommend.
+    """The trained model of a run, in its best state where it was measured on the way, ready to recommend.
 
     Raises:
       UserError: the run is not trained yet, or no checkpoint of it can be read.
     """
     config = from_json(TigerConfig, Run.load(run.path)[1])
-    trained = checkpoint.load_parts(run.path / STAGE, "params")
+    trained = checkpoint.load_best(run.path / STAGE, "params")
     return GenerativeRecommender(assemble(run, config), trained, config.features, config.decoding)
 
 
