@@ -1,5 +1,6 @@
 """What all tests share: the CPU, simulated devices on request, a compilation cache that makes the second run fast."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -19,6 +20,22 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 FLAGS = ("backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(f"--xla_{flag}" for flag in FLAGS)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+MOST_MAPS = 20_000
+"""Memory maps of this process beyond which compiled programs are dropped. Each program has dozens, and a process that
+has Linux's most, 65,530, crashes; what is dropped and asked for again comes from the cache."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Drops the compiled programs of the modules before, when there are many."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax  # not before the environment variables above
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
