@@ -35,7 +35,7 @@ from jaxrec.semantic_ids.versions import (
     read_version,
     roll_back,
 )
-from jaxrec.systems import onemall
+from jaxrec.systems import onemall, phases
 from jaxrec.text.scenarios import TowersConfig
 
 LEVELS = ([[0.0], [100.0]], [[0.0], [10.0], [20.0]])
@@ -334,10 +334,10 @@ def test_a_run_does_not_replace_ids_that_have_later_versions(tmp_path, monkeypat
     def stop(*_):
         raise ExamplesWanted
 
-    monkeypatch.setattr(onemall, "prepare", lambda *_: None)
-    monkeypatch.setattr(onemall, "_encoder", lambda *_: ("encoder",))  # There are no tables to ask.
-    monkeypatch.setattr(onemall, "tokenize", lambda *_, **__: None)
-    monkeypatch.setattr(onemall, "write_examples", stop)
+    monkeypatch.setattr(phases, "prepare", lambda *_: None)
+    monkeypatch.setattr(phases, "_encoder", lambda *_: ("encoder",))  # There are no tables to ask.
+    monkeypatch.setattr(phases, "tokenize", lambda *_, **__: None)
+    monkeypatch.setattr(phases, "write_examples", stop)
     run, config = Run(tmp_path), load_config("tests/mall.py")
     made = tmp_path / "semantic_ids" / "versions"
 
@@ -362,9 +362,9 @@ def test_scenarios_count_only_where_they_are_chosen(tmp_path, monkeypatch):
         raise ExamplesWanted(*parts)
 
     monkeypatch.setattr(Run, "phase", lambda *_: "tables")
-    monkeypatch.setattr(onemall, "fingerprint", lambda *parts: parts)
-    monkeypatch.setattr(onemall, "_encoder", lambda *_: ("encoder",))  # There are no tables to ask.
-    monkeypatch.setattr(onemall, "check_replaceable", stop)
+    monkeypatch.setattr(phases, "fingerprint", lambda *parts: parts)
+    monkeypatch.setattr(phases, "_encoder", lambda *_: ("encoder",))  # There are no tables to ask.
+    monkeypatch.setattr(phases, "check_replaceable", stop)
     config = load_config("tests/mall.py")
     for scenarios, counted in ((None, []), (TowersConfig(), [TowersConfig()])):
         with pytest.raises(ExamplesWanted) as found:

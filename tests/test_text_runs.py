@@ -7,11 +7,12 @@ from tiny_encoder import make_encoder
 
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.run import Run
-from jaxrec.systems import onemall
+from jaxrec.systems import onemall, phases
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
 
-STEPS = ("write_examples", "tokenize", "finetune_items", "assemble", "train_model", "compare", "load_recommender")
+FIRST = ("write_examples", "tokenize", "finetune_items")
+STEPS = (*FIRST, "assemble", "train_model", "compare", "load_recommender")
 
 
 @pytest.fixture
@@ -19,7 +20,8 @@ def made(monkeypatch):
     """What `train` does, as a list of names, with work that is only noted down."""
     done = []
     for name in (*STEPS, "present"):
-        monkeypatch.setattr(onemall, name, lambda *_, name=name, **__: done.append(name))
+        module = phases if name in FIRST else onemall
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: done.append(name))
     return done
 
 
@@ -27,7 +29,7 @@ def run_with(monkeypatch, tmp_path, columns: dict, text: EncoderConfig) -> tuple
     def prepare(source, config, folder):
         pq.write_table(pa.table(columns), folder / "items.parquet")
 
-    monkeypatch.setattr(onemall, "prepare", prepare)
+    monkeypatch.setattr(phases, "prepare", prepare)
     config = onemall.OneMallConfig(data=SyntheticMall(), text=text, align=FinetuneConfig())
     return Run.open(tmp_path / "run", config), config
 
