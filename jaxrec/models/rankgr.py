@@ -86,7 +86,8 @@ class RankHead(nn.Module):
         self.attention = TargetAttention(self.config.heads, self.width // self.config.heads, self.dtype)
         self.norm, self.states_norm = RMSNorm(), RMSNorm()
         self.feed_forward = FeedForward(self.config.hidden, self.dtype)
-        self.out = Projection(1, ("embed", None), self.dtype)
+        # Small at first: with `likelihood` an untrained head then ranks as the decoder does.
+        self.out = Projection(1, ("embed", None), self.dtype, gain=0.01)
         if self.config.likelihood:
             self.share = self.param("share", nn.initializers.ones, ())
 
