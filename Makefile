@@ -19,7 +19,7 @@ demo: setup  ## train OneMall on the embedded data set, end to end, in runs/demo
 	$(BIN)/python train.py configs/onemall.py --run runs/demo
 
 test: setup  ## run the whole test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
 
 setup-spark: $(SPARK_STAMP)  ## add Spark to .venv (needs Java 17 or newer)
 

@@ -60,7 +60,8 @@ def main() -> None:
         config = retriever.recommender.config
         retriever.recommender.config = dataclasses.replace(config, batch_size=1)
         single = alone / time_alone(retriever, some)
-    case = f"{lines} lines, batches of {config.batch_size}, {config.beam_width} beams, {len(retriever.catalogue.current)} items"
+    items = len(retriever.catalogue.current)
+    case = f"{lines} lines, batches of {config.batch_size}, {config.beam_width} beams, {items} items"
     ours = lines / seconds
     report("lines/s", case, ours, padded, "one request at a time", "lines/s", compilations=len(compiled))
     report("lines/s", case, ours, single, "one request at a time, batch size 1", "lines/s")

@@ -13,7 +13,8 @@ from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.data.sources import SequenceText
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.rankgr import RankConfig, RankGRConfig
-from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
+from jaxrec.semantic_ids import ResidualConfig, SemanticIdConfig
+from jaxrec.semantic_ids.collisions import CollisionConfig
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
 from jaxrec.systems.recommender import DecodingConfig
@@ -25,16 +26,19 @@ config = RankGRRunConfig(
     batch_size=256,
     # A user's whole sequence is one example: every item of it is a target after those before it.
     sessions_per_user=1,
-    features=LeveledSessionConfig(buckets=(4, 8, 16, 50), targets=1, next_items=50, sampled=4),
-    semantic_ids=SemanticIdConfig(ResidualConfig((128, 128)), FsqConfig((2,) * 8)),
+    features=LeveledSessionConfig(buckets=(4, 8, 16, 50), targets=1, next_items=50, sampled=2),
+    semantic_ids=SemanticIdConfig(ResidualConfig((256, 256, 256)), None),
+    # The rank head scores one item an ID.
+    collisions=CollisionConfig("nearest_free"),
     model=RankGRConfig(
-        CausalConfig(width=128, heads=4, groups=4, head_dim=32, hidden=256, layers=2, rotary_base=1e4, dropout=0.3),
-        rank=RankConfig(loss="softmax", likelihood_weight=0.2),
+        CausalConfig(width=128, heads=4, groups=4, head_dim=32, hidden=256, layers=2, rotary_base=1e4, dropout=0.4),
+        embeddings=True,
+        rank=RankConfig(loss="softmax", temperature=0.08, likelihood_weight=0.5),
     ),
-    objective=ObjectiveConfig(alpha=0.1, smoothing=0.1),
-    optim=OptimConfig(learning_rate=2e-3, warmup=200, weight_decay=0.1),
-    training=LoopConfig(steps=4000, log_every=50, checkpoint_every=500, evaluate_every=500),
-    decoding=DecodingConfig(beam_width=128, batch_size=64),
-    # Beams for all 22,363 users take longer than the training; 0 measures them all.
-    evaluation=EvaluationConfig(max_users=5000),
+    objective=ObjectiveConfig(alpha=0.1),
+    optim=OptimConfig(learning_rate=1.5e-3, warmup=100, weight_decay=0.05, final_fraction=0.05),
+    # 87 steps are an epoch.
+    training=LoopConfig(steps=2610, log_every=87, checkpoint_every=435, evaluate_every=435, patience=3),
+    decoding=DecodingConfig(beam_width=100, batch_size=128),
+    validation=EvaluationConfig(split="valid", max_users=2000),
 )

@@ -31,7 +31,7 @@ config = TigerConfig(
     ),
     objective=ObjectiveConfig(smoothing=0.1),
     optim=OptimConfig(learning_rate=2e-3, warmup=200, weight_decay=0.05),
-    training=LoopConfig(steps=3500, log_every=50, checkpoint_every=350, evaluate_every=350),
+    training=LoopConfig(steps=3500, log_every=50, checkpoint_every=350, evaluate_every=350, patience=4),
     decoding=DecodingConfig(beam_width=32, batch_size=64),
     # Beams of 500 for all 22,363 users would take longer than the training; 0 measures them all.
     evaluation=EvaluationConfig(max_users=5000),

@@ -32,7 +32,9 @@ def make_assembly(config: RankGRConfig = MODEL) -> RankGRAssembly:
     model = RankGR(config, ITEMS, len(BEHAVIORS), AGES)
     wanted = np.array([False, False, True])
     space = SemanticIdSpace(codes, SIZES, counts)
-    return RankGRAssembly(model, space, BEHAVIORS, wanted, behavior_levels((), BEHAVIORS), counts)
+    embeddings = rng.normal(size=(ITEMS, 6)).astype(np.float32) if config.embeddings else None
+    levels = behavior_levels((), BEHAVIORS)
+    return RankGRAssembly(model, space, BEHAVIORS, wanted, levels, counts, embeddings=embeddings)
 
 
 @functools.cache

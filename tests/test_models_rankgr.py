@@ -22,6 +22,7 @@ VARIANTS = {
     "no behaviors or gaps": dataclasses.replace(MODEL, behaviors=False, gaps=False),
 }
 SOFTMAX = dataclasses.replace(MODEL, rank=dataclasses.replace(MODEL.rank, loss="softmax"))
+COSINE = dataclasses.replace(SOFTMAX, embeddings=True, rank=dataclasses.replace(SOFTMAX.rank, temperature=0.5))
 ARRAYS = make_arrays([make_record(0, 12), make_record(1, 9)], dataclasses.replace(FEATURES, buckets=(6,)))
 TARGETS = jnp.asarray(np.random.default_rng(1).integers(0, SIZES, (2, 4, 3)), jnp.int32)
 LAST = np.array([[5, 0, 2, 5], [3, 1, 0, 2]])
@@ -159,19 +160,36 @@ def test_the_beam_ranks_by_the_product_of_the_rank_heads_scores():
         assert list(dict.fromkeys(found)) == sorted(expected, key=lambda code: -expected[code])
 
 
-def test_items_are_scored_by_themselves_at_the_end_of_the_beam():
-    items, scores = recommend(SOFTMAX)
-    assembly, variables = make_assembly(SOFTMAX), make_variables(SOFTMAX)
+@pytest.mark.parametrize("config", [SOFTMAX, COSINE], ids=["products", "cosines and embeddings"])
+def test_items_are_scored_by_themselves_at_the_end_of_the_beam(config):
+    items, scores = recommend(config)
+    assembly, variables = make_assembly(config), make_variables(config)
     first = first_items(assembly.space)
     for row in (0, 2, 4):
-        config = dataclasses.replace(FEATURES, buckets=(FEATURES.bucket_of(RECORDS[row], 10**6),))
+        features = dataclasses.replace(FEATURES, buckets=(FEATURES.bucket_of(RECORDS[row], 10**6),))
         served = assembly.serve(variables)
-        context = assembly.context(served, make_arrays([RECORDS[row]], config))
-        query = assembly.model.apply(variables, context.own.state, method="item_query")
-        expected = np.asarray(served["table"] @ query[0])[first]
+        context = assembly.context(served, make_arrays([RECORDS[row]], features))
+        factors = assembly.model.apply(variables, context.own.state, served["table"], method="item_scores")
+        expected = np.asarray(factors[1] @ factors[0][0])[first]
         order = np.argsort(-expected, kind="stable")
         np.testing.assert_allclose(np.unique(scores[row]), np.unique(expected), atol=1e-4)
         assert items[row, 0] == first[order[0]]
+
+
+def test_item_vectors_are_sums_and_cosines_are_divided_by_the_temperature():
+    assembly, params = make_assembly(COSINE), make_variables(COSINE)["params"]
+    table = np.asarray(assembly.serve({"params": params})["table"])
+    codes = sum(
+        np.asarray(params["backbone"]["embed"]["table"])[assembly.space.codes[:, level] + offset]
+        for level, (offset, _) in enumerate(assembly.model.config.backbone.levels)
+    )
+    known = assembly.embeddings * 6**0.5 @ np.asarray(params["known"]["weight"])
+    np.testing.assert_allclose(table, params["item"]["table"] + codes + known, atol=1e-5)
+    state = np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32)
+    query, vectors = assembly.model.apply({"params": params}, state, table, method="item_scores")
+    plain = state @ np.asarray(params["query"]["weight"])
+    cosines = (table @ plain[0]) / np.linalg.norm(table, axis=1) / np.linalg.norm(plain)
+    np.testing.assert_allclose(query @ vectors.T, cosines[None] / 0.5, atol=1e-5)
 
 
 def test_narrow_beams_and_widths_that_small_catalogues_do_not_have():

@@ -30,7 +30,7 @@ x = np.load(out + "/x.npy")
 mine = x[:300] if host == 0 else x[300:]
 rows = place(mine if hosts > 1 else x, make_mesh(MeshConfig()))
 assert len(rows) == len(x)
-config = ResidualConfig((8, 4, 20), kmeans=KMeansConfig(start_rows=(100, 100), rows_per_cluster=50))
+config = ResidualConfig((8, 4, 20), kmeans=KMeansConfig(start_rows=(100, 100), rows_per_cluster=50, axes_iterations=10))
 fitted = residual.fit(jax.random.key(0), rows, config)
 codes = rows.local(residual.encode_rows(fitted, rows))
 assert len(codes) == (len(mine) if hosts > 1 else len(x))
@@ -48,7 +48,9 @@ def one_device(tmp_path_factory):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(8, 32))[np.arange(501) % 8] * 10 + rng.normal(size=(501, 32))).astype(np.float32)
     np.save(folder / "x.npy", x)
-    config = ResidualConfig((8, 4, 20), kmeans=KMeansConfig(start_rows=(100, 100), rows_per_cluster=50))
+    config = ResidualConfig(
+        (8, 4, 20), kmeans=KMeansConfig(start_rows=(100, 100), rows_per_cluster=50, axes_iterations=10)
+    )
     fitted = residual.fit(jax.random.key(0), x, config)
     return folder, fitted, np.asarray(residual.encode(fitted, x))
 

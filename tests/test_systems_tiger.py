@@ -62,8 +62,8 @@ def plain_loss(assembly, params, history: list[int], user: int, target: int, smo
     """-log p of an item's codes after a history, one code after the other, without padding."""
     cfg = assembly.model.config
     offsets = np.array([offset for offset, _ in cfg.levels])
-    hashed = (np.uint32(user) * np.uint32(2654435761)) >> np.uint32(8)
-    tokens = np.concatenate([[cfg.vocabulary - USERS + int(hashed) % USERS], (CODES[history] + offsets).ravel()])
+    hashed = (user * 2654435761 % 2**32) >> 8
+    tokens = np.concatenate([[cfg.vocabulary - USERS + hashed % USERS], (CODES[history] + offsets).ravel()])
     variables = {"params": params}
     context = assembly.model.apply(
         variables, jnp.asarray(tokens[None], jnp.int32), jnp.ones((1, len(tokens)), bool), method="prefill"

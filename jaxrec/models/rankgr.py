@@ -5,9 +5,9 @@
                                       ├─ extend:   one more code for every beam
                                       └─ rank:     the rank head's scores of candidate codes (Eq. 12-15)
 
-The history is one position an item (`context="item"`: a vector of the item's own and the sum of its codes' embeddings)
-or one position a code (`context="codes"`, as published). Behavior and the time since the event before are added to
-either.
+The history is one position an item (`context="item"`: a vector of the item's own, the sum of its codes' embeddings and,
+if asked for, what the codes were made of) or one position a code (`context="codes"`, as published). Behavior and the
+time since the event before are added to either.
 """
 
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from jaxrec.models.causal import Causal, CausalConfig, CausalContext
 from jaxrec.models.vocabulary import to_tokens
 from jaxrec.nn.attention import KeyValue, TargetAttention
 from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
+from jaxrec.nn.vectors import unit
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,15 @@ class RankConfig:
     """the head's logit begins as the code's log-probability and learns what to add; off, as published, without it"""
     likelihood_weight: float = 0.0
     """weight of the ID's log-probability that is added to the final score, which is without it as published"""
+    temperature: float = 0.0
+    """of "softmax": what the cosine of history and item is divided by to be a score; 0: their product is"""
 
     def __post_init__(self):
         for name in ("heads", "hidden", "candidates", "targets"):
             if getattr(self, name) < 1:
                 raise UserError(f"configuration key 'model.rank.{name}' is {getattr(self, name)}; give 1 or more")
+        if self.temperature < 0:
+            raise UserError(f"configuration key 'model.rank.temperature' is {self.temperature}; give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class RankGRConfig:
     """histories say what the user did with an item"""
     gaps: bool = True
     """histories say how long after the event before"""
+    embeddings: bool = False
+    """what IDs were made of is part of the items' vectors too, as few events say little of an item"""
     rank: RankConfig = field(default_factory=RankConfig)
     """the rank head"""
 
@@ -128,15 +135,19 @@ class RankGR(nn.Module):
         self.gap = Embedding(self.gaps, width, dtype, scale) if cfg.gaps else None
         self.rank_head = RankHead(cfg.rank, width, dtype) if cfg.rank.loss == "bce" else None
         self.query = Projection(width, ("embed", "mlp"), dtype) if cfg.rank.loss == "softmax" else None
+        self.known = Projection(width, (None, "embed"), dtype, gain=scale) if cfg.embeddings else None
 
     @property
     def has_items(self) -> bool:
         """Whether every item has a vector of its own."""
         return self.config.context == "item" or self.config.rank.loss == "softmax"
 
-    def item_table(self, codes: jax.Array) -> jax.Array:
-        """The vector of every item, [I, D], from its codes int32 [I, M]."""
+    def item_table(self, codes: jax.Array, embeddings: jax.Array | None = None) -> jax.Array:
+        """The vector of every item, [I, D], from its codes int32 [I, M] and, if the model reads them, embeddings."""
         table = self.backbone.embed(to_tokens(codes, self.config.backbone.levels)).sum(-2)
+        if self.known is not None:
+            # Of unit length as they come; so each of their numbers has a variance of about one.
+            table += self.known(embeddings * embeddings.shape[-1] ** 0.5)
         return table + self.item.table.astype(table.dtype) if self.has_items else table
 
     def read(self, arrays: dict, codes: jax.Array, table: jax.Array, train: bool = False) -> RankContext:
@@ -153,6 +164,8 @@ class RankGR(nn.Module):
             x = x + self.behavior(arrays["behavior"])[:, :, None]
         if self.gap is not None:
             x = x + self.gap(arrays["gap"])[:, :, None]
+        if self.config.context == "item":
+            x *= x.shape[-1] ** 0.5  # each number of an item's vector has a variance of about one, as the blocks add
         each = x.shape[2]
         own, states = self.backbone.read(x.reshape(x.shape[0], -1, x.shape[-1]), jnp.repeat(mask, each, axis=1), train)
         return RankContext(own, states)
@@ -202,18 +215,22 @@ class RankGR(nn.Module):
         x = self.backbone.embed(to_tokens(codes[..., None], self.config.backbone.levels, level)[..., 0])
         return self.rank_head(x, memory, context.own.mask, self.rank_head.memory(states), log_probs)
 
-    def item_query(self, states: jax.Array) -> jax.Array:
-        """What item vectors are multiplied by, from the state [..., D] of a history: [..., D]."""
-        return self.query(states)
+    def item_scores(self, states: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Two factors, [..., D] and [I, D], of the scores of all items of a table after histories with states [..., D].
 
-    def __call__(self, arrays: dict, codes: jax.Array, targets: jax.Array) -> jax.Array:
+        The table is that of `item_table`.
+        """
+        query, temperature = self.query(states), self.config.rank.temperature
+        return (unit(query) / temperature, unit(table)) if temperature else (query, table)
+
+    def __call__(self, arrays: dict, codes: jax.Array, targets: jax.Array, embeddings=None) -> jax.Array:
         """Touches every part once; for `init`."""
-        context = self.read(arrays, codes, self.item_table(codes))
+        context = self.read(arrays, codes, self.item_table(codes, embeddings))
         log_probs, _, states = self.score(context, targets)
         if self.rank_head is not None:
             log_probs += self.rank(
                 context, self.memory(context), states[:, :, :1], targets[..., :1], log_probs[..., :1], 0
             )
         if self.query is not None:
-            log_probs += self.item_query(states).sum(-1)
+            log_probs += self.query(states).sum(-1)
         return log_probs

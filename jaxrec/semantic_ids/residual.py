@@ -27,8 +27,8 @@ class ResidualConfig:
     """Codes in each level."""
     balanced: tuple[int, ...] = ()
     """Levels, counted from 1, whose clusters are kept about equally large; OneSearch: the last one, (3,)."""
-    kmeans: KMeansConfig = field(default_factory=partial(KMeansConfig, rows_per_cluster=1024))
-    """How the other levels are fitted: to more rows than a single level needs, as errors add up."""
+    kmeans: KMeansConfig = field(default_factory=partial(KMeansConfig, rows_per_cluster=1024, axes_iterations=10))
+    """How the other levels are fitted: with more care than a single level needs, as errors add up."""
     balance: BalancedConfig = field(default_factory=BalancedConfig)
     """How the balanced levels are balanced."""
 

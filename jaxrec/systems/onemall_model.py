@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
-from jaxrec.config import UserError
 from jaxrec.data.attributes import attribute_indices, later_attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
 from jaxrec.data.popularity import PopularityByPeriod, read_popularity
@@ -29,6 +28,7 @@ from jaxrec.models.prior import Prior, build_prior
 from jaxrec.run import Run
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
+from jaxrec.systems.recommender import filled_up, with_later_embeddings
 from jaxrec.training.sharding import init_sharded
 
 if TYPE_CHECKING:
@@ -142,15 +142,8 @@ class Assembly:
         trained = self.catalogue
         first, count = len(trained.codes), len(version)
         later = version.items.slice(first)
-        attributes, embeddings = np.asarray(trained.attributes), np.asarray(trained.embeddings)
-        given = np.zeros((count - first, embeddings.shape[1]), np.float32)
-        if version.embeddings.shape[1]:
-            if version.embeddings.shape[1] != given.shape[1]:
-                raise UserError(
-                    f"embeddings of new items have width {version.embeddings.shape[1]}, those of the run have "
-                    f"{given.shape[1]}: give such as its semantic IDs were made of"
-                )
-            given = np.nan_to_num(version.embeddings)
+        attributes = np.asarray(trained.attributes)
+        embeddings = with_later_embeddings(np.asarray(trained.embeddings), version)
         more = np.zeros((count - first, attributes.shape[1]), np.int32)
         if len(later) and self.attributes_of is not None:
             more = self.attributes_of(later)
@@ -161,7 +154,7 @@ class Assembly:
         return Catalogue(
             codes=filled_up(version.codes, version.capacity),
             attributes=filled_up(np.concatenate([attributes, more]), version.capacity),
-            embeddings=filled_up(np.concatenate([embeddings, given]), version.capacity),
+            embeddings=filled_up(embeddings, version.capacity),
             log_q=filled_up(np.asarray(trained.log_q), version.capacity),
             prior=build_prior(
                 version.codes,
@@ -205,10 +198,3 @@ def assemble(run: Run, config: "OneMallConfig") -> Assembly:
 def _put(table: jax.Array, rows: jax.Array, vectors: jax.Array) -> jax.Array:
     """A copy of the table with other vectors at rows int32 [n], which may repeat with the same vector."""
     return table.at[rows].set(vectors)
-
-
-def filled_up(values: np.ndarray, rows: int) -> jax.Array:
-    """values [n, ...] with zeros behind up to `rows`."""
-    filled = np.zeros((rows, *values.shape[1:]), values.dtype)
-    filled[: len(values)] = values
-    return jnp.asarray(filled)

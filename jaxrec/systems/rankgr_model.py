@@ -20,6 +20,8 @@ from jaxrec.models.huggingface import load_qwen2
 from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig
 from jaxrec.run import Run, read_json, write_json
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
+from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
+from jaxrec.systems.recommender import filled_up, with_later_embeddings
 from jaxrec.training.sharding import init_sharded
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class RankGRAssembly:
     """folder of the example records"""
     pretrained: dict | None = None
     """parameters of the backbone to begin from"""
+    embeddings: np.ndarray | None = None
+    """float32 [I, E], what the IDs were made of, if the model reads them"""
 
     @property
     def target_behaviors(self) -> list[int]:
@@ -70,7 +74,8 @@ class RankGRAssembly:
         def make():
             one = jnp.zeros((1, 1), jnp.int32)
             arrays = {"item": one, "behavior": one, "gap": one, "mask": jnp.ones((1, 1), bool)}
-            variables = self.model.init(jax.random.key(seed), arrays, self.codes, jnp.zeros((1, 1, levels), jnp.int32))
+            targets = jnp.zeros((1, 1, levels), jnp.int32)
+            variables = self.model.init(jax.random.key(seed), arrays, self.codes, targets, self.embeddings)
             return {"params": with_pretrained(nn.unbox(variables["params"]), self.pretrained, seed)}
 
         return jax.jit(make)() if mesh is None else init_sharded(make, mesh)
@@ -82,16 +87,17 @@ class RankGRAssembly:
 
         Where items have vectors of their own, later ones have the mean.
         """
-        codes = self.space.codes.astype(np.int32)
+        codes, embeddings = self.space.codes.astype(np.int32), self.embeddings
         if version is not None:
-            codes = np.zeros((version.capacity, self.space.levels), np.int32)
-            codes[: len(version)] = version.codes
+            codes = filled_up(version.codes.astype(np.int32), version.capacity)
+            if embeddings is not None:
+                embeddings = filled_up(with_later_embeddings(embeddings, version), version.capacity)
         params = dict(variables["params"])
         if "item" in params and version is not None:
             own = np.asarray(params["item"]["table"])
             more = np.broadcast_to(own.mean(0), (len(codes) - len(own), own.shape[1]))
             params["item"] = {"table": jnp.concatenate([own, more])}
-        table = _item_table(self.model.clone(items=len(codes)), {"params": params}, jnp.asarray(codes))
+        table = _item_table(self.model.clone(items=len(codes)), {"params": params}, jnp.asarray(codes), embeddings)
         return {"variables": variables, "codes": jnp.asarray(codes), "table": table}
 
     def context(self, served: dict, arrays: dict[str, jax.Array]) -> RankContext:
@@ -109,13 +115,13 @@ class RankGRAssembly:
             return None
         variables, last = served["variables"], self.space.levels - 1
         if config.loss == "softmax":
-            query = self.model.apply(variables, context.own.state, method="item_query")
+            query, table = self.model.apply(variables, context.own.state, served["table"], method="item_scores")
 
             def by_item(candidates: Candidates, cache: dict) -> jax.Array:
                 if candidates.level < last:
                     return candidates.log_probs
                 first, _ = served["trie"].leaf_ranges(jnp.maximum(candidates.nodes, 0))
-                vectors = served["table"][served["trie"].items.at[first].get(mode="clip")]
+                vectors = table[served["trie"].items.at[first].get(mode="clip")]
                 scores = jnp.einsum("BD,BCD->BC", query, vectors).astype(jnp.float32)
                 return scores + config.likelihood_weight * candidates.log_probs
 
@@ -135,8 +141,8 @@ class RankGRAssembly:
         return by_codes
 
 
-def _item_table(model: RankGR, variables: dict, codes: jax.Array) -> jax.Array:
-    return jax.jit(lambda v, c: model.apply(v, c, method="item_table"))(variables, codes)
+def _item_table(model: RankGR, variables: dict, codes: jax.Array, embeddings: Any) -> jax.Array:
+    return jax.jit(lambda *arguments: model.apply(*arguments, method="item_table"))(variables, codes, embeddings)
 
 
 def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) -> RankGRAssembly:
@@ -148,7 +154,8 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
     """
     items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
     counts = items["count"].to_numpy()
-    space = read_codes(run.semantic_ids / "codes.parquet", items["item_id"].to_pylist(), counts)
+    item_ids = items["item_id"].to_pylist()
+    space = read_codes(run.semantic_ids / "codes.parquet", item_ids, counts)
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
     levels = behavior_levels(config.objective.levels, behaviors)
@@ -161,7 +168,8 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
         backbone = replace(loaded, dropout=backbone.dropout, dtype=backbone.dtype, restrict=backbone.restrict)
     backbone = fit_vocabulary(backbone, space.codebook_sizes)
     model = RankGR(replace(config.model, backbone=backbone), len(items), len(behaviors), AGES)
-    return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained)
+    embeddings = read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids) if config.model.embeddings else None
+    return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained, embeddings)
 
 
 def behavior_levels(given: tuple[int, ...], behaviors: tuple[str, ...]) -> np.ndarray:

@@ -86,7 +86,7 @@ def losses(assembly: RankGRAssembly, config: "RankGRRunConfig", variables: dict,
     """(sums over the batch of each loss of Eq. 17, the number of targets of the first, what is counted on the way)."""
     model, objective, rngs = assembly.model, config.objective, {"dropout": key}
     codes = assembly.codes
-    table = model.apply(variables, codes, method="item_table")
+    table = model.apply(variables, codes, assembly.embeddings, method="item_table")
     context = model.apply(variables, batch, codes, table, True, method="read", rngs=rngs)
     targets = pack(assembly, config, batch)
     seen = model.apply(variables, context, targets["last"], method="at")
@@ -102,10 +102,10 @@ def losses(assembly: RankGRAssembly, config: "RankGRRunConfig", variables: dict,
     sums["rank"] = jnp.float32(0)
     loss, wanted = model.config.rank.loss, targets["wanted"]
     if loss == "softmax":
-        query = model.apply(variables, states[:, :, 0], method="item_query")
+        query, vectors = model.apply(variables, states[:, :, 0], table, method="item_scores")
         flat, items = query.reshape(-1, query.shape[-1]), targets["item"].reshape(-1)
         sums["rank"] = full_softmax(
-            flat, table, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing
+            flat, vectors, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing
         ).sum()
     elif loss == "bce":
         sums["rank"] = rank_loss(assembly, variables, context, states, targets).sum()

@@ -307,6 +307,31 @@ def _batch_size(arrays: dict[str, jax.Array]) -> int:
     return next(iter(arrays.values())).shape[0]
 
 
+def filled_up(values: np.ndarray, rows: int) -> jax.Array:
+    """values [n, ...] with zeros behind up to `rows`."""
+    filled = np.zeros((rows, *values.shape[1:]), values.dtype)
+    filled[: len(values)] = values
+    return jnp.asarray(filled)
+
+
+def with_later_embeddings(trained: np.ndarray, version: Version) -> np.ndarray:
+    """The embeddings f32 [n, E] of a version's items: `trained`, and behind it those that came later, or zeros.
+
+    Raises:
+      UserError: they have another width.
+    """
+    count, width = len(version) - len(trained), trained.shape[1]
+    given = np.zeros((count, width), np.float32)
+    if version.embeddings.shape[1]:
+        if version.embeddings.shape[1] != width:
+            raise UserError(
+                f"embeddings of new items have width {version.embeddings.shape[1]}, those of the run have "
+                f"{width}: give such as its semantic IDs were made of"
+            )
+        given = np.nan_to_num(version.embeddings)
+    return np.concatenate([trained, given])
+
+
 def _one_ahead(iterator: Iterator[Item]) -> Iterator[Item]:
     """The same elements, each when the next is begun: the host prepares a batch while the device works on another."""
     before: list[Item] = []

@@ -132,7 +132,7 @@ def train(run: Run, config: TigerConfig) -> None:
 
 
 def load_recommender(run: Run) -> GenerativeRecommender:
-    """The trained model of a run, ready to recommend.
+    """The trained model of a run, in its best state where it was measured on the way, ready to recommend.
 
     Raises:
       UserError: the run is not trained yet, or no checkpoint of it can be read.
