@@ -2,9 +2,10 @@
 
     python benchmarks/rankgr_ablation.py [--config configs/rankgr_mall.py] [--data DIR] [--seeds 0,1,2] [--quick]
 
-Semantic IDs are made once; every variant is trained from several seeds and measured on validation and test. Alpha is
-that of the best mean HR@10 on validation. "w/o IAP": alpha = 0, all else the same; "w/o RSP": no rank head; "w/o both":
-neither. "targets alone" is no row of Table 4: next tokens of the items that are looked for alone, and neither phase.
+Semantic IDs are made once; every variant is trained from several seeds and measured on validation and test. Alpha, and
+the weight of the likelihood in the final score (for each alpha its own), are those of the best mean HR@10 on
+validation. "w/o IAP": alpha = 0, all else the same; "w/o RSP": no rank head; "w/o both": neither. "targets alone" is no
+row of Table 4: next tokens of the items that are looked for alone, and neither phase.
 --data puts a folder in place of the configuration's. Rows (model, seed, split, subset, metric, value, seconds) gather
 in OUT/rankgr_ablation.json; what is done is not done again. subset: items of that behavior in the held-out session.
 Figures go to --pictures. --quick: one seed, few steps.
@@ -34,8 +35,9 @@ from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 CUTOFFS = (1, 5, 10, 20, 50)
 SHOWN = ("hr@1", "hr@5", "hr@10", "hr@20", "recall@10")
-ALPHAS = (0.0, 1.0, 3.0, 10.0)
-WIDENINGS = (1, 2, 4, 8, 16)
+ALPHAS = (0.0, 1.0, 3.0)
+LIKELIHOODS = (0.0, 0.3, 1.0)
+WIDENINGS = (1, 2, 4, 8)
 FULL, NO_IAP, NO_RSP, PLAIN, ALONE = "RankGR", "w/o IAP", "w/o RSP", "w/o both", "targets alone"
 
 
@@ -57,10 +59,11 @@ def targets_alone(config: RankGRRunConfig, positive: int) -> RankGRRunConfig:
 
 
 def measure(model: GenerativeRecommender, split: str) -> Iterator[dict[str, Any]]:
-    """Rows of hit rate, recall and NDCG for every behavior that is looked for or read, from clicks on."""
+    """Rows of hit rate, recall and NDCG for the strongest behavior of every level that is looked for or read."""
     assembly = model.assembly
     records = list(Records(assembly.examples, split))
-    for behavior in range(model.feature_config.weakest, len(assembly.behaviors)):
+    strongest = {level: behavior for behavior, level in enumerate(assembly.levels.tolist())}
+    for behavior in (each for each in strongest.values() if each >= model.feature_config.weakest):
         cases = make_cases(records, [behavior], split)
         if not len(cases):
             continue
@@ -72,9 +75,9 @@ def measure(model: GenerativeRecommender, split: str) -> Iterator[dict[str, Any]
 FIELDS = ("model", "subset", "metric", "split")
 
 
-def label(alpha: float) -> str:
-    """The name of the whole model with an alpha, in the rows."""
-    return f"alpha {alpha:g}"
+def label(alpha: float, likelihood: float) -> str:
+    """The name of the whole model in the rows."""
+    return f"alpha {alpha:g}, likelihood {likelihood:g}"
 
 
 class Results:
@@ -98,19 +101,18 @@ class Results:
         found = {r["seed"]: r["value"] for r in self.rows if tuple(r[name] for name in FIELDS) == wanted}
         return np.array([found[seed] for seed in sorted(found)])
 
-    def best_alpha(self, subset: str) -> float:
-        """The alpha of the best mean HR@10 on validation."""
-        return max(ALPHAS, key=lambda alpha: self.of(label(alpha), subset, "hr@10", "valid").mean())
-
     def subsets(self) -> list[str]:
         """Those that there are."""
         return list(dict.fromkeys(row["subset"] for row in self.rows))
 
 
-def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, sweep: bool = False) -> None:
-    """Trains a variant and measures it on validation and test; with `sweep` instead on test for every lambda."""
+def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, likelihood: float | None = None) -> None:
+    """Trains a variant and measures it on validation and test, with a head once for every weight of the likelihood.
+
+    With `likelihood`, what was trained is measured on test with that weight instead, once for every lambda.
+    """
     key = fingerprint(config)
-    if results.has(f"{key} sweep" if sweep else key):
+    if results.has(key if likelihood is None else f"{key} sweep"):
         return
     begin = time.perf_counter()
     assembly = assemble(run, config)
@@ -118,18 +120,29 @@ def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, swee
     folder.mkdir(parents=True, exist_ok=True)
     # Where it was trained before, this reads the checkpoint.
     variables = {"params": train_model(assembly, config, folder, folder / "metrics.jsonl").params}
-    seconds = time.perf_counter() - begin
+    about = {"seed": config.seed, "seconds": round(time.perf_counter() - begin, 1)}
 
-    def rows(name: str, decoding: DecodingConfig, split: str) -> list[dict]:
-        model = GenerativeRecommender(assembly, variables, config.features, decoding)
-        about = {"model": name, "seed": config.seed, "seconds": round(seconds, 1)}
-        return [about | row for row in measure(model, split)]
+    def rows(name: str, split: str, weight: float, decoding: DecodingConfig = config.decoding) -> list[dict]:
+        model = GenerativeRecommender(weighted(assembly, weight), variables, config.features, decoding)
+        return [{"model": name, **about, **row} for row in measure(model, split)]
 
-    if sweep:
+    if likelihood is not None:
         wider = {f"lambda {each}x": widened(config.decoding, each) for each in WIDENINGS}
-        results.add(f"{key} sweep", [row for shown, each in wider.items() for row in rows(shown, each, "test")])
-    else:
-        results.add(key, [row for split in ("valid", "test") for row in rows(name, config.decoding, split)])
+        found = [row for shown, each in wider.items() for row in rows(shown, "test", likelihood, each)]
+        results.add(f"{key} sweep", found)
+        return
+    names = {name: 0.0}
+    if config.model.rank.loss != "none":
+        names = {label(config.objective.alpha, weight): weight for weight in LIKELIHOODS}
+    found = [row for split in ("valid", "test") for each, weight in names.items() for row in rows(each, split, weight)]
+    results.add(key, found)
+
+
+def weighted(assembly: RankGRAssembly, likelihood: float) -> RankGRAssembly:
+    """The assembly with another weight of the likelihood in the final score, which training doesn't know of."""
+    config = assembly.model.config
+    config = replace(config, rank=replace(config.rank, likelihood_weight=likelihood))
+    return replace(assembly, model=assembly.model.clone(config=config))
 
 
 def widened(decoding: DecodingConfig, times: int) -> DecodingConfig:
@@ -200,28 +213,30 @@ def main() -> None:
     run = Run.open(arguments.runs / fingerprint(to_json(config)), config)
     prepare_with_ids(run, config)
     assembly: RankGRAssembly = assemble(run, config)
-    train_all(run, config, seeds, results)
     looked_for = assembly.behaviors[assembly.target_behaviors[-1]]
-    alpha = results.best_alpha(looked_for)
-    console.print(f"alpha {alpha:g}, by HR@10 of {looked_for} on validation", markup=False)
-    for seed in seeds:
-        seeded = replace(config, seed=seed)
-        run_one(run, without_head(with_alpha(seeded, alpha)), f"{NO_RSP}, {label(alpha)}", results)
-        run_one(run, without_head(with_alpha(seeded, 0.0)), PLAIN, results)
-        run_one(run, targets_alone(seeded, assembly.positive), ALONE, results)
-        run_one(run, with_alpha(seeded, alpha), label(alpha), results, sweep=True)
-    names = {FULL: label(alpha), NO_IAP: label(0.0), NO_RSP: f"{NO_RSP}, {label(alpha)}", PLAIN: PLAIN, ALONE: ALONE}
-    print_table(results, names)
-    plot(results, {each: label(each) for each in ALPHAS}, "alpha", arguments.pictures / "rankgr_alpha.svg")
-    lambdas = {each * max(CUTOFFS): f"lambda {each}x" for each in WIDENINGS}
-    plot(results, lambdas, "candidates of the last level (lambda)", arguments.pictures / "rankgr_lambda.svg")
-
-
-def train_all(run: Run, config: RankGRRunConfig, seeds: list[int], results: Results) -> None:
-    """The whole model with every alpha; none of them is the model without the initial assessment phase."""
     for seed in seeds:
         for alpha in ALPHAS:
-            run_one(run, with_alpha(replace(config, seed=seed), alpha), label(alpha), results)
+            run_one(run, with_alpha(replace(config, seed=seed), alpha), "", results)
+    chosen = {
+        alpha: max(
+            LIKELIHOODS, key=lambda each, a=alpha: results.of(label(a, each), looked_for, "hr@10", "valid").mean()
+        )
+        for alpha in ALPHAS
+    }
+    whole = {alpha: label(alpha, likelihood) for alpha, likelihood in chosen.items()}
+    alpha = max(ALPHAS[1:], key=lambda each: results.of(whole[each], looked_for, "hr@10", "valid").mean())
+    for seed in seeds:
+        seeded = replace(config, seed=seed)
+        run_one(run, without_head(with_alpha(seeded, alpha)), f"{NO_RSP}, alpha {alpha:g}", results)
+        run_one(run, without_head(with_alpha(seeded, 0.0)), PLAIN, results)
+        run_one(run, targets_alone(seeded, assembly.positive), ALONE, results)
+        run_one(run, with_alpha(seeded, alpha), "", results, chosen[alpha])
+    names = {FULL: whole[alpha], NO_IAP: whole[0.0], NO_RSP: f"{NO_RSP}, alpha {alpha:g}", PLAIN: PLAIN, ALONE: ALONE}
+    console.print(f"chosen on validation: {FULL} {names[FULL]}; {NO_IAP} {names[NO_IAP]}", markup=False)
+    print_table(results, names)
+    plot(results, whole, "alpha", arguments.pictures / "rankgr_alpha.svg")
+    lambdas = {each * max(CUTOFFS): f"lambda {each}x" for each in WIDENINGS}
+    plot(results, lambdas, "candidates of the last level (lambda)", arguments.pictures / "rankgr_lambda.svg")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,6 @@ config = RankGRRunConfig(
     objective=ObjectiveConfig(alpha=3.0, levels=(0, 1, 2, 3, 3)),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=240, log_every=40, checkpoint_every=120),
-    # RankGR's own are 500, 1400 of 1400, 1400 (of 8192 codes a level).
-    decoding=DecodingConfig(beam_widths=(32, 128), candidates=(32, 512)),
+    # RankGR's own are 500, 1400 of 1400, 1400: of 8192 codes at the first level, of 500 x 8192 at the second.
+    decoding=DecodingConfig(beam_widths=(8, 64), candidates=(8, 64)),
 )
