@@ -2,11 +2,13 @@
 
     python benchmarks/rankgr_ablation.py [--config configs/rankgr_mall.py] [--data DIR] [--seeds 0,1,2] [--quick]
 
-Semantic IDs are made once; every variant is trained from several seeds. "w/o IAP": no LDPO, and next tokens of the
-items that are looked for alone; "w/o RSP": no rank head; "w/o both": a plain generative model. --data puts a folder in
-place of the configuration's. Rows (model, seed, split, subset, metric, value, seconds) gather in
-OUT/rankgr_ablation.json, where what is done is not done again; subset: items of that behavior in the held-out session.
-Figures go to OUT. --quick: one seed, few steps.
+Semantic IDs are made once; every variant is trained from several seeds and measured on validation and test. Alpha, and
+the weight of the likelihood in the final score (for each alpha its own), are those of the best mean HR@10 on
+validation. "w/o IAP": alpha = 0, all else the same; "w/o RSP": no rank head; "w/o both": neither. "targets alone" is no
+row of Table 4: next tokens of the items that are looked for alone, and neither phase.
+--data puts a folder in place of the configuration's. Rows (model, seed, split, subset, metric, value, seconds) gather
+in OUT/rankgr_ablation.json; what is done is not done again. subset: items of that behavior in the held-out session.
+Figures go to --pictures. --quick: one seed, few steps.
 """
 
 import argparse
@@ -32,36 +34,50 @@ from jaxrec.systems.rankgr_training import train_model
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 CUTOFFS = (1, 5, 10, 20, 50)
-ALPHAS = (0.0, 0.1, 0.3, 1.0, 3.0)
-WIDENINGS = (1, 2, 4, 8, 16)
-FULL = "RankGR"
+SHOWN = ("hr@1", "hr@5", "hr@10", "hr@20", "recall@10")
+ALPHAS = (0.0, 1.0, 3.0)
+LIKELIHOODS = (0.0, 0.3, 1.0)
+WIDENINGS = (1, 2, 4, 8)
+FULL, NO_IAP, NO_RSP, PLAIN, ALONE = "RankGR", "w/o IAP", "w/o RSP", "w/o both", "targets alone"
 
 
-def variants(config: RankGRRunConfig, positive: int) -> dict[str, RankGRRunConfig]:
-    """The rows of Table 4; `positive` is the lowest level that is looked for."""
-    weights = config.objective.level_weights or (1.0,) * (max(config.objective.levels, default=0) + 1)
-    looked_for = tuple(weight if level >= positive else 0.0 for level, weight in enumerate(weights))
-    plain = replace(config.objective, alpha=0.0, level_weights=looked_for)
-    without_head = replace(config.model, rank=replace(config.model.rank, loss="none"))
-    return {
-        FULL: config,
-        "w/o IAP": replace(config, objective=plain),
-        "w/o RSP": replace(config, model=without_head),
-        "w/o both": replace(config, objective=plain, model=without_head),
-    }
+def with_alpha(config: RankGRRunConfig, alpha: float) -> RankGRRunConfig:
+    """The configuration with another weight of LDPO."""
+    return replace(config, objective=replace(config.objective, alpha=alpha))
+
+
+def without_head(config: RankGRRunConfig) -> RankGRRunConfig:
+    """The configuration without the refined scoring phase."""
+    return replace(config, model=replace(config.model, rank=replace(config.model.rank, loss="none")))
+
+
+def targets_alone(config: RankGRRunConfig, positive: int) -> RankGRRunConfig:
+    """A plain model that learns the items that are looked for alone; `positive` is their lowest level."""
+    levels = max(config.objective.levels) + 1
+    weights = tuple(float(level >= positive) for level in range(levels))
+    return without_head(replace(config, objective=replace(config.objective, alpha=0.0, level_weights=weights)))
 
 
 def measure(model: GenerativeRecommender, split: str) -> Iterator[dict[str, Any]]:
-    """Rows of hit rate, recall and NDCG for every behavior that is looked for or read, from clicks on."""
+    """Rows of hit rate, recall and NDCG for the strongest behavior of every level that is looked for or read."""
     assembly = model.assembly
     records = list(Records(assembly.examples, split))
-    for behavior in range(model.feature_config.weakest, len(assembly.behaviors)):
+    strongest = {level: behavior for behavior, level in enumerate(assembly.levels.tolist())}
+    for behavior in (each for each in strongest.values() if each >= model.feature_config.weakest):
         cases = make_cases(records, [behavior], split)
         if not len(cases):
             continue
         ranked, _ = model.recommend(cases.histories, max(CUTOFFS))
         for metric, pair in ranking_metrics(ranked, cases.targets, cases.where, CUTOFFS).items():
             yield {"split": split, "subset": assembly.behaviors[behavior], "metric": metric, "value": mean(pair)}
+
+
+FIELDS = ("model", "subset", "metric", "split")
+
+
+def label(alpha: float, likelihood: float) -> str:
+    """The name of the whole model in the rows."""
+    return f"alpha {alpha:g}, likelihood {likelihood:g}"
 
 
 class Results:
@@ -79,38 +95,54 @@ class Results:
         self.rows += [{**row, "key": key} for row in rows]
         write_json(self.path, self.rows)
 
-    def spread(self, model: str, subset: str, metric: str) -> tuple[float, float]:
-        """Mean and standard deviation over the seeds."""
-        found = [r["value"] for r in self.rows if (r["model"], r["subset"], r["metric"]) == (model, subset, metric)]
-        return float(np.mean(found)), float(np.std(found))
+    def of(self, model: str, subset: str, metric: str, split: str = "test") -> np.ndarray:
+        """float [seeds], in the seeds' order."""
+        wanted = (model, subset, metric, split)
+        found = {r["seed"]: r["value"] for r in self.rows if tuple(r[name] for name in FIELDS) == wanted}
+        return np.array([found[seed] for seed in sorted(found)])
 
     def subsets(self) -> list[str]:
         """Those that there are."""
         return list(dict.fromkeys(row["subset"] for row in self.rows))
 
 
-def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, sweep: bool = False) -> None:
-    """Trains a variant and measures it; with `sweep` once more for every lambda."""
+def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, likelihood: float | None = None) -> None:
+    """Trains a variant and measures it on validation and test, with a head once for every weight of the likelihood.
+
+    With `likelihood`, what was trained is measured on test with that weight instead, once for every lambda.
+    """
     key = fingerprint(config)
-    if results.has(key):
+    if results.has(key if likelihood is None else f"{key} sweep"):
         return
     begin = time.perf_counter()
     assembly = assemble(run, config)
     folder = run.path / "stages" / key
     folder.mkdir(parents=True, exist_ok=True)
+    # Where it was trained before, this reads the checkpoint.
     variables = {"params": train_model(assembly, config, folder, folder / "metrics.jsonl").params}
-    seconds = time.perf_counter() - begin
+    about = {"seed": config.seed, "seconds": round(time.perf_counter() - begin, 1)}
 
-    def rows(label: str, decoding: DecodingConfig) -> list[dict]:
-        model = GenerativeRecommender(assembly, variables, config.features, decoding)
-        about = {"model": label, "seed": config.seed, "seconds": round(seconds, 1)}
-        return [about | row for row in measure(model, config.evaluation.split)]
+    def rows(name: str, split: str, weight: float, decoding: DecodingConfig = config.decoding) -> list[dict]:
+        model = GenerativeRecommender(weighted(assembly, weight), variables, config.features, decoding)
+        return [{"model": name, **about, **row} for row in measure(model, split)]
 
-    found = rows(name, config.decoding)
-    if sweep:
-        for each in WIDENINGS:
-            found += rows(f"lambda {each}x", widened(config.decoding, each))
+    if likelihood is not None:
+        wider = {f"lambda {each}x": widened(config.decoding, each) for each in WIDENINGS}
+        found = [row for shown, each in wider.items() for row in rows(shown, "test", likelihood, each)]
+        results.add(f"{key} sweep", found)
+        return
+    names = {name: 0.0}
+    if config.model.rank.loss != "none":
+        names = {label(config.objective.alpha, weight): weight for weight in LIKELIHOODS}
+    found = [row for split in ("valid", "test") for each, weight in names.items() for row in rows(each, split, weight)]
     results.add(key, found)
+
+
+def weighted(assembly: RankGRAssembly, likelihood: float) -> RankGRAssembly:
+    """The assembly with another weight of the likelihood in the final score, which training doesn't know of."""
+    config = assembly.model.config
+    config = replace(config, rank=replace(config.rank, likelihood_weight=likelihood))
+    return replace(assembly, model=assembly.model.clone(config=config))
 
 
 def widened(decoding: DecodingConfig, times: int) -> DecodingConfig:
@@ -120,28 +152,30 @@ def widened(decoding: DecodingConfig, times: int) -> DecodingConfig:
     return replace(decoding, beam_widths=widths, candidates=candidates)
 
 
-def print_table(results: Results, names: list[str]) -> None:
-    """Table 4: mean and spread of every variant, and its distance from the whole."""
+def print_table(results: Results, names: dict[str, str]) -> None:
+    """Table 4 on test, as Markdown: mean and spread of every variant, and its distance from the whole."""
     for subset in results.subsets():
-        for metric in ("hr@1", "hr@5", "hr@10", "hr@20"):
-            whole, _ = results.spread(FULL, subset, metric)
+        console.print(f"| {subset} | " + " | ".join(names) + " |", markup=False)
+        console.print("|---" * (1 + len(names)) + "|", markup=False)
+        for metric in SHOWN:
+            whole = results.of(names[FULL], subset, metric).mean()
             cells = []
-            for name in names:
-                value, deviation = results.spread(name, subset, metric)
-                change = f" ({(value / whole - 1):+.1%})" if whole and name != FULL else ""
-                cells.append(f"{name} {value:.4f} ± {deviation:.4f}{change}")
-            console.print(f"{subset:>10} {metric:>6}   " + "   ".join(cells), markup=False)
+            for shown, name in names.items():
+                values = results.of(name, subset, metric)
+                change = f" ({values.mean() / whole - 1:+.0%})" if whole and shown != FULL else ""
+                cells.append(f"{values.mean():.3f} ± {values.std():.3f}{change}")
+            console.print(f"| {metric} | " + " | ".join(cells) + " |", markup=False)
 
 
-def plot(results: Results, names: dict[float, str], label: str, path: Path) -> None:
+def plot(results: Results, names: dict[float, str], words: str, path: Path) -> None:
     """HR@10 of every subset against what was swept, with the seeds' spread."""
     figure, (place,) = axes(1, width=3.6)
     for color, subset in zip(COLORS, results.subsets(), strict=False):
-        values = np.array([results.spread(name, subset, "hr@10") for name in names.values()])
-        x = np.arange(len(names))
-        place.errorbar(x, values[:, 0], values[:, 1], color=color, marker="o", markersize=3, label=subset)
+        values = [results.of(name, subset, "hr@10") for name in names.values()]
+        mean_, spread = [each.mean() for each in values], [each.std() for each in values]
+        place.errorbar(range(len(names)), mean_, spread, color=color, marker="o", markersize=3, label=subset)
     place.set_xticks(range(len(names)), [f"{each:g}" for each in names])
-    place.set_xlabel(label)
+    place.set_xlabel(words)
     place.set_ylabel("HR@10")
     place.legend(frameon=False, fontsize=8, labelcolor="#808890")
     save(figure, path)
@@ -169,7 +203,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/rankgr_ablation"), help="folder for IDs and checkpoints"
     )
-    parser.add_argument("--no-sweeps", action="store_true", help="only the table")
+    parser.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="folder for the figures")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     config = base_config(arguments)
@@ -179,23 +213,30 @@ def main() -> None:
     run = Run.open(arguments.runs / fingerprint(to_json(config)), config)
     prepare_with_ids(run, config)
     assembly: RankGRAssembly = assemble(run, config)
-    named = variants(config, assembly.positive)
+    looked_for = assembly.behaviors[assembly.target_behaviors[-1]]
     for seed in seeds:
-        for name, variant in named.items():
-            run_one(run, replace(variant, seed=seed), name, results, sweep=name == FULL and not arguments.no_sweeps)
-    print_table(results, list(named))
-    if arguments.no_sweeps:
-        return
-    alphas = (0.0, 1.0) if arguments.quick else ALPHAS
-    names = {alpha: f"alpha {alpha:g}" for alpha in alphas}
+        for alpha in ALPHAS:
+            run_one(run, with_alpha(replace(config, seed=seed), alpha), "", results)
+    chosen = {
+        alpha: max(
+            LIKELIHOODS, key=lambda each, a=alpha: results.of(label(a, each), looked_for, "hr@10", "valid").mean()
+        )
+        for alpha in ALPHAS
+    }
+    whole = {alpha: label(alpha, likelihood) for alpha, likelihood in chosen.items()}
+    alpha = max(ALPHAS[1:], key=lambda each: results.of(whole[each], looked_for, "hr@10", "valid").mean())
     for seed in seeds:
-        for alpha, name in names.items():
-            # A seed of its own where the whole model has this alpha already: rows are known by their configuration.
-            objective = replace(config.objective, alpha=alpha)
-            run_one(run, replace(config, seed=seed + 1000, objective=objective), name, results)
-    plot(results, names, "alpha", arguments.out / "rankgr_alpha.svg")
+        seeded = replace(config, seed=seed)
+        run_one(run, without_head(with_alpha(seeded, alpha)), f"{NO_RSP}, alpha {alpha:g}", results)
+        run_one(run, without_head(with_alpha(seeded, 0.0)), PLAIN, results)
+        run_one(run, targets_alone(seeded, assembly.positive), ALONE, results)
+        run_one(run, with_alpha(seeded, alpha), "", results, chosen[alpha])
+    names = {FULL: whole[alpha], NO_IAP: whole[0.0], NO_RSP: f"{NO_RSP}, alpha {alpha:g}", PLAIN: PLAIN, ALONE: ALONE}
+    console.print(f"chosen on validation: {FULL} {names[FULL]}; {NO_IAP} {names[NO_IAP]}", markup=False)
+    print_table(results, names)
+    plot(results, whole, "alpha", arguments.pictures / "rankgr_alpha.svg")
     lambdas = {each * max(CUTOFFS): f"lambda {each}x" for each in WIDENINGS}
-    plot(results, lambdas, "candidates of the last level (lambda)", arguments.out / "rankgr_lambda.svg")
+    plot(results, lambdas, "candidates of the last level (lambda)", arguments.pictures / "rankgr_lambda.svg")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ config = RankGRRunConfig(
     features=LeveledSessionConfig(buckets=(24,), weakest=2, targets=12, next_items=8),
     model=RankGRConfig(
         CausalConfig(width=32, heads=2, groups=2, head_dim=16, hidden=64, layers=1),
-        rank=RankConfig(heads=2, hidden=32, candidates=6),
+        rank=RankConfig(heads=2, hidden=32, candidates=6, targets=4),
     ),
     objective=ObjectiveConfig(levels=(0, 1, 2, 3, 3), level_weights=(0.0, 0.0, 1.0, 2.0)),
     optim=OptimConfig(learning_rate=8e-3, warmup=16),
-    training=LoopConfig(steps=240, log_every=15, checkpoint_every=48),
+    training=LoopConfig(steps=120, log_every=15, checkpoint_every=24),
     decoding=DecodingConfig(beam_widths=(12, 32), candidates=(12, 64), batch_size=32),
     evaluation=EvaluationConfig(shown_users=2),
 )

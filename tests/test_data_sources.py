@@ -246,6 +246,18 @@ def test_mall_announces_the_next_taste_and_popularity_knows_little():
     assert popularity < 0.25 < 0.7 < SyntheticMall().best_possible_recall(10)
 
 
+def test_mall_shows_what_a_recommender_chose_of_the_users_tastes_first():
+    mall = _plant(SyntheticMall(**{**vars(SMALL), "tastes_per_user": 2, "recommended": 0.6}))
+    known = (mall.taste_of_item[mall.shown][..., None] == mall.user_tastes[:, None, None, :]).any(-1)
+    half = known.shape[-1] // 2
+    assert abs(known.mean() - (0.6 + 0.4 * 2 / 5)) < 0.02  # two of five tastes are the user's by chance
+    assert known[..., :half].mean() > 0.95 > 0.65 > known[..., half:].mean()
+    # All else is as without a recommender.
+    plain = _plant(SyntheticMall(**{**vars(SMALL), "tastes_per_user": 2}))
+    np.testing.assert_array_equal(plain.basket, mall.basket)
+    np.testing.assert_array_equal(plain.browsed, mall.browsed)
+
+
 def test_mall_tables(tmp_path):
     statistics = prepare(SMALL, PrepareConfig(), tmp_path)
     tables = Tables.read(tmp_path)
@@ -318,7 +330,7 @@ def test_mall_is_the_same_for_the_same_seed():
     ("changes", "message"),
     [({"items": 40}, "at least ten items a taste"), ({"tastes_per_user": 9}, "tastes_per_user=9"),
      ({"users": 0}, "at least 1"),
-     ({"surprise": 2.0}, "probability")],
+     ({"surprise": 2.0}, "probability"), ({"recommended": -0.1}, "recommended=-0.1 is a probability")],
 )  # fmt: skip
 def test_mall_sizes_that_cant_be(changes, message):
     with pytest.raises(UserError, match=message):

@@ -91,7 +91,7 @@ def test_a_target_does_not_change_the_others(score):
 
 
 def test_the_rank_head_is_target_attention_over_all_states_and_an_mlp():
-    """RankGR Eq. 13-15 written out: one candidate, one query, all states as keys and values."""
+    """RankGR Eq. 13-15 written out, with `match`: one candidate, one query, all states as its memory."""
     assembly, params = make_assembly(), make_variables()["params"]
     apply = functools.partial(assembly.model.apply, {"params": params})
     context = apply(ARRAYS, assembly.codes, apply(assembly.codes, method="item_table"), method="read")
@@ -124,7 +124,10 @@ def test_the_rank_head_is_target_attention_over_all_states_and_an_mlp():
         x = x + np.concatenate(out) @ part["out"]["weight"]
         hidden = jax.nn.gelu(norm(x, head["norm"]) @ head["feed_forward"]["up"]["weight"])
         x = x + hidden @ head["feed_forward"]["down"]["weight"]
-        expected = x @ head["out"]["weight"][:, 0] + head["share"] * log_probs[b, k, LEVEL]
+        wanted = norm(x, head["found_norm"]) @ head["by_found"]["weight"]
+        wanted += memory[-1] @ head["by_state"]["weight"]
+        expected = x @ head["out"]["weight"][:, 0] + head["out"]["bias"][0] + head["share"] * log_probs[b, k, LEVEL]
+        expected += wanted @ norm(np.asarray(embed[sum(SIZES[:LEVEL]) + code]), head["query_norm"])
         np.testing.assert_allclose(found[b, k, 0], expected, atol=1e-4)
 
 

@@ -43,6 +43,9 @@ class RankConfig:
     """targets a context that the head of "bce" learns from, of those that it looks for: first the session's"""
     likelihood: bool = True
     """the head's logit begins as the code's log-probability and learns what to add; off, as published, without it"""
+    match: bool = True
+    """the head's logit also has the product of the candidate with what it attended to and with the state that predicts
+    it; off, as published, the MLP alone tells whether they fit, which small models hardly learn"""
     likelihood_weight: float = 0.0
     """weight of the ID's log-probability that is added to the final score, which is without it as published"""
     temperature: float = 0.0
@@ -93,24 +96,32 @@ class RankHead(nn.Module):
         self.attention = TargetAttention(self.config.heads, self.width // self.config.heads, self.dtype)
         self.norm, self.states_norm = RMSNorm(), RMSNorm()
         self.feed_forward = FeedForward(self.config.hidden, self.dtype)
-        self.out = Projection(1, ("embed", None), self.dtype)
+        # Small at first: with `likelihood` an untrained head then ranks as the decoder does.
+        self.out = Projection(1, ("embed", None), self.dtype, bias=True, gain=0.01)
         if self.config.likelihood:
             self.share = self.param("share", nn.initializers.ones, ())
+        if self.config.match:
+            self.query_norm, self.found_norm = RMSNorm(), RMSNorm()
+            self.by_found = Projection(self.width, ("embed", "mlp"), self.dtype, gain=0.01)
+            self.by_state = Projection(self.width, ("embed", "mlp"), self.dtype, gain=0.01)
 
     def memory(self, states: jax.Array) -> KeyValue:
         """Key and value of states [..., D]: [..., N, H]."""
         normed = self.states_norm(states)
         return self.attention.key(normed), self.attention.value(normed)
 
-    def __call__(self, x, context: KeyValue, mask, own: KeyValue, log_probs: jax.Array) -> jax.Array:
-        """Logits float32 [B, L, C] of candidates x [B, L, C, D].
+    def __call__(self, query, context: KeyValue, mask, states: jax.Array, log_probs: jax.Array) -> jax.Array:
+        """Logits float32 [B, L, C] of candidates query [B, L, C, D].
 
-        context: of `memory` [B, S, N, H] with mask [B, S] or [B, L, S]; own: of the L prefixes [B, L, T, N, H];
-        log_probs [B, L, C] of the candidates, no gradient flows into them.
+        context: of `memory` [B, S, N, H] with mask [B, S] or [B, L, S]; states: of the L prefixes [B, L, T, D], the
+        last of which predicts the candidates; log_probs [B, L, C] of the candidates, no gradient flows into them.
         """
-        x = self.attention(x, context, mask, own, causal=False)
+        x = self.attention(query, context, mask, self.memory(states), causal=False)
         x = x + self.feed_forward(self.norm(x))
         logits = self.out(x)[..., 0].astype(jnp.float32)
+        if self.config.match:
+            wanted = self.by_found(self.found_norm(x)) + self.by_state(self.states_norm(states[:, :, -1:]))
+            logits += (wanted * self.query_norm(query)).astype(jnp.float32).sum(-1)
         if self.config.likelihood:
             logits += self.share * jnp.maximum(jax.lax.stop_gradient(log_probs), -30.0)
         return logits
@@ -212,7 +223,7 @@ class RankGR(nn.Module):
         states [B, L, level + 1, D]: those of the L prefixes, the last of which predicts the code.
         """
         x = self.backbone.embed(to_tokens(codes[..., None], self.config.backbone.levels, level)[..., 0])
-        return self.rank_head(x, memory, context.own.mask, self.rank_head.memory(states), log_probs)
+        return self.rank_head(x, memory, context.own.mask, states, log_probs)
 
     def item_scores(self, states: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Two factors, [..., D] and [I, D], of the scores of all items of a table after histories with states [..., D].

@@ -48,6 +48,9 @@ class SyntheticMall:
     """Clicks that announce the taste of the next session."""
     exposures_per_session: int = 8
     """Items shown without a click; as many again were chosen to be shown and never seen (pseudo_exposure)."""
+    recommended: float = 0.0
+    """Share of the shown items (with the pseudo-exposures) that are of the shopper's tastes, as a recommender chooses
+    and shows first; the others are of any taste. Shares inside a taste play no part: what is shown is a guess."""
     surprise: float = 0.1
     """Probability that a session follows another taste than the one that was announced."""
     skew: float = 0.8
@@ -88,8 +91,9 @@ class SyntheticMall:
             raise UserError(f"tastes_per_user={self.tastes_per_user} must be between 1 and tastes={self.tastes}")
         if self.users < 1 or self.sessions_per_user < 1:
             raise UserError("users and sessions_per_user must be at least 1")
-        if not 0 <= self.surprise <= 1:
-            raise UserError(f"surprise={self.surprise} is a probability; give a number from 0 to 1")
+        for name in ("surprise", "recommended"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} is a probability; give a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Mall:
     browsed: np.ndarray
     """int64 [U, T, n], items of the taste announced for the session after."""
     shown: np.ndarray
-    """int64 [U, T, 2 n], items at random: the first half exposure, the second pseudo_exposure."""
+    """int64 [U, T, 2 n], of any taste or of the user's: the first half exposure, the second pseudo_exposure."""
 
 
 def inclusion(share: np.ndarray, size: int) -> np.ndarray:
@@ -172,7 +176,7 @@ def _plant(config: SyntheticMall) -> Mall:
     size = rng.choice(BASKET_SIZES, shape)
     basket = np.where(np.arange(max(BASKET_SIZES)) < size[..., None], basket, -1)
     browsed = _draw_items(rng, taste_of_item, share, announced[:, 1:], config.browsed_per_session)
-    shown = rng.integers(0, config.items, (*shape, 2 * config.exposures_per_session))
+    shown = _draw_shown(rng, taste_of_item, user_tastes, user_weights, config)
     return Mall(
         taste_of_item, share, scenario, sells, user_tastes, user_weights, announced[:, :-1], basket, browsed, shown
     )
@@ -203,6 +207,24 @@ def _draw_tastes(rng: np.random.Generator, tastes: np.ndarray, weights: np.ndarr
     """One of each user's tastes for every session, int64 [U, sessions]."""
     place = (rng.random((len(tastes), sessions))[..., None] > np.cumsum(weights, axis=1)[:, None, :-1]).sum(-1)
     return np.take_along_axis(tastes, place, axis=1)
+
+
+def _draw_shown(
+    rng: np.random.Generator, taste_of_item: np.ndarray, tastes: np.ndarray, weights: np.ndarray, config: SyntheticMall
+) -> np.ndarray:
+    """What a recommender that knows the users' tastes, but not what they are after today, chooses: int64 [U, T, 2 n].
+
+    It puts items of the user's tastes first, so that they are shown rather than chosen in vain.
+    """
+    size = (config.sessions_per_user, 2 * config.exposures_per_session)
+    shown = rng.integers(0, config.items, (len(tastes), *size))
+    if not config.recommended:
+        return shown
+    taste = _draw_tastes(rng, tastes, weights, size[0] * size[1]).reshape(shown.shape)
+    order, count = np.argsort(taste_of_item, kind="stable"), np.bincount(taste_of_item, minlength=config.tastes)
+    chosen = order[(np.cumsum(count) - count)[taste] + (rng.random(shown.shape) * count[taste]).astype(np.int64)]
+    known = np.sort(rng.random(shown.shape) >= config.recommended, axis=-1) == 0
+    return np.where(known, chosen, shown)
 
 
 def _draw_items(
