@@ -28,8 +28,8 @@ def append(name: str, entries: list[dict[str, Any]], folder: Path = FOLDER) -> P
 
 
 def command() -> str:
-    """The command line of this process."""
-    return shlex.join(["python", *sys.argv])
+    """The command line of this process; of absolute paths the last name alone, as they are one machine's."""
+    return shlex.join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
 
 
 def commit() -> str:
