@@ -1,4 +1,4 @@
-"""Lines a second of `serve.py --requests`, against one request at a time, and what a line costs where.
+"""Time of 1,000 lines of `serve.py --requests`, against one request at a time, and what a line costs where.
 
     python benchmarks/batch_inference.py [--quick] [--run runs/demo]
 
@@ -42,10 +42,10 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--run", type=Path, help="a trained run")
     args = arguments.parse_args()
-    lines, alone = (6_000, 40) if args.quick else (100_000, 200)
+    lines, alone = (2_000, 10) if args.quick else (100_000, 200)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as output:
         output.enter_context(contextlib.redirect_stdout(sys.stderr))
-        retriever = Retriever(args.run or train_mall(Path(folder) / "run"))
+        retriever = Retriever(args.run or train_mall(Path(folder) / "run", 2 if args.quick else STEPS))
         requests = write_requests(Path(folder) / "in.jsonl", retriever, lines)
         answer = partial(answer_file, retriever, requests, Path(folder) / "out.jsonl", window_lines=WINDOW)
         few = write_requests(Path(folder) / "few.jsonl", retriever, lines // 10)
@@ -55,27 +55,26 @@ def main() -> None:
             seconds = timed(answer)
         memory = peak_memory(), memory
         some = [parse_request(line) for line in requests.read_bytes().splitlines()[:alone]]
-        padded = alone / time_alone(retriever, some)
+        padded = 1e6 * time_alone(retriever, some) / alone
         parts = time_parts(retriever, requests, min(lines, 2_000))
         config = retriever.recommender.config
         retriever.recommender.config = dataclasses.replace(config, batch_size=1)
-        single = alone / time_alone(retriever, some)
+        single = 1e6 * time_alone(retriever, some) / alone
     items = len(retriever.catalogue.current)
     case = f"{lines} lines, batches of {config.batch_size}, {config.beam_width} beams, {items} items"
-    ours = lines / seconds
-    report("lines/s", case, ours, padded, "one request at a time", "lines/s", compilations=len(compiled))
-    report("lines/s", case, ours, single, "one request at a time, batch size 1", "lines/s")
-    report("peak memory", case, *memory, "a tenth of the lines", "MiB")
     total = 1e6 * seconds / lines
+    report("1,000 lines", case, total, padded, "one request at a time", compilations=len(compiled))
+    report("1,000 lines", case, total, single, "one request at a time, batch size 1")
     report("1,000 lines", case, total, parts["model"], "the model alone", **parts)
+    report("peak memory", case, *memory, "a tenth of the lines", "MiB")
 
 
-def train_mall(path: Path) -> Path:
+def train_mall(path: Path, steps: int) -> Path:
     """A run that is trained a little."""
     config = load_config(MALL)
-    training = dataclasses.replace(config.training, steps=STEPS, log_every=STEPS, checkpoint_every=STEPS)
+    training = dataclasses.replace(config.training, steps=steps, log_every=steps, checkpoint_every=steps)
     evaluation = dataclasses.replace(config.evaluation, max_users=32)
-    optim = dataclasses.replace(config.optim, warmup=STEPS // 4)
+    optim = dataclasses.replace(config.optim, warmup=steps // 2)
     config = dataclasses.replace(config, training=training, evaluation=evaluation, optim=optim)
     onemall.train(Run.open(path, config), config)
     return path

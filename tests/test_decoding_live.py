@@ -250,7 +250,7 @@ def test_popular_items_that_are_allowed(live):
 
 
 def test_few_masks_are_kept(live, monkeypatch):
-    monkeypatch.setattr("jaxrec.decoding.live.MASKS", 3)
+    monkeypatch.setattr("jaxrec.decoding.version.MASKS", 3)
     for price in range(6):
         live.current.mask({"price": price})
     assert len(live.current.masks) == 3

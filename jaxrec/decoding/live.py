@@ -16,8 +16,8 @@ keeps its row (so it still counts in a history) but is no leaf of the trie, so i
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
@@ -27,152 +27,31 @@ import pyarrow as pa
 
 from jaxrec.config import UserError
 from jaxrec.decoding.background import in_background
-from jaxrec.decoding.filters import Allowed, ItemOrder, Mask
-from jaxrec.decoding.predicates import Column, Where, check_kind, index_column, parse_where
+from jaxrec.decoding.changes import (
+    appended_embeddings,
+    checked_embeddings,
+    checked_ids,
+    checked_numbers,
+    column_of,
+    given_column,
+    item_ids_of,
+    replaced,
+)
+from jaxrec.decoding.filters import ItemOrder
 from jaxrec.decoding.trie import Trie, build_trie
-
-MASKS = 64
-"""Masks that a version keeps, those used last; 1/8 byte an item each."""
-
-Predicate = Where | Callable[[pa.Table], np.ndarray]
+from jaxrec.decoding.version import Version
 
 
 class ServedModel(Protocol):
     """A model that makes arrays of its own for every version of the catalogue."""
 
-    def serve_version(self, version: "Version", before: "Version | None") -> Any:
+    def serve_version(self, version: Version, before: Version | None) -> Any:
         """A pytree of arrays for this version, in the shapes of `before.served` unless the capacity grew."""
         ...
 
     def warm_up(self, served: Any) -> None:
         """Compile for these shapes what was compiled for those before."""
         ...
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Version:
-    """One state of the catalogue; it never changes."""
-
-    number: int
-    parent: int | None
-    action: str
-    """what was done to the parent"""
-    items: pa.Table
-    """row = item; `item_id` and any columns"""
-    codes: np.ndarray
-    """int32 [I, M]"""
-    active: np.ndarray
-    """bool [I]: can be recommended"""
-    popularity: np.ndarray
-    """float64 [I]: the order of items under one ID, and of popular items"""
-    embeddings: np.ndarray
-    """float32 [I - first, D], of the items that came after the first version; NaN where none was given"""
-    capacity: int
-    """items that the arrays have room for"""
-    rows: dict[str, int]
-    """item_id -> row; later versions may have put more rows into it, which `row` doesn't tell of"""
-    columns: dict[str, Column]
-    """those of `items` that filters have asked for"""
-    trie: Trie | None = None
-    order: ItemOrder | None = None
-    """where items stand in the trie"""
-    popular: np.ndarray | None = None
-    """int64 [active items], the most popular first, equal ones by row"""
-    served: Any = None
-    """what the model made for this version"""
-    masks: "OrderedDict[Predicate, Mask]" = field(default_factory=OrderedDict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __len__(self) -> int:
-        """Rows, those of removed items among them."""
-        return len(self.codes)
-
-    def row(self, item_id: str) -> int | None:
-        """The row of an item, also of a removed one; None where this version doesn't know it."""
-        row = self.rows.get(item_id)
-        return row if row is not None and row < len(self) else None
-
-    def mask(self, predicate: Mapping | Predicate | np.ndarray) -> Mask:
-        """The active items that a predicate allows: a filter as in `predicates`, a function of `items`, or bool [I].
-
-        Masks of filters and functions are kept; give the same function, not one made anew for every request.
-
-        Raises:
-          UserError: an unknown column, a value of another type than the column's, a mask of a wrong type or length.
-        """
-        if isinstance(predicate, np.ndarray | jax.Array):
-            return self.order.mask(self._checked(np.asarray(predicate)))
-        key = parse_where(predicate) if isinstance(predicate, Mapping) else predicate
-        with self.lock:
-            if key in self.masks:
-                self.masks.move_to_end(key)
-                return self.masks[key]
-        mask = self._combined(key) if isinstance(key, tuple) else self.order.mask(self._checked(key(self.items)))
-        with self.lock:
-            self.masks[key] = mask
-            while len(self.masks) > MASKS:
-                self.masks.popitem(last=False)
-        return mask
-
-    def allowed(
-        self,
-        predicate: Mapping | Predicate | np.ndarray | None = None,
-        *,
-        blocked: Sequence[int] = (),
-        only: Sequence[int] | None = None,
-    ) -> Allowed:
-        """What a request may get: the items of the predicate (None = all) without `blocked` and among `only` (rows)."""
-        mask = None if predicate is None else self.mask(predicate)
-        return self.order.allowed(mask, blocked=blocked, only=only)
-
-    def most_popular(self, k: int, allowed: Allowed | None = None) -> np.ndarray:
-        """The k most popular rows that are allowed, fewer where there are fewer."""
-        if allowed is None:
-            return self.popular[:k]
-        found, start, size = [], 0, 8 * k
-        while start < len(self.popular) and sum(map(len, found)) < k:
-            some = self.popular[start : start + size]
-            found.append(some[allowed.holds(self.order.positions[some])])
-            start, size = start + size, 2 * size
-        return np.concatenate([np.zeros(0, np.int64), *found])[:k]
-
-    def _combined(self, where: Where) -> Mask:
-        """The conjunction of one mask a column, which other filters may share."""
-        mask = self.order.all
-        for condition in where:
-            mask = mask & (self.mask((condition,)) if len(where) > 1 else self._one(*condition))
-        return mask
-
-    def _one(self, name: str, condition: Any) -> Mask:
-        column = self.column(name)
-        check_kind(name, column, condition)
-        return self.order.mask(column.matches(condition))
-
-    def column(self, name: str) -> Column:
-        """A column of `items`, indexed when it is first asked for.
-
-        Raises:
-          UserError: there is no such column, or filters can't work on it.
-        """
-        if name not in self.items.column_names:
-            known = ", ".join(sorted(self.items.column_names))
-            raise UserError(f"filter.{name}: the items have no such column; they have {known}")
-        with self.lock:
-            column = self.columns.get(name)
-        if column is None:
-            column = index_column(name, self.items[name])
-            with self.lock:
-                self.columns[name] = column
-        return column
-
-    def _checked(self, allowed: np.ndarray) -> np.ndarray:
-        allowed = np.asarray(allowed)
-        if allowed.dtype != bool or allowed.shape != (len(self),):
-            raise UserError(
-                f"a mask of items is {allowed.dtype}{list(allowed.shape)}, but version {self.number} of the catalogue "
-                f"has {len(self)} rows: give bool [{len(self)}], or a function of the items table"
-            )
-        return allowed
 
 
 class LiveCatalogue:
@@ -207,9 +86,9 @@ class LiveCatalogue:
         self._building = threading.Lock()
         self._kept: dict[int, Version] = {}
         self._last = 0
-        item_ids = _item_ids(items)
+        item_ids = item_ids_of(items)
         codes = self._codes(codes, item_ids)
-        popularity = _numbers("popularity", popularity, len(item_ids))
+        popularity = checked_numbers("popularity", popularity, len(item_ids))
         if capacity is not None and capacity < len(item_ids):
             raise UserError(f"capacity={capacity} has no room for {len(item_ids)} items: raise it")
         first = Version(
@@ -262,7 +141,7 @@ class LiveCatalogue:
         """
         with self._building:
             before = self.current
-            item_ids = _item_ids(items)
+            item_ids = item_ids_of(items)
             for item in item_ids:
                 row = before.row(item)
                 if row is not None:
@@ -294,8 +173,8 @@ class LiveCatalogue:
         """
         with self._building:
             before = self.current
-            rows = self._known(before, _item_ids(items), "update")
-            table = _replaced(before.items, rows, items.drop_columns("item_id"), "update")
+            rows = self._known(before, item_ids_of(items), "update")
+            table = replaced(before.items, rows, items.drop_columns("item_id"), "update")
             changed = set(items.column_names)
             kept = {name: column for name, column in dict(before.columns).items() if name not in changed}
             return self._publish(replace(before, items=table, columns=kept), before, "update")
@@ -308,9 +187,9 @@ class LiveCatalogue:
         """
         with self._building:
             before = self.current
-            rows = self._known(before, _checked_ids(item_ids), "reorder")
+            rows = self._known(before, checked_ids(item_ids), "reorder")
             changed = before.popularity.copy()
-            changed[rows] = _numbers("popularity", popularity, len(rows))
+            changed[rows] = checked_numbers("popularity", popularity, len(rows))
             return self._publish(replace(before, popularity=changed), before, "reorder")
 
     def swap(
@@ -328,10 +207,10 @@ class LiveCatalogue:
         """
         with self._building:
             before = self.current
-            item_ids = _item_ids(items)
+            item_ids = item_ids_of(items)
             codes = self._codes(codes, item_ids)
-            popularity = _numbers("popularity", popularity, len(item_ids))
-            embeddings = _embeddings(embeddings, len(item_ids), before)
+            popularity = checked_numbers("popularity", popularity, len(item_ids))
+            embeddings = checked_embeddings(embeddings, len(item_ids), before.embeddings.shape[1])
             rows = _rows(before, item_ids)
             new, old = np.flatnonzero(rows < 0), np.flatnonzero(rows >= 0)
             version = before
@@ -346,7 +225,7 @@ class LiveCatalogue:
             all_codes[known], all_popularity[known] = codes[old], popularity[old]
             if np.array_equal(all_codes, before.codes):
                 all_codes = before.codes
-            table = _replaced(version.items, known, items.take(pa.array(old)), "swap")
+            table = replaced(version.items, known, items.take(pa.array(old)), "swap")
             changed = {"codes": all_codes, "popularity": all_popularity, "active": active}
             return self._publish(replace(version, items=table, columns={}, **changed), before, "swap")
 
@@ -367,7 +246,7 @@ class LiveCatalogue:
 
     def _activate(self, item_ids: Sequence[str], active: bool, action: str) -> Version:
         with self._building:
-            before, item_ids = self.current, _checked_ids(item_ids)
+            before, item_ids = self.current, checked_ids(item_ids)
             rows = self._known(before, item_ids, action)
             wrong = np.flatnonzero(before.active[rows] == active)
             if len(wrong):
@@ -381,14 +260,14 @@ class LiveCatalogue:
 
     def _grown(self, before: Version, items: pa.Table, codes, popularity, embeddings) -> Version:
         """`before` with new rows behind its own."""
-        item_ids = _item_ids(items)
+        item_ids = item_ids_of(items)
         codes = self._codes(codes, item_ids)
-        popularity = _numbers("popularity", popularity, len(item_ids))
-        embeddings = _embeddings(embeddings, len(item_ids), before)
+        popularity = checked_numbers("popularity", popularity, len(item_ids))
+        embeddings = checked_embeddings(embeddings, len(item_ids), before.embeddings.shape[1])
         for name in items.column_names:
-            _column(before.items, name, "add")
+            column_of(before.items, name, "add")
         columns = [
-            pa.chunked_array([*old.chunks, *_given(items, name, old.type).chunks], old.type)
+            pa.chunked_array([*old.chunks, *given_column(items, name, old.type).chunks], old.type)
             for name, old in zip(before.items.column_names, before.items.columns, strict=True)
         ]
         count = len(before) + len(item_ids)
@@ -403,7 +282,7 @@ class LiveCatalogue:
             codes=np.concatenate([before.codes, codes]),
             active=np.concatenate([before.active, np.ones(len(codes), bool)]),
             popularity=np.concatenate([before.popularity, popularity]),
-            embeddings=_appended(before.embeddings, embeddings, len(item_ids)),
+            embeddings=appended_embeddings(before.embeddings, embeddings, len(item_ids)),
             capacity=before.capacity if count <= before.capacity else _room(count),
             rows=rows,
             columns={},
@@ -502,86 +381,3 @@ def _room(count: int) -> int:
 def _shapes(tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
-
-
-def _item_ids(items: pa.Table) -> list[str]:
-    if "item_id" not in items.column_names:
-        raise UserError(f"the items have no column item_id; they have {', '.join(items.column_names)}")
-    return _checked_ids(items["item_id"].to_pylist())
-
-
-def _checked_ids(item_ids: Sequence[str]) -> list[str]:
-    item_ids = list(item_ids)
-    if not item_ids:
-        raise UserError("there are no items: give at least one item_id")
-    seen: set[str] = set()
-    for row, item in enumerate(item_ids):
-        if not isinstance(item, str) or not item:
-            raise UserError(f"row {row} of the items has item_id {item!r}: give every item its own text")
-        if item in seen:
-            raise UserError(f"item_id {item!r} is listed twice: keep one row an item")
-        seen.add(item)
-    return item_ids
-
-
-def _numbers(name: str, values: np.ndarray | None, count: int) -> np.ndarray:
-    if values is None:
-        return np.zeros(count)
-    values = np.asarray(values, np.float64)
-    if values.shape != (count,) or np.isnan(values).any():
-        raise UserError(f"{name} of shape {values.shape} does not fit {count} items: give each one number, not NaN")
-    return values
-
-
-def _embeddings(values: np.ndarray | None, count: int, before: Version) -> np.ndarray | None:
-    if values is None:
-        return None
-    values = np.asarray(values, np.float32)
-    width = before.embeddings.shape[1] or values.shape[-1]
-    if values.shape != (count, width) or not np.isfinite(values).all():
-        raise UserError(
-            f"embeddings of shape {values.shape} do not fit: give {count} items {width} finite numbers each"
-        )
-    return values
-
-
-def _appended(before: np.ndarray, embeddings: np.ndarray | None, count: int) -> np.ndarray:
-    width = before.shape[1] if embeddings is None else embeddings.shape[1]
-    if before.shape[1] != width:
-        before = np.full((len(before), width), np.nan, np.float32)
-    added = np.full((count, width), np.nan, np.float32) if embeddings is None else embeddings
-    return np.concatenate([before, added])
-
-
-def _column(table: pa.Table, name: str, action: str) -> pa.ChunkedArray:
-    if name not in table.column_names:
-        raise UserError(
-            f"{action}: the catalogue has no column {name!r}; it has {', '.join(sorted(table.column_names))}"
-        )
-    return table[name]
-
-
-def _given(items: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    if name not in items.column_names:
-        return pa.chunked_array([pa.nulls(len(items), kind)], kind)
-    return _cast(name, items[name], kind)
-
-
-def _cast(name: str, column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    try:
-        if pa.types.is_string(column.type) != pa.types.is_string(kind) and not pa.types.is_null(column.type):
-            raise pa.ArrowInvalid("text is not converted")
-        return column.cast(kind)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"column {name!r} holds {column.type}, but the catalogue's holds {kind} ({error})") from error
-
-
-def _replaced(table: pa.Table, rows: np.ndarray, items: pa.Table, action: str) -> pa.Table:
-    """The table with other values at some rows, in those columns that the items have."""
-    index = np.arange(len(table))
-    index[rows] = len(table) + np.arange(len(rows))
-    for name in items.column_names:
-        old = _column(table, name, action)
-        new = pa.chunked_array([*old.chunks, *_cast(name, items[name], old.type).chunks], old.type)
-        table = table.set_column(table.column_names.index(name), name, new.take(pa.array(index)))
-    return table

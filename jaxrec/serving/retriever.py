@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
 from jaxrec.decoding.filters import Allowed
-from jaxrec.decoding.live import LiveCatalogue, Predicate, Version
+from jaxrec.decoding.live import LiveCatalogue
+from jaxrec.decoding.version import Predicate, Version
 from jaxrec.evaluation.baselines import Recommender
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, read_json

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxrec.data.attributes import attribute_indices, later_attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
 from jaxrec.data.popularity import PopularityByPeriod, read_popularity
-from jaxrec.decoding.live import Version
+from jaxrec.decoding.version import Version
 from jaxrec.models.context import Catalogue, Context, Features, Sequence
 from jaxrec.models.cross_decoder import CrossDecoder
 from jaxrec.models.prior import Prior, build_prior

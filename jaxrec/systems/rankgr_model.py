@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxrec.config import UserError, from_json, to_json
 from jaxrec.data.features import AGES
 from jaxrec.decoding.beam import Candidates, Rescore
-from jaxrec.decoding.live import Version
+from jaxrec.decoding.version import Version
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.huggingface import load_qwen2
 from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig

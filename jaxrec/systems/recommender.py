@@ -16,8 +16,8 @@ import numpy as np
 from jaxrec.config import UserError
 from jaxrec.decoding.beam import Rescore, beam_search, expand_items
 from jaxrec.decoding.filters import Allowed, ItemFilter, ItemOrder, stack
-from jaxrec.decoding.live import Version
 from jaxrec.decoding.trie import build_trie
+from jaxrec.decoding.version import Version
 from jaxrec.evaluation.cases import Cases, History
 from jaxrec.evaluation.metrics import add, id_accuracy, validity_rate
 from jaxrec.semantic_ids.space import SemanticIdSpace

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
-from jaxrec.decoding.live import Version
+from jaxrec.decoding.version import Version
 from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.vocabulary import Levels, to_tokens
 from jaxrec.run import Run
