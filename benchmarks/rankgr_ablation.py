@@ -27,10 +27,10 @@ from jaxrec.data.examples import Records
 from jaxrec.evaluation import make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
 from jaxrec.run import Run, console, write_json
+from jaxrec.systems import rankgr_training
 from jaxrec.systems.phases import prepare_with_ids
 from jaxrec.systems.rankgr import RankGRRunConfig
 from jaxrec.systems.rankgr_model import RankGRAssembly, assemble
-from jaxrec.systems.rankgr_training import train_model
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 CUTOFFS = (1, 5, 10, 20, 50)
@@ -119,7 +119,7 @@ def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, like
     folder = run.path / "stages" / key
     folder.mkdir(parents=True, exist_ok=True)
     # Where it was trained before, this reads the checkpoint.
-    variables = {"params": train_model(assembly, config, folder, folder / "metrics.jsonl").params}
+    variables = {"params": rankgr_training.train(assembly, config, folder, folder / "metrics.jsonl").params}
     about = {"seed": config.seed, "seconds": round(time.perf_counter() - begin, 1)}
 
     def rows(name: str, split: str, weight: float, decoding: DecodingConfig = config.decoding) -> list[dict]:

@@ -37,8 +37,8 @@ from jaxrec.config import UserError
 from jaxrec.models.causal import Causal, CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.huggingface import save_qwen2, save_t5
-from jaxrec.systems.onemall_training import flops_counter
-from jaxrec.training.flops import matmul_flops
+from jaxrec.systems.onemall_training import exact_loss
+from jaxrec.training.flops import matmul_flops, step_flops
 
 LEVELS, SIZE, USERS = 4, 256, 2000
 TIGER = EncoderDecoderConfig(
@@ -275,7 +275,8 @@ def onemall_share(width: int, repeats: int) -> None:
     """The share of the demo's model, at a width; heads stay, experts grow with the width."""
     config = demo_config(width=width, hidden=2 * width)
     step = TrainingStep(config)
-    flops = flops_counter(step.assembly, config)(step.batch)
+    variables = jax.eval_shape(lambda: step.assembly.init(config.seed))
+    flops = step_flops(exact_loss(step.assembly, config), variables)(step.batch)
     x = jnp.ones((DOT_SIZE, DOT_SIZE), jnp.float32)
     dot = jax.jit(jnp.dot)
     ours, product = best_of([step, lambda: dot(x, x)], repeats)

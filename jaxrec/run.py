@@ -3,7 +3,7 @@
     run = Run.open("runs/a", config)
     tables = run.phase("tables", fingerprint(config.data), make_tables)        # make_tables(folder) writes files there
     examples = run.phase("examples", fingerprint(tables), make_examples)
-    run.stage("stages/pretrain", fingerprint(examples, config.training), train)  # train(folder) resumes what it finds
+    run.stage("stages/train", fingerprint(examples, config.training), train)  # train(folder) resumes what it finds
 
 A phase writes into `<name>.partial`, which is fsynced and renamed to `<name>` when complete: a folder without the
 suffix is always whole. A stage keeps its own checkpoints, so it works in its final folder and is marked when done.
@@ -220,7 +220,10 @@ def fault_point(point: str) -> None:
 
 
 def report_user_errors(main: Callable[[], int | None]) -> int:
-    """Runs a command's `main`; a UserError is printed without a traceback and gives the exit status 2, Ctrl-C 130."""
+    """Runs a command's `main`; a UserError is printed without a traceback and gives the exit status 2, Ctrl-C 130.
+
+    Who reads only the first lines (`--help | head`) closes the pipe: status 141, as of a program that the signal ends.
+    """
     try:
         return main() or 0
     except UserError as error:
@@ -229,6 +232,10 @@ def report_user_errors(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("stopped; run the same command to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # What is still in the buffer has nowhere to go when Python flushes it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def progress(*columns: str) -> "Progress | PlainProgress":

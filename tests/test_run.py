@@ -201,6 +201,16 @@ def test_user_errors_have_no_traceback(capsys):
     assert report_user_errors(lambda: None) == 0
 
 
+def test_a_reader_who_leaves_early_is_no_error():
+    code = "import sys\nfrom jaxrec.run import report_user_errors\n"
+    code += "sys.exit(report_user_errors(lambda: [print('x' * 99) for _ in range(10**5)] and None))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_track_yields_everything(capsys):
     assert list(track([3, 1, 2], "numbers")) == [3, 1, 2]
     assert list(track((n for n in range(3)), "numbers", total=3)) == [0, 1, 2]

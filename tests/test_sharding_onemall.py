@@ -8,14 +8,15 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 """
     + """
-import dataclasses
+import dataclasses, functools
 import jax, numpy as np, optax
 from jax.sharding import PartitionSpec as P
 from onemall_parts import MODEL, ITEMS, make_arrays, make_assembly, make_history
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.systems.onemall import OneMallConfig
-from jaxrec.systems.onemall_training import make_state, make_step
+from jaxrec.systems.onemall_training import mean_loss
 from jaxrec.training.sharding import MeshConfig, make_mesh, place, shard_batch, use_mesh
+from jaxrec.training.step import make_state, make_step
 
 config = OneMallConfig(data=SyntheticMall(), model=dataclasses.replace(MODEL, layers=1, queries=0))
 assembly = make_assembly(config.model)
@@ -26,7 +27,7 @@ batch = make_arrays([make_history(seed, 3 + seed) for seed in range(8)], assembl
     "target_where": np.arange(4) < rng.integers(1, 5, (8, 1)),
     "where": np.arange(8) < 7,
 }
-step = make_step(assembly, config, optimizer)
+step = make_step(functools.partial(mean_loss, assembly, config), optimizer, config.seed)
 
 def constraints(jaxpr):
     for equation in jaxpr.eqns:
@@ -38,7 +39,7 @@ def constraints(jaxpr):
 
 mesh = make_mesh(MeshConfig(data=2, expert=2, model=2))
 with use_mesh(mesh):
-    state, sharded = place(make_state(assembly, 0, optimizer, mesh), mesh), shard_batch(batch, mesh)
+    state, sharded = place(make_state(assembly.init(0, mesh), optimizer, mesh), mesh), shard_batch(batch, mesh)
     traced = jax.jit(step).trace(state, sharded)
     many, metrics_many = traced.lower().compile()(state, sharded)
 start = jax.device_get(state)

@@ -20,7 +20,7 @@ from jaxrec.training import checkpoint
 from jaxrec.training.log import TIMING_FIELDS
 
 ROOT = Path(__file__).parent.parent
-STAGE = "stages/pretrain"
+STAGE = "stages/train"
 PARTS = ("step", "params", "opt_state", "extra")
 # One after the other in one run directory; every process goes on where the one before it was killed.
 KILLS = ("phase:tables", "partial:semantic_ids", "step:50", "step:100", "phase:evaluation")

@@ -1,6 +1,7 @@
-"""TIGER: a training step against a plain computation, and a tiny run: killed, resumed, measured, recommending."""
+"""TIGER: a training step against a plain computation, and a tiny run: killed, resumed, measured, served, exported."""
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -11,19 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxrec.config import load_config
 from jaxrec.data.examples import Records
 from jaxrec.data.item_sequences import ItemSequenceConfig, following, whole
 from jaxrec.evaluation import make_cases
+from jaxrec.export import ExportConfig, load, write_artefact
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.run import Run, read_json
 from jaxrec.semantic_ids.space import SemanticIdSpace
-from jaxrec.systems.tiger import STAGE, ObjectiveConfig, load_recommender, train
+from jaxrec.serving.retriever import Retriever
+from jaxrec.serving.schema import Request
+from jaxrec.systems.generative import STAGE
+from jaxrec.systems.tiger import ObjectiveConfig, load_recommender, train
 from jaxrec.systems.tiger_model import TigerAssembly, fit_vocabulary
-from jaxrec.systems.tiger_training import losses, make_state, make_step
+from jaxrec.systems.tiger_training import losses, mean_loss
 from jaxrec.training import checkpoint
+from jaxrec.training.step import make_state, make_step
 
 ROOT = Path(__file__).parent.parent
 CONFIG = load_config(ROOT / "tests" / "mall_tiger.py")
@@ -99,10 +107,12 @@ def test_a_step_equals_a_plain_computation(causal):
         return sum(each) / sum(weight for *_, weight in asked)
 
     optimizer = optax.sgd(0.1)
-    state = make_state(assembly, 0, optimizer)
+    state = make_state(assembly.init(0), optimizer)
     loss, gradients = jax.jit(jax.value_and_grad(plain))(state.params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
-    after, metrics = jax.jit(make_step(assembly, config, optimizer))(state, batch)
+    after, metrics = jax.jit(make_step(functools.partial(mean_loss, assembly, config), optimizer, config.seed))(
+        state, batch
+    )
     total, count = metrics["loss"]
     assert count == sum(weight for *_, weight in asked)
     np.testing.assert_allclose(total / count, loss, rtol=1e-5)
@@ -163,3 +173,31 @@ def test_items_under_one_id_are_told_apart_and_all_found(runs):
     items, scores = recommender.recommend(cases.histories, len(space.codes))
     assert all(sorted(row) == list(range(len(space.codes))) for row in items.tolist())
     np.testing.assert_allclose(np.exp(scores).sum(1) <= 1 + 1e-4, True)
+
+
+def test_it_is_served_and_gets_new_items(runs):
+    """A new item under the ID of one that goes takes its place."""
+    retriever = Retriever(runs[0])
+    user = pq.read_table(runs[0] / "tables" / "users.parquet")["user_id"][0].as_py()
+    (answer,) = retriever.answer([Request(user_id=user, k=5)])
+    assert answer.source == "model"
+    live, best = retriever.catalogue, answer.items[0].item_id
+    code = live.current.codes[live.current.row(best)]
+    live.remove([best])
+    live.add(pa.table({"item_id": ["new"], "title": ["New"]}), code[None])
+    (again,) = retriever.answer([Request(user_id=user, k=5)])
+    assert [item.item_id for item in again.items] == ["new", *(item.item_id for item in answer.items[1:])]
+
+
+def test_an_export_answers_the_same(runs, tmp_path):
+    run = Run(runs[0])
+    model = load_recommender(run)
+    item_ids = pq.read_table(run.tables / "items.parquet")["item_id"].to_pylist()
+    write_artefact(model, item_ids, tmp_path / "out", ExportConfig(k=5, platforms=("cpu",)))
+    artefact = load(tmp_path / "out")
+    events = {"item": np.array([3, 9], np.int32), "behavior": np.array([4, 4], np.int8)}
+    events |= {"timestamp": np.array([5, 6], np.int64), "session": np.array([0, 1], np.int32)}
+    found = artefact.retrieve(artefact.prepare([events]))
+    items, scores = model.recommend([events], 5)
+    np.testing.assert_array_equal(found["items"], items)
+    np.testing.assert_allclose(found["scores"], scores, atol=1e-5)

@@ -4,6 +4,7 @@ Times depend on shapes alone; everything else is drawn.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,8 +20,9 @@ from jaxrec.models.prior import build_prior
 from jaxrec.semantic_ids.space import SemanticIdSpace
 from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.systems.onemall_model import Assembly
-from jaxrec.systems.onemall_training import make_state, make_step
+from jaxrec.systems.onemall_training import mean_loss
 from jaxrec.training.optim import make_optimizer
+from jaxrec.training.step import make_state, make_step
 
 DEMO = load_config(Path(__file__).parents[2] / "configs" / "onemall.py")
 ITEMS = 10_374
@@ -71,8 +73,10 @@ class TrainingStep:
         self.assembly = make_assembly(config)
         self.batch = make_batch(self.assembly, config)
         optimizer = make_optimizer(config.optim, config.training.steps)
-        self.state = make_state(self.assembly, config.seed, optimizer)
-        self.step = jax.jit(make_step(self.assembly, config, optimizer), donate_argnums=0)
+        self.state = make_state(self.assembly.init(config.seed), optimizer)
+        self.step = jax.jit(
+            make_step(partial(mean_loss, self.assembly, config), optimizer, config.seed), donate_argnums=0
+        )
 
     def __call__(self) -> dict:
         self.state, metrics = self.step(self.state, self.batch)

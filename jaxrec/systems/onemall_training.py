@@ -1,14 +1,13 @@
 """Training OneMall's model (Eq. 7): next-token prediction and contrastive task, all targets of a context at once."""
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxrec.data import features
 from jaxrec.data.examples import Records
@@ -16,64 +15,36 @@ from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.losses.contrastive import in_batch_softmax
 from jaxrec.losses.likelihood import next_token
 from jaxrec.nn.moe import balance
+from jaxrec.systems.generative import train_model
 from jaxrec.systems.onemall_model import Assembly
-from jaxrec.training.flops import matmul_flops
-from jaxrec.training.loop import TrainState, fit
-from jaxrec.training.optim import make_optimizer
-from jaxrec.training.sharding import like_params, make_mesh, use_mesh
+from jaxrec.training.loop import TrainState
+from jaxrec.training.step import Loss
 
 if TYPE_CHECKING:
     from jaxrec.systems.onemall import OneMallConfig
 
 
-def train_model(assembly: Assembly, config: "OneMallConfig", folder: Path, metrics_path: Path) -> TrainState:
-    """Trains to the end, from the newest checkpoint in `folder` if there is one."""
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    optimizer = make_optimizer(config.optim, config.training.steps)
-    return fit(
-        make_step(assembly, config, optimizer),
-        make_state(assembly, config.seed, optimizer, mesh),
-        training_batches(assembly, config),
-        config=config.training,
-        folder=folder,
-        metrics_path=metrics_path,
-        stage="pretrain",
-        mesh=mesh,
-        flops_per_step=flops_counter(assembly, config),
-    )
+def train(assembly: Assembly, config: "OneMallConfig", folder: Path, metrics_path: Path) -> TrainState:
+    """As `jaxrec.systems.generative.train_model`."""
+    loss, batches = partial(mean_loss, assembly, config), training_batches(assembly, config)
+    counted = exact_loss(assembly, config)
+    return train_model(assembly, config, loss, batches, folder, metrics_path, counted=counted)
 
 
-def make_state(assembly: Assembly, seed: int, optimizer: optax.GradientTransformation, mesh=None) -> TrainState:
-    """The state before the first step; `extra` holds the biases of the routers."""
-    variables = assembly.init(seed, mesh)
-    params, extra = variables["params"], {"balance": variables.get("balance", {})}
-    if mesh is None:
-        return TrainState(jnp.int32(0), params, optimizer.init(params), extra)
-    with use_mesh(mesh):
-        shapes = jax.eval_shape(optimizer.init, params)
-        opt_state = jax.jit(optimizer.init, out_shardings=like_params(shapes, params, mesh))(params)
-    return TrainState(jnp.int32(0), params, opt_state, extra)
+def mean_loss(assembly: Assembly, config: "OneMallConfig", params: Any, extra: dict, batch: dict, key: jax.Array):
+    """As `jaxrec.training.step.Loss`; `extra` holds the biases of the routers, a batch is of `training_batches`."""
+    sums, count, load = losses(assembly, config, {"params": params, **extra}, batch, key)
+    total = sums["next_token"] + config.objective.contrastive_weight * sums["contrastive"]
+    if load:
+        extra = {"balance": move_biases(extra["balance"], load, config.model.balance_rate)}
+    metrics = {name: (value, count) for name, value in (sums | {"loss": total}).items()}
+    return total / jnp.maximum(count, 1), (metrics, extra)
 
 
-def make_step(assembly: Assembly, config: "OneMallConfig", optimizer: optax.GradientTransformation) -> Callable:
-    """step(state, batch) -> (state, metrics as (sum, count)), where batch is what `training_batches` yields."""
-
-    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-        def mean_loss(params):
-            sums, count, load = losses(assembly, config, {"params": params, **state.extra}, batch, key)
-            total = sums["next_token"] + config.objective.contrastive_weight * sums["contrastive"]
-            return total / jnp.maximum(count, 1), (sums | {"loss": total}, count, load)
-
-        gradients, (sums, count, load) = jax.grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        extra = {"balance": move_biases(state.extra["balance"], load, config.model.balance_rate)}
-        metrics = {name: (value, count) for name, value in sums.items()}
-        return TrainState(state.step + 1, params, opt_state, extra), metrics
-
-    return step
+def exact_loss(assembly: Assembly, config: "OneMallConfig") -> Loss:
+    """`mean_loss` with the experts run exactly: padding and dropped tokens of another dispatch are no model FLOPs."""
+    exact = assembly.model.clone(config=dataclasses.replace(assembly.model.config, dispatch="ragged"))
+    return partial(mean_loss, dataclasses.replace(assembly, model=exact), config)
 
 
 def losses(assembly: Assembly, config: "OneMallConfig", variables: dict, batch: dict, key: jax.Array):
@@ -138,26 +109,3 @@ def training_batches(assembly: Assembly, config: "OneMallConfig"):
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def flops_counter(assembly: Assembly, config: "OneMallConfig") -> Callable[[dict], float]:
-    """Model FLOPs of a training step on a batch: three times the matrix products of the forward pass.
-
-    Counted with the experts run exactly (`ragged`): padding and dropped tokens of another dispatch are no model FLOPs.
-    """
-    counted: dict[int, float] = {}
-    exact = assembly.model.clone(config=dataclasses.replace(assembly.model.config, dispatch="ragged"))
-    twin = dataclasses.replace(assembly, model=exact)
-    variables = jax.eval_shape(lambda: twin.init(0))
-
-    def forward(variables, batch):
-        sums, _, _ = losses(twin, config, variables, batch, jax.random.key(0))
-        return sums
-
-    def count(batch: dict) -> float:
-        size = batch["past_item"].shape[1]
-        if size not in counted:
-            counted[size] = 3 * matmul_flops(forward, variables, batch)
-        return counted[size]
-
-    return count

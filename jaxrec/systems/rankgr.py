@@ -10,31 +10,17 @@ authors report on Amazon Clothing 2023 HR@20 .0227, @50 .0313, @100 .0468, @500 
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
-from jaxrec.config import UserError, fingerprint, from_json
+from jaxrec.config import UserError, from_json
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
-from jaxrec.data.prepare import PrepareConfig
-from jaxrec.data.sources import AnySource
 from jaxrec.data.sources.files import digest
 from jaxrec.models.rankgr import RankGRConfig
 from jaxrec.run import Run
-from jaxrec.semantic_ids.codebooks import SemanticIdConfig
-from jaxrec.semantic_ids.collisions import CollisionConfig
-from jaxrec.systems.comparison import EvaluationConfig, compare, present
-from jaxrec.systems.phases import prepare_with_ids
+from jaxrec.systems import rankgr_training
+from jaxrec.systems.generative import STAGE, GenerativeRunConfig, load_trained, run_phases
 from jaxrec.systems.rankgr_model import assemble
-from jaxrec.systems.rankgr_training import train_model
-from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
-from jaxrec.text.align import AlignConfig
-from jaxrec.text.encoder import EncoderConfig
-from jaxrec.text.finetune import FinetuneConfig
-from jaxrec.text.scenarios import TowersConfig
-from jaxrec.training import checkpoint
-from jaxrec.training.loop import LoopConfig
-from jaxrec.training.optim import OptimConfig
-from jaxrec.training.sharding import MeshConfig
-
-STAGE = "stages/train"
+from jaxrec.systems.recommender import GenerativeRecommender
 
 
 @dataclass(frozen=True)
@@ -63,83 +49,44 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class RankGRRunConfig:
+class RankGRRunConfig(GenerativeRunConfig):
     """Everything that decides a run of RankGR."""
 
-    data: AnySource
-    """Where the logs come from."""
     system: str = "rankgr"
     """Which system this configures."""
-    seed: int = 0
-    """Seed of everything that is drawn."""
     pretrained: str = ""
     """A folder with a Qwen2 or Qwen2.5 in Hugging Face's layout to begin from, whose sizes replace those of
     `model.backbone`; empty: from scratch."""
-    batch_size: int = 128
-    """Contexts in a training step, over all hosts."""
     min_history: int = 1
     """Events that must come before a session for it to be trained on."""
     sessions_per_user: int = 0
     """Only the last so many sessions of a user are trained on; 0 for all."""
-    prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    """Cleaning, splits and pair statistics."""
-    text: EncoderConfig = field(default_factory=EncoderConfig)
-    """Text encoder."""
-    align: AlignConfig | FinetuneConfig = field(default_factory=AlignConfig)
-    """Contrastive alignment of the embeddings (the paper's IDs are FORGE's)."""
-    scenarios: TowersConfig | None = None
-    """Embeddings by scenario; None: by the texts alone."""
-    semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
-    """Quantizers."""
-    collisions: CollisionConfig = field(default_factory=CollisionConfig)
-    """What is done about items that share a semantic ID."""
     features: LeveledSessionConfig = field(default_factory=LeveledSessionConfig)
     """How much of the past the model reads, and what it learns from at once."""
     model: RankGRConfig = field(default_factory=RankGRConfig)
     """Sizes and parts of the model; vocabulary and levels follow from the IDs."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Losses."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser."""
-    training: LoopConfig = field(default_factory=LoopConfig)
-    """Length of training, logging, checkpoints, evaluation on the validation split."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """Layout of the devices."""
-    decoding: DecodingConfig = field(default_factory=DecodingConfig)
-    """Beam search; RankGR's: beam_widths 500, 1400 and candidates 1400, 1400."""
-    validation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(split="valid", max_users=2000))
-    """Who is measured while training, every `training.evaluate_every` steps."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """What is measured at the end."""
+
+    # The weights themselves count, wherever they lie.
+    before_training: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.before_training, "pretrained")
 
 
 def train(run: Run, config: RankGRRunConfig) -> None:
     """Runs every phase that is not done yet, and prints the comparison table."""
-    weights = _weights(config.pretrained)
-    ids, examples = prepare_with_ids(run, config)
-    trained = run.stage(
-        STAGE,
-        fingerprint(ids, examples, weights, *_training_inputs(config)),
-        lambda folder: train_model(assemble(run, config), config, folder, run.metrics_file),
+    run_phases(
+        run,
+        config,
+        lambda folder: rankgr_training.train(assemble(run, config), config, folder, run.metrics_file),
+        lambda: load_recommender(run),
+        _weights(config.pretrained),
     )
-    run.phase(
-        "evaluation",
-        fingerprint(trained, config.decoding, config.evaluation),
-        lambda folder: compare(run, load_recommender(run), config.evaluation, folder),
-    )
-    present(run)
 
 
 def load_recommender(run: Run) -> GenerativeRecommender:
-    """The trained model of a run, ready to recommend; the weights it began from aren't needed.
-
-    Raises:
-      UserError: the run is not trained yet, or no checkpoint of it can be read.
-    """
+    """As `jaxrec.systems.generative.load_trained`; the weights that it began from aren't needed."""
     config = from_json(RankGRRunConfig, Run.load(run.path)[1])
-    trained = checkpoint.load_best(run.path / STAGE, "params")
-    assembly = assemble(run, config, run.path / STAGE)
-    return GenerativeRecommender(assembly, trained, config.features, config.decoding)
+    return load_trained(run, assemble(run, config, run.path / STAGE), config)
 
 
 def _weights(folder: str) -> list:
@@ -149,10 +96,3 @@ def _weights(folder: str) -> list:
     if not Path(folder).is_dir():
         raise UserError(f"configuration key 'pretrained': there is no folder {folder}; give one with a Qwen2")
     return [digest(path) for path in sorted(Path(folder).iterdir()) if path.suffix in (".json", ".safetensors")]
-
-
-def _training_inputs(config: RankGRRunConfig) -> list:
-    """What a training depends on beside the tables and IDs; the final evaluation may change without a new one."""
-    names = ("seed", "batch_size", "min_history", "sessions_per_user", "features", "model", "objective", "optim")
-    measured = (config.decoding, config.validation) if config.training.evaluate_every else ()
-    return [*(getattr(config, name) for name in (*names, "training", "mesh")), *measured]

@@ -4,14 +4,14 @@ The targets of a context are one packed list: the items of the session after it 
 itself after those before them (Eq. 2), and drawn pseudo-exposures.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxrec.config import UserError
 from jaxrec.data import leveled_sessions
@@ -20,66 +20,30 @@ from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.losses.likelihood import full_softmax, next_token
 from jaxrec.losses.preference import has_preference, ldpo
 from jaxrec.models.rankgr import RankContext
+from jaxrec.systems.generative import train_model
 from jaxrec.systems.rankgr_model import RankGRAssembly, write_backbone
-from jaxrec.systems.validation import make_validation
-from jaxrec.training.flops import matmul_flops
-from jaxrec.training.loop import TrainState, fit
-from jaxrec.training.optim import make_optimizer
-from jaxrec.training.sharding import like_params, make_mesh, use_mesh
+from jaxrec.training.loop import TrainState
 
 if TYPE_CHECKING:
     from jaxrec.systems.rankgr import RankGRRunConfig
 
 
-def train_model(assembly: RankGRAssembly, config: "RankGRRunConfig", folder: Path, metrics_path: Path) -> TrainState:
-    """Trains to the end, from the newest checkpoint in `folder` if there is one."""
+def train(assembly: RankGRAssembly, config: "RankGRRunConfig", folder: Path, metrics_path: Path) -> TrainState:
+    """As `jaxrec.systems.generative.train_model`."""
     write_backbone(folder, assembly.model.config)
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    optimizer = make_optimizer(config.optim, config.training.steps)
-    return fit(
-        make_step(assembly, config, optimizer),
-        make_state(assembly, config.seed, optimizer, mesh),
-        training_batches(assembly, config),
-        config=config.training,
-        folder=folder,
-        metrics_path=metrics_path,
-        stage="train",
-        mesh=mesh,
-        flops_per_step=flops_counter(assembly, config),
-        evaluate=make_validation(assembly, config.features, config.decoding, config.validation),
-    )
+    loss = partial(mean_loss, assembly, config)
+    return train_model(assembly, config, loss, training_batches(assembly, config), folder, metrics_path)
 
 
-def make_state(assembly: RankGRAssembly, seed: int, optimizer: optax.GradientTransformation, mesh=None) -> TrainState:
-    """The state before the first step."""
-    params = assembly.init(seed, mesh)["params"]
-    if mesh is None:
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-    with use_mesh(mesh):
-        shapes = jax.eval_shape(optimizer.init, params)
-        opt_state = jax.jit(optimizer.init, out_shardings=like_params(shapes, params, mesh))(params)
-    return TrainState(jnp.int32(0), params, opt_state)
-
-
-def make_step(assembly: RankGRAssembly, config: "RankGRRunConfig", optimizer: optax.GradientTransformation) -> Callable:
-    """step(state, batch) -> (state, metrics as (sum, count)), where batch is what `training_batches` yields."""
+def mean_loss(
+    assembly: RankGRAssembly, config: "RankGRRunConfig", params: Any, extra: dict, batch: dict, key: jax.Array
+):
+    """As `jaxrec.training.step.Loss` (Eq. 17); a batch is what `training_batches` yields."""
     objective = config.objective
-
-    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-        def mean_loss(params):
-            sums, count, notes = losses(assembly, config, {"params": params}, batch, key)
-            total = sums["next_token"] + objective.alpha * sums["ldpo"] + objective.rank_weight * sums["rank"]
-            return total / jnp.maximum(count, 1), (sums | {"loss": total}, count, notes)
-
-        gradients, (sums, count, notes) = jax.grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {name: (value, count) for name, value in sums.items()} | notes
-        return TrainState(state.step + 1, params, opt_state, state.extra), metrics
-
-    return step
+    sums, count, notes = losses(assembly, config, {"params": params}, batch, key)
+    total = sums["next_token"] + objective.alpha * sums["ldpo"] + objective.rank_weight * sums["rank"]
+    metrics = {name: (value, count) for name, value in (sums | {"loss": total}).items()} | notes
+    return total / jnp.maximum(count, 1), (metrics, extra)
 
 
 def losses(assembly: RankGRAssembly, config: "RankGRRunConfig", variables: dict, batch: dict, key: jax.Array):
@@ -229,20 +193,3 @@ def training_batches(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Ite
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def flops_counter(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Callable[[dict], float]:
-    """Model FLOPs of a training step on a batch: three times the matrix products of the forward pass."""
-    counted: dict[int, float] = {}
-    variables = jax.eval_shape(lambda: assembly.init(0))
-
-    def forward(variables, batch):
-        return losses(assembly, config, variables, batch, jax.random.key(0))[0]
-
-    def count(batch: dict) -> float:
-        size = batch["item"].shape[1]
-        if size not in counted:
-            counted[size] = 3 * matmul_flops(forward, variables, batch)
-        return counted[size]
-
-    return count

@@ -25,9 +25,11 @@ from jaxrec.models.sequential import (
     YouTubeDnnConfig,
 )
 from jaxrec.run import Run
+from jaxrec.systems import sequential_training
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
+from jaxrec.systems.generative import STAGE
 from jaxrec.systems.sequential_recommender import SequentialAssembly, SequentialRecommender
-from jaxrec.systems.sequential_training import Binary, FullSoftmax, SampledSoftmax, train_model
+from jaxrec.systems.sequential_training import FullSoftmax, Objective
 from jaxrec.training import checkpoint
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -35,8 +37,6 @@ from jaxrec.training.sharding import MeshConfig
 
 NAMES = ("youtubednn", "sasrec", "sasrec_ce", "bert4rec", "caser", "nextitnet", "core", "hstu")
 """The systems that this module runs."""
-
-STAGE = "stages/train"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SequentialConfig:
         YouTubeDnnConfig | SasRecConfig | Bert4RecConfig | CaserConfig | NextItNetConfig | CoreConfig | HstuConfig
     ) = field(default_factory=SasRecConfig)
     """Which model, and its sizes."""
-    objective: FullSoftmax | SampledSoftmax | Binary = field(default_factory=FullSoftmax)
+    objective: Objective = field(default_factory=FullSoftmax)
     """Loss."""
     system: str = "sasrec_ce"
     """The name of the baseline."""
@@ -93,7 +93,7 @@ def train(run: Run, config: SequentialConfig) -> None:
     trained = run.stage(
         STAGE,
         fingerprint(examples, *(getattr(config, name) for name in names), *measured),
-        lambda folder: train_model(assemble(run, config), config, folder, run.metrics_file),
+        lambda folder: sequential_training.train(assemble(run, config), config, folder, run.metrics_file),
     )
     run.phase(
         "evaluation",

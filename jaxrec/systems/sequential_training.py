@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxrec.config import UserError
 from jaxrec.data.examples import Records
@@ -19,9 +19,11 @@ from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
 from jaxrec.models.sequential import Bert4RecConfig
 from jaxrec.systems.comparison import draw
 from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, windows
+from jaxrec.training.flops import step_flops
 from jaxrec.training.loop import TrainState, fit
 from jaxrec.training.optim import make_optimizer
 from jaxrec.training.sharding import make_mesh
+from jaxrec.training.step import make_state, make_step
 
 if TYPE_CHECKING:
     from jaxrec.systems.sequential import SequentialConfig
@@ -58,49 +60,38 @@ class Binary:
     """items drawn for a target"""
 
 
-def train_model(
-    assembly: SequentialAssembly, config: "SequentialConfig", folder: Path, metrics_path: Path
-) -> TrainState:
+Objective = FullSoftmax | SampledSoftmax | Binary
+
+
+def train(assembly: SequentialAssembly, config: "SequentialConfig", folder: Path, metrics_path: Path) -> TrainState:
     """Trains to the end, or until validation gets no better, from the newest checkpoint in `folder` if there is one."""
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
     optimizer = make_optimizer(config.optim, config.training.steps)
-    params = assembly.init(config.seed)
+    loss, variables = partial(mean_loss, assembly, config.objective), {"params": assembly.init(config.seed)}
     return fit(
-        make_step(assembly, config, optimizer),
-        TrainState(jnp.int32(0), params, optimizer.init(params)),
+        make_step(loss, optimizer, config.seed),
+        make_state(variables, optimizer),
         training_batches(assembly, config),
         config=config.training,
         folder=folder,
         metrics_path=metrics_path,
-        stage="train",
         mesh=mesh,
+        flops_per_step=step_flops(loss, variables),
         evaluate=validation(assembly, config) if config.training.evaluate_every else None,
     )
 
 
-def make_step(
-    assembly: SequentialAssembly, config: "SequentialConfig", optimizer: optax.GradientTransformation
-) -> Callable:
-    """step(state, batch) -> (state, metrics as (sum, count)), where batch is what `training_batches` yields."""
-
-    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-        def mean_loss(params):
-            total, count = loss(assembly, config.objective, params, batch, key)
-            return total / jnp.maximum(count, 1), (total, count)
-
-        gradients, pair = jax.grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), {"loss": pair}
-
-    return step
+def mean_loss(
+    assembly: SequentialAssembly, objective: Objective, params: Any, extra: dict, batch: dict, key: jax.Array
+):
+    """As `jaxrec.training.step.Loss`; a batch is what `training_batches` yields."""
+    total, count = loss(assembly, objective, params, batch, key)
+    return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
 
 
 def loss(
     assembly: SequentialAssembly,
-    objective: FullSoftmax | SampledSoftmax | Binary,
+    objective: Objective,
     params: Any,
     batch: dict,
     key: jax.Array,

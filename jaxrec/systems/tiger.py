@@ -16,30 +16,19 @@ free ID.
 
 from dataclasses import dataclass, field
 
-from jaxrec.config import UserError, fingerprint, from_json
+from jaxrec.config import UserError, from_json
 from jaxrec.data.item_sequences import ItemSequenceConfig
-from jaxrec.data.prepare import PrepareConfig
-from jaxrec.data.sources import AnySource
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.run import Run
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig
 from jaxrec.semantic_ids.rqvae import RqVaeConfig
-from jaxrec.systems.comparison import EvaluationConfig, compare, present
-from jaxrec.systems.phases import prepare_with_ids
-from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
+from jaxrec.systems import tiger_training
+from jaxrec.systems.generative import GenerativeRunConfig, load_trained, run_phases
+from jaxrec.systems.recommender import GenerativeRecommender
 from jaxrec.systems.tiger_model import assemble
-from jaxrec.systems.tiger_training import train_model
 from jaxrec.text.align import AlignConfig
-from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
-from jaxrec.text.scenarios import TowersConfig
-from jaxrec.training import checkpoint
-from jaxrec.training.loop import LoopConfig
-from jaxrec.training.optim import OptimConfig
-from jaxrec.training.sharding import MeshConfig
-
-STAGE = "stages/train"
 
 TEXT_ALONE = AlignConfig(width=384, epochs=0.0, item_residual=False)
 """Principal components of the texts, not aligned: TIGER's IDs know nothing of shoppers."""
@@ -68,25 +57,15 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class TigerConfig:
+class TigerConfig(GenerativeRunConfig):
     """Everything that decides a run of TIGER or FORGE."""
 
-    data: AnySource
-    """Where the logs come from."""
     system: str = "tiger"
     """Which system this configures; forge is the same on other IDs, and goes by its own name in tables."""
-    seed: int = 0
-    """Seed of everything that is drawn."""
     batch_size: int = 256
     """Contexts in a training step, over all hosts."""
-    prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    """Cleaning, splits and pair statistics."""
-    text: EncoderConfig = field(default_factory=EncoderConfig)
-    """Text encoder."""
     align: AlignConfig | FinetuneConfig = TEXT_ALONE
     """Contrastive alignment of the embeddings (FORGE); none by default."""
-    scenarios: TowersConfig | None = None
-    """Embeddings by scenario; None: by the texts alone."""
     semantic_ids: SemanticIdConfig = field(
         default_factory=lambda: SemanticIdConfig(RqVaeConfig((256, 256, 256)), remainder=None)
     )
@@ -101,49 +80,19 @@ class TigerConfig:
     """Sizes and parts of the model; vocabulary, levels and start token follow from the IDs."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """The loss."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser."""
-    training: LoopConfig = field(default_factory=LoopConfig)
-    """Length of training, logging, checkpoints, evaluation on the validation split."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """Layout of the devices."""
-    decoding: DecodingConfig = field(default_factory=DecodingConfig)
-    """Beam search."""
-    validation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(split="valid", max_users=2000))
-    """Who is measured while training, every `training.evaluate_every` steps."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """What is measured at the end."""
 
 
 def train(run: Run, config: TigerConfig) -> None:
     """Runs every phase that is not done yet, and prints the comparison table."""
-    ids, examples = prepare_with_ids(run, config)
-    trained = run.stage(
-        STAGE,
-        fingerprint(ids, examples, *_training_inputs(config)),
-        lambda folder: train_model(assemble(run, config), config, folder, run.metrics_file),
+    run_phases(
+        run,
+        config,
+        lambda folder: tiger_training.train(assemble(run, config), config, folder, run.metrics_file),
+        lambda: load_recommender(run),
     )
-    run.phase(
-        "evaluation",
-        fingerprint(trained, config.decoding, config.evaluation),
-        lambda folder: compare(run, load_recommender(run), config.evaluation, folder),
-    )
-    present(run)
 
 
 def load_recommender(run: Run) -> GenerativeRecommender:
-    """The trained model of a run, in its best state where it was measured on the way, ready to recommend.
-
-    Raises:
-      UserError: the run is not trained yet, or no checkpoint of it can be read.
-    """
+    """The trained model of a run, as `jaxrec.systems.generative.load_trained`."""
     config = from_json(TigerConfig, Run.load(run.path)[1])
-    trained = checkpoint.load_best(run.path / STAGE, "params")
-    return GenerativeRecommender(assemble(run, config), trained, config.features, config.decoding)
-
-
-def _training_inputs(config: TigerConfig) -> list:
-    """What a training depends on beside the tables and IDs; the final evaluation may change without a new one."""
-    names = ("seed", "batch_size", "features", "users", "model", "objective", "optim", "training", "mesh")
-    measured = (config.decoding, config.validation) if config.training.evaluate_every else ()
-    return [*(getattr(config, name) for name in names), *measured]
+    return load_trained(run, assemble(run, config), config)

@@ -7,75 +7,37 @@ Two ways to make contexts of the prefixes:
   that sees the part before it. The encoder then reads several times fewer tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxrec.data import item_sequences
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.losses.likelihood import next_token
+from jaxrec.systems.generative import train_model
 from jaxrec.systems.tiger_model import TigerAssembly
-from jaxrec.systems.validation import make_validation
-from jaxrec.training.flops import matmul_flops
-from jaxrec.training.loop import TrainState, fit
-from jaxrec.training.optim import make_optimizer
-from jaxrec.training.sharding import like_params, make_mesh, use_mesh
+from jaxrec.training.loop import TrainState
 
 if TYPE_CHECKING:
     from jaxrec.systems.tiger import TigerConfig
 
 
-def train_model(assembly: TigerAssembly, config: "TigerConfig", folder: Path, metrics_path: Path) -> TrainState:
-    """Trains to the end, from the newest checkpoint in `folder` if there is one."""
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    optimizer = make_optimizer(config.optim, config.training.steps)
-    return fit(
-        make_step(assembly, config, optimizer),
-        make_state(assembly, config.seed, optimizer, mesh),
-        training_batches(assembly, config),
-        config=config.training,
-        folder=folder,
-        metrics_path=metrics_path,
-        stage="train",
-        mesh=mesh,
-        flops_per_step=flops_counter(assembly, config),
-        evaluate=make_validation(assembly, config.features, config.decoding, config.validation),
-    )
+def train(assembly: TigerAssembly, config: "TigerConfig", folder: Path, metrics_path: Path) -> TrainState:
+    """As `jaxrec.systems.generative.train_model`."""
+    loss = partial(mean_loss, assembly, config)
+    return train_model(assembly, config, loss, training_batches(assembly, config), folder, metrics_path)
 
 
-def make_state(assembly: TigerAssembly, seed: int, optimizer: optax.GradientTransformation, mesh=None) -> TrainState:
-    """The state before the first step."""
-    params = assembly.init(seed, mesh)["params"]
-    if mesh is None:
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-    with use_mesh(mesh):
-        shapes = jax.eval_shape(optimizer.init, params)
-        opt_state = jax.jit(optimizer.init, out_shardings=like_params(shapes, params, mesh))(params)
-    return TrainState(jnp.int32(0), params, opt_state)
-
-
-def make_step(assembly: TigerAssembly, config: "TigerConfig", optimizer: optax.GradientTransformation) -> Callable:
-    """step(state, batch) -> (state, metrics as (sum, count)), where batch is what `training_batches` yields."""
-
-    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-        def mean_loss(params):
-            total, count = losses(assembly, config, {"params": params}, batch, key)
-            return total / jnp.maximum(count, 1), (total, count)
-
-        gradients, sums = jax.grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, state.extra), {"loss": sums}
-
-    return step
+def mean_loss(assembly: TigerAssembly, config: "TigerConfig", params: Any, extra: dict, batch: dict, key: jax.Array):
+    """As `jaxrec.training.step.Loss`; a batch is what `training_batches` yields."""
+    total, count = losses(assembly, config, {"params": params}, batch, key)
+    return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
 
 
 def losses(
@@ -134,20 +96,3 @@ def training_batches(assembly: TigerAssembly, config: "TigerConfig") -> Iterator
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def flops_counter(assembly: TigerAssembly, config: "TigerConfig") -> Callable[[dict], float]:
-    """Model FLOPs of a training step on a batch: three times the matrix products of the forward pass."""
-    counted: dict[int, float] = {}
-    variables = jax.eval_shape(lambda: assembly.init(0))
-
-    def forward(variables, batch):
-        return losses(assembly, config, variables, batch, jax.random.key(0))
-
-    def count(batch: dict) -> float:
-        size = batch["item"].shape[1]
-        if size not in counted:
-            counted[size] = 3 * matmul_flops(forward, variables, batch)
-        return counted[size]
-
-    return count

@@ -16,6 +16,24 @@ def matmul_flops(function: Callable[..., Any], *args: Any) -> float:
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
+def step_flops(loss: Callable[..., Any], variables: dict) -> Callable[[Any], float]:
+    """A function of a batch: the model FLOPs of a training step, three times the matrix products of the forward pass.
+
+    loss: as `jaxrec.training.step.Loss`; variables: {"params", ...}, shapes suffice. Each shape of batch counts once.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+    params, extra = shapes.pop("params"), shapes
+    counted: dict[tuple, float] = {}
+
+    def count(batch: Any) -> float:
+        case = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
+        if case not in counted:
+            counted[case] = 3 * matmul_flops(lambda *inputs: loss(*inputs, jax.random.key(0)), params, extra, batch)
+        return counted[case]
+
+    return count
+
+
 def _count(jaxpr: Any) -> float:
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
 

@@ -1,0 +1,154 @@
+"""What the systems with semantic IDs share: a configuration, the phases of a run, training, the trained model.
+
+    source ─▶ tables ─▶ semantic IDs ─▶ examples ─▶ training ─▶ evaluation ─▶ report
+
+Every phase reads what the ones before it wrote into the run directory, is skipped when its inputs are unchanged, and
+can be killed and run again. A system adds what it reads, a model, a loss and batches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+
+from jaxrec.config import fingerprint
+from jaxrec.data.prepare import PrepareConfig
+from jaxrec.data.sources import AnySource
+from jaxrec.run import Run
+from jaxrec.semantic_ids.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids.collisions import CollisionConfig
+from jaxrec.systems.comparison import EvaluationConfig, compare, present
+from jaxrec.systems.phases import prepare_with_ids
+from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender
+from jaxrec.systems.validation import make_validation
+from jaxrec.text.align import AlignConfig
+from jaxrec.text.encoder import EncoderConfig
+from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.text.scenarios import TowersConfig
+from jaxrec.training import checkpoint
+from jaxrec.training.flops import step_flops
+from jaxrec.training.loop import LoopConfig, TrainState, fit
+from jaxrec.training.optim import OptimConfig, make_optimizer
+from jaxrec.training.prefetch import BatchIterator
+from jaxrec.training.sharding import MeshConfig, make_mesh
+from jaxrec.training.step import Loss, make_state, make_step
+
+STAGE = "stages/train"
+"""The folder of a run with the checkpoints of its training."""
+
+
+@dataclass(frozen=True)
+class GenerativeRunConfig:
+    """What decides a run of any of these systems; each adds `features`, `model` and `objective`."""
+
+    data: AnySource
+    """Where the logs come from."""
+    system: str = ""
+    """Which system this configures, and its name in tables."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    batch_size: int = 128
+    """Contexts in a training step, over all hosts."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """Cleaning, splits and pair statistics."""
+    text: EncoderConfig = field(default_factory=EncoderConfig)
+    """Text encoder."""
+    align: AlignConfig | FinetuneConfig = field(default_factory=AlignConfig)
+    """Contrastive alignment of the embeddings: by a projection and a free vector an item, or of the text encoder."""
+    scenarios: TowersConfig | None = None
+    """Embeddings by scenario: a video's product beside it, live streams by an item tower; None: by the texts alone."""
+    semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
+    """Quantizers."""
+    collisions: CollisionConfig = field(default_factory=CollisionConfig)
+    """What is done about items that share a semantic ID."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    training: LoopConfig = field(default_factory=LoopConfig)
+    """Length of training, logging, checkpoints, evaluation on the validation split."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Layout of the devices."""
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    """Beam search."""
+    validation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(split="valid", max_users=2000))
+    """Who is measured while training, every `training.evaluate_every` steps."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured at the end."""
+
+    before_training: ClassVar[tuple[str, ...]] = (
+        *("data", "system", "prepare", "text", "align", "scenarios", "semantic_ids", "collisions"),
+        *("decoding", "validation", "evaluation"),
+    )
+    """Fields that training depends on through what they made, or not at all."""
+
+    def training_inputs(self) -> dict[str, Any]:
+        """What a training depends on beside tables and IDs; the final evaluation may change without a new one."""
+        names = [each.name for each in fields(self) if each.name not in self.before_training]
+        if self.training.evaluate_every:
+            names += ["decoding", "validation"]
+        return {name: getattr(self, name) for name in names}
+
+
+def run_phases(
+    run: Run,
+    config: GenerativeRunConfig,
+    train: Callable[[Path], TrainState],
+    load: Callable[[], GenerativeRecommender],
+    *inputs: Any,
+) -> None:
+    """Runs every phase that is not done yet, and prints the comparison table.
+
+    Args:
+      train: trains into a folder, or goes on with what it finds there.
+      load: the trained model.
+      inputs: what training depends on beside the configuration and the phases before.
+    """
+    ids, examples = prepare_with_ids(run, config)
+    trained = run.stage(STAGE, fingerprint(ids, examples, *inputs, config.training_inputs()), train)
+    run.phase(
+        "evaluation",
+        fingerprint(trained, config.decoding, config.evaluation),
+        lambda folder: compare(run, load(), config.evaluation, folder),
+    )
+    present(run)
+
+
+def train_model(
+    assembly: Assembly,
+    config: GenerativeRunConfig,
+    loss: Loss,
+    batches: BatchIterator,
+    folder: Path,
+    metrics_path: Path,
+    *,
+    counted: Loss | None = None,
+) -> TrainState:
+    """Trains to the end, or until validation gets no better, from the newest checkpoint in `folder` if there is one.
+
+    counted: the same loss as it is taken for the model's FLOPs, where `loss` computes others as well.
+    """
+    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    optimizer = make_optimizer(config.optim, config.training.steps)
+    return fit(
+        make_step(loss, optimizer, config.seed),
+        make_state(assembly.init(config.seed, mesh), optimizer, mesh),
+        batches,
+        config=config.training,
+        folder=folder,
+        metrics_path=metrics_path,
+        mesh=mesh,
+        flops_per_step=step_flops(counted or loss, jax.eval_shape(lambda: assembly.init(config.seed))),
+        evaluate=make_validation(assembly, config.features, config.decoding, config.validation),
+    )
+
+
+def load_trained(run: Run, assembly: Assembly, config: GenerativeRunConfig) -> GenerativeRecommender:
+    """The trained model of a run, in its best state where it was measured on the way, ready to recommend.
+
+    Raises:
+      UserError: the run is not trained yet, or no checkpoint of it can be read.
+    """
+    trained = checkpoint.load_best(run.path / STAGE, "params", "extra")
+    variables = {"params": trained["params"], **trained["extra"]}
+    return GenerativeRecommender(assembly, variables, config.features, config.decoding)

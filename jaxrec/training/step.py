@@ -1,0 +1,38 @@
+"""A training step, from a loss and an optimiser, and the state that it begins with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxrec.training.loop import Metrics, TrainState
+from jaxrec.training.sharding import like_params, use_mesh
+
+Loss = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Metrics, Any]]]
+"""loss(params, extra, batch, key) -> (what is minimised, (metrics as (sum, count), what `extra` is after the step))"""
+
+
+def make_state(variables: dict, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+    """The state before the first step; of `variables`, what is not "params" is updated without a gradient."""
+    params, extra = variables["params"], {name: value for name, value in variables.items() if name != "params"}
+    if mesh is None:
+        return TrainState(jnp.int32(0), params, optimizer.init(params), extra)
+    with use_mesh(mesh):
+        shapes = jax.eval_shape(optimizer.init, params)
+        opt_state = jax.jit(optimizer.init, out_shardings=like_params(shapes, params, mesh))(params)
+    return TrainState(jnp.int32(0), params, opt_state, extra)
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, seed: int) -> Callable:
+    """step(state, batch) -> (state, metrics), as `jaxrec.training.loop.fit` takes it; every step has its own key."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradients, (metrics, extra) = jax.grad(loss, has_aux=True)(state.params, state.extra, batch, key)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, extra), metrics
+
+    return step
