@@ -160,7 +160,7 @@ class EncoderDecoder(nn.Module):
     def prefill(self, tokens: jax.Array, mask: jax.Array, train: bool = False) -> EncodedContext:
         """Encode B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding anywhere."""
         cross = self._encode(tokens, mask, train)
-        start = jnp.full((len(tokens), 1, 1), self.config.start_token, jnp.int32)
+        start = jnp.full((tokens.shape[0], 1, 1), self.config.start_token, jnp.int32)
         states, own = self._decode(start, cross, mask, None, None, train)
         start = tuple((key[:, 0], value[:, 0]) for key, value in own)
         return EncodedContext(cross, mask, start, states[:, 0, 0])
