@@ -20,6 +20,7 @@ with its validations; of what is only counted, those of counting.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -48,7 +49,9 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 CUTOFFS = (5, 10, 50)
 SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 SPLITS = ("valid", "test")
+SUBSETS = {"all": "full ranking", "new": "full ranking without what the user had"}
 MONITORED = "ndcg@10"
+WIDE = 118  # columns that no cell of a table is cut in
 Row = dict[str, Any]
 
 
@@ -83,7 +86,7 @@ def main() -> None:
     write_json(out, counted + rows)
     draw_curves(curves, counted, out.with_suffix(".svg"))
     for table in tables(counted + rows):
-        console.print(table)
+        console.print(table, width=max(console.width, WIDE))
     console.print(f"rows: {out}; picture: {out.with_suffix('.svg')}", markup=False)
     if not args.quick:
         console.print(f"kept in {results.append('sequential', entries)}", markup=False)
@@ -227,15 +230,15 @@ def spread(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, tuple[float,
 
 
 def tables(rows: list[Row]) -> list[Table]:
-    """One table a split: mean and, of several seeds, standard deviation."""
+    """One table a split and subset: mean and, of several seeds, standard deviation."""
     found, made = spread(rows), []
-    for split in SPLITS:
-        table = Table(title=f"{split}, full ranking", title_justify="left")
+    for split, subset in itertools.product(SPLITS, SUBSETS):
+        table = Table(title=f"{split}, {SUBSETS[subset]}", title_justify="left")
         table.add_column("model", no_wrap=True)
         for name in ("seeds", *SHOWN, "seconds"):
             table.add_column(name, justify="right", no_wrap=True)
-        for (of_split, subset, model), metrics in found.items():
-            if (of_split, subset) == (split, "all"):
+        for (of_split, of_subset, model), metrics in found.items():
+            if (of_split, of_subset) == (split, subset):
                 cells = [_cell(metrics[metric], 4) for metric in SHOWN]
                 table.add_row(model, str(metrics["seconds"][2]), *cells, _cell(metrics["seconds"], 0))
         made.append(table)

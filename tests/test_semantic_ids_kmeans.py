@@ -140,6 +140,29 @@ def test_with_few_rows_a_cluster_axes_that_grow_end_lower(width):
     assert np.mean(by_axes) < 0.995 * np.mean(at_once)
 
 
+def test_many_clusters_start_both_ways_and_the_better_end_is_kept(monkeypatch):
+    """Clusters without any order along axes want the one start, a cloud without clusters the other."""
+    rng, width, k = np.random.default_rng(0), 48, 40
+    cloud = rng.normal(size=(4000, width)) * np.geomspace(1, 0.2, width)
+    heavy = rng.normal(size=(k, width))[(k * rng.random(4000) ** 3).astype(int)] + 0.05 * rng.normal(size=(4000, width))
+    by_axes = []
+
+    def noted(*arguments, kept=kmeans_module.fit_by_axes):
+        by_axes.append(kept(*arguments))
+        return by_axes[-1]
+
+    monkeypatch.setattr(kmeans_module, "fit_by_axes", noted)
+    for x, axes_win in ((cloud, True), (heavy, False)):
+        x = x.astype(np.float32)
+        monkeypatch.setattr(kmeans_module, "MANY", 10**6)
+        plain = kmeans(jax.random.key(0), x, k, KMeansConfig(axes_iterations=10))
+        monkeypatch.setattr(kmeans_module, "MANY", k)
+        both = kmeans(jax.random.key(0), x, k, KMeansConfig(axes_iterations=10))
+        assert (both.inertia < plain.inertia) == axes_win
+        np.testing.assert_array_equal(both.centroids, by_axes[-1] if axes_win else plain.centroids)
+    assert len(by_axes) == 2
+
+
 def test_moments_are_numpys_and_of_real_rows():
     x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32) + 1
     mean, squares = kmeans_module.moments(jnp.asarray(x), jnp.arange(50) < 40)

@@ -84,7 +84,7 @@ def fit(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> jax.Array:
     """The centroids f32 [K, D] of placed rows: k-means++, Lloyd on samples that grow, then on all rows."""
     sample_key, start_key = jax.random.split(key)
     most = min(len(rows), config.rows_per_cluster * k or len(rows))
-    few = most < FEW * k
+    few = len(rows) < FEW * k
     by_axes = config.axes_iterations and (few or k >= MANY) and rows.x.shape[1] >= WIDE
     if by_axes and few:
         return fit_by_axes(start_key, rows, k, config)
