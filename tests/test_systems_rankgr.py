@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from exported import check_same_answers
 from flax import linen as nn
 from rankgr_parts import BACKBONE, FEATURES, MODEL, make_arrays, make_assembly, make_record, make_variables
 
 from jaxrec.config import UserError, load_config
 from jaxrec.data.leveled_sessions import next_items, targets
-from jaxrec.export import ExportConfig, load, write_artefact
 from jaxrec.models.causal import Causal
 from jaxrec.models.huggingface import save_qwen2
 from jaxrec.run import Run
@@ -230,16 +230,9 @@ def test_it_is_served_and_gets_new_items(folder):
 
 def test_an_export_answers_the_same(folder, tmp_path):
     run, _ = Run.load(folder / "whole")
-    model = rankgr.load_recommender(run)
-    item_ids = pq.read_table(run.tables / "items.parquet")["item_id"].to_pylist()
-    write_artefact(model, item_ids, tmp_path / "out", ExportConfig(k=5, platforms=("cpu",)))
-    artefact = load(tmp_path / "out")
     events = {"item": np.array([3, 9], np.int32), "behavior": np.array([2, 4], np.int8)}
     events |= {"timestamp": np.array([5, 5], np.int64), "session": np.array([0, 0], np.int32)}
-    found = artefact.retrieve(artefact.prepare([events]))
-    items, scores = model.recommend([events], 5)
-    np.testing.assert_array_equal(found["items"], items)
-    np.testing.assert_allclose(found["scores"], scores, atol=1e-5)
+    check_same_answers(rankgr.load_recommender(run), run, tmp_path / "out", events)
 
 
 def test_items_without_an_id_are_named(folder, tmp_path):

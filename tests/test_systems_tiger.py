@@ -15,12 +15,12 @@ import optax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from exported import check_same_answers
 
 from jaxrec.config import load_config
 from jaxrec.data.examples import Records
 from jaxrec.data.item_sequences import ItemSequenceConfig, following, whole
 from jaxrec.evaluation import make_cases
-from jaxrec.export import ExportConfig, load, write_artefact
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.run import Run, read_json
 from jaxrec.semantic_ids.space import SemanticIdSpace
@@ -191,13 +191,6 @@ def test_it_is_served_and_gets_new_items(runs):
 
 def test_an_export_answers_the_same(runs, tmp_path):
     run = Run(runs[0])
-    model = load_recommender(run)
-    item_ids = pq.read_table(run.tables / "items.parquet")["item_id"].to_pylist()
-    write_artefact(model, item_ids, tmp_path / "out", ExportConfig(k=5, platforms=("cpu",)))
-    artefact = load(tmp_path / "out")
     events = {"item": np.array([3, 9], np.int32), "behavior": np.array([4, 4], np.int8)}
     events |= {"timestamp": np.array([5, 6], np.int64), "session": np.array([0, 1], np.int32)}
-    found = artefact.retrieve(artefact.prepare([events]))
-    items, scores = model.recommend([events], 5)
-    np.testing.assert_array_equal(found["items"], items)
-    np.testing.assert_allclose(found["scores"], scores, atol=1e-5)
+    check_same_answers(load_recommender(run), run, tmp_path / "out", events)

@@ -81,13 +81,12 @@ def kmeans(key: jax.Array, x: np.ndarray | jax.Array | Rows, k: int, config: KMe
 
 
 def fit(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> jax.Array:
-    """The centroids f32 [K, D] of placed rows: k-means++, Lloyd on samples that grow, then on all rows."""
+    """The centroids f32 [K, D] of placed rows: k-means++, Lloyd on samples that grow, then on all rows; or by axes."""
     sample_key, start_key = jax.random.split(key)
-    most = min(len(rows), config.rows_per_cluster * k or len(rows))
-    few = len(rows) < FEW * k
-    by_axes = config.axes_iterations and (few or k >= MANY) and rows.x.shape[1] >= WIDE
-    if by_axes and few:
+    by_axes = config.axes_iterations and rows.x.shape[1] >= WIDE
+    if by_axes and len(rows) < FEW * k:
         return fit_by_axes(start_key, rows, k, config)
+    most = min(len(rows), config.rows_per_cluster * k or len(rows))
     sizes = sample_sizes(most, k, config)
     order = np.arange(len(rows))
     if most < len(rows):
@@ -101,11 +100,11 @@ def fit(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> jax.Array:
     for size in sizes[1:]:
         centroids = lloyd(sample[:size], jnp.ones(size, bool), centroids, first, config, sampled=True)
     centroids = lloyd(rows.x, rows.where, centroids, first, config, rows.mesh)
-    if not by_axes:
+    if not by_axes or k < MANY:
         return centroids
     # Which end is better depends on the data: rows in heavy clusters want the one, rows without any the other.
     both = (centroids, fit_by_axes(start_key, rows, k, config))
-    return min(both, key=lambda each: float(totals(rows.x, rows.where, each, rows.mesh)[2]))
+    return min(both, key=lambda each: float(assign_rows(rows, each)[1]))
 
 
 def fit_by_axes(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> jax.Array:

@@ -130,15 +130,16 @@ def train_model(
     """
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
     optimizer = make_optimizer(config.optim, config.training.steps)
+    variables = assembly.init(config.seed, mesh)
     return fit(
         make_step(loss, optimizer, config.seed),
-        make_state(assembly.init(config.seed, mesh), optimizer, mesh),
+        make_state(variables, optimizer, mesh),
         batches,
         config=config.training,
         folder=folder,
         metrics_path=metrics_path,
         mesh=mesh,
-        flops_per_step=step_flops(counted or loss, jax.eval_shape(lambda: assembly.init(config.seed))),
+        flops_per_step=step_flops(counted or loss, variables),
         evaluate=make_validation(assembly, config.features, config.decoding, config.validation),
     )
 
