@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 from rankgr_parts import FEATURES, ITEMS, MODEL, SIZES, make_arrays, make_assembly, make_record, make_variables
 
+from jaxrec.config import UserError
 from jaxrec.semantic_ids.space import SemanticIdSpace
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)
+PRIOR = dataclasses.replace(MODEL, prior=True)
 VARIANTS = {
     "items": MODEL,
     "codes, no likelihood": dataclasses.replace(
         MODEL, context="codes", rank=dataclasses.replace(MODEL.rank, likelihood=False)
     ),
     "no behaviors or gaps": dataclasses.replace(MODEL, behaviors=False, gaps=False),
+    "prior": PRIOR,
 }
 SOFTMAX = dataclasses.replace(MODEL, rank=dataclasses.replace(MODEL.rank, loss="softmax"))
 COSINE = dataclasses.replace(SOFTMAX, embeddings=True, rank=dataclasses.replace(SOFTMAX.rank, temperature=0.5))
@@ -33,7 +36,8 @@ def everything(config, params, arrays, targets, last=None):
     """Log-probabilities [B, L, M] and rank logits [B, L, M] of the true codes, given the true ones before."""
     assembly = make_assembly(config)
     apply = functools.partial(assembly.model.apply, {"params": params})
-    context = apply(arrays, assembly.codes, apply(assembly.codes, method="item_table"), method="read")
+    table = apply(assembly.codes, method="item_table")
+    context = apply(arrays, assembly.codes, table, False, assembly.prior, method="read")
     memory = apply(context, method="memory")
     if last is not None:
         context = apply(context, last, method="at")
@@ -131,6 +135,29 @@ def test_the_rank_head_is_target_attention_over_all_states_and_an_mlp():
         np.testing.assert_allclose(found[b, k, 0], expected, atol=1e-4)
 
 
+def test_a_prior_is_the_popularity_of_ids_among_those_that_begin_alike():
+    """With a decoder that says nothing, log-probabilities are those of the counts, one more for every item."""
+    assembly, params = make_assembly(PRIOR), make_variables(PRIOR)["params"]
+    silent = {**params, "backbone": {**params["backbone"], "norm": {"scale": jnp.zeros(12)}}}
+    codes, counts = assembly.space.codes, assembly.counts + 1
+    found, _ = everything(PRIOR, silent, ARRAYS, jnp.broadcast_to(codes, (2, ITEMS, 3)))
+    for item, code in enumerate(codes):
+        begun = np.cumprod(codes == code, axis=1)
+        shares = [
+            counts @ begun[:, level] / (counts @ begun[:, level - 1] if level else counts.sum()) for level in range(3)
+        ]
+        np.testing.assert_allclose(found[:, item], np.log([shares, shares]), atol=1e-3)
+    # A code that no item has is unlikely, not impossible.
+    free = next(code for code in IDS if not (codes == code).all(1).any())
+    log_prob = everything(PRIOR, silent, ARRAYS, jnp.broadcast_to(jnp.asarray(free), (2, 1, 3)))[0].sum(-1)
+    assert (log_prob < -8).all() and np.isfinite(log_prob).all()
+
+
+def test_a_prior_of_levels_that_are_not_normalised_by_themselves_is_refused():
+    with pytest.raises(UserError, match=r"'model\.prior'.*model\.backbone\.restrict"):
+        dataclasses.replace(PRIOR, backbone=dataclasses.replace(PRIOR.backbone, restrict=False))
+
+
 # ---- in the beam -----------------------------------------------------------------------------------------------------
 
 RECORDS = [make_record(seed, events) for seed, events in enumerate([12, 3, 9, 0, 14, 1])]
@@ -146,16 +173,17 @@ def first_items(space: SemanticIdSpace) -> list[int]:
     return [int(space.items(tuple(code))[0]) for code in space.ids]
 
 
-def test_the_beam_ranks_by_the_product_of_the_rank_heads_scores():
+@pytest.mark.parametrize("config", [MODEL, PRIOR], ids=["published", "prior"])
+def test_the_beam_ranks_by_the_product_of_the_rank_heads_scores(config):
     """RankGR Eq. 18, against all IDs scored one by one."""
-    items, scores = recommend(MODEL)
+    items, scores = recommend(config)
     space = make_assembly().space
-    run = jax.jit(lambda params, arrays, ids: everything(MODEL, params, arrays, ids)[1])
+    run = jax.jit(lambda params, arrays, ids: everything(config, params, arrays, ids)[1])
     for row, record in enumerate(RECORDS):
         if not len(record["item"]):
             continue
-        config = dataclasses.replace(FEATURES, buckets=(FEATURES.bucket_of(record, 10**6),))
-        logits = run(make_variables()["params"], make_arrays([record], config), space.ids[None])
+        features = dataclasses.replace(FEATURES, buckets=(FEATURES.bucket_of(record, 10**6),))
+        logits = run(make_variables(config)["params"], make_arrays([record], features), space.ids[None])
         total = jax.nn.log_sigmoid(logits).sum(-1)[0]
         expected = {tuple(code): float(value) for code, value in zip(space.ids.tolist(), total)}
         found = [tuple(space.codes[item].tolist()) for item in items[row]]

@@ -11,6 +11,7 @@ count real tokens only: padding on either side of a context changes nothing, and
 context ends. Weights as Hugging Face has them are read by `jaxrec.models.huggingface`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -65,6 +66,8 @@ class CausalConfig:
     a level's probabilities sum to less than one"""
     dropout: float = 0.0
     """share of zeroed embeddings and block outputs in training"""
+    target_dropout: float | None = None
+    """the same for the codes of targets, of which there are few and often seen; None: as `dropout`"""
     dtype: str = "float32"
     """type of activations"""
 
@@ -108,17 +111,19 @@ class CausalLayer(nn.Module):
     def setup(self):
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
+        # What a block adds begins as small as the embeddings are, which it would drown otherwise.
+        gain = cfg.width**-0.5
         self.attention = SelfAttention(
-            cfg.width, cfg.heads, cfg.groups, cfg.head_dim, cfg.bias, cfg.rotary_base, None, cfg.epsilon, dtype
+            *(cfg.width, cfg.heads, cfg.groups, cfg.head_dim, cfg.bias, cfg.rotary_base, None, cfg.epsilon, dtype, gain)
         )
-        self.feed_forward = FeedForwardBlock(cfg.hidden, "silu", True, cfg.epsilon, dtype)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.feed_forward = FeedForwardBlock(cfg.hidden, "silu", True, cfg.epsilon, dtype, gain)
+        self.drop, self.target_drop = dropouts(cfg)
 
     def sequence(self, x: jax.Array, mask: jax.Array, positions: jax.Array, train: bool) -> tuple[jax.Array, KeyValue]:
         """x [B, S, D], mask [B, S, S], positions [B, S] -> x and its own K/V."""
         x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
         attended, own = self.attention.sequence(x, mask, positions=positions)
-        return self._feed_forward(x, attended, train), own
+        return self._feed_forward(x, attended, self.drop, train), own
 
     def targets(
         self, x, context: KeyValue, mask, past: KeyValue | None, positions, train: bool
@@ -126,17 +131,22 @@ class CausalLayer(nn.Module):
         """x [B, L, M, D] -> x, and the targets' own K/V [B, L, t + M, G, H] with `past` [B, L, t, G, H] in front."""
         x = nn.with_logical_constraint(x, ("act_batch", "act_targets", None, "act_embed"))
         attended, own = self.attention.targets(x, context=context, context_mask=mask, past=past, positions=positions)
-        return self._feed_forward(x, attended, train), own
+        return self._feed_forward(x, attended, self.target_drop, train), own
 
-    def _feed_forward(self, x: jax.Array, attended: jax.Array, train: bool) -> jax.Array:
-        x = self._dropped(x, attended, train)
-        return self._dropped(x, self.feed_forward(x), train)
+    def _feed_forward(self, x: jax.Array, attended: jax.Array, drop: nn.Dropout, train: bool) -> jax.Array:
+        x = dropped(x, attended, drop, train)
+        return dropped(x, self.feed_forward(x), drop, train)
 
-    def _dropped(self, before: jax.Array, after: jax.Array, train: bool) -> jax.Array:
-        """`after`, with dropout of what a block added to `before`."""
-        if not train or not self.config.dropout:
-            return after
-        return before + self.drop(after - before, deterministic=False)
+
+def dropouts(config: CausalConfig) -> tuple[nn.Dropout, nn.Dropout]:
+    """Of the context and of the targets."""
+    rate = config.target_dropout
+    return nn.Dropout(config.dropout), nn.Dropout(config.dropout if rate is None else rate)
+
+
+def dropped(before: jax.Array, after: jax.Array, drop: nn.Dropout, train: bool) -> jax.Array:
+    """`after`, with dropout of what a block added to `before`."""
+    return before + drop(after - before, deterministic=False) if train and drop.rate else after
 
 
 class Causal(nn.Module):
@@ -151,7 +161,7 @@ class Causal(nn.Module):
         self.head = None if cfg.tied else Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), scale)
         self.layers = [CausalLayer(cfg) for _ in range(cfg.layers)]
         self.norm = RMSNorm(cfg.epsilon)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop, self.target_drop = dropouts(cfg)
 
     def prefill(self, tokens: jax.Array, mask: jax.Array, train: bool = False) -> CausalContext:
         """Read B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding on either side.
@@ -200,10 +210,20 @@ class Causal(nn.Module):
         """
         return self.log_probs(context.state, self.states(context, targets[..., :-1], train), targets, smoothing)
 
-    def log_probs(self, first: jax.Array, states: jax.Array, targets: jax.Array, smoothing: float = 0.0) -> jax.Array:
-        """As `score`, from the states that predict the first codes ([B, D], or [B, L, D]) and the others."""
+    def log_probs(
+        self,
+        first: jax.Array,
+        states: jax.Array,
+        targets: jax.Array,
+        smoothing: float = 0.0,
+        priors: Sequence[jax.Array] | None = None,
+    ) -> jax.Array:
+        """As `score`, from the states that predict the first codes ([B, D], or [B, L, D]) and the others.
+
+        `priors` as for `target_log_probs`.
+        """
         cfg = self.config
-        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing)
+        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing, priors)
 
     def states(self, context: CausalContext, codes: jax.Array, train: bool = False) -> jax.Array:
         """States of codes int32 [B, L, M] (RankGR Eq. 3): [B, L, M, D], the m-th predicts the code after the m-th."""
@@ -228,16 +248,16 @@ class Causal(nn.Module):
         states, own = self._continue(entered, context, cache["own"] if level > 1 else None, False)
         return states[:, :, 0], {"own": own}
 
-    def level_log_probs(self, states: jax.Array, level: int) -> jax.Array:
-        """Log-probabilities float32 [..., K] of a level's codes from states [..., D]."""
-        return level_log_probs(self._table(), states, level, self.config.levels, self.config.restrict)
+    def level_log_probs(self, states: jax.Array, level: int, prior: jax.Array | None = None) -> jax.Array:
+        """Log-probabilities float32 [..., K] of a level's codes from states [..., D]; prior: [..., K] to begin with."""
+        return level_log_probs(self._table(), states, level, self.config.levels, self.config.restrict, prior)
 
     def _continue(self, tokens: jax.Array, context: CausalContext, past: tuple[KeyValue, ...] | None, train: bool):
         """Tokens int32 [B, L, M] after the context and their past -> (states [B, L, M, D], each layer's own K/V)."""
         earlier = 0 if past is None else past[0][0].shape[2]
         length = context.length if context.length.ndim == 2 else context.length[:, None]
         positions = length[..., None] + jnp.arange(earlier, earlier + tokens.shape[-1])
-        x, own = self.drop(self.embed(tokens), deterministic=not train), []
+        x, own = self.target_drop(self.embed(tokens), deterministic=not train), []
         for index, layer in enumerate(self.layers):
             before = None if past is None else past[index]
             x, kv = layer.targets(x, context.own[index], context.mask, before, positions, train)

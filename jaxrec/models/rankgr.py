@@ -20,6 +20,7 @@ from flax import struct
 
 from jaxrec.config import UserError
 from jaxrec.models.causal import Causal, CausalConfig, CausalContext
+from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import to_tokens
 from jaxrec.nn.attention import KeyValue, TargetAttention
 from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
@@ -73,16 +74,30 @@ class RankGRConfig:
     """histories say how long after the event before"""
     embeddings: bool = False
     """what IDs were made of is part of the items' vectors too, as few events say little of an item"""
+    prior: bool = False
+    """the decoder begins with how popular each ID is among those that begin as it does, and learns what to add; off, as
+    published, it learns this too"""
     rank: RankConfig = field(default_factory=RankConfig)
     """the rank head"""
+
+    def __post_init__(self):
+        if self.prior and not self.backbone.restrict:
+            raise UserError(
+                "configuration key 'model.prior': it is of a level's codes alone; set model.backbone.restrict as well"
+            )
 
 
 @struct.dataclass
 class RankContext:
-    """B read histories. own: as the backbone reads on; states [B, S, D]: of all positions, for the rank head."""
+    """B read histories.
+
+    own: as the backbone reads on; states [B, S, D]: of all positions, for the rank head; prior: the catalogue's, if the
+    decoder begins with it.
+    """
 
     own: CausalContext
     states: jax.Array
+    prior: Prior | None = None
 
 
 class RankHead(nn.Module):
@@ -160,10 +175,12 @@ class RankGR(nn.Module):
             table += self.known(embeddings * embeddings.shape[-1] ** 0.5)
         return table + self.item.table.astype(table.dtype) if self.has_items else table
 
-    def read(self, arrays: dict, codes: jax.Array, table: jax.Array, train: bool = False) -> RankContext:
+    def read(
+        self, arrays: dict, codes: jax.Array, table: jax.Array, train: bool = False, prior: Prior | None = None
+    ) -> RankContext:
         """Read B histories once: item, behavior, gap int32 [B, S] and mask bool [B, S], left-aligned.
 
-        codes int32 [I, M] and table [I, D] (`item_table`) are those of all items.
+        codes int32 [I, M] and table [I, D] (`item_table`) are those of all items, and so is the prior, of one period.
         """
         item, mask = arrays["item"], arrays["mask"]
         if self.config.context == "item":
@@ -174,11 +191,9 @@ class RankGR(nn.Module):
             x = x + self.behavior(arrays["behavior"])[:, :, None]
         if self.gap is not None:
             x = x + self.gap(arrays["gap"])[:, :, None]
-        if self.config.context == "item":
-            x *= x.shape[-1] ** 0.5  # each number of an item's vector has a variance of about one, as the blocks add
         each = x.shape[2]
         own, states = self.backbone.read(x.reshape(x.shape[0], -1, x.shape[-1]), jnp.repeat(mask, each, axis=1), train)
-        return RankContext(own, states)
+        return RankContext(own, states, prior)
 
     def at(self, context: RankContext, last: jax.Array) -> RankContext:
         """The context as L targets see it, each up to the item at its place: last int32 [B, L]."""
@@ -191,27 +206,47 @@ class RankGR(nn.Module):
         float32 [B, L, M] twice, the first sums to pi of RankGR Eq. 5; states [B, L, M, D] are h_1 ... h_M of Eq. 3.
         """
         first, own = context.own.state, self.backbone.states(context.own, targets[..., :-1], train)
-        log_probs = self.backbone.log_probs(first, own, targets)
-        smoothed = self.backbone.log_probs(first, own, targets, smoothing) if smoothing else log_probs
+        priors = self.priors(context, targets)
+        log_probs = self.backbone.log_probs(first, own, targets, 0.0, priors)
+        smoothed = self.backbone.log_probs(first, own, targets, smoothing, priors) if smoothing else log_probs
         first = first if first.ndim == 3 else first[:, None]
         first = jnp.broadcast_to(first, (*targets.shape[:2], first.shape[-1]))
         return log_probs, smoothed, jnp.concatenate([first[:, :, None], own], axis=2)
 
-    def level_log_probs(self, states: jax.Array, level: int) -> jax.Array:
+    def priors(self, context: RankContext, targets: jax.Array) -> list[jax.Array] | None:
+        """What the decoder begins with at every level of targets int32 [B, L, M], given the codes before: [B, L, K]."""
+        if context.prior is None:
+            return None
+        nodes, period = jnp.zeros(targets.shape[:2], jnp.int32), jnp.zeros(targets.shape[:1], jnp.int32)
+        found = []
+        for level in range(targets.shape[-1]):
+            found.append(context.prior.logits(level, nodes, period))
+            nodes, _ = context.prior.step(level, nodes, targets[..., level], period)
+        return found
+
+    def level_log_probs(self, states: jax.Array, level: int, prior: jax.Array | None = None) -> jax.Array:
         """Log-probabilities float32 [..., K] of a level's codes from the states [..., D] that predict them."""
-        return self.backbone.level_log_probs(states, level)
+        return self.backbone.level_log_probs(states, level, prior)
 
     def extend(self, context: RankContext, tokens: jax.Array | None, cache: dict | None, level: int):
         """One more code for every beam: codes int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
 
-        The cache holds the backbone's, and the states [B, W, level + 1, D] that the rank head reads.
+        The cache holds the backbone's, the states [B, W, level + 1, D] that the rank head reads and, with a prior, the
+        node int32 [B, W] in it that the prefix leads to.
         """
         before = {} if cache is None else cache
         state, own = self.backbone.extend_state(context.own, tokens, before.get("backbone"), level)
         states = state[:, :, None]
         if level:
             states = jnp.concatenate([before["states"], states], axis=2)
-        return self.backbone.level_log_probs(state, level), {"backbone": own, "states": states}
+        cache, prior = {"backbone": own, "states": states}, None
+        if context.prior is not None:
+            period = jnp.zeros(states.shape[:1], jnp.int32)
+            cache["node"] = jnp.zeros(states.shape[:2], jnp.int32)
+            if level:
+                cache["node"], _ = context.prior.step(level - 1, before["node"], tokens, period)
+            prior = context.prior.logits(level, cache["node"], period)
+        return self.backbone.level_log_probs(state, level, prior), cache
 
     def memory(self, context: RankContext) -> KeyValue:
         """The history as the rank head attends to it; once for all levels."""

@@ -5,6 +5,8 @@ of it, so the same code is another token at every level. Targets and beams speak
 tokens. Without levels, codes are tokens and every step is over the whole vocabulary.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -58,9 +60,19 @@ def level_logits(
     return logits[..., offset : offset + size], jax.nn.logsumexp(logits, axis=-1)
 
 
-def level_log_probs(table: jax.Array, state: jax.Array, level: int, levels: Levels | None, restrict: bool) -> jax.Array:
-    """Log-probabilities float32 [..., K] of the level's codes; arguments as for `level_logits`."""
-    logits, log_z = level_logits(table, state, level, levels, restrict)
+def level_log_probs(
+    table: jax.Array,
+    state: jax.Array,
+    level: int,
+    levels: Levels | None,
+    restrict: bool,
+    prior: jax.Array | None = None,
+) -> jax.Array:
+    """Log-probabilities float32 [..., K] of the level's codes; arguments as for `level_logits`.
+
+    prior: float32 [..., K], added to the logits of a level that is normalised by itself (`restrict`).
+    """
+    logits, log_z = _with_prior(level_logits(table, state, level, levels, restrict), prior)
     return logits - log_z[..., None]
 
 
@@ -72,18 +84,21 @@ def target_log_probs(
     levels: Levels | None,
     restrict: bool,
     smoothing: float = 0.0,
+    priors: Sequence[jax.Array] | None = None,
 ) -> jax.Array:
     """Log-probabilities float32 [B, L, M] of the codes of targets int32 [B, L, M].
 
     first [B, D] is the state that predicts the first code of every target, so its logits are made once, or [B, L, D]
     where each target has its own; states [B, L, M - 1, D] predict the others. With `smoothing` s the value of a code is
-    (1 - s) log p + s times the mean log-probability of its level: what a loss with smoothed labels takes.
+    (1 - s) log p + s times the mean log-probability of its level: what a loss with smoothed labels takes. priors: as
+    for `level_log_probs`, float32 [B, L, K] of every level.
     """
     first = first[:, None] if first.ndim == 2 else first
     found = []
     for level in range(targets.shape[-1]):
         state = states[:, :, level - 1] if level else first
-        logits, log_z = level_logits(table, state, level, levels, restrict)
+        prior = None if priors is None else priors[level]
+        logits, log_z = _with_prior(level_logits(table, state, level, levels, restrict), prior)
         value = _pick(jnp.broadcast_to(logits, (*targets.shape[:2], logits.shape[-1])), targets[..., level])
         if smoothing:
             value = (1 - smoothing) * value + smoothing * logits.mean(-1)
@@ -104,6 +119,13 @@ def token_log_probs(
         inside = (tokens >= offset) & (tokens < offset + size)
         log_z = jnp.where(inside, jax.nn.logsumexp(logits[..., offset : offset + size], axis=-1), log_z)
     return _pick(logits, tokens) - log_z
+
+
+def _with_prior(found: tuple[jax.Array, jax.Array], prior: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    if prior is None:
+        return found
+    logits = found[0] + prior
+    return logits, jax.nn.logsumexp(logits, axis=-1)
 
 
 def _pick(logits: jax.Array, codes: jax.Array) -> jax.Array:

@@ -89,6 +89,8 @@ class SelfAttention(nn.Module):
     """what scores are multiplied by; None for H**-0.5"""
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    out_gain: float = 1.0
+    """standard deviation of what is added to x, at first"""
 
     def setup(self):
         self.norm = RMSNorm(self.epsilon)
@@ -98,7 +100,7 @@ class SelfAttention(nn.Module):
         self.query = Projection((self.heads, self.head_dim), axes, self.dtype, self.bias, gain)
         self.key = Projection((self.groups, self.head_dim), axes, self.dtype, self.bias)
         self.value = Projection((self.groups, self.head_dim), axes, self.dtype, self.bias)
-        self.out = Projection(self.width, ("heads", "embed"), self.dtype)
+        self.out = Projection(self.width, ("heads", "embed"), self.dtype, gain=self.out_gain)
 
     def sequence(
         self, x: jax.Array, mask: jax.Array, bias: jax.Array | None = None, positions: jax.Array | None = None
@@ -186,6 +188,8 @@ class FeedForwardBlock(nn.Module):
     gated: bool = False
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    out_gain: float = 1.0
+    """standard deviation of what is added to x, at first"""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -195,4 +199,5 @@ class FeedForwardBlock(nn.Module):
             hidden *= act(Projection(self.hidden, ("embed", "mlp"), self.dtype, name="gate")(normed))
         else:
             hidden = act(hidden)
-        return x + Projection(x.shape[-1], ("mlp", "embed"), self.dtype, name="down")(hidden)
+        down = Projection(x.shape[-1], ("mlp", "embed"), self.dtype, gain=self.out_gain, name="down")
+        return x + down(hidden)

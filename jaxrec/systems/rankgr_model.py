@@ -17,6 +17,7 @@ from jaxrec.decoding.beam import Candidates, Rescore
 from jaxrec.decoding.version import Version
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.huggingface import load_qwen2
+from jaxrec.models.prior import Prior, build_prior
 from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig
 from jaxrec.run import Run, read_json, write_json
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
@@ -51,6 +52,8 @@ class RankGRAssembly:
     """parameters of the backbone to begin from"""
     embeddings: np.ndarray | None = None
     """float32 [I, E], what the IDs were made of, if the model reads them"""
+    prior: Prior | None = None
+    """how popular IDs are, if the decoder begins with it"""
 
     @property
     def target_behaviors(self) -> list[int]:
@@ -83,12 +86,15 @@ class RankGRAssembly:
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
     def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
-        """{"variables", "codes", "table"}: vectors of all items, those of items that came later made of their codes.
+        """{"variables", "codes", "table", "prior"}: all items' vectors, of items that came later made of their codes.
 
         Where items have vectors of their own, later ones have the mean.
         """
-        codes, embeddings = self.space.codes.astype(np.int32), self.embeddings
+        codes, embeddings, prior = self.space.codes.astype(np.int32), self.embeddings, self.prior
         if version is not None:
+            like = None if before is None else before.served["prior"]
+            sizes, room = self.space.codebook_sizes, {"capacity": version.capacity, "like": like}
+            prior = popularity_prior(self.model.config, version.codes, version.popularity, sizes, **room)
             codes = filled_up(version.codes.astype(np.int32), version.capacity)
             if embeddings is not None:
                 embeddings = filled_up(with_later_embeddings(embeddings, version), version.capacity)
@@ -98,11 +104,14 @@ class RankGRAssembly:
             more = np.broadcast_to(own.mean(0), (len(codes) - len(own), own.shape[1]))
             params["item"] = {"table": jnp.concatenate([own, more])}
         table = _item_table(self.model.clone(items=len(codes)), {"params": params}, jnp.asarray(codes), embeddings)
-        return {"variables": variables, "codes": jnp.asarray(codes), "table": table}
+        return {"variables": variables, "codes": jnp.asarray(codes), "table": table, "prior": prior}
 
     def context(self, served: dict, arrays: dict[str, jax.Array]) -> RankContext:
         """B contexts from stacked arrays of `LeveledSessionConfig.cut`."""
-        return self.model.apply(served["variables"], arrays, served["codes"], served["table"], method="read")
+        prior = served["prior"]
+        return self.model.apply(
+            served["variables"], arrays, served["codes"], served["table"], False, prior, method="read"
+        )
 
     def extend(self, served: dict, context: RankContext, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
@@ -169,7 +178,19 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
     backbone = fit_vocabulary(backbone, space.codebook_sizes)
     model = RankGR(replace(config.model, backbone=backbone), len(items), len(behaviors), AGES)
     embeddings = read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids) if config.model.embeddings else None
-    return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained, embeddings)
+    prior = popularity_prior(config.model, space.codes, counts, space.codebook_sizes)
+    return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained, embeddings, prior)
+
+
+def popularity_prior(
+    config: RankGRConfig, codes: np.ndarray, counts: np.ndarray, sizes: tuple[int, ...], **room: Any
+) -> Prior | None:
+    """The prior of items with codes int [I, M] that were taken counts int [I] times, if the model has one.
+
+    `room` as for `build_prior`.
+    """
+    # One event more for everybody, so that an item nobody took has a finite log-probability.
+    return build_prior(codes, counts[None] + 1.0, sizes, **room) if config.prior else None
 
 
 def behavior_levels(given: tuple[int, ...], behaviors: tuple[str, ...]) -> np.ndarray:

@@ -51,7 +51,7 @@ def losses(assembly: RankGRAssembly, config: "RankGRRunConfig", variables: dict,
     model, objective, rngs = assembly.model, config.objective, {"dropout": key}
     codes = assembly.codes
     table = model.apply(variables, codes, assembly.embeddings, method="item_table")
-    context = model.apply(variables, batch, codes, table, True, method="read", rngs=rngs)
+    context = model.apply(variables, batch, codes, table, True, assembly.prior, method="read", rngs=rngs)
     targets = pack(assembly, config, batch)
     seen = model.apply(variables, context, targets["last"], method="at")
     log_probs, smoothed, states = model.apply(
@@ -145,11 +145,13 @@ def rank_loss(
     states = jnp.take_along_axis(states, chosen[..., None, None], axis=1)
     codes, memory = assembly.codes[item], model.apply(variables, context, method="memory")
     context = model.apply(variables, context, last, method="at")
+    priors = model.apply(variables, context, codes, method="priors")
     total = jnp.zeros(wanted.shape, jnp.float32)
     # together [B, R, R']: items that are looked for beside one another, with the prefix so far in common.
     together = (last[:, :, None] == last[:, None, :]) & wanted[:, None, :]
     for level, size in enumerate(assembly.space.codebook_sizes):
-        log_probs = model.apply(variables, states[:, :, level], level, method="level_log_probs")
+        prior = None if priors is None else priors[level]
+        log_probs = model.apply(variables, states[:, :, level], level, prior, method="level_log_probs")
         log_probs = jax.lax.stop_gradient(log_probs)
         true = codes[..., level]
         _, best = jax.lax.top_k(log_probs, min(model.config.rank.candidates, size))
