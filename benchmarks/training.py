@@ -9,6 +9,9 @@ training_tiger          TIGER's published T5, contexts of 20 items and their use
                         backward and AdamW. Both start from the same weights, without dropout, and must give the same
                         losses to 1e-3 while they learn; then once more with a dropout of 0.1, each as it has it.
 training_qwen2          a Qwen2 that learns every next token, in the same way
+training_*_lengths      the same examples with lengths as logs have them (Amazon Beauty's): ours a step of each length
+                        bucket, weighted by the share of the examples that it holds; the peer a step of sequences that
+                        are padded to the longest, under a mask. Milliseconds for a batch of the same size, losses agree
 packed_preference       a listwise preference loss over 16 targets of one prompt, forward and backward, against running
                         each target with a copy of the prompt: in ours, and in transformers
 training_*_share        the step's model FLOPs (three times the forward's matrix products) at the rate of a 2048 x 2048
@@ -50,6 +53,10 @@ QWEN2 = CausalConfig(
     vocabulary=1 + LEVELS * SIZE, width=256, heads=4, groups=2, head_dim=64, hidden=1024, layers=4, restrict=False
 )
 PROMPT, TARGETS, TOKENS = 240, 16, 3
+# Items of a context, and the share of Amazon Beauty's training examples that are so long: of the prefixes that TIGER
+# reads, and of whole sequences, of each of which the last 20 items are read.
+PREFIXES = {4: 0.54, 6: 0.112, 9: 0.098, 20: 0.25}
+SEQUENCES = {4: 0.509, 6: 0.201, 9: 0.131, 20: 0.159}
 RATE, DOT_SIZE = 1e-3, 2048
 
 
@@ -97,15 +104,31 @@ class Case:
         return 3 * matmul_flops(self.loss, self.params, self.arrays, jax.random.key(0))
 
 
-def tiger(batch: int, dropout: float) -> Case:
-    """Contexts of 20 items and a user; the next item's codes."""
+def draw_lengths(batch: int, shares: dict[int, float], bucket: int | None = None) -> np.ndarray:
+    """Items of each context, int [B]: such as fall into a bucket, or into all of them by their shares."""
+    sizes, rng = np.array(list(shares)), np.random.default_rng(1)
+    place = rng.choice(len(sizes), batch, p=list(shares.values()))
+    if bucket is not None:
+        place[:] = list(shares).index(bucket)
+    # One that is as long as can be, so that the arrays are as wide as the bucket.
+    place[0] = place.max()
+    lengths = rng.integers(np.append(0, sizes)[place] + 1, sizes[place] + 1)
+    lengths[0] = sizes[place[0]]
+    return lengths
+
+
+def tiger(batch: int, dropout: float, lengths: np.ndarray | None = None) -> Case:
+    """Contexts of a user and 20 items, or as many as `lengths` says; the next item's codes."""
+    full = lengths is None
+    lengths = np.full(batch, 20) if full else lengths
     config = replace(TIGER, dropout=dropout)
     model = EncoderDecoder(config)
     rng = np.random.default_rng(0)
     offsets = 1 + SIZE * np.arange(LEVELS)
-    history = rng.integers(0, SIZE, (batch, 20, LEVELS)) + offsets
+    history = rng.integers(0, SIZE, (batch, lengths.max(), LEVELS)) + offsets
     user = rng.integers(1 + LEVELS * SIZE, config.vocabulary, (batch, 1))
     contexts = np.concatenate([user, history.reshape(batch, -1)], axis=1)
+    mask = np.arange(contexts.shape[1]) < 1 + LEVELS * lengths[:, None]
     targets = rng.integers(0, SIZE, (batch, LEVELS))
     shapes = (
         jnp.asarray(contexts[:1], jnp.int32),
@@ -117,15 +140,15 @@ def tiger(batch: int, dropout: float) -> Case:
     def loss(params, arrays, key):
         tokens, train = arrays["contexts"], bool(dropout)
         variables, rngs = {"params": params}, {"dropout": key} if train else None
-        context = model.apply(variables, tokens, jnp.ones(tokens.shape, bool), train, method="prefill", rngs=rngs)
+        context = model.apply(variables, tokens, arrays["mask"] > 0, train, method="prefill", rngs=rngs)
         codes = arrays["targets"][:, None] - offsets
         return -model.apply(variables, context, codes, train, method="score", rngs=rngs).mean()
 
     return Case(
-        "training_tiger",
+        "training_tiger" if full else "training_tiger_lengths",
         loss,
         params,
-        {"contexts": contexts, "targets": targets + offsets},
+        {"contexts": contexts, "mask": mask, "targets": targets + offsets},
         lambda folder: save_t5(folder, config, params),
         {"t5": True, "loss": "targets", "config": {}},
         f"B={batch} S={contexts.shape[1]} M={LEVELS} dropout={dropout}",
@@ -139,23 +162,27 @@ def make_qwen2(config: CausalConfig) -> tuple[Causal, dict]:
     return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), *shapes))["params"]
 
 
-def qwen2(batch: int, length: int) -> Case:
-    """Every next token of sequences."""
+def qwen2(batch: int, lengths: np.ndarray | None = None) -> Case:
+    """Every next token of sequences of 20 items, or as many as `lengths` says."""
+    full = lengths is None
+    lengths = np.full(batch, 20) if full else lengths
+    length = LEVELS * int(lengths.max())
     model, params = make_qwen2(QWEN2)
     contexts = np.random.default_rng(0).integers(1, QWEN2.vocabulary, (batch, length))
+    given = np.arange(length) < LEVELS * lengths[:, None]
 
     def loss(params, arrays, key):
         tokens, variables = arrays["contexts"], {"params": params}
-        mask = jnp.ones(tokens.shape, bool)
+        mask = arrays["mask"] > 0
         _, states = model.apply(variables, tokens, mask, method="prefill_with_states")
         log_probs = model.apply(variables, states, tokens, mask, method="score_context")
-        return -log_probs[:, 1:].mean()
+        return -log_probs[:, 1:].sum() / mask[:, 1:].sum()
 
     return Case(
-        "training_qwen2",
+        "training_qwen2" if full else "training_qwen2_lengths",
         loss,
         params,
-        {"contexts": contexts},
+        {"contexts": contexts, "mask": given},
         lambda folder: save_qwen2(folder, QWEN2, params),
         {"t5": False, "loss": "next_tokens", "config": {}},
         f"B={batch} S={length} D={QWEN2.width} F={QWEN2.hidden} layers={QWEN2.layers}",
@@ -252,6 +279,21 @@ def compare(case: Case, peers: Peers | None, repeats: int, check: bool = True) -
     report(f"{case.name}_share", case.case, ours, flops / peak, "jnp.dot peak", **more)
 
 
+def compare_lengths(
+    make: Callable[[np.ndarray], Case], shares: dict[int, float], batch: int, peers: Peers, repeats: int
+):
+    """The row of examples of all lengths: in buckets, and padded to the longest."""
+    mixed, longest = make(draw_lengths(batch, shares)), max(shares)
+    peers.add(mixed)
+    same_losses(peers, mixed, 4)
+    buckets = [make(draw_lengths(batch, shares, size)) for size in shares if size < longest] + [mixed]
+    for case in buckets:
+        case.begin()
+    *ours, peer = best_of([*buckets, partial(peers.step, mixed)], repeats)
+    mean = sum(share * each for share, each in zip(shares.values(), ours, strict=True))
+    report(mixed.name, f"B={batch}, 1 to {longest} items", mean, peer, f"transformers, padded to {longest}")
+
+
 def compare_packed(batch: int, peers: Peers | None, repeats: int) -> None:
     """The rows of packed targets."""
     packed, apart = preference(batch, True), preference(batch, False)
@@ -294,7 +336,10 @@ def main() -> None:
     repeats, batch = (3, 64) if args.quick else (7, 256)
     compare(tiger(batch, 0.0), peers, repeats)
     compare(tiger(batch, 0.1), peers, repeats, check=False)
-    compare(qwen2(batch // 4, 80), peers, repeats)
+    compare(qwen2(batch // 4), peers, repeats)
+    if peers is not None:
+        compare_lengths(partial(tiger, batch, 0.0), PREFIXES, batch, peers, repeats)
+        compare_lengths(partial(qwen2, batch // 4), SEQUENCES, batch // 4, peers, repeats)
     compare_packed(2 if args.quick else 4, peers, repeats)
     for width in () if args.quick else (128, 192, 256):
         onemall_share(width, 12)

@@ -31,15 +31,27 @@ config = RankGRRunConfig(
     # The rank head scores one item an ID.
     collisions=CollisionConfig("nearest_free"),
     model=RankGRConfig(
-        CausalConfig(width=128, heads=4, groups=4, head_dim=32, hidden=256, layers=2, rotary_base=1e4, dropout=0.4),
+        # The history is easily learnt by heart, which ID follows is not.
+        CausalConfig(
+            width=128,
+            heads=4,
+            groups=4,
+            head_dim=32,
+            hidden=256,
+            layers=2,
+            rotary_base=1e4,
+            dropout=0.4,
+            target_dropout=0.1,
+        ),
         embeddings=True,
-        rank=RankConfig(loss="softmax", temperature=0.08, likelihood_weight=0.25),
+        prior=True,
+        rank=RankConfig(loss="softmax", temperature=0.08, likelihood_weight=0.5),
     ),
     objective=ObjectiveConfig(alpha=0.1),
     optim=OptimConfig(learning_rate=1.5e-3, warmup=100, weight_decay=0.05, final_fraction=0.05),
     # 87 steps are an epoch.
     training=LoopConfig(steps=2610, log_every=87, checkpoint_every=435, evaluate_every=435, patience=3),
     # The rank head orders what the beam has found: a wide one leaves it more to choose from.
-    decoding=DecodingConfig(beam_width=400, batch_size=64),
+    decoding=DecodingConfig(beam_width=100, batch_size=64),
     validation=EvaluationConfig(split="valid", max_users=2000),
 )

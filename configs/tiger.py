@@ -4,10 +4,11 @@
 
 DIR holds sequences.txt (`user item item ...`), items.jsonl ({"id", "title", "categories"}) and, if there is one,
 timestamps.jsonl. IDs as published: an RQ-VAE of 3 x 256 codes on the texts alone, and one more level that tells items
-under one ID apart. The model differs from the published one, which takes days on a CPU: it is narrower, and its encoder
-is causal, so that one pass over a user's sequence trains on all of its items. The published model is
+under one ID apart. The model differs from the published one, which takes days on a CPU: it is narrower, a position of its
+context is an item instead of a code, and its encoder is causal, so that one pass over a user's sequence trains on all of
+its items. The published model is
 
-    --model.no-causal --model.width 128 --model.heads 6 --model.head-dim 64 --model.hidden 1024 --model.layers 4
+    --positions codes --model.causal False --model.scale-head True --model.width 128 --model.heads 6 --model.head-dim 64 --model.hidden 1024 --model.layers 4
     --model.encoder-layers 4 --model.dropout 0.1 --objective.smoothing 0 --objective.without-user 0
 """
 
@@ -26,8 +27,18 @@ config = TigerConfig(
     data=SequenceText(path=Path("beauty")),
     batch_size=128,
     features=ItemSequenceConfig((4, 6, 9, 20)),
+    positions="items",
     model=EncoderDecoderConfig(
-        width=128, heads=4, head_dim=32, hidden=512, encoder_layers=3, layers=2, dropout=0.2, causal=True
+        width=128,
+        heads=4,
+        head_dim=32,
+        hidden=512,
+        encoder_layers=3,
+        layers=2,
+        dropout=0.2,
+        causal=True,
+        # T5's head of unit variance is made for a learning rate ten times as high.
+        scale_head=False,
     ),
     objective=ObjectiveConfig(smoothing=0.1),
     optim=OptimConfig(learning_rate=2e-3, warmup=200, weight_decay=0.05),

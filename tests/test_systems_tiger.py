@@ -51,9 +51,9 @@ RECORDS = [
 WANTED = np.array([True])
 
 
-def make_assembly(causal: bool) -> TigerAssembly:
+def make_assembly(causal: bool, positions: str = "codes") -> TigerAssembly:
     model = EncoderDecoder(fit_vocabulary(dataclasses.replace(TINY, causal=causal), SIZES, USERS))
-    return TigerAssembly(model, SemanticIdSpace(CODES, SIZES), ("purchase",), WANTED, USERS)
+    return TigerAssembly(model, SemanticIdSpace(CODES, SIZES), ("purchase",), WANTED, USERS, positions)
 
 
 def make_config(assembly: TigerAssembly, **objective):
@@ -71,7 +71,11 @@ def plain_loss(assembly, params, history: list[int], user: int, target: int, smo
     cfg = assembly.model.config
     offsets = np.array([offset for offset, _ in cfg.levels])
     hashed = (user * 2654435761 % 2**32) >> 8
-    tokens = np.concatenate([[cfg.vocabulary - USERS + hashed % USERS], (CODES[history] + offsets).ravel()])
+    user = cfg.vocabulary - USERS + hashed % USERS
+    if assembly.positions == "items":
+        tokens = np.concatenate([[[user, -1, -1]], CODES[history] + offsets])
+    else:
+        tokens = np.concatenate([[user], (CODES[history] + offsets).ravel()])
     variables = {"params": params}
     context = assembly.model.apply(
         variables, jnp.asarray(tokens[None], jnp.int32), jnp.ones((1, len(tokens)), bool), method="prefill"
@@ -84,9 +88,9 @@ def plain_loss(assembly, params, history: list[int], user: int, target: int, smo
     return total
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_step_equals_a_plain_computation(causal):
-    assembly = make_assembly(causal)
+@pytest.mark.parametrize(("causal", "positions"), [(True, "codes"), (True, "items"), (False, "codes")])
+def test_a_step_equals_a_plain_computation(causal, positions):
+    assembly = make_assembly(causal, positions)
     config = make_config(assembly, smoothing=0.2, targets=2, later_weight=0.25)
     if causal:
         batch = stacked([whole(record, len(record["item"]), FEATURES, wanted=WANTED) for record in RECORDS])
@@ -129,6 +133,26 @@ def test_padding_and_unknown_users_change_nothing():
     found = [losses(assembly, config, variables, batch, jax.random.key(0)) for batch in (short, long)]
     np.testing.assert_allclose(*found, rtol=1e-5)
     np.testing.assert_array_equal(assembly.tokens(jnp.asarray(CODES), long)[1][0], [False, *6 * [True], *6 * [False]])
+
+
+def test_an_items_position_is_the_sum_of_its_codes():
+    assembly = make_assembly(causal=False, positions="items")
+    params = assembly.init(0)["params"]
+    arrays = FEATURES.cut(RECORDS[1], 2, behaviors=1, wanted=WANTED)
+    tokens, mask = assembly.tokens(jnp.asarray(CODES), {name: value[None] for name, value in arrays.items()})
+    assert tokens.shape == (1, 5, 3)
+    np.testing.assert_array_equal(mask[0], [True, True, True, False, False])
+    np.testing.assert_array_equal(tokens[0, 1], CODES[4] + [offset for offset, _ in assembly.model.config.levels])
+    np.testing.assert_array_equal(assembly.before(jnp.array([0, 2])), [1, 3])
+    # One token more in the vocabulary, whose embedding is the sum of an item's, stands for the item as well.
+    table = params["embed"]["table"]
+    whole = jnp.concatenate([table, table[tokens[0, 1]].sum(0)[None], table[tokens[0, 2]].sum(0)[None]])
+    given = {"params": {**params, "embed": {"table": whole}}}
+    wider = EncoderDecoder(dataclasses.replace(assembly.model.config, vocabulary=len(whole)))
+    flat = jnp.array([[tokens[0, 0, 0], len(table), len(table) + 1]])
+    expected = wider.apply(given, flat, jnp.ones((1, 3), bool), method="prefill").state
+    found = assembly.model.apply({"params": params}, tokens, mask, method="prefill").state
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -45,12 +45,18 @@ class Steps:
 
     def targets(self) -> torch.Tensor:
         """Mean cross-entropy of the targets' tokens [B, M] given contexts [B, S]."""
-        made = self.model(input_ids=self.arrays["contexts"], labels=self.arrays["targets"], use_cache=False)
-        return made.loss
+        return self.model(**self.contexts(), labels=self.arrays["targets"], use_cache=False).loss
 
     def next_tokens(self) -> torch.Tensor:
         """Mean cross-entropy of every token of [B, S] after the first."""
-        return self.model(input_ids=self.arrays["contexts"], labels=self.arrays["contexts"], use_cache=False).loss
+        tokens, mask = self.arrays["contexts"], self.arrays["mask"]
+        return self.model(**self.contexts(), labels=tokens.where(mask > 0, -100), use_cache=False).loss
+
+    def contexts(self) -> dict[str, torch.Tensor]:
+        """The contexts, with a mask where some are padded, which costs something."""
+        mask = self.arrays["mask"]
+        padded = {} if bool(mask.all()) else {"attention_mask": mask}
+        return {"input_ids": self.arrays["contexts"], **padded}
 
     def preference(self) -> torch.Tensor:
         """-log of the first target's share among the L targets of a prompt, each scored behind a copy of the prompt."""

@@ -51,7 +51,8 @@ class EncoderDecoderConfig:
     tied: bool = True
     """the head is the embedding table"""
     scale_head: bool = True
-    """states are multiplied by width**-0.5 before the head (T5 1.0)"""
+    """states are multiplied by width**-0.5 before the head (T5 1.0); off, a tied head is as small at first, which makes
+    it learn as many times faster"""
     buckets: int = 32
     """buckets of relative positions"""
     max_distance: int = 128
@@ -72,6 +73,16 @@ class EncoderDecoderConfig:
     causal: bool = False
     """a token of the context looks at itself and at those before it, so that one pass serves all of its prefixes
     (`score_prefixes`); no T5, whose encoder looks both ways"""
+
+    @property
+    def head_scale(self) -> float:
+        """Standard deviation of the head at first: logits begin with unit variance, from states of unit variance."""
+        return 1.0 if self.scale_head else self.width**-0.5
+
+    @property
+    def embed_scale(self) -> float:
+        """Standard deviation of the embeddings at first, and of what a block adds to them."""
+        return self.head_scale if self.tied else 1.0
 
     def __post_init__(self):
         check_levels(self.levels, self.vocabulary)
@@ -119,7 +130,9 @@ class DecoderLayer(nn.Module):
     def setup(self):
         cfg = self.config
         self.attention = _self_attention(cfg)
-        self.cross = CrossAttention(cfg.width, cfg.heads, cfg.head_dim, 1.0, cfg.epsilon, jnp.dtype(cfg.dtype))
+        self.cross = CrossAttention(
+            cfg.width, cfg.heads, cfg.head_dim, 1.0, cfg.epsilon, jnp.dtype(cfg.dtype), cfg.embed_scale
+        )
         self.feed_forward = _feed_forward(cfg)
 
     def __call__(self, x, cross: KeyValue, mask, bias, start: KeyValue | None, past: KeyValue | None):
@@ -131,12 +144,19 @@ class DecoderLayer(nn.Module):
 
 def _self_attention(cfg: EncoderDecoderConfig) -> SelfAttention:
     return SelfAttention(
-        cfg.width, cfg.heads, cfg.heads, cfg.head_dim, scale=1.0, epsilon=cfg.epsilon, dtype=jnp.dtype(cfg.dtype)
+        cfg.width,
+        cfg.heads,
+        cfg.heads,
+        cfg.head_dim,
+        scale=1.0,
+        epsilon=cfg.epsilon,
+        dtype=jnp.dtype(cfg.dtype),
+        out_gain=cfg.embed_scale,
     )
 
 
 def _feed_forward(cfg: EncoderDecoderConfig) -> FeedForwardBlock:
-    return FeedForwardBlock(cfg.hidden, cfg.activation, cfg.gated, cfg.epsilon, jnp.dtype(cfg.dtype))
+    return FeedForwardBlock(cfg.hidden, cfg.activation, cfg.gated, cfg.epsilon, jnp.dtype(cfg.dtype), cfg.embed_scale)
 
 
 class EncoderDecoder(nn.Module):
@@ -146,10 +166,8 @@ class EncoderDecoder(nn.Module):
 
     def setup(self):
         cfg = self.config
-        # Logits start with unit variance, from states of unit variance.
-        head_scale = 1.0 if cfg.scale_head else cfg.width**-0.5
-        self.embed = Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), head_scale if cfg.tied else 1.0)
-        self.head = None if cfg.tied else Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), head_scale)
+        self.embed = Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), cfg.embed_scale)
+        self.head = None if cfg.tied else Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), cfg.head_scale)
         self.encoder_bias = RelativeBias(cfg.heads, cfg.buckets, cfg.max_distance, both_sides=True)
         self.decoder_bias = RelativeBias(cfg.heads, cfg.buckets, cfg.max_distance, both_sides=False)
         self.encoder = [EncoderLayer(cfg) for _ in range(cfg.encoder_layers)]
@@ -158,7 +176,10 @@ class EncoderDecoder(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
 
     def prefill(self, tokens: jax.Array, mask: jax.Array, train: bool = False) -> EncodedContext:
-        """Encode B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding anywhere."""
+        """Encode B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding anywhere.
+
+        Tokens may be [B, S, M] as well: a position is then the sum of its tokens' embeddings, -1 standing for none.
+        """
         cross = self._encode(tokens, mask, train)
         start = jnp.full((tokens.shape[0], 1, 1), self.config.start_token, jnp.int32)
         states, own = self._decode(start, cross, mask, None, None, train)
@@ -221,7 +242,10 @@ class EncoderDecoder(nn.Module):
 
     def _encode(self, tokens: jax.Array, mask: jax.Array, train: bool) -> tuple[KeyValue, ...]:
         """Per decoder layer K/V [B, S, N, H] of the encoder's output."""
-        x = self.drop(self.embed(tokens), deterministic=not train)
+        x = self.embed(jnp.maximum(tokens, 0))
+        if tokens.ndim == 3:
+            x = jnp.where(tokens[..., None] >= 0, x, 0.0).sum(2)
+        x = self.drop(x, deterministic=not train)
         positions = np.arange(tokens.shape[1])
         bias = self.encoder_bias(positions, positions)
         looked_at = mask[:, None] & (positions <= positions[:, None]) if self.config.causal else mask

@@ -158,6 +158,8 @@ class CrossAttention(nn.Module):
     scale: float | None = None
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    out_gain: float = 1.0
+    """standard deviation of what is added to x, at first"""
 
     def setup(self):
         shape, axes = (self.heads, self.head_dim), ("embed", "heads", "head_dim")
@@ -166,7 +168,7 @@ class CrossAttention(nn.Module):
         self.query = Projection(shape, axes, self.dtype, gain=gain)
         self.key = Projection(shape, axes, self.dtype)
         self.value = Projection(shape, axes, self.dtype)
-        self.out = Projection(self.width, ("heads", "embed"), self.dtype)
+        self.out = Projection(self.width, ("heads", "embed"), self.dtype, gain=self.out_gain)
 
     def __call__(self, x: jax.Array, memory: KeyValue, mask: jax.Array) -> jax.Array:
         """x [B, L, M, D] over the key and value [B, S, N, H] that `key_value` made, with mask [B, S]."""

@@ -15,6 +15,7 @@ free ID.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxrec.config import UserError, from_json
 from jaxrec.data.item_sequences import ItemSequenceConfig
@@ -76,6 +77,9 @@ class TigerConfig(GenerativeRunConfig):
     """How much of the past the model reads."""
     users: int = 2000
     """Tokens that users are hashed to, in front of their items; 0: no such token."""
+    positions: Literal["codes", "items"] = "codes"
+    """What a position of the context is: one code, as published, or an item, the sum of its codes' embeddings, which
+    makes contexts as many times shorter as IDs have levels."""
     model: EncoderDecoderConfig = field(default_factory=lambda: EncoderDecoderConfig(dropout=0.1))
     """Sizes and parts of the model; vocabulary, levels and start token follow from the IDs."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -1,7 +1,8 @@
 """TIGER's model, fitted to one catalogue: what training, decoding and evaluation share.
 
 tokens of the vocabulary   0: start   |   codes, a slice for every level   |   hashed users
-context                    user   c1 c2 .. cM of the first item   ...   c1 c2 .. cM of the last
+context                    user   c1 c2 .. cM of the first item   ...   c1 c2 .. cM of the last      (positions "codes")
+                           user   c1 + c2 .. + cM of the first    ...   c1 + c2 .. + cM of the last  (positions "items")
 """
 
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ class TigerAssembly:
     """bool [behaviors]: the target behaviors"""
     users: int
     """tokens that users are hashed to; 0 for none"""
+    positions: str = "codes"
+    """what a position of the context is: one code, or the sum of an item's codes ("items")"""
     examples: Any = None
     """folder of the example records"""
 
@@ -52,27 +55,36 @@ class TigerAssembly:
         levels = self.space.levels
 
         def make():
-            tokens, mask = jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool)
+            tokens, mask = jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool)  # any positions have these
             return self.model.init(jax.random.key(seed), tokens, mask, jnp.zeros((1, 1, levels), jnp.int32))
 
         return nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
 
     def tokens(self, codes: jax.Array, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The contexts of stacked item sequences: tokens int32 [B, 1 + S * M] and their mask, without the 1 if no user.
+        """The contexts of stacked item sequences, and their mask; the user, if there is one, in front.
 
         codes: int32 [I, M] of all items; arrays: item int32 [B, S], mask bool [B, S], user int32 [B].
+
+        Returns tokens int32 [B, 1 + S * M] and mask bool of the same shape or, where positions are items, tokens
+        [B, 1 + S, M] and mask [B, 1 + S].
         """
-        found = to_tokens(codes[arrays["item"]], self.model.config.levels)
-        batch, _, levels = found.shape
-        tokens, mask = found.reshape(batch, -1), jnp.repeat(arrays["mask"], levels, axis=1)
-        if not self.users:
-            return tokens, mask
-        user = arrays["user"]
-        # Knuth's multiplicative hash: neighbours among the numbered users are no neighbours here.
-        hashed = (user.astype(jnp.uint32) * jnp.uint32(2654435761)) >> 8
-        token = self.model.config.vocabulary - self.users + (hashed % self.users).astype(jnp.int32)
-        tokens = jnp.concatenate([token[:, None], tokens], axis=1)
-        return tokens, jnp.concatenate([(user >= 0)[:, None], mask], axis=1)
+        found, mask = to_tokens(codes[arrays["item"]], self.model.config.levels), arrays["mask"]
+        batch, length, levels = found.shape
+        if self.positions == "codes":
+            found, mask = found.reshape(batch, length * levels, 1), jnp.repeat(mask, levels, axis=1)
+        if self.users:
+            user = arrays["user"]
+            # Knuth's multiplicative hash: neighbours among the numbered users are no neighbours here.
+            hashed = (user.astype(jnp.uint32) * jnp.uint32(2654435761)) >> 8
+            token = self.model.config.vocabulary - self.users + (hashed % self.users).astype(jnp.int32)
+            token = jnp.pad(token[:, None, None], ((0, 0), (0, 0), (0, found.shape[2] - 1)), constant_values=-1)
+            found = jnp.concatenate([token, found], axis=1)
+            mask = jnp.concatenate([(user >= 0)[:, None], mask], axis=1)
+        return found[..., 0] if self.positions == "codes" else found, mask
+
+    def before(self, items: jax.Array) -> jax.Array:
+        """Positions of a context up to and with so many of its items, int32 of the same shape."""
+        return items * (self.space.levels if self.positions == "codes" else 1) + (1 if self.users else 0)
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
@@ -107,7 +119,7 @@ def assemble(run: Run, config: "TigerConfig") -> TigerAssembly:
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
     model = EncoderDecoder(fit_vocabulary(config.model, space.codebook_sizes, config.users))
-    return TigerAssembly(model, space, behaviors, wanted, config.users, run.examples)
+    return TigerAssembly(model, space, behaviors, wanted, config.users, config.positions, run.examples)
 
 
 def fit_vocabulary(config: EncoderDecoderConfig, sizes: tuple[int, ...], users: int) -> EncoderDecoderConfig:

@@ -49,7 +49,8 @@ def losses(
     tokens, mask = assembly.tokens(codes, batch)
     targets, where = codes[batch["target"]], (batch["target_rank"] >= 0) & batch["where"][:, None]
     if model.config.causal:
-        seen = _seen(assembly, batch, tokens.shape[1])
+        # The user and the items before each target, bool [B, L, S].
+        seen = jnp.arange(tokens.shape[1]) < assembly.before(batch["before"])[..., None]
         log_probs = model.apply(
             variables, tokens, mask, seen, targets, True, smoothing, method="score_prefixes", rngs=rngs
         )
@@ -58,12 +59,6 @@ def losses(
         log_probs = model.apply(variables, context, targets, True, smoothing, method="score", rngs=rngs)
     weight = jnp.where(where, config.objective.later_weight ** jnp.maximum(batch["target_rank"], 0), 0.0)
     return (weight * next_token(log_probs, where)).sum(), weight.sum()
-
-
-def _seen(assembly: TigerAssembly, batch: dict, length: int) -> jax.Array:
-    """bool [B, L, S]: the user and the codes of the items before each target."""
-    known = batch["before"] * assembly.space.levels + (1 if assembly.users else 0)
-    return jnp.arange(length) < known[..., None]
 
 
 def training_batches(assembly: TigerAssembly, config: "TigerConfig") -> Iterator[dict]:
