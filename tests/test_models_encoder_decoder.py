@@ -317,3 +317,17 @@ def test_smoothed_labels_by_hand():
     first = jnp.broadcast_to(targets, (B, SIZES[0], 3)).at[..., 0].set(every[..., 0])
     level = model.apply({"params": params}, context, first, method="score")[..., 0]
     np.testing.assert_allclose(smooth[:, 0, 0], 0.7 * plain[:, 0, 0] + 0.3 * level.mean(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_causal_encoders_last_place_is_added_to_the_start_token(causal):
+    """Without cross-attention, targets know of the context what the encoder says of its last real place, or nothing."""
+    model, params = make(causal=causal)
+    silent = jax.tree.map_with_path(
+        lambda path, leaf: leaf * ("cross" not in jax.tree_util.keystr(path)), nn.unbox(params)
+    )
+    score = jax.jit(functools.partial(everything, model, silent))
+    found = score(TOKENS, MASK, TARGETS)
+    for changed, matters in ((4, True), (5, False)):  # the second context has five tokens
+        other = score(TOKENS.at[1, changed].set(1 + TOKENS[1, changed] % 18), MASK, TARGETS)
+        assert np.allclose(other[1], found[1], atol=1e-6) != (causal and matters)

@@ -72,7 +72,8 @@ class EncoderDecoderConfig:
     """type of activations"""
     causal: bool = False
     """a token of the context looks at itself and at those before it, so that one pass serves all of its prefixes
-    (`score_prefixes`); no T5, whose encoder looks both ways"""
+    (`score_prefixes`); no T5, whose encoder looks both ways. Such an encoder can't tell where a prefix ends, nor can
+    cross-attention, which knows no places; so the start token is added to what the encoder says of the last place"""
 
     @property
     def head_scale(self) -> float:
@@ -180,9 +181,9 @@ class EncoderDecoder(nn.Module):
 
         Tokens may be [B, S, M] as well: a position is then the sum of its tokens' embeddings, -1 standing for none.
         """
-        cross = self._encode(tokens, mask, train)
+        cross, memory = self._encode(tokens, mask, train)
         start = jnp.full((tokens.shape[0], 1, 1), self.config.start_token, jnp.int32)
-        states, own = self._decode(start, cross, mask, None, None, train)
+        states, own = self._decode(start, cross, mask, None, None, train, self._ends(memory, mask[:, None]))
         start = tuple((key[:, 0], value[:, 0]) for key, value in own)
         return EncodedContext(cross, mask, start, states[:, 0, 0])
 
@@ -212,8 +213,9 @@ class EncoderDecoder(nn.Module):
         """
         start = jnp.full((*targets.shape[:2], 1), self.config.start_token, jnp.int32)
         entered = jnp.concatenate([start, to_tokens(targets[..., :-1], self.config.levels)], axis=-1)
-        cross = self._encode(tokens, mask, train)
-        states, _ = self._decode(entered, cross, seen & mask[:, None], None, None, train)
+        cross, memory = self._encode(tokens, mask, train)
+        seen &= mask[:, None]
+        states, _ = self._decode(entered, cross, seen, None, None, train, self._ends(memory, seen))
         first, states, cfg = states[:, :, 0], states[:, :, 1:], self.config
         return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing)
 
@@ -240,8 +242,8 @@ class EncoderDecoder(nn.Module):
         cfg = self.config
         return level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict), cache
 
-    def _encode(self, tokens: jax.Array, mask: jax.Array, train: bool) -> tuple[KeyValue, ...]:
-        """Per decoder layer K/V [B, S, N, H] of the encoder's output."""
+    def _encode(self, tokens: jax.Array, mask: jax.Array, train: bool) -> tuple[tuple[KeyValue, ...], jax.Array]:
+        """Per decoder layer K/V [B, S, N, H] of the encoder's output, and that itself, [B, S, D]."""
         x = self.embed(jnp.maximum(tokens, 0))
         if tokens.ndim == 3:
             x = jnp.where(tokens[..., None] >= 0, x, 0.0).sum(2)
@@ -252,14 +254,28 @@ class EncoderDecoder(nn.Module):
         for layer in self.encoder:
             x = self._dropped(layer(x, looked_at, bias), x, train)
         memory = self.drop(self.encoder_norm(x), deterministic=not train)
-        return tuple(layer.cross.key_value(memory) for layer in self.decoder)
+        return tuple(layer.cross.key_value(memory) for layer in self.decoder), memory
 
-    def _decode(self, tokens, cross, mask, start, past, train: bool = False):
-        """Tokens int32 [B, L, M] through the decoder -> (states [B, L, M, D] for the head, each layer's own K/V)."""
+    def _ends(self, memory: jax.Array, seen: jax.Array) -> jax.Array | None:
+        """What a causal encoder says, [B, L, D], of the last place that each target sees: seen bool [B, L, S]."""
+        if not self.config.causal:
+            return None
+        last = jnp.max(jnp.where(seen, np.arange(seen.shape[-1]), 0), axis=-1)
+        found = jnp.take_along_axis(memory, last[..., None], axis=1)
+        return jnp.where(seen.any(-1, keepdims=True), found, 0.0) * self.config.embed_scale
+
+    def _decode(self, tokens, cross, mask, start, past, train: bool = False, ends: jax.Array | None = None):
+        """Tokens int32 [B, L, M] through the decoder -> (states [B, L, M, D] for the head, each layer's own K/V).
+
+        ends [B, L, D] is added to the first token.
+        """
         earlier = (0 if start is None else 1) + (0 if past is None else past[0][0].shape[2])
         keys = np.arange(earlier + tokens.shape[-1])
         bias = self.decoder_bias(keys[earlier:], keys)[:, None]  # [N, 1, M, positions]
-        x, own = self.drop(self.embed(tokens), deterministic=not train), []
+        x, own = self.embed(tokens), []
+        if ends is not None:
+            x = x.at[:, :, 0].add(ends)
+        x = self.drop(x, deterministic=not train)
         for index, layer in enumerate(self.decoder):
             before = None if start is None else start[index]
             out, kv = layer(x, cross[index], mask, bias, before, None if past is None else past[index])
