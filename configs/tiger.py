@@ -8,8 +8,8 @@ under one ID apart. The model differs from the published one, which takes days o
 context is an item instead of a code, and its encoder is causal, so that one pass over a user's sequence trains on all of
 its items. The published model is
 
-    --positions codes --model.causal False --model.scale-head True --model.width 128 --model.heads 6 --model.head-dim 64 --model.hidden 1024 --model.layers 4
-    --model.encoder-layers 4 --model.dropout 0.1 --objective.smoothing 0 --objective.without-user 0
+    --positions codes --model.causal False --model.scale-head True --model.width 128 --model.heads 6 --model.head-dim 64
+    --model.hidden 1024 --model.layers 4 --model.encoder-layers 4 --model.dropout 0.1 --objective.smoothing 0 --objective.without-user 0
 """
 
 from pathlib import Path

@@ -30,7 +30,7 @@ from jaxrec.models.vocabulary import (
 )
 from jaxrec.nn.attention import KeyValue
 from jaxrec.nn.layers import Embedding, RMSNorm
-from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention
+from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention, dropped
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,6 @@ def dropouts(config: CausalConfig) -> tuple[nn.Dropout, nn.Dropout]:
     """Of the context and of the targets."""
     rate = config.target_dropout
     return nn.Dropout(config.dropout), nn.Dropout(config.dropout if rate is None else rate)
-
-
-def dropped(before: jax.Array, after: jax.Array, drop: nn.Dropout, train: bool) -> jax.Array:
-    """`after`, with dropout of what a block added to `before`."""
-    return before + drop(after - before, deterministic=False) if train and drop.rate else after
 
 
 class Causal(nn.Module):

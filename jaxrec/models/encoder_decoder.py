@@ -23,7 +23,7 @@ from jaxrec.config import UserError
 from jaxrec.models.vocabulary import Levels, check_levels, level_log_probs, target_log_probs, to_tokens
 from jaxrec.nn.attention import KeyValue
 from jaxrec.nn.layers import Embedding, RMSNorm
-from jaxrec.nn.transformer import Activation, CrossAttention, FeedForwardBlock, RelativeBias, SelfAttention
+from jaxrec.nn.transformer import Activation, CrossAttention, FeedForwardBlock, RelativeBias, SelfAttention, dropped
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class EncoderDecoder(nn.Module):
         bias = self.encoder_bias(positions, positions)
         looked_at = mask[:, None] & (positions <= positions[:, None]) if self.config.causal else mask
         for layer in self.encoder:
-            x = self._dropped(layer(x, looked_at, bias), x, train)
+            x = dropped(x, layer(x, looked_at, bias), self.drop, train)
         memory = self.drop(self.encoder_norm(x), deterministic=not train)
         return tuple(layer.cross.key_value(memory) for layer in self.decoder), memory
 
@@ -279,14 +279,10 @@ class EncoderDecoder(nn.Module):
         for index, layer in enumerate(self.decoder):
             before = None if start is None else start[index]
             out, kv = layer(x, cross[index], mask, bias, before, None if past is None else past[index])
-            x = self._dropped(out, x, train)
+            x = dropped(x, out, self.drop, train)
             own.append(kv)
         x = self.drop(self.decoder_norm(x), deterministic=not train)
         return x * self.config.width**-0.5 if self.config.scale_head else x, tuple(own)
-
-    def _dropped(self, out: jax.Array, x: jax.Array, train: bool) -> jax.Array:
-        """Dropout on what a layer added to x."""
-        return x + self.drop(out - x, deterministic=False) if train and self.config.dropout else out
 
     def _table(self) -> jax.Array:
         return (self.embed if self.head is None else self.head).table

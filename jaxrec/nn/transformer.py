@@ -203,3 +203,8 @@ class FeedForwardBlock(nn.Module):
             hidden = act(hidden)
         down = Projection(x.shape[-1], ("mlp", "embed"), self.dtype, gain=self.out_gain, name="down")
         return x + down(hidden)
+
+
+def dropped(before: jax.Array, after: jax.Array, drop: nn.Dropout, train: bool) -> jax.Array:
+    """`after`, with dropout of what a block added to `before`."""
+    return before + drop(after - before, deterministic=False) if train and drop.rate else after

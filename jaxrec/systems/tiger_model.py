@@ -55,7 +55,7 @@ class TigerAssembly:
         levels = self.space.levels
 
         def make():
-            tokens, mask = jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool)  # any positions have these
+            tokens, mask = jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool)
             return self.model.init(jax.random.key(seed), tokens, mask, jnp.zeros((1, 1, levels), jnp.int32))
 
         return nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
