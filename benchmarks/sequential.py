@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from rich.console import Console
 from rich.table import Table
 from shared import results
 from shared.pictures import COLORS, axes, save
@@ -85,8 +86,9 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, counted + rows)
     draw_curves(curves, counted, out.with_suffix(".svg"))
+    wide = Console(width=max(console.width, WIDE))
     for table in tables(counted + rows):
-        console.print(table, width=max(console.width, WIDE))
+        wide.print(table)
     console.print(f"rows: {out}; picture: {out.with_suffix('.svg')}", markup=False)
     if not args.quick:
         console.print(f"kept in {results.append('sequential', entries)}", markup=False)
