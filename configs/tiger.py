@@ -4,12 +4,13 @@
 
 DIR holds sequences.txt (`user item item ...`), items.jsonl ({"id", "title", "categories"}) and, if there is one,
 timestamps.jsonl. IDs as published: an RQ-VAE of 3 x 256 codes on the texts alone, and one more level that tells items
-under one ID apart. The model differs from the published one, which takes days on a CPU: it is narrower, a position of its
-context is an item instead of a code, and its encoder is causal, so that one pass over a user's sequence trains on all of
-its items. The published model is
+under one ID apart. The model differs from the published one, which takes days on a CPU: it is narrower; a position of its
+context is an item, with a token of its own, instead of a code; its decoder begins with how popular IDs are; and its
+encoder is causal, so that one pass over a user's sequence trains on all of its items. The published model is
 
-    --positions codes --model.causal False --model.scale-head True --model.width 128 --model.heads 6 --model.head-dim 64
-    --model.hidden 1024 --model.layers 4 --model.encoder-layers 4 --model.dropout 0.1 --objective.smoothing 0 --objective.without-user 0
+    --positions codes --own-tokens False --prior False --model.causal False --model.scale-head True --model.heads 6
+    --model.head-dim 64 --model.hidden 1024 --model.layers 4 --model.encoder-layers 4 --model.dropout 0.1
+    --objective.without-user 0
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ from jaxrec.data.sources import SequenceText
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.recommender import DecodingConfig
-from jaxrec.systems.tiger import ObjectiveConfig, TigerConfig
+from jaxrec.systems.tiger import TigerConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 
@@ -28,6 +29,8 @@ config = TigerConfig(
     batch_size=128,
     features=ItemSequenceConfig((4, 6, 9, 20)),
     positions="items",
+    own_tokens=True,
+    prior=True,
     model=EncoderDecoderConfig(
         width=128,
         heads=4,
@@ -36,13 +39,13 @@ config = TigerConfig(
         encoder_layers=3,
         layers=2,
         dropout=0.2,
+        decoder_dropout=0.1,
         causal=True,
         # T5's head of unit variance is made for a learning rate ten times as high.
         scale_head=False,
     ),
-    objective=ObjectiveConfig(smoothing=0.1),
     optim=OptimConfig(learning_rate=2e-3, warmup=200, weight_decay=0.05),
-    training=LoopConfig(steps=3500, log_every=50, checkpoint_every=350, evaluate_every=350, patience=4),
+    training=LoopConfig(steps=5000, log_every=50, checkpoint_every=1000, evaluate_every=1000, patience=4),
     decoding=DecodingConfig(beam_width=32, batch_size=64),
     # Beams of 500 for all 22,363 users would take longer than the training; 0 measures them all.
     evaluation=EvaluationConfig(max_users=5000),

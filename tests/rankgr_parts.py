@@ -9,9 +9,10 @@ import numpy as np
 from jaxrec.data.features import AGES
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.models.causal import CausalConfig
+from jaxrec.models.prior import popularity_prior
 from jaxrec.models.rankgr import RankConfig, RankGR, RankGRConfig
 from jaxrec.semantic_ids.space import SemanticIdSpace
-from jaxrec.systems.rankgr_model import RankGRAssembly, behavior_levels, fit_vocabulary, popularity_prior
+from jaxrec.systems.rankgr_model import RankGRAssembly, behavior_levels, fit_vocabulary
 
 BEHAVIORS = ("exposure", "click", "purchase")
 SIZES = (4, 3, 2)
@@ -34,7 +35,7 @@ def make_assembly(config: RankGRConfig = MODEL) -> RankGRAssembly:
     space = SemanticIdSpace(codes, SIZES, counts)
     embeddings = rng.normal(size=(ITEMS, 6)).astype(np.float32) if config.embeddings else None
     levels = behavior_levels((), BEHAVIORS)
-    prior = popularity_prior(config, codes, counts, SIZES)
+    prior = popularity_prior(codes, counts, SIZES) if config.prior else None
     return RankGRAssembly(model, space, BEHAVIORS, wanted, levels, counts, embeddings=embeddings, prior=prior)
 
 

@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from exported import check_same_answers
 
-from jaxrec.config import load_config
+from jaxrec.config import UserError, load_config
 from jaxrec.data.examples import Records
 from jaxrec.data.item_sequences import ItemSequenceConfig, following, whole
 from jaxrec.evaluation import make_cases
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from jaxrec.models.prior import popularity_prior
 from jaxrec.run import Run, read_json
 from jaxrec.semantic_ids.space import SemanticIdSpace
 from jaxrec.serving.retriever import Retriever
@@ -51,9 +52,15 @@ RECORDS = [
 WANTED = np.array([True])
 
 
-def make_assembly(causal: bool, positions: str = "codes") -> TigerAssembly:
-    model = EncoderDecoder(fit_vocabulary(dataclasses.replace(TINY, causal=causal), SIZES, USERS))
-    return TigerAssembly(model, SemanticIdSpace(CODES, SIZES), ("purchase",), WANTED, USERS, positions)
+COUNTS = np.random.default_rng(1).integers(0, 9, ITEMS)
+
+
+def make_assembly(causal: bool, positions: str = "codes", prior: bool = False, own: bool = False) -> TigerAssembly:
+    others = USERS + (ITEMS if own else 0)
+    model = EncoderDecoder(fit_vocabulary(dataclasses.replace(TINY, causal=causal), SIZES, others))
+    popularity = popularity_prior(CODES, COUNTS, SIZES) if prior else None
+    reading = USERS, positions, own, popularity
+    return TigerAssembly(model, SemanticIdSpace(CODES, SIZES), ("purchase",), WANTED, *reading)
 
 
 def make_config(assembly: TigerAssembly, **objective):
@@ -73,13 +80,16 @@ def plain_loss(assembly, params, history: list[int], user: int, target: int, smo
     hashed = (user * 2654435761 % 2**32) >> 8
     user = cfg.vocabulary - USERS + hashed % USERS
     if assembly.positions == "items":
-        tokens = np.concatenate([[[user, -1, -1]], CODES[history] + offsets])
+        tokens = CODES[history] + offsets
+        if assembly.own_tokens:
+            own = cfg.vocabulary - USERS - ITEMS + np.array(history)
+            tokens = np.concatenate([tokens, own[:, None]], axis=1)
+        tokens = np.concatenate([[[user] + [-1] * (tokens.shape[1] - 1)], tokens])
     else:
         tokens = np.concatenate([[user], (CODES[history] + offsets).ravel()])
     variables = {"params": params}
-    context = assembly.model.apply(
-        variables, jnp.asarray(tokens[None], jnp.int32), jnp.ones((1, len(tokens)), bool), method="prefill"
-    )
+    given = jnp.asarray(tokens[None], jnp.int32), jnp.ones((1, len(tokens)), bool), False, assembly.prior
+    context = assembly.model.apply(variables, *given, method="prefill")
     total, cache = 0.0, None
     for level, code in enumerate(CODES[target]):
         before = None if level == 0 else jnp.full((1, 1), CODES[target][level - 1], jnp.int32)
@@ -88,9 +98,17 @@ def plain_loss(assembly, params, history: list[int], user: int, target: int, smo
     return total
 
 
-@pytest.mark.parametrize(("causal", "positions"), [(True, "codes"), (True, "items"), (False, "codes")])
-def test_a_step_equals_a_plain_computation(causal, positions):
-    assembly = make_assembly(causal, positions)
+@pytest.mark.parametrize(
+    ("causal", "positions", "prior", "own"),
+    [
+        (True, "codes", False, False),
+        (True, "items", True, True),
+        (False, "codes", True, False),
+        (False, "items", False, False),
+    ],
+)
+def test_a_step_equals_a_plain_computation(causal, positions, prior, own):
+    assembly = make_assembly(causal, positions, prior, own)
     config = make_config(assembly, smoothing=0.2, targets=2, later_weight=0.25)
     if causal:
         batch = stacked([whole(record, len(record["item"]), FEATURES, wanted=WANTED) for record in RECORDS])
@@ -133,6 +151,39 @@ def test_padding_and_unknown_users_change_nothing():
     found = [losses(assembly, config, variables, batch, jax.random.key(0)) for batch in (short, long)]
     np.testing.assert_allclose(*found, rtol=1e-5)
     np.testing.assert_array_equal(assembly.tokens(jnp.asarray(CODES), long)[1][0], [False, *6 * [True], *6 * [False]])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_prior_is_what_a_decoder_that_says_nothing_answers(causal):
+    """Counts of the items, one more for each, among those that begin alike."""
+    assembly, counts = make_assembly(causal, prior=True), COUNTS + 1
+    params = assembly.init(0)["params"]
+    silent = {**params, "decoder_norm": jax.tree.map(jnp.zeros_like, params["decoder_norm"])}
+    for item in (0, 5, 9):
+        begun = np.cumprod(CODES[item] == CODES, axis=1)
+        shares = [counts.sum(), *(counts @ begun)]
+        expected = -np.log(np.divide(shares[1:], shares[:-1])).sum()
+        found = plain_loss(assembly, silent, [1, 2], 3, item, 0.0)
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_an_item_that_came_later_has_no_token_of_its_own():
+    assembly = make_assembly(causal=True, positions="items", own=True)
+    codes = jnp.asarray(np.concatenate([CODES, CODES[:1]]))
+    arrays = {"item": jnp.array([[0, ITEMS]]), "mask": jnp.ones((1, 2), bool), "user": jnp.array([3])}
+    tokens, _ = assembly.tokens(codes, arrays)
+    np.testing.assert_array_equal(tokens[0, 1, :3], tokens[0, 2, :3])
+    assert tokens[0, :, 3].tolist() == [-1, assembly.model.config.vocabulary - USERS - ITEMS, -1]
+
+
+def test_a_token_of_its_own_where_positions_are_codes_is_refused():
+    with pytest.raises(UserError, match=r"'own_tokens'.*positions"):
+        dataclasses.replace(CONFIG, own_tokens=True, positions="codes")
+
+
+def test_a_prior_of_levels_that_are_not_normalised_by_themselves_is_refused():
+    with pytest.raises(UserError, match=r"'prior'.*model\.restrict"):
+        dataclasses.replace(CONFIG, prior=True, model=dataclasses.replace(TINY, restrict=False))
 
 
 def test_an_items_position_is_the_sum_of_its_codes():

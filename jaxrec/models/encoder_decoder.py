@@ -20,6 +20,7 @@ from flax import linen as nn
 from flax import struct
 
 from jaxrec.config import UserError
+from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import Levels, check_levels, level_log_probs, target_log_probs, to_tokens
 from jaxrec.nn.attention import KeyValue
 from jaxrec.nn.layers import Embedding, RMSNorm
@@ -68,6 +69,8 @@ class EncoderDecoderConfig:
     a level's probabilities sum to less than one"""
     dropout: float = 0.0
     """dropout on embeddings, on what each layer adds and on the last states, in training"""
+    decoder_dropout: float | None = None
+    """the same in the decoder, if another rate: a context is easily learnt by heart, which ID follows is not"""
     dtype: str = "float32"
     """type of activations"""
     causal: bool = False
@@ -99,13 +102,15 @@ class EncodedContext:
     """A prefilled context. Never copied per target.
 
     cross: per decoder layer K/V [B, S, N, H] of the encoder's output; mask bool [B, S]; start: per decoder layer the
-    start token's own K/V [B, 1, N, H]; state [B, D]: what predicts the first code.
+    start token's own K/V [B, 1, N, H]; state [B, D]: what predicts the first code; prior: what logits begin with, if
+    not with zero.
     """
 
     cross: tuple[KeyValue, ...]
     mask: jax.Array
     start: tuple[KeyValue, ...]
     state: jax.Array
+    prior: Prior | None = None
 
 
 class EncoderLayer(nn.Module):
@@ -175,8 +180,11 @@ class EncoderDecoder(nn.Module):
         self.decoder = [DecoderLayer(cfg) for _ in range(cfg.layers)]
         self.encoder_norm, self.decoder_norm = RMSNorm(cfg.epsilon), RMSNorm(cfg.epsilon)
         self.drop = nn.Dropout(cfg.dropout)
+        self.decoder_drop = nn.Dropout(cfg.dropout if cfg.decoder_dropout is None else cfg.decoder_dropout)
 
-    def prefill(self, tokens: jax.Array, mask: jax.Array, train: bool = False) -> EncodedContext:
+    def prefill(
+        self, tokens: jax.Array, mask: jax.Array, train: bool = False, prior: Prior | None = None
+    ) -> EncodedContext:
         """Encode B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding anywhere.
 
         Tokens may be [B, S, M] as well: a position is then the sum of its tokens' embeddings, -1 standing for none.
@@ -185,7 +193,7 @@ class EncoderDecoder(nn.Module):
         start = jnp.full((tokens.shape[0], 1, 1), self.config.start_token, jnp.int32)
         states, own = self._decode(start, cross, mask, None, None, train, self._ends(memory, mask[:, None]))
         start = tuple((key[:, 0], value[:, 0]) for key, value in own)
-        return EncodedContext(cross, mask, start, states[:, 0, 0])
+        return EncodedContext(cross, mask, start, states[:, 0, 0], prior)
 
     def score(
         self, context: EncodedContext, targets: jax.Array, train: bool = False, smoothing: float = 0.0
@@ -194,9 +202,8 @@ class EncoderDecoder(nn.Module):
 
         `smoothing` as for `jaxrec.models.vocabulary.target_log_probs`.
         """
-        first, states = context.state, self.states(context, targets[..., :-1], train)
-        cfg = self.config
-        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing)
+        states = self.states(context, targets[..., :-1], train)
+        return self._log_probs(context.state, states, targets, smoothing, context.prior)
 
     def score_prefixes(
         self,
@@ -206,6 +213,7 @@ class EncoderDecoder(nn.Module):
         targets: jax.Array,
         train: bool = False,
         smoothing: float = 0.0,
+        prior: Prior | None = None,
     ) -> jax.Array:
         """As `score`, where each target sees another prefix of its context: tokens int32 [B, S], seen bool [B, L, S].
 
@@ -216,8 +224,7 @@ class EncoderDecoder(nn.Module):
         cross, memory = self._encode(tokens, mask, train)
         seen &= mask[:, None]
         states, _ = self._decode(entered, cross, seen, None, None, train, self._ends(memory, seen))
-        first, states, cfg = states[:, :, 0], states[:, :, 1:], self.config
-        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing)
+        return self._log_probs(states[:, :, 0], states[:, :, 1:], targets, smoothing, prior)
 
     def states(self, context: EncodedContext, codes: jax.Array, train: bool = False) -> jax.Array:
         """What the decoder makes of codes int32 [B, L, M]: [B, L, M, D], the m-th predicts the code after the m-th."""
@@ -230,17 +237,24 @@ class EncoderDecoder(nn.Module):
         """One more code for every beam: codes int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
 
         At level 0 there are no codes and W is 1. The cache holds, per layer, the K/V [B, W, t, N, H] of the codes so
-        far; the start token's are the context's. K is the level's size, or V without levels.
+        far, the start token's being the context's, and with a prior the node int32 [B, W] in it that the prefix leads
+        to. K is the level's size, or V without levels.
         """
+        before, prior = cache, None
         if level == 0:
             state, cache = context.state[:, None], {}
         else:
-            past = cache["own"] if level > 1 else None
+            past = before["own"] if level > 1 else None
             entered = to_tokens(tokens[..., None], self.config.levels, level - 1)
             states, own = self._decode(entered, context.cross, context.mask, context.start, past)
             state, cache = states[:, :, 0], {"own": own}
+        if context.prior is not None:
+            cache["node"] = jnp.zeros(state.shape[:2], jnp.int32)
+            if level:
+                cache["node"], _ = context.prior.step(level - 1, before["node"], tokens)
+            prior = context.prior.logits(level, cache["node"])
         cfg = self.config
-        return level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict), cache
+        return level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict, prior), cache
 
     def _encode(self, tokens: jax.Array, mask: jax.Array, train: bool) -> tuple[tuple[KeyValue, ...], jax.Array]:
         """Per decoder layer K/V [B, S, N, H] of the encoder's output, and that itself, [B, S, D]."""
@@ -275,14 +289,19 @@ class EncoderDecoder(nn.Module):
         x, own = self.embed(tokens), []
         if ends is not None:
             x = x.at[:, :, 0].add(ends)
-        x = self.drop(x, deterministic=not train)
+        x = self.decoder_drop(x, deterministic=not train)
         for index, layer in enumerate(self.decoder):
             before = None if start is None else start[index]
             out, kv = layer(x, cross[index], mask, bias, before, None if past is None else past[index])
-            x = dropped(x, out, self.drop, train)
+            x = dropped(x, out, self.decoder_drop, train)
             own.append(kv)
-        x = self.drop(self.decoder_norm(x), deterministic=not train)
+        x = self.decoder_drop(self.decoder_norm(x), deterministic=not train)
         return x * self.config.width**-0.5 if self.config.scale_head else x, tuple(own)
+
+    def _log_probs(self, first, states, targets, smoothing: float, prior: Prior | None) -> jax.Array:
+        """As `target_log_probs` of this model's head, where logits begin with the prior."""
+        cfg, priors = self.config, None if prior is None else prior.along(targets)
+        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing, priors)
 
     def _table(self) -> jax.Array:
         return (self.embed if self.head is None else self.head).table

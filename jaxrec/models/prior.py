@@ -8,6 +8,7 @@ impossible.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +34,26 @@ class Prior:
     sizes: tuple[int, ...] = struct.field(pytree_node=False)
     branching: tuple[int, ...] = struct.field(pytree_node=False)
 
-    def logits(self, level: int, nodes: jax.Array, period: jax.Array) -> jax.Array:
-        """Log-probabilities of the next code: nodes int32 [B, L] and period int32 [B] -> float32 [B, L, K]."""
+    def logits(self, level: int, nodes: jax.Array, period: jax.Array | None = None) -> jax.Array:
+        """Log-probabilities of the next code: nodes int32 [B, L] and period int32 [B] -> float32 [B, L, K].
+
+        The period is the first by default.
+        """
+        period = jnp.zeros(nodes.shape[:1], jnp.int32) if period is None else period
         edges, real = self._edges(level, nodes)
         tokens = jnp.where(real, self.tokens[level][edges], self.sizes[level])
         row, column = jnp.arange(nodes.shape[0])[:, None, None], jnp.arange(nodes.shape[1])[:, None]
         dense = jnp.full((*nodes.shape, self.sizes[level]), FLOOR)
         return dense.at[row, column, tokens].set(self.log_probs[level][period[:, None, None], edges], mode="drop")
 
-    def step(self, level: int, nodes: jax.Array, tokens: jax.Array, period: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(
+        self, level: int, nodes: jax.Array, tokens: jax.Array, period: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Go down by a code: nodes, tokens int32 [B, L] -> (nodes of the next level, log-probabilities of the edges).
 
-        A code that no item has leads to the last node, which has no edges.
+        A code that no item has leads to the last node, which has no edges. The period is the first by default.
         """
+        period = jnp.zeros(nodes.shape[:1], jnp.int32) if period is None else period
         edges, real = self._edges(level, nodes)
         match = real & (self.tokens[level][edges] == tokens[..., None])
         edge = jnp.take_along_axis(edges, match.argmax(-1, keepdims=True), axis=-1)[..., 0]
@@ -54,10 +62,27 @@ class Prior:
         log_probs = jnp.where(found, self.log_probs[level][period[:, None], edge], FLOOR)
         return jnp.where(found, self.children[level][edge], nowhere), log_probs
 
+    def along(self, targets: jax.Array) -> list[jax.Array]:
+        """The logits float32 [B, L, K] of every level of targets int32 [B, L, M], each after the codes before it."""
+        found, nodes = [], jnp.zeros(targets.shape[:2], jnp.int32)
+        for level in range(targets.shape[-1]):
+            found.append(self.logits(level, nodes))
+            nodes, _ = self.step(level, nodes, targets[..., level])
+        return found
+
     def _edges(self, level: int, nodes: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The edges of each node: int32 [..., branching], and which of these are real."""
         edges = self.first[level][nodes][..., None] + jnp.arange(self.branching[level])
         return edges, edges < self.first[level][nodes + 1][..., None]
+
+
+def popularity_prior(codes: np.ndarray, counts: np.ndarray, sizes: tuple[int, ...], **room: Any) -> Prior:
+    """The prior, of one period, of items with codes int [I, M] that were taken counts int [I] times.
+
+    `room` as for `build_prior`.
+    """
+    # One event more for everybody, so that an item nobody took has a finite log-probability.
+    return build_prior(codes, counts[None] + 1.0, sizes, **room)
 
 
 def build_prior(

@@ -206,23 +206,12 @@ class RankGR(nn.Module):
         float32 [B, L, M] twice, the first sums to pi of RankGR Eq. 5; states [B, L, M, D] are h_1 ... h_M of Eq. 3.
         """
         first, own = context.own.state, self.backbone.states(context.own, targets[..., :-1], train)
-        priors = self.priors(context, targets)
+        priors = None if context.prior is None else context.prior.along(targets)
         log_probs = self.backbone.log_probs(first, own, targets, 0.0, priors)
         smoothed = self.backbone.log_probs(first, own, targets, smoothing, priors) if smoothing else log_probs
         first = first if first.ndim == 3 else first[:, None]
         first = jnp.broadcast_to(first, (*targets.shape[:2], first.shape[-1]))
         return log_probs, smoothed, jnp.concatenate([first[:, :, None], own], axis=2)
-
-    def priors(self, context: RankContext, targets: jax.Array) -> list[jax.Array] | None:
-        """What the decoder begins with at every level of targets int32 [B, L, M], given the codes before: [B, L, K]."""
-        if context.prior is None:
-            return None
-        nodes, period = jnp.zeros(targets.shape[:2], jnp.int32), jnp.zeros(targets.shape[:1], jnp.int32)
-        found = []
-        for level in range(targets.shape[-1]):
-            found.append(context.prior.logits(level, nodes, period))
-            nodes, _ = context.prior.step(level, nodes, targets[..., level], period)
-        return found
 
     def level_log_probs(self, states: jax.Array, level: int, prior: jax.Array | None = None) -> jax.Array:
         """Log-probabilities float32 [..., K] of a level's codes from the states [..., D] that predict them."""
@@ -241,11 +230,10 @@ class RankGR(nn.Module):
             states = jnp.concatenate([before["states"], states], axis=2)
         cache, prior = {"backbone": own, "states": states}, None
         if context.prior is not None:
-            period = jnp.zeros(states.shape[:1], jnp.int32)
             cache["node"] = jnp.zeros(states.shape[:2], jnp.int32)
             if level:
-                cache["node"], _ = context.prior.step(level - 1, before["node"], tokens, period)
-            prior = context.prior.logits(level, cache["node"], period)
+                cache["node"], _ = context.prior.step(level - 1, before["node"], tokens)
+            prior = context.prior.logits(level, cache["node"])
         return self.backbone.level_log_probs(state, level, prior), cache
 
     def memory(self, context: RankContext) -> KeyValue:

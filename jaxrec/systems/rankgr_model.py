@@ -17,7 +17,7 @@ from jaxrec.decoding.beam import Candidates, Rescore
 from jaxrec.decoding.version import Version
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.huggingface import load_qwen2
-from jaxrec.models.prior import Prior, build_prior
+from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig
 from jaxrec.run import Run, read_json, write_json
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
@@ -94,7 +94,8 @@ class RankGRAssembly:
         if version is not None:
             like = None if before is None else before.served["prior"]
             sizes, room = self.space.codebook_sizes, {"capacity": version.capacity, "like": like}
-            prior = popularity_prior(self.model.config, version.codes, version.popularity, sizes, **room)
+            if prior is not None:
+                prior = popularity_prior(version.codes, version.popularity, sizes, **room)
             codes = filled_up(version.codes.astype(np.int32), version.capacity)
             if embeddings is not None:
                 embeddings = filled_up(with_later_embeddings(embeddings, version), version.capacity)
@@ -178,19 +179,8 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
     backbone = fit_vocabulary(backbone, space.codebook_sizes)
     model = RankGR(replace(config.model, backbone=backbone), len(items), len(behaviors), AGES)
     embeddings = read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids) if config.model.embeddings else None
-    prior = popularity_prior(config.model, space.codes, counts, space.codebook_sizes)
+    prior = popularity_prior(space.codes, counts, space.codebook_sizes) if config.model.prior else None
     return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained, embeddings, prior)
-
-
-def popularity_prior(
-    config: RankGRConfig, codes: np.ndarray, counts: np.ndarray, sizes: tuple[int, ...], **room: Any
-) -> Prior | None:
-    """The prior of items with codes int [I, M] that were taken counts int [I] times, if the model has one.
-
-    `room` as for `build_prior`.
-    """
-    # One event more for everybody, so that an item nobody took has a finite log-probability.
-    return build_prior(codes, counts[None] + 1.0, sizes, **room) if config.prior else None
 
 
 def behavior_levels(given: tuple[int, ...], behaviors: tuple[str, ...]) -> np.ndarray:

@@ -145,7 +145,7 @@ def rank_loss(
     states = jnp.take_along_axis(states, chosen[..., None, None], axis=1)
     codes, memory = assembly.codes[item], model.apply(variables, context, method="memory")
     context = model.apply(variables, context, last, method="at")
-    priors = model.apply(variables, context, codes, method="priors")
+    priors = None if context.prior is None else context.prior.along(codes)
     total = jnp.zeros(wanted.shape, jnp.float32)
     # together [B, R, R']: items that are looked for beside one another, with the prefix so far in common.
     together = (last[:, :, None] == last[:, None, :]) & wanted[:, None, :]

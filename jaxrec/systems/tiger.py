@@ -80,10 +80,24 @@ class TigerConfig(GenerativeRunConfig):
     positions: Literal["codes", "items"] = "codes"
     """What a position of the context is: one code, as published, or an item, the sum of its codes' embeddings, which
     makes contexts as many times shorter as IDs have levels."""
+    own_tokens: bool = False
+    """An item of the context has a token of its own beside its codes' (`positions` "items"), so that it need not be
+    made out by the combination of its codes; one that came after training does without."""
+    prior: bool = False
+    """The decoder begins with how popular each ID is among those that begin as it does, and learns what to add; off, as
+    published, it learns this too"""
     model: EncoderDecoderConfig = field(default_factory=lambda: EncoderDecoderConfig(dropout=0.1))
     """Sizes and parts of the model; vocabulary, levels and start token follow from the IDs."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """The loss."""
+
+    def __post_init__(self):
+        if self.own_tokens and self.positions != "items":
+            raise UserError(
+                "configuration key 'own_tokens': it is part of an item's position; set positions to items as well"
+            )
+        if self.prior and not self.model.restrict:
+            raise UserError("configuration key 'prior': it is of a level's codes alone; set model.restrict as well")
 
 
 def train(run: Run, config: TigerConfig) -> None:

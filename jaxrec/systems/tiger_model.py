@@ -1,6 +1,6 @@
 """TIGER's model, fitted to one catalogue: what training, decoding and evaluation share.
 
-tokens of the vocabulary   0: start   |   codes, a slice for every level   |   hashed users
+tokens of the vocabulary   0: start   |   codes, a slice for every level   |   items   |   hashed users
 context                    user   c1 c2 .. cM of the first item   ...   c1 c2 .. cM of the last      (positions "codes")
                            user   c1 + c2 .. + cM of the first    ...   c1 + c2 .. + cM of the last  (positions "items")
 """
@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 
 from jaxrec.decoding.version import Version
 from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
+from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.vocabulary import Levels, to_tokens
 from jaxrec.run import Run
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
+from jaxrec.systems.recommender import filled_up
 from jaxrec.training.sharding import init_sharded
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ class TigerAssembly:
     """tokens that users are hashed to; 0 for none"""
     positions: str = "codes"
     """what a position of the context is: one code, or the sum of an item's codes ("items")"""
+    own_tokens: bool = False
+    """every item has a token beside those of its codes, where positions are items"""
+    prior: Prior | None = None
+    """how popular IDs are, if the decoder begins with it"""
     examples: Any = None
     """folder of the example records"""
 
@@ -66,9 +72,14 @@ class TigerAssembly:
         codes: int32 [I, M] of all items; arrays: item int32 [B, S], mask bool [B, S], user int32 [B].
 
         Returns tokens int32 [B, 1 + S * M] and mask bool of the same shape or, where positions are items, tokens
-        [B, 1 + S, M] and mask [B, 1 + S].
+        [B, 1 + S, M or, with a token of its own, M + 1] and mask [B, 1 + S].
         """
-        found, mask = to_tokens(codes[arrays["item"]], self.model.config.levels), arrays["mask"]
+        item, mask = arrays["item"], arrays["mask"]
+        found = to_tokens(codes[item], self.model.config.levels)
+        if self.own_tokens:
+            known = len(self.space.codes)  # items that came later have no token
+            own = jnp.where(item < known, self.model.config.vocabulary - self.users - known + item, -1)
+            found = jnp.concatenate([found, own[..., None]], axis=-1)
         batch, length, levels = found.shape
         if self.positions == "codes":
             found, mask = found.reshape(batch, length * levels, 1), jnp.repeat(mask, levels, axis=1)
@@ -89,16 +100,20 @@ class TigerAssembly:
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
     def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
-        """{"variables", "codes"}: an item is its codes, so new items need nothing else."""
-        if version is None:
-            return {"variables": variables, "codes": jnp.asarray(self.space.codes, jnp.int32)}
-        codes = np.zeros((version.capacity, self.space.levels), np.int32)
-        codes[: len(version)] = version.codes
-        return {"variables": variables, "codes": jnp.asarray(codes)}
+        """{"variables", "codes", "prior"}: a new item is its codes, and needs nothing else."""
+        codes, prior = self.space.codes.astype(np.int32), self.prior
+        if version is not None:
+            codes = filled_up(version.codes.astype(np.int32), version.capacity)
+            if prior is not None:
+                like = None if before is None else before.served["prior"]
+                sizes, room = self.space.codebook_sizes, {"capacity": version.capacity, "like": like}
+                prior = popularity_prior(version.codes, version.popularity, sizes, **room)
+        return {"variables": variables, "codes": jnp.asarray(codes), "prior": prior}
 
     def context(self, served: dict, arrays: dict[str, jax.Array]) -> EncodedContext:
         """B contexts from stacked arrays of `ItemSequenceConfig.cut`."""
-        return self.model.apply(served["variables"], *self.tokens(served["codes"], arrays), method="prefill")
+        tokens, mask = self.tokens(served["codes"], arrays)
+        return self.model.apply(served["variables"], tokens, mask, False, served["prior"], method="prefill")
 
     def extend(self, served: dict, context: EncodedContext, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
@@ -115,15 +130,19 @@ def assemble(run: Run, config: "TigerConfig") -> TigerAssembly:
       UserError: a file is missing or doesn't fit the items.
     """
     items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
-    space = read_codes(run.semantic_ids / "codes.parquet", items["item_id"].to_pylist(), items["count"].to_numpy())
+    counts = items["count"].to_numpy()
+    space = read_codes(run.semantic_ids / "codes.parquet", items["item_id"].to_pylist(), counts)
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
-    model = EncoderDecoder(fit_vocabulary(config.model, space.codebook_sizes, config.users))
-    return TigerAssembly(model, space, behaviors, wanted, config.users, config.positions, run.examples)
+    others = config.users + (len(counts) if config.own_tokens else 0)
+    model = EncoderDecoder(fit_vocabulary(config.model, space.codebook_sizes, others))
+    prior = popularity_prior(space.codes, counts, space.codebook_sizes) if config.prior else None
+    reading = config.users, config.positions, config.own_tokens
+    return TigerAssembly(model, space, behaviors, wanted, *reading, prior, run.examples)
 
 
-def fit_vocabulary(config: EncoderDecoderConfig, sizes: tuple[int, ...], users: int) -> EncoderDecoderConfig:
-    """The configuration with a vocabulary of the start token, a slice for every level, and the users."""
+def fit_vocabulary(config: EncoderDecoderConfig, sizes: tuple[int, ...], others: int) -> EncoderDecoderConfig:
+    """The configuration with a vocabulary of the start token, a slice for every level, and so many other tokens."""
     offsets = np.cumsum([START + 1, *sizes])
     levels: Levels = tuple(zip(offsets[:-1].tolist(), sizes, strict=True))
-    return replace(config, vocabulary=int(offsets[-1]) + users, levels=levels, start_token=START)
+    return replace(config, vocabulary=int(offsets[-1]) + others, levels=levels, start_token=START)

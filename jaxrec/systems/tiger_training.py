@@ -51,11 +51,10 @@ def losses(
     if model.config.causal:
         # The user and the items before each target, bool [B, L, S].
         seen = jnp.arange(tokens.shape[1]) < assembly.before(batch["before"])[..., None]
-        log_probs = model.apply(
-            variables, tokens, mask, seen, targets, True, smoothing, method="score_prefixes", rngs=rngs
-        )
+        given = (tokens, mask, seen, targets, True, smoothing, assembly.prior)
+        log_probs = model.apply(variables, *given, method="score_prefixes", rngs=rngs)
     else:
-        context = model.apply(variables, tokens, mask, True, method="prefill", rngs=rngs)
+        context = model.apply(variables, tokens, mask, True, assembly.prior, method="prefill", rngs=rngs)
         log_probs = model.apply(variables, context, targets, True, smoothing, method="score", rngs=rngs)
     weight = jnp.where(where, config.objective.later_weight ** jnp.maximum(batch["target_rank"], 0), 0.0)
     return (weight * next_token(log_probs, where)).sum(), weight.sum()
