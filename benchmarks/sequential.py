@@ -70,7 +70,7 @@ def main() -> None:
     folder = args.runs / (args.data.resolve().name + "-shuffled" * args.shuffle_ties + "-quick" * args.quick)
     source = SequenceText(path=with_items(args.data, folder / "log"), shuffle_ties=args.shuffle_ties)
     suffix = TIES_SHUFFLED if args.shuffle_ties else ""
-    rows, curves, entries = [], {}, []
+    rows, curves, kept = [], {}, None
     for seed in seeds:
         for name in models:
             console.rule(f"{name}, seed {seed}")
@@ -80,7 +80,9 @@ def main() -> None:
             made = {"model": name + suffix, "seed": seed}
             rows += [{**made, **row, "seconds": seconds} for row in measured]
             curves.setdefault(name + suffix, []).append(training_curve(run)[0])
-            entries.append({**made, "data": args.data.resolve().name, "seconds": seconds, "rows": measured})
+            if not args.quick:  # at once: the next model may take an hour
+                entry = {**made, "data": args.data.resolve().name, "seconds": seconds, "rows": measured}
+                kept = results.append("sequential", [entry])
     counted = count_baselines(run, folder / "baselines.json", source, suffix, 1000 if args.quick else 0)
     out = args.out or folder / "results.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +92,8 @@ def main() -> None:
     for table in tables(counted + rows):
         wide.print(table)
     console.print(f"rows: {out}; picture: {out.with_suffix('.svg')}", markup=False)
-    if not args.quick:
-        console.print(f"kept in {results.append('sequential', entries)}", markup=False)
+    if kept:
+        console.print(f"kept in {kept}", markup=False)
 
 
 def parse_models(text: str) -> list[str]:
