@@ -22,7 +22,7 @@ from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig
 from jaxrec.run import Run, read_json, write_json
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
-from jaxrec.systems.recommender import filled_up, with_later_embeddings
+from jaxrec.systems.recommender import filled_up, with_later_embeddings, with_later_prior
 from jaxrec.training.sharding import init_sharded
 
 if TYPE_CHECKING:
@@ -92,10 +92,7 @@ class RankGRAssembly:
         """
         codes, embeddings, prior = self.space.codes.astype(np.int32), self.embeddings, self.prior
         if version is not None:
-            like = None if before is None else before.served["prior"]
-            sizes, room = self.space.codebook_sizes, {"capacity": version.capacity, "like": like}
-            if prior is not None:
-                prior = popularity_prior(version.codes, version.popularity, sizes, **room)
+            prior = with_later_prior(prior, version, before)
             codes = filled_up(version.codes.astype(np.int32), version.capacity)
             if embeddings is not None:
                 embeddings = filled_up(with_later_embeddings(embeddings, version), version.capacity)

@@ -20,6 +20,7 @@ from jaxrec.decoding.trie import build_trie
 from jaxrec.decoding.version import Version
 from jaxrec.evaluation.cases import Cases, History
 from jaxrec.evaluation.metrics import add, id_accuracy, validity_rate
+from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.semantic_ids.space import SemanticIdSpace
 
 Item = TypeVar("Item")
@@ -312,6 +313,14 @@ def filled_up(values: np.ndarray, rows: int) -> jax.Array:
     filled = np.zeros((rows, *values.shape[1:]), values.dtype)
     filled[: len(values)] = values
     return jnp.asarray(filled)
+
+
+def with_later_prior(trained: Prior | None, version: Version, before: Version | None) -> Prior | None:
+    """The popularity prior of a version's items, shaped like that of the version `before`; None for a model without."""
+    if trained is None:
+        return None
+    like = None if before is None else before.served["prior"]
+    return popularity_prior(version.codes, version.popularity, trained.sizes, capacity=version.capacity, like=like)
 
 
 def with_later_embeddings(trained: np.ndarray, version: Version) -> np.ndarray:

@@ -21,7 +21,7 @@ from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.vocabulary import Levels, to_tokens
 from jaxrec.run import Run
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
-from jaxrec.systems.recommender import filled_up
+from jaxrec.systems.recommender import filled_up, with_later_prior
 from jaxrec.training.sharding import init_sharded
 
 if TYPE_CHECKING:
@@ -104,10 +104,7 @@ class TigerAssembly:
         codes, prior = self.space.codes.astype(np.int32), self.prior
         if version is not None:
             codes = filled_up(version.codes.astype(np.int32), version.capacity)
-            if prior is not None:
-                like = None if before is None else before.served["prior"]
-                sizes, room = self.space.codebook_sizes, {"capacity": version.capacity, "like": like}
-                prior = popularity_prior(version.codes, version.popularity, sizes, **room)
+            prior = with_later_prior(prior, version, before)
         return {"variables": variables, "codes": jnp.asarray(codes), "prior": prior}
 
     def context(self, served: dict, arrays: dict[str, jax.Array]) -> EncodedContext:
