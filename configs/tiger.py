@@ -27,7 +27,7 @@ from jaxrec.training.optim import OptimConfig
 config = TigerConfig(
     data=SequenceText(path=Path("beauty")),
     batch_size=128,
-    features=ItemSequenceConfig((4, 6, 9, 20)),
+    features=ItemSequenceConfig((3, 4, 6, 9, 13, 20)),
     positions="items",
     own_tokens=True,
     prior=True,
@@ -45,7 +45,7 @@ config = TigerConfig(
         scale_head=False,
     ),
     optim=OptimConfig(learning_rate=2e-3, warmup=200, weight_decay=0.05),
-    training=LoopConfig(steps=5000, log_every=50, checkpoint_every=1000, evaluate_every=1000, patience=4),
+    training=LoopConfig(steps=6000, log_every=50, checkpoint_every=1000, evaluate_every=1000, patience=4),
     decoding=DecodingConfig(beam_width=32, batch_size=64),
     # Beams of 500 for all 22,363 users would take longer than the training; 0 measures them all.
     evaluation=EvaluationConfig(max_users=5000),

@@ -15,6 +15,7 @@ HISTORIES = [make_history(0, 9), make_history(1, 4), make_history(2, 0)]
 VARIANTS = {
     "all parts": {},
     "no habit": {"habit": False},
+    "places": {"habit": False, "places": True},
     "uncompressed and dense": {"queries": 0, "experts": 1, "item_embedding": False, "prior": False},
 }
 UNCOMPRESSED = VARIANTS["uncompressed and dense"]
@@ -138,6 +139,21 @@ def test_what_is_masked_does_not_matter(changes):
     spoiled["past_item"] = (spoiled["past_item"] + 1) % ITEMS
     other = compiled(**changes)(variables, spoiled)
     assert np.abs(other["scored"][:2] - run(**changes)["scored"][:2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_places_alone_tell_which_of_the_recent_items_is_the_last(places):
+    """Without them recent items are a set; with them another order is another context."""
+    changes = {"habit": False, "places": places}
+    _, variables, arrays = make(**changes)
+    count = arrays["past_mask"][0].sum()
+    assert count > 2
+    turned = {name: value.copy() for name, value in arrays.items()}
+    for name in ("past_item", "past_age", "habit"):
+        turned[name][0, :2] = arrays[name][0, 1::-1]
+    difference = np.abs(compiled(**changes)(variables, turned)["scored"] - run(**changes)["scored"])[0].max()
+    assert (difference > 1e-3) == places
+    assert places or difference < 1e-5
 
 
 # ---- the auxiliary task and gradients --------------------------------------------------------------------------------

@@ -53,6 +53,9 @@ class CrossDecoderConfig:
     """layers of each Query-Former"""
     recent: int = 64
     """most recent distinct items that the decoder sees uncompressed"""
+    places: bool = False
+    """recent items say which is the last, the one before it, ..., and the decoder begins with the last; for logs of one
+    item a session, where that tells more than days do"""
     prior: bool = True
     """start the decoder from the catalogue's popularity; off, it must learn which IDs exist and how popular each is"""
     habit: bool = True
@@ -62,7 +65,9 @@ class CrossDecoderConfig:
     item_embedding: bool = True
     """an embedding per item beside its codes and attributes in the history; off for catalogues with many new items"""
     dropout: float = 0.0
-    """dropout on history and on every block's input, in training"""
+    """dropout on every block's input, in training"""
+    context_dropout: float = 0.0
+    """dropout on the items of the past and of the histories, in training"""
     dtype: str = "float32"
     """type of activations"""
 
@@ -142,6 +147,8 @@ class CrossDecoder(nn.Module):
         self.age = Embedding(self.ages, cfg.width)
         self.kinds = Embedding(len(self.behaviors) + 1, cfg.width)  # one a behavior, the last for the distinct items
         self.table_norm = RMSNorm()
+        self.places = Embedding(cfg.recent, cfg.width) if cfg.places else None
+        self.last_in = Projection(cfg.width, (None, "embed")) if cfg.places else None
         self.habit_in = Projection(cfg.width, (None, "embed"))
         self.user_in = Projection(cfg.width, (None, "embed"))
         self.bos = self.param(
@@ -159,7 +166,7 @@ class CrossDecoder(nn.Module):
         self.habit = HabitHead(cfg.width) if cfg.habit else None
         self.item_tower = ItemTower(cfg)
         self.match = Projection(cfg.width, ("embed", "mlp"))
-        self.drop = nn.Dropout(cfg.dropout)
+        self.context_drop = nn.Dropout(cfg.context_dropout)
 
     # ---- the context -------------------------------------------------------------------------------------------------
 
@@ -171,23 +178,11 @@ class CrossDecoder(nn.Module):
         `table` is what `item_table` gave; who answers many requests with the same parameters makes it once.
         """
         table = self.item_table(catalogue) if table is None else table
-        recent = slice(0, self.config.recent)
         past = self._tokens(table, features.past, len(self.behaviors)) + self.habit_in(features.habit)
-        memory, mask = [past[:, recent]], [features.past.mask[:, recent]]
-        for index, behavior in enumerate(self.behaviors):
-            sequence = features.history[behavior]
-            tokens = self.drop(self._tokens(table, sequence, index), deterministic=not train)
-            if self.config.queries:
-                tokens = self.qformers[index](tokens, sequence.mask)
-                mask.append(jnp.broadcast_to(sequence.mask.any(1, keepdims=True), tokens.shape[:2]))
-            else:
-                mask.append(sequence.mask)
-            memory.append(tokens)
-        memory = self.memory_norm(jnp.concatenate(memory, axis=1)).astype(self.config.dtype)
-        memory = nn.with_logical_constraint(memory, ("act_batch", "act_length", "act_embed"))
-        mask = jnp.concatenate(mask, axis=1)
+        recent = self._recent(past, train)
+        memory, mask = self._memory(features, table, recent, train)
         cross = tuple(layer.cross.context_kv(memory) for layer in self.decoder)
-        x = (self.bos + self.user_in(features.user)).astype(self.config.dtype)[:, None, None]
+        x = self._begin(features, recent).astype(self.config.dtype)[:, None, None]
         bos = []
         for layer, kv in zip(self.decoder, cross, strict=True):
             x, own = layer(x, kv, mask, None, None, train=train)
@@ -196,6 +191,34 @@ class CrossDecoder(nn.Module):
         codes, weights, share = self._habit(features, catalogue, past, state)
         prior = catalogue.prior if self.config.prior else None
         return Context(cross, tuple(bos), mask, state, codes, weights, share, features.period, prior)
+
+    def _recent(self, past: jax.Array, train: bool) -> jax.Array:
+        """The items of the past that are read uncompressed, [B, R, D]."""
+        recent = self._dropped(past[:, : self.config.recent], train)
+        return recent if self.places is None else recent + self.places.table[: recent.shape[1]]
+
+    def _memory(self, features: Features, table: jax.Array, recent: jax.Array, train: bool):
+        """(memory [B, S, D], mask bool [B, S]): the recent items, and what Query-Formers make of each behavior."""
+        memory, mask = [recent], [features.past.mask[:, : recent.shape[1]]]
+        for index, behavior in enumerate(self.behaviors):
+            sequence = features.history[behavior]
+            tokens = self._dropped(self._tokens(table, sequence, index), train)
+            if self.config.queries:
+                tokens = self.qformers[index](tokens, sequence.mask)
+                mask.append(jnp.broadcast_to(sequence.mask.any(1, keepdims=True), tokens.shape[:2]))
+            else:
+                mask.append(sequence.mask)
+            memory.append(tokens)
+        memory = self.memory_norm(jnp.concatenate(memory, axis=1)).astype(self.config.dtype)
+        memory = nn.with_logical_constraint(memory, ("act_batch", "act_length", "act_embed"))
+        return memory, jnp.concatenate(mask, axis=1)
+
+    def _begin(self, features: Features, recent: jax.Array) -> jax.Array:
+        """What goes in for BOS, [B, D]."""
+        begin = self.bos + self.user_in(features.user)
+        if self.last_in is None:
+            return begin
+        return begin + self.last_in(recent[:, 0]) * features.past.mask[:, :1]
 
     def item_table(self, catalogue: Catalogue) -> jax.Array:
         """One vector an item, [I, D]: the sum of what is known of it; made once, then gathered by every history."""
@@ -209,6 +232,9 @@ class CrossDecoder(nn.Module):
     def _tokens(self, table: jax.Array, sequence: Sequence, kind: int) -> jax.Array:
         ages = self.age.table + self.kinds(jnp.array(kind))  # added in the small table, not in every token
         return jnp.take(table, sequence.item, axis=0) + jnp.take(ages, sequence.age, axis=0)
+
+    def _dropped(self, tokens: jax.Array, train: bool) -> jax.Array:
+        return self.context_drop(tokens, deterministic=not train)
 
     def _habit(self, features: Features, catalogue: Catalogue, past, state):
         if self.habit is None:

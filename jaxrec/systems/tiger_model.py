@@ -19,8 +19,10 @@ from jaxrec.decoding.version import Version
 from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.vocabulary import Levels, to_tokens
+from jaxrec.nn.vectors import principal_axes
 from jaxrec.run import Run
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
+from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.systems.recommender import filled_up, with_later_prior
 from jaxrec.training.sharding import init_sharded
 
@@ -50,11 +52,19 @@ class TigerAssembly:
     """how popular IDs are, if the decoder begins with it"""
     examples: Any = None
     """folder of the example records"""
+    embeddings: np.ndarray | None = None
+    """float32 [I, d] with d <= D: what the items' own tokens begin as, in the first d of their D numbers; None: at
+    random"""
 
     @property
     def target_behaviors(self) -> list[int]:
         """Indices of the target behaviors."""
         return np.flatnonzero(self.wanted).tolist()
+
+    @property
+    def first_own(self) -> int:
+        """The own token of the first item."""
+        return self.model.config.vocabulary - self.users - len(self.space.codes)
 
     def init(self, seed: int, mesh: Mesh | None = None) -> dict:
         """Fresh variables {"params"}: made on the devices where they stay, if there is a mesh."""
@@ -62,7 +72,13 @@ class TigerAssembly:
 
         def make():
             tokens, mask = jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool)
-            return self.model.init(jax.random.key(seed), tokens, mask, jnp.zeros((1, 1, levels), jnp.int32))
+            variables = self.model.init(jax.random.key(seed), tokens, mask, jnp.zeros((1, 1, levels), jnp.int32))
+            if self.embeddings is not None:
+                table = variables["params"]["embed"]["table"]
+                known, width = self.embeddings.shape
+                begun = table.unbox().at[self.first_own : self.first_own + known, :width].set(self.embeddings)
+                variables["params"]["embed"]["table"] = table.replace_boxed(begun)
+            return variables
 
         return nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
 
@@ -77,8 +93,8 @@ class TigerAssembly:
         item, mask = arrays["item"], arrays["mask"]
         found = to_tokens(codes[item], self.model.config.levels)
         if self.own_tokens:
-            known = len(self.space.codes)  # items that came later have no token
-            own = jnp.where(item < known, self.model.config.vocabulary - self.users - known + item, -1)
+            # Items that came later have no token.
+            own = jnp.where(item < len(self.space.codes), self.first_own + item, -1)
             found = jnp.concatenate([found, own[..., None]], axis=-1)
         batch, length, levels = found.shape
         if self.positions == "codes":
@@ -127,15 +143,31 @@ def assemble(run: Run, config: "TigerConfig") -> TigerAssembly:
       UserError: a file is missing or doesn't fit the items.
     """
     items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
-    counts = items["count"].to_numpy()
-    space = read_codes(run.semantic_ids / "codes.parquet", items["item_id"].to_pylist(), counts)
+    counts, item_ids = items["count"].to_numpy(), items["item_id"].to_pylist()
+    space = read_codes(run.semantic_ids / "codes.parquet", item_ids, counts)
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
     others = config.users + (len(counts) if config.own_tokens else 0)
     model = EncoderDecoder(fit_vocabulary(config.model, space.codebook_sizes, others))
     prior = popularity_prior(space.codes, counts, space.codebook_sizes) if config.prior else None
+    own = None
+    if config.own_tokens:
+        own = own_tokens(read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids), model.config, space.levels)
     reading = config.users, config.positions, config.own_tokens
-    return TigerAssembly(model, space, behaviors, wanted, *reading, prior, run.examples)
+    return TigerAssembly(model, space, behaviors, wanted, *reading, prior, run.examples, own)
+
+
+def own_tokens(embeddings: np.ndarray, config: EncoderDecoderConfig, levels: int) -> np.ndarray:
+    """What own tokens begin as: what IDs of so many levels were made of, float32 [I, d], along its first axes.
+
+    So items that are alike are alike in a context from the first step on. As large as the sum of an item's codes, where
+    embeddings have as many numbers as the model is wide.
+    """
+    centred = embeddings - embeddings.mean(0)
+    squares, axes = principal_axes(centred)
+    width = min(config.width, embeddings.shape[1])
+    deviation = np.sqrt(squares[:width].sum() / (len(embeddings) * width)) or 1.0
+    return (centred @ axes[:, :width] * (config.embed_scale * levels**0.5 / deviation)).astype(np.float32)
 
 
 def fit_vocabulary(config: EncoderDecoderConfig, sizes: tuple[int, ...], others: int) -> EncoderDecoderConfig:
