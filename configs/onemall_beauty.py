@@ -24,14 +24,25 @@ config = OneMallConfig(
     batch_size=256,
     semantic_ids=SemanticIdConfig(ResidualConfig((128, 128)), FsqConfig((2,) * 8)),
     # Most histories are short.
-    features=FeatureConfig(history_lengths=(32,), past_length=32, targets=2, target_sessions=2, buckets=(4, 8, 16, 32)),
-    # Nobody buys the same item twice here, so that there are no habits to learn.
+    features=FeatureConfig(history_lengths=(32,), past_length=32, targets=1, buckets=(4, 8, 16, 32)),
+    # Nobody buys the same item twice here, so that there are no habits to learn; what a context holds is easily learnt
+    # by heart.
     model=CrossDecoderConfig(
-        width=128, heads=4, layers=2, hidden=256, experts=8, queries=4, recent=32, habit=False, dropout=0.2
+        width=128,
+        heads=4,
+        layers=2,
+        hidden=256,
+        experts=8,
+        queries=4,
+        recent=32,
+        places=True,
+        habit=False,
+        dropout=0.2,
+        context_dropout=0.4,
     ),
     optim=OptimConfig(learning_rate=2e-3, warmup=100, weight_decay=0.1),
     # 512 steps are an epoch.
-    training=LoopConfig(steps=4096, log_every=64, checkpoint_every=512, evaluate_every=512, patience=3),
+    training=LoopConfig(steps=4608, log_every=64, checkpoint_every=512, evaluate_every=512, patience=3),
     # Beams of 500 for all 22,363 users would take longer than the training; 0 measures them all.
     evaluation=EvaluationConfig(max_users=5000),
 )

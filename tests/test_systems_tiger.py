@@ -29,7 +29,7 @@ from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems.generative import STAGE
 from jaxrec.systems.tiger import ObjectiveConfig, load_recommender, train
-from jaxrec.systems.tiger_model import TigerAssembly, fit_vocabulary
+from jaxrec.systems.tiger_model import TigerAssembly, fit_vocabulary, own_tokens
 from jaxrec.systems.tiger_training import losses, mean_loss
 from jaxrec.training import checkpoint
 from jaxrec.training.step import make_state, make_step
@@ -174,6 +174,26 @@ def test_an_item_that_came_later_has_no_token_of_its_own():
     tokens, _ = assembly.tokens(codes, arrays)
     np.testing.assert_array_equal(tokens[0, 1, :3], tokens[0, 2, :3])
     assert tokens[0, :, 3].tolist() == [-1, assembly.model.config.vocabulary - USERS - ITEMS, -1]
+
+
+@pytest.mark.parametrize("width", [5, 11])
+def test_tokens_of_their_own_begin_as_far_apart_as_what_ids_were_made_of(width):
+    """A rotation of the embeddings, as large as the sum of the codes; all other tokens as without."""
+    assembly = make_assembly(causal=True, positions="items", own=True)
+    config = assembly.model.config
+    embeddings = np.random.default_rng(2).normal(size=(ITEMS, width)).astype(np.float32)
+    own = own_tokens(embeddings, config, 3)
+    kept = min(width, TINY.width)
+    np.testing.assert_allclose(np.square(own).sum(), ITEMS * kept * 3 * config.embed_scale**2, rtol=1e-5)
+    if width == kept:
+        apart, expected = (np.square(x[:, None] - x).sum(-1) for x in (own, embeddings))
+        np.testing.assert_allclose(apart, expected * apart.sum() / expected.sum(), atol=1e-3)
+    table = assembly.init(0)["params"]["embed"]["table"]
+    begun = dataclasses.replace(assembly, embeddings=own).init(0)["params"]["embed"]["table"]
+    first = config.vocabulary - USERS - ITEMS
+    expected = np.array(table)
+    expected[first : first + ITEMS, :kept] = own
+    np.testing.assert_array_equal(begun, expected)
 
 
 def test_a_token_of_its_own_where_positions_are_codes_is_refused():
