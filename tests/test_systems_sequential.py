@@ -44,7 +44,7 @@ def make_assembly(config=None) -> SequentialAssembly:
 
 
 ASSEMBLY = make_assembly()
-PARAMS = ASSEMBLY.init(0)
+PARAMS = ASSEMBLY.init(0)["params"]
 MODEL = SequentialRecommender(ASSEMBLY, PARAMS)
 
 

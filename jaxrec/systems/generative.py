@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
-
 from jaxrec.config import fingerprint
 from jaxrec.data.prepare import PrepareConfig
 from jaxrec.data.sources import AnySource
@@ -28,12 +26,12 @@ from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
 from jaxrec.text.scenarios import TowersConfig
 from jaxrec.training import checkpoint
-from jaxrec.training.flops import step_flops
-from jaxrec.training.loop import LoopConfig, TrainState, fit
-from jaxrec.training.optim import OptimConfig, make_optimizer
+from jaxrec.training.loop import LoopConfig, TrainState
+from jaxrec.training.minimise import minimise
+from jaxrec.training.optim import OptimConfig
 from jaxrec.training.prefetch import BatchIterator
-from jaxrec.training.sharding import MeshConfig, make_mesh
-from jaxrec.training.step import Loss, make_state, make_step
+from jaxrec.training.sharding import MeshConfig
+from jaxrec.training.step import Loss
 
 STAGE = "stages/train"
 """The folder of a run with the checkpoints of its training."""
@@ -124,24 +122,9 @@ def train_model(
     *,
     counted: Loss | None = None,
 ) -> TrainState:
-    """Trains to the end, or until validation gets no better, from the newest checkpoint in `folder` if there is one.
-
-    counted: the same loss as it is taken for the model's FLOPs, where `loss` computes others as well.
-    """
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    optimizer = make_optimizer(config.optim, config.training.steps)
-    variables = assembly.init(config.seed, mesh)
-    return fit(
-        make_step(loss, optimizer, config.seed),
-        make_state(variables, optimizer, mesh),
-        batches,
-        config=config.training,
-        folder=folder,
-        metrics_path=metrics_path,
-        mesh=mesh,
-        flops_per_step=step_flops(counted or loss, variables),
-        evaluate=make_validation(assembly, config.features, config.decoding, config.validation),
-    )
+    """As `jaxrec.training.minimise.minimise`, with the beam search over the validation split on the way."""
+    evaluate = make_validation(assembly, config.features, config.decoding, config.validation)
+    return minimise(loss, assembly.init, batches, config, folder, metrics_path, evaluate=evaluate, counted=counted)
 
 
 def load_trained(run: Run, assembly: Assembly, config: GenerativeRunConfig) -> GenerativeRecommender:

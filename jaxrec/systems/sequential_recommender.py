@@ -9,10 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrec.decoding.top import top
 from jaxrec.evaluation.cases import History
 from jaxrec.models.sequential import SequentialModel
+from jaxrec.training.sharding import init_sharded
 
 ROWS = 128
 """Histories that are ranked together."""
@@ -37,12 +39,14 @@ class SequentialAssembly:
         """Indices of the target behaviors."""
         return np.flatnonzero(self.wanted).tolist()
 
-    def init(self, seed: int) -> Any:
-        """Fresh parameters."""
-        key = jax.random.key(seed)
-        empty = jnp.zeros((1, self.lengths[0] + 1), jnp.int32)
-        made = jax.jit(lambda: self.model.init(key, empty, empty, jnp.zeros(1, jnp.int32), method="next"))()
-        return nn.unbox(made)["params"]
+    def init(self, seed: int, mesh: Mesh | None = None) -> dict:
+        """Fresh variables {"params"}: made on the devices where they stay, if there is a mesh."""
+
+        def make():
+            empty = jnp.zeros((1, self.lengths[0] + 1), jnp.int32)
+            return self.model.init(jax.random.key(seed), empty, empty, jnp.zeros(1, jnp.int32), method="next")
+
+        return nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,8 @@ from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
 from jaxrec.models.sequential import Bert4RecConfig
 from jaxrec.systems.comparison import draw
 from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, windows
-from jaxrec.training.flops import step_flops
-from jaxrec.training.loop import TrainState, fit
-from jaxrec.training.optim import make_optimizer
-from jaxrec.training.sharding import make_mesh
-from jaxrec.training.step import make_state, make_step
+from jaxrec.training.loop import TrainState
+from jaxrec.training.minimise import minimise
 
 if TYPE_CHECKING:
     from jaxrec.systems.sequential import SequentialConfig
@@ -64,21 +61,10 @@ Objective = FullSoftmax | SampledSoftmax | Binary
 
 
 def train(assembly: SequentialAssembly, config: "SequentialConfig", folder: Path, metrics_path: Path) -> TrainState:
-    """Trains to the end, or until validation gets no better, from the newest checkpoint in `folder` if there is one."""
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    optimizer = make_optimizer(config.optim, config.training.steps)
-    loss, variables = partial(mean_loss, assembly, config.objective), {"params": assembly.init(config.seed)}
-    return fit(
-        make_step(loss, optimizer, config.seed),
-        make_state(variables, optimizer),
-        training_batches(assembly, config),
-        config=config.training,
-        folder=folder,
-        metrics_path=metrics_path,
-        mesh=mesh,
-        flops_per_step=step_flops(loss, variables),
-        evaluate=validation(assembly, config) if config.training.evaluate_every else None,
-    )
+    """As `jaxrec.training.minimise.minimise`, with the ranking of the validation split on the way."""
+    evaluate = validation(assembly, config) if config.training.evaluate_every else None
+    objective, batches = partial(mean_loss, assembly, config.objective), training_batches(assembly, config)
+    return minimise(objective, assembly.init, batches, config, folder, metrics_path, evaluate=evaluate)
 
 
 def mean_loss(
