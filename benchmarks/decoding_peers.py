@@ -16,7 +16,6 @@ sentencepiece, in an environment of its own. Ours is always with the trie on. tr
 the trie is held to transformers with the constraint, and ours without to CTranslate2: the same IDs, scores to 1e-4.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -33,10 +32,10 @@ if "--threads" in sys.argv:
 import jax
 import jax.numpy as jnp
 import numpy as np
+from shared.peer_process import PeerProcess
 from shared.t5 import CONFIG, FIRST, LEVELS, SIZE, make_contexts, make_t5
 from shared.timing import best_of, parser, report
 
-from jaxrec.config import UserError
 from jaxrec.decoding import BeamResult, ItemFilter, Trie, beam_search, build_filter, build_trie
 from jaxrec.models.encoder_decoder import EncoderDecoder
 from jaxrec.models.huggingface import save_t5
@@ -80,31 +79,6 @@ def search_freely(variables: dict, tokens: jax.Array, mask: jax.Array, trie: Tri
     return beam_search(extend, None, trie, batch=len(tokens), beam_width=beam_width, constrained=False)
 
 
-class Peers:
-    """The process that the peers run in."""
-
-    def __init__(self, python: str, folder: Path, threads: int):
-        script = Path(__file__).parent / "shared" / "t5_peers.py"
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
-        self.process = subprocess.Popen(
-            [python, script, folder, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=clean | {"OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
-        self.answer()
-
-    def answer(self) -> dict:
-        """The next line that the process writes."""
-        line = self.process.stdout.readline()
-        if not line:
-            raise UserError("the peers' process ended: --peers needs torch, transformers, ctranslate2, sentencepiece")
-        return json.loads(line)
-
-    def run(self, peer: str, batch: int, beams: int) -> dict:
-        """One run of a peer."""
-        print(json.dumps({"peer": peer, "batch": batch, "beams": beams}), file=self.process.stdin, flush=True)
-        return self.answer()
-
-
 def main() -> None:
     """Runs itself once for each number of threads."""
     command = parser(__doc__)
@@ -132,12 +106,14 @@ def measure_peers(python: str, threads: int, cases: tuple, repeats: int, peak: f
         save_t5(Path(folder), CONFIG, variables["params"])
         np.save(Path(folder) / "contexts.npy", np.asarray(contexts, np.int64))
         np.save(Path(folder) / "ids.npy", tokens)
-        peers = Peers(python, Path(folder), threads)
+        peers = PeerProcess(
+            python, "t5_peers.py", Path(folder), threads, "torch, transformers, ctranslate2, sentencepiece"
+        )
         for batch, beams in cases:
             some = variables, contexts[:batch], mask[:batch]
             hold_equal(peers, some, tries, batch, beams)
             compare(peers, some, tries[0], batch, beams, threads, repeats, peak)
-        peers.process.stdin.close()
+        peers.close()
 
 
 def measure_parts(threads: int, quick: bool, peak: float) -> None:
@@ -176,12 +152,14 @@ def random_ids(count: int) -> np.ndarray:
     return np.stack([np.unique(drawn) // SIZE**level % SIZE for level in range(LEVELS)[::-1]], axis=1)
 
 
-def hold_equal(peers: Peers, some: tuple, tries: tuple[Trie, Trie], batch: int, beams: int) -> None:
+def hold_equal(peers: PeerProcess, some: tuple, tries: tuple[Trie, Trie], batch: int, beams: int) -> None:
     """AssertionError unless ours and each peer find the same IDs with the same scores."""
     ours = search(*some, tries[0], beam_width=beams)
-    same(ours.codes + FIRST + SIZE * np.arange(LEVELS), ours.log_probs, peers.run("trie", batch, beams))
+    same(
+        ours.codes + FIRST + SIZE * np.arange(LEVELS), ours.log_probs, peers.ask(peer="trie", batch=batch, beams=beams)
+    )
     free = search_freely(*some, tries[1], beam_width=beams)
-    same(free.codes, free.log_probs, peers.run("ctranslate2", batch, beams))
+    same(free.codes, free.log_probs, peers.ask(peer="ctranslate2", batch=batch, beams=beams))
 
 
 def same(tokens: jax.Array, scores: jax.Array, peer: dict) -> None:
@@ -194,7 +172,9 @@ def same(tokens: jax.Array, scores: jax.Array, peer: dict) -> None:
         assert ours_ids <= their_ids, sorted(ours_ids - their_ids)[:3]
 
 
-def compare(peers: Peers, some: tuple, trie: Trie, batch: int, beams: int, threads: int, repeats: int, peak: float):
+def compare(
+    peers: PeerProcess, some: tuple, trie: Trie, batch: int, beams: int, threads: int, repeats: int, peak: float
+):
     """Times one case in turns."""
     times = {"trie": [], "ctranslate2": []}
     run = partial(search, *some, trie, beam_width=beams)
@@ -204,7 +184,7 @@ def compare(peers: Peers, some: tuple, trie: Trie, batch: int, beams: int, threa
         for name, taken in times.items():
             # What takes many seconds is not repeated.
             if not turn or min(taken) < 5000:
-                taken.append(peers.run(name, batch, beams)["milliseconds"])
+                taken.append(peers.ask(peer=name, batch=batch, beams=beams)["milliseconds"])
     case = f"B={batch} W={beams}, {threads} thread" + "s" * (threads > 1)
     report("trie on, against transformers", case, min(ours), min(times["trie"]), "generate, prefix_allowed_tokens_fn")
     report("trie on, against CTranslate2", case, min(ours), min(times["ctranslate2"]), "CTranslate2, unconstrained")

@@ -21,7 +21,7 @@ training_onemall_share  `jnp.dot`, in the same turns: ratio = ours / that = 1 / 
 
 import json
 import os
-import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,13 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from shared.peer_process import PeerProcess
 from shared.synthetic import TrainingStep, demo_config
 from shared.timing import best_of, parser, report
 
-from jaxrec.config import UserError
 from jaxrec.models.causal import Causal, CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.huggingface import save_qwen2, save_t5
+from jaxrec.run import report_user_errors
 from jaxrec.systems.onemall_training import exact_loss
 from jaxrec.training.flops import matmul_flops, step_flops
 
@@ -221,21 +222,10 @@ class Peers:
     """The process that PyTorch runs in."""
 
     def __init__(self, python: str):
-        script, threads = Path(__file__).parent / "shared" / "training_peers.py", len(os.sched_getaffinity(0))
-        self.folder = tempfile.TemporaryDirectory()
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
-        self.process = subprocess.Popen(
-            [python, script, self.folder.name, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=clean | {"OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
-        self.answer()
-
-    def answer(self) -> dict:
-        """The next line that the process writes."""
-        line = self.process.stdout.readline()
-        if not line:
-            raise UserError("the peers' process ended: --peers needs torch and transformers")
-        return json.loads(line)
+        self.folder, threads = tempfile.TemporaryDirectory(), len(os.sched_getaffinity(0))
+        self.process = PeerProcess(
+            python, "training_peers.py", Path(self.folder.name), threads, "torch and transformers"
+        )
 
     def add(self, case: Case) -> None:
         """Writes what the process needs for a case."""
@@ -248,8 +238,7 @@ class Peers:
 
     def step(self, case: Case, fresh: bool = False) -> dict:
         """One step."""
-        print(json.dumps({"case": case.name, "fresh": fresh}), file=self.process.stdin, flush=True)
-        return self.answer()
+        return self.process.ask(case=case.name, fresh=fresh)
 
 
 def same_losses(peers: Peers, case: Case, steps: int) -> None:
@@ -344,8 +333,8 @@ def main() -> None:
     for width in () if args.quick else (128, 192, 256):
         onemall_share(width, 12)
     if peers is not None:
-        peers.process.stdin.close()
+        peers.process.close()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(report_user_errors(main))
