@@ -26,7 +26,7 @@ config = RankGRRunConfig(
     batch_size=128,
     # A user's whole sequence is one example: every item of it is a target after those before it.
     sessions_per_user=1,
-    features=LeveledSessionConfig(buckets=(4, 8, 16, 50), targets=1, next_items=50, sampled=2),
+    features=LeveledSessionConfig(buckets=(2, 4, 7, 12, 24, 50), targets=1, next_items=50, sampled=1),
     semantic_ids=SemanticIdConfig(ResidualConfig((256, 256, 256)), None),
     # The rank head scores one item an ID.
     collisions=CollisionConfig("nearest_free"),

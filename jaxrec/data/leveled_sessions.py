@@ -112,13 +112,13 @@ def targets(
 def next_items(cut: dict[str, np.ndarray], config: LeveledSessionConfig, rng: np.random.Generator) -> dict:
     """Places of a history whose next item is a target: next_after int32 [N], next_where bool [N].
 
-    N is `config.next_items`, or all of the history if that is less.
+    N is `config.next_items`, or all places that have a next one if those are fewer.
     """
-    size = len(cut["item"])
+    most = len(cut["item"]) - 1
     places = np.arange(max(int(cut["mask"].sum()) - 1, 0))
     if len(places) > config.next_items:
         places = np.sort(rng.permutation(places)[: config.next_items])
-    count = min(config.next_items, size)
+    count = min(config.next_items, most)
     return {"next_after": _padded(places, count), "next_where": np.arange(count) < len(places)}
 
 
