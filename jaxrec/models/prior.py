@@ -63,11 +63,15 @@ class Prior:
         return jnp.where(found, self.children[level][edge], nowhere), log_probs
 
     def along(self, targets: jax.Array) -> list[jax.Array]:
-        """The logits float32 [B, L, K] of every level of targets int32 [B, L, M], each after the codes before it."""
-        found, nodes = [], jnp.zeros(targets.shape[:2], jnp.int32)
-        for level in range(targets.shape[-1]):
+        """The logits of every level of targets int32 [B, L, M], each after the codes before it: float32 [B, L, K].
+
+        The first level's are [1, 1, K], being the same for all targets.
+        """
+        nodes = jnp.zeros((1, 1), jnp.int32)
+        found = [self.logits(0, nodes)]
+        for level in range(1, targets.shape[-1]):
+            nodes, _ = self.step(level - 1, nodes, targets[..., level - 1])
             found.append(self.logits(level, nodes))
-            nodes, _ = self.step(level, nodes, targets[..., level])
         return found
 
     def _edges(self, level: int, nodes: jax.Array) -> tuple[jax.Array, jax.Array]:
