@@ -49,6 +49,15 @@ def everything(config, params, arrays, targets, last=None):
     return log_probs, jnp.stack(logits, -1)
 
 
+def test_a_history_that_holds_nothing_is_not_its_first_items():
+    nothing = {**ARRAYS, "mask": np.zeros_like(ARRAYS["mask"])}
+    params = make_variables()["params"]
+    found = everything(MODEL, params, nothing, TARGETS)
+    other = everything(MODEL, params, {**nothing, "item": nothing["item"] * 0 + 7}, TARGETS)
+    assert np.isfinite(found[0]).all()
+    jax.tree.map(np.testing.assert_array_equal, found, other)
+
+
 def test_there_are_histories_of_the_places_that_are_asked_about():
     assert (ARRAYS["mask"].sum(1)[:, None] > LAST).all()
 
@@ -117,7 +126,8 @@ def test_the_rank_head_is_target_attention_over_all_states_and_an_mlp():
     for b, k in itertools.product(range(2), range(4)):
         code = TARGETS[b, k, LEVEL]
         x = np.asarray(embed[sum(SIZES[:LEVEL]) + code])
-        history = context.states[b][: int(ARRAYS["mask"][b].sum())]
+        # The last state is also what predicts the first code, and there once.
+        history = context.states[b][: int(ARRAYS["mask"][b].sum()) - 1]
         memory = norm(np.concatenate([history, states[b, k]]), head["states_norm"])
         part, out = head["attention"], []
         query = np.einsum("D,DNH->NH", norm(x, part["norm"]), part["query"]["weight"])

@@ -28,7 +28,7 @@ from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems import rankgr
-from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
+from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig, _weights
 from jaxrec.systems.rankgr_model import assemble, behavior_levels, with_pretrained
 from jaxrec.systems.rankgr_training import losses, pack, rank_loss
 from jaxrec.training import checkpoint
@@ -122,6 +122,18 @@ def test_the_rank_heads_loss_by_hand():
     np.testing.assert_array_equal((np.asarray(found) > 0).sum(1), wanted.sum(1))
 
 
+def test_next_items_of_the_history_count_as_their_behaviors_do():
+    config = dataclasses.replace(CONFIG, objective=ObjectiveConfig(level_weights=(0.0, 1.0, 3.0)))
+    assembly, batch = make_assembly(), make_batch(config)
+    packed = pack(assembly, config, batch)
+    history = slice(FEATURES.targets, None)
+    behavior = np.take_along_axis(batch["behavior"], np.minimum(batch["next_after"] + 1, 5), axis=1)
+    real = batch["next_where"] & batch["where"][:, None]
+    assert set(behavior[real].tolist()) == {1, 2}
+    np.testing.assert_array_equal(packed["weight"][:, history], np.where(real, np.array([0, 1, 3])[behavior], 0))
+    np.testing.assert_array_equal(packed["wanted"][:, history], real & (behavior == 2))
+
+
 def test_drawn_items_are_compared_but_not_learnt():
     features = dataclasses.replace(FEATURES, sampled=3)
     config = dataclasses.replace(CONFIG, features=features)
@@ -161,6 +173,55 @@ def test_layers_of_a_pretrained_model_are_taken_over(tmp_path):
     assert table.shape == fresh["backbone"]["embed"]["table"].shape
     np.testing.assert_allclose(table.mean(), pretrained["embed"]["table"].mean(), atol=0.1)
     jax.tree.map(np.testing.assert_array_equal, begun["rank_head"], fresh["rank_head"])
+
+
+def test_what_is_no_size_stays_the_configurations(folder, tmp_path):
+    run, _ = Run.load(folder / "whole")
+    config = load_config(ROOT / "tests" / "mall_rankgr.py")
+    save_tiny_qwen2(tmp_path / "qwen")
+    backbone = dataclasses.replace(config.model.backbone, dropout=0.4, target_dropout=0.1)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+    found = assemble(run, dataclasses.replace(config, pretrained=str(tmp_path / "qwen"))).model.config.backbone
+    assert (found.width, found.dropout, found.target_dropout) == (BACKBONE.width, 0.4, 0.1)
+
+
+def test_the_weights_a_run_began_from_may_go(tmp_path):
+    save_tiny_qwen2(tmp_path / "qwen")
+    there = _weights(str(tmp_path / "qwen"), tmp_path / "kept.json")
+    (tmp_path / "kept.json").write_text(json.dumps({"folder": str(tmp_path / "qwen"), "files": there}))
+    # Files that are not read don't count.
+    (tmp_path / "qwen" / "tokenizer.json").write_text("{}")
+    assert _weights(str(tmp_path / "qwen"), tmp_path / "none.json") == there
+    shutil.rmtree(tmp_path / "qwen")
+    assert _weights(str(tmp_path / "qwen"), tmp_path / "kept.json") == there
+    with pytest.raises(UserError, match="there is no folder"):
+        _weights(str(tmp_path / "other"), tmp_path / "kept.json")
+
+
+SPLIT = (
+    f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+"""
+    + """
+import dataclasses
+import jax, numpy as np
+from rankgr_parts import make_assembly
+from jaxrec.training.sharding import MeshConfig, make_mesh
+
+assembly = make_assembly()
+one, many = assembly.init(0), assembly.init(0, make_mesh(MeshConfig(model=2)))
+for params in (many, dataclasses.replace(assembly, pretrained=one["params"]["backbone"]).init(0, make_mesh(MeshConfig(model=2)))):
+    up = params["params"]["backbone"]["layers_0"]["feed_forward"]["up"]["weight"]
+    assert "model" in up.sharding.spec, up.sharding
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(one), jax.device_get(many))
+"""
+)
+
+
+def test_weights_lie_where_the_mesh_puts_them(on_devices):
+    """Fresh ones, and those of a pretrained model."""
+    on_devices(2, SPLIT)
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------
@@ -245,6 +306,17 @@ def test_items_without_an_id_are_named(folder, tmp_path):
     missing = codes["item_id"][0].as_py()
     with pytest.raises(UserError, match=missing):
         assemble(other, config)
+
+
+def test_what_the_rank_head_or_the_history_cannot_be_is_named(folder):
+    run, _ = Run.load(folder / "whole")
+    config = load_config(ROOT / "tests" / "mall_rankgr.py")
+    weakest = dataclasses.replace(config.features, weakest=5)
+    with pytest.raises(UserError, match=r"features\.weakest' is 5.*purchase"):
+        assemble(run, dataclasses.replace(config, features=weakest))
+    model = dataclasses.replace(config.model, rank=dataclasses.replace(config.model.rank, loss="softmax"))
+    with pytest.raises(UserError, match=r"softmax scores one item an ID.*nearest_free"):
+        assemble(run, dataclasses.replace(config, model=model))
 
 
 def test_bad_pretrained_folders_are_named_before_anything_is_made(folder, tmp_path):

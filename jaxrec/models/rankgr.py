@@ -191,6 +191,8 @@ class RankGR(nn.Module):
             x = x + self.behavior(arrays["behavior"])[:, :, None]
         if self.gap is not None:
             x = x + self.gap(arrays["gap"])[:, :, None]
+        # A history that holds nothing is read from its first place, where there is no item.
+        x = jnp.where(mask[..., None, None], x, 0.0)
         each = x.shape[2]
         own, states = self.backbone.read(x.reshape(x.shape[0], -1, x.shape[-1]), jnp.repeat(mask, each, axis=1), train)
         return RankContext(own, states, prior)
@@ -246,7 +248,10 @@ class RankGR(nn.Module):
         states [B, L, level + 1, D]: those of the L prefixes, the last of which predicts the code.
         """
         x = self.backbone.embed(to_tokens(codes[..., None], self.config.backbone.levels, level)[..., 0])
-        return self.rank_head(x, memory, context.own.mask, states, log_probs)
+        # The state of the last place is h_1, the first of the ID's own: it is there once (Eq. 13).
+        mask = context.own.mask
+        before = mask & (jnp.cumsum(mask, axis=-1) < mask.sum(-1, keepdims=True))
+        return self.rank_head(x, memory, before, states, log_probs)
 
     def item_scores(self, states: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Two factors, [..., D] and [I, D], of the scores of all items of a table after histories with states [..., D].

@@ -15,12 +15,17 @@ from typing import ClassVar
 from jaxrec.config import UserError, from_json
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.data.sources.files import digest
+from jaxrec.models.huggingface import CONFIG_FILE
 from jaxrec.models.rankgr import RankGRConfig
-from jaxrec.run import Run
+from jaxrec.run import Run, read_json, write_json
 from jaxrec.systems import rankgr_training
 from jaxrec.systems.generative import STAGE, GenerativeRunConfig, load_trained, run_phases
 from jaxrec.systems.rankgr_model import assemble
 from jaxrec.systems.recommender import GenerativeRecommender
+from jaxrec.training.loop import TrainState
+
+WEIGHTS = "pretrained.json"
+"""In the folder of the training: which weights it began from."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,14 @@ class RankGRRunConfig(GenerativeRunConfig):
 
 def train(run: Run, config: RankGRRunConfig) -> None:
     """Runs every phase that is not done yet, and prints the comparison table."""
-    run_phases(
-        run,
-        config,
-        lambda folder: rankgr_training.train(assemble(run, config), config, folder, run.metrics_file),
-        lambda: load_recommender(run),
-        _weights(config.pretrained),
-    )
+    weights = _weights(config.pretrained, run.path / STAGE / WEIGHTS)
+
+    def trained(folder: Path) -> TrainState:
+        if weights:
+            write_json(folder / WEIGHTS, {"folder": config.pretrained, "files": weights})
+        return rankgr_training.train(assemble(run, config), config, folder, run.metrics_file)
+
+    run_phases(run, config, trained, lambda: load_recommender(run), weights)
 
 
 def load_recommender(run: Run) -> GenerativeRecommender:
@@ -89,10 +95,14 @@ def load_recommender(run: Run) -> GenerativeRecommender:
     return load_trained(run, assemble(run, config, run.path / STAGE), config)
 
 
-def _weights(folder: str) -> list:
-    """What is known of the pretrained weights, without reading them as such."""
+def _weights(folder: str, kept: Path) -> list:
+    """Digests of the pretrained weights; those that a training kept, when their folder is there no more."""
     if not folder:
         return []
     if not Path(folder).is_dir():
+        noted = read_json(kept) if kept.exists() else {}
+        if noted.get("folder") == folder:
+            return noted["files"]
         raise UserError(f"configuration key 'pretrained': there is no folder {folder}; give one with a Qwen2")
-    return [digest(path) for path in sorted(Path(folder).iterdir()) if path.suffix in (".json", ".safetensors")]
+    files = (Path(folder) / CONFIG_FILE, *sorted(Path(folder).glob("*.safetensors*")))
+    return [digest(path) for path in files if path.is_file()]

@@ -78,10 +78,11 @@ class RankGRAssembly:
             one = jnp.zeros((1, 1), jnp.int32)
             arrays = {"item": one, "behavior": one, "gap": one, "mask": jnp.ones((1, 1), bool)}
             targets = jnp.zeros((1, 1, levels), jnp.int32)
-            variables = self.model.init(jax.random.key(seed), arrays, self.codes, targets, self.embeddings)
-            return {"params": with_pretrained(nn.unbox(variables["params"]), self.pretrained, seed)}
+            return self.model.init(jax.random.key(seed), arrays, self.codes, targets, self.embeddings)
 
-        return jax.jit(make)() if mesh is None else init_sharded(make, mesh)
+        fresh = nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
+        # Outside of the compiled function, of which gigabytes of weights would be constants.
+        return {"params": with_pretrained(fresh["params"], self.pretrained, seed)}
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
@@ -157,7 +158,8 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
 
     Raises:
       UserError: a file is missing or doesn't fit the items, an item has no semantic ID, the levels don't fit the
-        behaviors, or the folder with pretrained weights isn't one of a Qwen2.
+        behaviors, no behavior is read, items share IDs that the rank head takes for one item's, or the folder with
+        pretrained weights isn't one of a Qwen2.
     """
     items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
     counts = items["count"].to_numpy()
@@ -165,6 +167,7 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
     space = read_codes(run.semantic_ids / "codes.parquet", item_ids, counts)
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
+    _check(config, space, behaviors)
     levels = behavior_levels(config.objective.levels, behaviors)
     backbone, pretrained = config.model.backbone, None
     known = None if folder is None else folder / BACKBONE
@@ -172,12 +175,27 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
         backbone = from_json(CausalConfig, read_json(known))
     elif config.pretrained:
         loaded, pretrained = load_qwen2(config.pretrained)
-        backbone = replace(loaded, dropout=backbone.dropout, dtype=backbone.dtype, restrict=backbone.restrict)
+        kept = ("dropout", "target_dropout", "dtype", "restrict")
+        backbone = replace(loaded, **{name: getattr(backbone, name) for name in kept})
     backbone = fit_vocabulary(backbone, space.codebook_sizes)
     model = RankGR(replace(config.model, backbone=backbone), len(items), len(behaviors), AGES)
     embeddings = read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids) if config.model.embeddings else None
     prior = popularity_prior(space.codes, counts, space.codebook_sizes) if config.model.prior else None
     return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained, embeddings, prior)
+
+
+def _check(config: "RankGRRunConfig", space: SemanticIdSpace, behaviors: tuple[str, ...]) -> None:
+    if config.features.weakest >= len(behaviors):
+        raise UserError(
+            f"configuration key 'features.weakest' is {config.features.weakest}, so that histories would hold nothing; "
+            f"give 0 to {len(behaviors) - 1}, for {', '.join(behaviors)}"
+        )
+    shared = len(space.codes) - len(space.ids)
+    if config.model.rank.loss == "softmax" and shared:
+        raise UserError(
+            f"configuration key 'model.rank.loss': softmax scores one item an ID, but {shared} of {len(space.codes)} "
+            'items have another one\'s; set collisions.policy to "nearest_free", or model.rank.loss to bce'
+        )
 
 
 def behavior_levels(given: tuple[int, ...], behaviors: tuple[str, ...]) -> np.ndarray:
@@ -203,20 +221,21 @@ def fit_vocabulary(config: CausalConfig, sizes: tuple[int, ...]) -> CausalConfig
 
 
 def with_pretrained(params: dict, pretrained: dict | None, seed: int) -> dict:
-    """Fresh parameters with those of a Qwen2 in their place; codes begin near the mean of its words.
+    """Fresh parameters with those of a Qwen2 in their place, on their devices; codes begin near the mean of its words.
 
     Its words themselves are left out: histories hold none.
     """
     if pretrained is None:
         return params
-    backbone = {**params["backbone"], **{k: v for k, v in pretrained.items() if k not in ("embed", "head")}}
-    for name in ("embed", "head"):
-        if name in backbone:
-            words = jnp.asarray(pretrained.get(name, pretrained["embed"])["table"])
-            shape = backbone[name]["table"].shape
-            noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), len(name)), shape)
-            backbone[name] = {"table": words.mean(0) + words.std(0) * noise}
-    return {**params, "backbone": backbone}
+    tables, fresh = ("embed", "head"), params["backbone"]
+    known = {name: pretrained[name] for name in fresh if name not in tables}
+    for index, name in enumerate(tables):
+        if name in fresh:
+            words = np.asarray(pretrained.get(name, pretrained["embed"])["table"], np.float32)
+            noise = np.random.default_rng([seed, index]).standard_normal(fresh[name]["table"].shape, np.float32)
+            known[name] = {"table": words.mean(0) + words.std(0) * noise}
+    placed = jax.tree.map(lambda old, new: jax.device_put(np.asarray(new, old.dtype), old.sharding), fresh, known)
+    return {**params, "backbone": placed}
 
 
 def write_backbone(folder: Path, config: RankGRConfig) -> None:

@@ -43,11 +43,11 @@ def mean_loss(
     sums, count, notes = losses(assembly, config, {"params": params}, batch, key)
     total = sums["next_token"] + objective.alpha * sums["ldpo"] + objective.rank_weight * sums["rank"]
     metrics = {name: (value, count) for name, value in (sums | {"loss": total}).items()} | notes
-    return total / jnp.maximum(count, 1), (metrics, extra)
+    return total / jnp.where(count > 0, count, 1), (metrics, extra)
 
 
 def losses(assembly: RankGRAssembly, config: "RankGRRunConfig", variables: dict, batch: dict, key: jax.Array):
-    """(sums over the batch of each loss of Eq. 17, the number of targets of the first, what is counted on the way)."""
+    """(sums over the batch of each loss of Eq. 17, the weight of the first's targets, what is counted on the way)."""
     model, objective, rngs = assembly.model, config.objective, {"dropout": key}
     codes = assembly.codes
     table = model.apply(variables, codes, assembly.embeddings, method="item_table")
@@ -97,14 +97,15 @@ def pack(assembly: RankGRAssembly, config: "RankGRRunConfig", batch: dict) -> di
     wanted = compared & (level - shift >= assembly.positive)
     if config.features.next_items:
         # The item after a place of the history; where there is none, next_where says so.
-        after = batch["next_after"]
-        following = jnp.take_along_axis(batch["item"], jnp.minimum(after + 1, batch["item"].shape[1] - 1), axis=1)
+        after, real = batch["next_after"], batch["next_where"] & there
+        place = jnp.minimum(after + 1, batch["item"].shape[1] - 1)
+        following, behavior = (jnp.take_along_axis(batch[name], place, axis=1) for name in ("item", "behavior"))
+        own_level = jnp.asarray(assembly.levels)[behavior]
         item, last = jnp.concatenate([item, following], 1), jnp.concatenate([last, after], 1)
-        real = batch["next_where"] & there
         level = jnp.concatenate([level, jnp.full_like(after, -1)], 1)
         compared = jnp.concatenate([compared, jnp.zeros_like(real)], 1)
-        weight = jnp.concatenate([weight, real.astype(jnp.float32)], 1)
-        wanted = jnp.concatenate([wanted, real], 1)
+        weight = jnp.concatenate([weight, jnp.where(real, weights[own_level], 0.0)], 1)
+        wanted = jnp.concatenate([wanted, real & (own_level >= assembly.positive)], 1)
     return {
         "item": item,
         "last": last,
