@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.data.item_sequences import NOBODY, ItemSequenceConfig, following, whole, windows
+from jaxrec.data.item_sequences import NOBODY, ItemSequenceConfig, following, overlapping_windows, whole
 
 WANTED = np.array([False, True])
 # Item 9 was seen and not taken; 3 and 4 are of one basket.
@@ -52,7 +52,7 @@ def test_items_of_the_first_basket_are_no_targets():
 def test_windows_have_every_target_once_behind_enough_items(size):
     counts, config = np.array([0, 1, 2, 5, 6, 7, 23]), ItemSequenceConfig((size,))
     targets = {row: [] for row in range(len(counts))}
-    for row, end in windows(counts, config):
+    for row, end in overlapping_windows(counts, config):
         items = np.arange(counts[row], dtype=np.int32)
         record = {"item": items, "behavior": np.ones_like(items), "session": items}
         found = whole(record, int(end), config, wanted=WANTED)

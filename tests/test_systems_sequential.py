@@ -18,7 +18,7 @@ from jaxrec.evaluation.metrics import METRICS
 from jaxrec.models.sequential import Bert4RecConfig, SasRecConfig, SequentialModel
 from jaxrec.run import Run
 from jaxrec.systems import SYSTEMS, sequential
-from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, windows
+from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, disjoint_windows
 from jaxrec.systems.sequential_training import (
     Binary,
     FullSoftmax,
@@ -76,7 +76,7 @@ def test_histories_are_cut_to_the_latest_events_of_target_behaviors():
 
 def test_every_event_but_the_first_is_a_target_once():
     lengths = np.array([0, 1, 2, 6, 7, 8, 20])
-    rows, ends = windows(lengths, 6)
+    rows, ends = disjoint_windows(lengths, 6)
     targets = [[] for _ in lengths]
     for row, end in zip(rows, ends, strict=True):
         begin = max(end - 7, 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrec.config import UserError
+from jaxrec.data.padding import bucket, padded
 
 AGES = 24  # age buckets: half powers of two of days, up to 11 years
 HABITS = 4  # numbers told of each item of the past, and of the user
@@ -79,9 +80,7 @@ def targets(record: dict, session: int, config: FeatureConfig, *, wanted: np.nda
     items = np.unique(taken)
     if len(items) > config.targets:
         items = rng.permutation(items)[: config.targets]
-    padded = np.zeros(config.targets, np.int32)
-    padded[: len(items)] = items
-    return {"target": padded, "target_where": np.arange(config.targets) < len(items)}
+    return {"target": padded(items, config.targets), "target_where": np.arange(config.targets) < len(items)}
 
 
 def bucket_of(record: dict, session: int, config: FeatureConfig) -> int:
@@ -89,7 +88,7 @@ def bucket_of(record: dict, session: int, config: FeatureConfig) -> int:
     stop = int(np.searchsorted(record["session"], session))
     counts = np.bincount(record["behavior"][:stop])
     longest = max((min(count, config.length(behavior)) for behavior, count in enumerate(counts)), default=0)
-    return next((size for size in config.buckets if size >= longest), config.buckets[-1])
+    return bucket(config.buckets, longest)
 
 
 def _past(record: dict, stop: int, wanted: np.ndarray, now: int, size: int) -> dict:
@@ -123,11 +122,12 @@ def _past(record: dict, stop: int, wanted: np.ndarray, now: int, size: int) -> d
 
 def _sequence(name: str, items: np.ndarray, seconds: np.ndarray, size: int) -> dict:
     """Left-aligned and padded to `size`."""
-    item, age = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    item[: len(items)] = items
-    days = np.maximum(seconds, 0) / 86400
-    age[: len(items)] = np.minimum(2 * np.log2(1 + days), AGES - 1)
-    return {f"{name}_item": item, f"{name}_age": age, f"{name}_mask": np.arange(size) < len(items)}
+    age = np.minimum(2 * np.log2(1 + np.maximum(seconds, 0) / 86400), AGES - 1)
+    return {
+        f"{name}_item": padded(items, size),
+        f"{name}_age": padded(age, size),
+        f"{name}_mask": np.arange(size) < len(items),
+    }
 
 
 def _last_time(record: dict) -> int:

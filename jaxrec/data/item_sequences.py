@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxrec.config import UserError
+from jaxrec.data.padding import bucket, check_buckets, padded
 
 NOBODY = -1
 """The user of a history that does not say whose it is."""
@@ -29,8 +29,7 @@ class ItemSequenceConfig:
     read (TIGER: 20)"""
 
     def __post_init__(self):
-        if not self.buckets or min(self.buckets) < 1 or list(self.buckets) != sorted(set(self.buckets)):
-            raise UserError(f"configuration key 'features.buckets' is {self.buckets}; give rising lengths of 1 or more")
+        check_buckets(self.buckets)
 
     def cut(self, record: dict, session: int, *, behaviors: int, wanted: np.ndarray) -> dict[str, np.ndarray]:
         """The last items before `session`: item int32 [S], mask bool [S], user int32 [] (NOBODY where unknown).
@@ -43,11 +42,7 @@ class ItemSequenceConfig:
 
     def bucket_of(self, record: dict, session: int) -> int:
         """The length that a cut is padded to: the smallest bucket that holds all events before `session`."""
-        return self.bucket(int(np.searchsorted(record["session"], session)))
-
-    def bucket(self, count: int) -> int:
-        """The smallest bucket that holds `count` items, or else the last."""
-        return next((size for size in self.buckets if size >= count), self.buckets[-1])
+        return bucket(self.buckets, int(np.searchsorted(record["session"], session)))
 
 
 def following(record: dict, session: int, count: int, *, wanted: np.ndarray) -> dict[str, np.ndarray]:
@@ -63,7 +58,7 @@ def following(record: dict, session: int, count: int, *, wanted: np.ndarray) -> 
     return {"target": padded(items, count), "target_rank": rank}
 
 
-def windows(counts: np.ndarray, config: ItemSequenceConfig) -> np.ndarray:
+def overlapping_windows(counts: np.ndarray, config: ItemSequenceConfig) -> np.ndarray:
     """How to read whole sequences of `counts` [n] items: int32 [m, 2] of (sequence, end), where a window ends.
 
     A window holds the last bucket's items and one more. Longer sequences take several that overlap by half, so that
@@ -89,7 +84,7 @@ def whole(record: dict, end: int, config: ItemSequenceConfig, *, wanted: np.ndar
     limit = config.buckets[-1]
     start = max(end - limit - 1, 0)
     first = 1 if end <= limit + 1 else limit + 1 + (end - limit - 2) // _step(limit) * _step(limit)
-    size = config.bucket(end - 1 - start)
+    size = bucket(config.buckets, end - 1 - start)
     before = np.searchsorted(sessions, sessions[first:]) - start
     rank = np.full(size, -1, np.int32)
     rank[: end - first] = np.where(before > 0, 0, -1)
@@ -111,13 +106,6 @@ def counts_of(records: Sequence[dict], wanted: np.ndarray) -> np.ndarray:
 def user_of(record: dict) -> np.ndarray:
     """The user of a record or history as int32 []."""
     return np.int32(record.get("user", NOBODY))
-
-
-def padded(values: np.ndarray, size: int) -> np.ndarray:
-    """int32 [size]: the values, then zeros."""
-    out = np.zeros(size, np.int32)
-    out[: len(values)] = values
-    return out
 
 
 def _step(size: int) -> int:

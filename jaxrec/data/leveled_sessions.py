@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxrec.config import UserError
 from jaxrec.data.features import AGES
+from jaxrec.data.padding import bucket, check_buckets, padded
 
 DAY = 86_400
 
@@ -33,8 +34,7 @@ class LeveledSessionConfig:
     """items drawn as pseudo-exposures of a session, for logs that have none: a level below all others"""
 
     def __post_init__(self):
-        if not self.buckets or min(self.buckets) < 1 or list(self.buckets) != sorted(set(self.buckets)):
-            raise UserError(f"configuration key 'features.buckets' is {self.buckets}; give rising lengths of 1 or more")
+        check_buckets(self.buckets)
         for name, least in (("weakest", 0), ("targets", 1), ("next_items", 0), ("sampled", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"configuration key 'features.{name}' is {getattr(self, name)}; give {least} or more")
@@ -45,23 +45,20 @@ class LeveledSessionConfig:
         gap: the time since the event before, in half powers of two of days, which doesn't tell of what comes later.
         """
         index = self._read(record, session)
-        size = self._bucket(len(index))
+        size = bucket(self.buckets, len(index))
         index = index[-size:]
         days = np.maximum(np.diff(record["timestamp"][index], prepend=record["timestamp"][index[:1]]), 0) / DAY
         gap = np.minimum(2 * np.log2(1 + days), AGES - 1)
         return {
-            "item": _padded(record["item"][index], size),
-            "behavior": _padded(record["behavior"][index], size),
-            "gap": _padded(gap, size),
+            "item": padded(record["item"][index], size),
+            "behavior": padded(record["behavior"][index], size),
+            "gap": padded(gap, size),
             "mask": np.arange(size) < len(index),
         }
 
     def bucket_of(self, record: dict, session: int) -> int:
         """The length that a cut is padded to: the smallest bucket that holds the history."""
-        return self._bucket(len(self._read(record, session)))
-
-    def _bucket(self, count: int) -> int:
-        return next((size for size in self.buckets if size >= count), self.buckets[-1])
+        return bucket(self.buckets, len(self._read(record, session)))
 
     def _read(self, record: dict, session: int) -> np.ndarray:
         """Rows of the events that a history holds, rising: of an item's events in a session the strongest (or last)."""
@@ -97,7 +94,7 @@ def targets(
     np.maximum.at(level, inverse, level_of[record["behavior"][start:stop]].astype(np.int32))
     order = np.lexsort((rng.random(len(held)), -level))
     kept = order[: config.targets]
-    item, levels = _padded(held[kept], config.targets), np.full(config.targets, -1, np.int32)
+    item, levels = padded(held[kept], config.targets), np.full(config.targets, -1, np.int32)
     levels[: len(kept)] = level[kept]
     if config.sampled:
         drawn = np.searchsorted(popular, rng.random(config.sampled), side="right").astype(np.int32)
@@ -119,11 +116,4 @@ def next_items(cut: dict[str, np.ndarray], config: LeveledSessionConfig, rng: np
     if len(places) > config.next_items:
         places = np.sort(rng.permutation(places)[: config.next_items])
     count = min(config.next_items, most)
-    return {"next_after": _padded(places, count), "next_where": np.arange(count) < len(places)}
-
-
-def _padded(values: np.ndarray, size: int) -> np.ndarray:
-    """int32 [size]: the values, then zeros."""
-    out = np.zeros(size, np.int32)
-    out[: len(values)] = values
-    return out
+    return {"next_after": padded(places, count), "next_where": np.arange(count) < len(places)}

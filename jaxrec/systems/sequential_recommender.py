@@ -103,7 +103,7 @@ class Histories:
         return {"item": item, "time": since.astype(np.int32), "length": length.astype(np.int32)}
 
 
-def windows(lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+def disjoint_windows(lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """How to read histories of `lengths` int64 [R], at most `most` items and one target more at a time.
 
     Returns int64 [n] and [n]: the history of each window, and how many events have happened at its end. From the latest

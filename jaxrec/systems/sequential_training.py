@@ -18,7 +18,7 @@ from jaxrec.evaluation.metrics import mean
 from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
 from jaxrec.models.sequential import Bert4RecConfig
 from jaxrec.systems.comparison import draw
-from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, windows
+from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, disjoint_windows
 from jaxrec.training.loop import TrainState
 from jaxrec.training.minimise import minimise
 
@@ -165,7 +165,7 @@ def training_batches(assembly: SequentialAssembly, config: "SequentialConfig") -
       UserError: no history holds two events.
     """
     histories = Histories.of(Records(assembly.examples, "train"), assembly.wanted)
-    rows, ends = windows(histories.lengths, assembly.lengths[-1])
+    rows, ends = disjoint_windows(histories.lengths, assembly.lengths[-1])
     if not len(rows):
         raise UserError("no user has two events of a target behavior to train on; use more data or another split")
     buckets = np.searchsorted(assembly.lengths, np.minimum(ends - 1, assembly.lengths[-1]))

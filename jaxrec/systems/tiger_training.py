@@ -64,7 +64,7 @@ def training_batches(assembly: TigerAssembly, config: "TigerConfig") -> Iterator
     """Batches of contexts with their targets, without end, in an order that the seed decides."""
     records, wanted, features = Records(assembly.examples, "train"), assembly.wanted, config.features
     if config.model.causal:
-        cuts = item_sequences.windows(item_sequences.counts_of(records, wanted), features)
+        cuts = item_sequences.overlapping_windows(item_sequences.counts_of(records, wanted), features)
         lengths = np.minimum(cuts[:, 1] - 1, features.buckets[-1])
     else:
         names = [assembly.behaviors[index] for index in assembly.target_behaviors]
