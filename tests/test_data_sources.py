@@ -175,6 +175,8 @@ def test_monotone_times():
         ),
         ("timestamps.jsonl", '{"u": "u1", "t": ["x"]}\n', r"line 1: the time 'x' is no whole number"),
         ("timestamps.jsonl", '{"t": [1]}\n', r"timestamps.jsonl, line 1: expected"),
+        ("sequences.txt", b"u1 1 2\nu\xe9 1\n", r"sequences.txt, line 2: byte 0xe9 is no UTF-8; save"),
+        ("items.jsonl", b'{"id": 1, "title": "caf\xe9"}\n', r"items.jsonl, line 1: byte 0xe9 is no UTF-8"),
     ],
 )
 def test_sequence_text_errors(sequences, file, text, message):
@@ -182,9 +184,16 @@ def test_sequence_text_errors(sequences, file, text, message):
     if file == "sequences.txt":
         (sequences / "timestamps.jsonl").unlink()
     if text is not None:
-        (sequences / file).write_text(text)
+        (sequences / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         SequenceText(sequences).load()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_user(sequences):
+    before = SequenceText(sequences).load().events.to_pyarrow()
+    for path in sequences.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert SequenceText(sequences).load().events.to_pyarrow().equals(before)
 
 
 def test_sequence_text_cant_shuffle_without_times(sequences):

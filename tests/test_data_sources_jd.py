@@ -32,7 +32,7 @@ def events_of(source):
 
 
 def test_events_by_hand(folder):
-    first = events_of(JdMicro(folder))["a_sample:1"]
+    first = events_of(JdMicro(folder))["a_sample.txt:1"]
     assert [(e["item_id"], e["timestamp"], e["behavior"], e["kind"], e["dwell_seconds"]) for e in first] == [
         ("11", 0, "click", "search", 20),
         ("11", 10, "detail", "specification", 20),
@@ -49,15 +49,25 @@ def test_a_line_that_is_there_twice_is_one_user(folder):
     """In one file or in two, whatever blanks stand at its end."""
     raw = JdMicro(folder).load()
     users = Counter(raw.events.to_pyarrow()["user_id"].to_pylist())
-    assert users == {"a_sample:1": 7, "a_sample:3": 2, "b_sample:2": 1}
+    assert users == {"a_sample.txt:1": 7, "a_sample.txt:3": 2, "b_sample.txt:2": 1}
     assert raw.dropped == {"event of a repeated line": 14}
     assert raw.facts == {"lines": 3, "repeated_lines": 2}
 
 
 def test_a_file_or_a_pattern_says_what_is_read(folder):
-    assert set(events_of(JdMicro(folder / "b_sample.txt"))) == {"b_sample:1", "b_sample:2"}
+    assert set(events_of(JdMicro(folder / "b_sample.txt"))) == {"b_sample.txt:1", "b_sample.txt:2"}
     (folder / "c.log").write_text("1+2+3+4+5\n")
-    assert set(events_of(JdMicro(folder, pattern="*.log"))) == {"c:1"}
+    assert set(events_of(JdMicro(folder, pattern="*.log"))) == {"c.log:1"}
+
+
+def test_files_that_differ_by_ending_or_folder_are_different_users(tmp_path):
+    (tmp_path / "more").mkdir()
+    for place, name in enumerate(("day.1", "day.2", "more/day.1")):
+        (tmp_path / name).write_text(f"{place}+1+1+5+1\n")
+    users = events_of(JdMicro(tmp_path, pattern="**/day.*"))
+    assert {user: [event["item_id"] for event in events] for user, events in users.items()} == {
+        "day.1:1": ["0"], "day.2:1": ["1"], "more/day.1:1": ["2"],
+    }  # fmt: skip
 
 
 def test_items_are_titled_by_their_number(folder):
@@ -144,7 +154,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
     with pytest.raises(UserError, match=r"a\.txt, line 2: event 1, .* its category"):
         JdMicro(tmp_path).load()
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf1+5+1+1+1\r\n")  # a mark at the start and ends of Windows are fine
-    assert set(events_of(JdMicro(tmp_path))) == {"a:1"}
+    assert set(events_of(JdMicro(tmp_path))) == {"a.txt:1"}
 
 
 def test_missing_files_are_named(tmp_path):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrec.config import UserError
 from jaxrec.models import sequential
 from jaxrec.models.sequential import (
     Bert4RecConfig,
@@ -213,6 +214,12 @@ def test_core_is_a_mean_of_the_items_of_unit_length():
         shares, *_ = np.linalg.lstsq(basis.T, np.asarray(states[0, place]), rcond=None)
         np.testing.assert_allclose(shares @ basis, states[0, place], atol=1e-3)
         assert (shares > 0).all() or len(np.unique(ITEM[0, : place + 1])) <= place
+
+
+@pytest.mark.parametrize("config", [SasRecConfig, CoreConfig, HstuConfig])
+def test_heads_share_the_width_evenly(config):
+    with pytest.raises(UserError, match=r"model\.heads' is 3; give a number that divides the width, 8"):
+        config(width=8, heads=3)
 
 
 def test_sasrec_uses_places():

@@ -210,8 +210,10 @@ from rankgr_parts import make_assembly
 from jaxrec.training.sharding import MeshConfig, make_mesh
 
 assembly = make_assembly()
-one, many = assembly.init(0), assembly.init(0, make_mesh(MeshConfig(model=2)))
-for params in (many, dataclasses.replace(assembly, pretrained=one["params"]["backbone"]).init(0, make_mesh(MeshConfig(model=2)))):
+mesh = make_mesh(MeshConfig(model=2))
+one, many = assembly.init(0), assembly.init(0, mesh)
+taken = dataclasses.replace(assembly, pretrained=one["params"]["backbone"])
+for params in (many, taken.init(0, mesh)):
     up = params["params"]["backbone"]["layers_0"]["feed_forward"]["up"]["weight"]
     assert "model" in up.sharding.spec, up.sharding
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(one), jax.device_get(many))

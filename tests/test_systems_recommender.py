@@ -122,6 +122,20 @@ def test_nobody_asks(recommender):
     assert scores.dtype == np.float32
 
 
+def test_only_the_last_of_given_beams_grows_with_what_is_asked_for(recommender):
+    given = (2,) * (recommender.space.levels - 1) + (4,)
+    parts = recommender.assembly, recommender.variables, recommender.feature_config
+    wide = GenerativeRecommender(*parts, DecodingConfig(beam_widths=given))
+    assert wide.width(3) == given
+    assert wide.width(9) == (*given[:-1], 9)
+
+
+@pytest.mark.parametrize("bad", [{"beam_width": 0}, {"batch_size": 0}, {"beam_widths": (4, 0)}])
+def test_decoding_that_cant_be_is_named(bad):
+    with pytest.raises(UserError, match=rf"decoding\.{next(iter(bad))}'"):
+        DecodingConfig(**bad)
+
+
 def test_a_damaged_model_is_told(recommender, monkeypatch):
     damaged = jax.tree.map(lambda x: x * np.nan, recommender.variables)
     monkeypatch.setitem(recommender.served, "variables", damaged)

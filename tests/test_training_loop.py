@@ -246,6 +246,12 @@ def test_killed_while_it_waits_it_stops_at_the_same_step_with_the_same_best(tmp_
     assert notes == {"best": 0.5} and step == 6
 
 
+@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("log_every", 0), ("checkpoint_every", 0), ("patience", -1)])
+def test_lengths_that_cant_be_are_named(name, value):
+    with pytest.raises(UserError, match=rf"training\.{name}' is {value}; give"):
+        LoopConfig(**{name: value})
+
+
 def test_what_is_monitored_must_be_evaluated(tmp_path):
     config = LoopConfig(steps=2, evaluate_every=2)
     with pytest.raises(UserError, match=r"'training.monitor': 'ndcg@10' is not evaluated; there are scale"):

@@ -81,6 +81,11 @@ class RankGRConfig:
     """the rank head"""
 
     def __post_init__(self):
+        width, heads = self.backbone.width, self.rank.heads
+        if self.rank.loss == "bce" and width % heads:
+            raise UserError(
+                f"configuration key 'model.rank.heads' is {heads}; give a number that divides the width, {width}"
+            )
         if self.prior and not self.backbone.restrict:
             raise UserError(
                 "configuration key 'model.prior': it is of a level's codes alone; set model.backbone.restrict as well"

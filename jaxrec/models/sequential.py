@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import initializers as init
 
+from jaxrec.config import UserError
 from jaxrec.nn.attention import masked_softmax
 from jaxrec.nn.layers import Embedding, Projection, RMSNorm, partitioned
 from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention
@@ -41,6 +42,11 @@ class YouTubeDnnConfig(EncoderSizes):
     """widths of the ReLU layers"""
 
 
+def _check_heads(width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise UserError(f"configuration key 'model.heads' is {heads}; give a number that divides the width, {width}")
+
+
 @dataclass(frozen=True)
 class AttentionConfig(EncoderSizes):
     """What the models of attention blocks share."""
@@ -51,6 +57,9 @@ class AttentionConfig(EncoderSizes):
     """heads N of each attention"""
     hidden: int = 256
     """width F of each feed-forward"""
+
+    def __post_init__(self):
+        _check_heads(self.width, self.heads)
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,9 @@ class HstuConfig(EncoderSizes):
     """heads N of each attention"""
     time_buckets: int = 32
     """buckets of the time between two events, each twice as long as the one before, from a second on"""
+
+    def __post_init__(self):
+        _check_heads(self.width, self.heads)
 
 
 EncoderConfig = (

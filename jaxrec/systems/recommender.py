@@ -35,15 +35,16 @@ class DecodingConfig:
     batch_size: int = 32
     """histories that are decoded together"""
     beam_widths: tuple[int, ...] = ()
-    """beams of every level (RankGR: 500, 1400) in place of `beam_width`; never more than there are prefixes"""
+    """beams of every level (RankGR: 500, 1400) in place of `beam_width`; never more than there are prefixes. Where more
+    items are asked for, the last level has as many"""
     candidates: tuple[int, ...] = ()
     """candidates of every level that a rank head scores (RankGR's lambda: 1400, 1400); at least the beams, which is
     the default"""
 
     def __post_init__(self):
-        for name in ("beam_widths", "candidates"):
-            if min(getattr(self, name), default=1) < 1:
-                given = getattr(self, name)
+        for name in ("beam_width", "batch_size", "beam_widths", "candidates"):
+            given = getattr(self, name)
+            if min(given if isinstance(given, tuple) else (given,), default=1) < 1:
                 raise UserError(f"configuration key 'decoding.{name}' is {given}; give numbers of 1 or more")
 
 
@@ -192,7 +193,8 @@ class GenerativeRecommender:
     def width(self, k: int) -> int | tuple[int, ...]:
         """Beams where k items are asked for: one number, or one a level."""
         if self.config.beam_widths:
-            return tuple(max(width, k) for width in self.config.beam_widths)
+            *before, last = self.config.beam_widths
+            return (*before, max(last, k))
         return max(self.config.beam_width, k)
 
     def _batches(self, histories: list[History]):

@@ -67,6 +67,13 @@ class LoopConfig:
     monitor: str = "ndcg@10"
     """The value of an evaluation that decides which state is the best; higher is better."""
 
+    def __post_init__(self):
+        least = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "keep": 1, "evaluate_every": 0, "patience": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                given = getattr(self, name)
+                raise UserError(f"configuration key 'training.{name}' is {given}; give {value} or more")
+
 
 @dataclasses.dataclass(frozen=True)
 class Watch:

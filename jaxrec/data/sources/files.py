@@ -1,4 +1,4 @@
-"""What the sources that read a user's files share: digests and JSON lines with their numbers in messages."""
+"""What the sources that read a user's files share: digests and lines with their numbers in messages."""
 
 import hashlib
 import json
@@ -26,22 +26,38 @@ def digest(path: Path) -> dict[str, Any]:
         }
 
 
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, text) of a UTF-8 file; a byte order mark is passed over.
+
+    Raises:
+      UserError: a line is no UTF-8.
+    """
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = raw[error.start]
+                raise UserError(
+                    f"{path}, line {number}: byte 0x{byte:02x} is no UTF-8; save the file as UTF-8"
+                ) from error
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, object) of a JSON-lines file; blank lines are passed over.
 
     Raises:
       UserError: a line is no JSON object.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: no valid JSON ({error.msg}); write one JSON object a line"
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: a JSON {type(row).__name__}; write one JSON object a line")
-            yield number, row
+    for number, line in text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {number}: no valid JSON ({error.msg}); write one JSON object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: a JSON {type(row).__name__}; write one JSON object a line")
+        yield number, row

@@ -78,13 +78,15 @@ class JdMicro:
         seen: set[str] = set()
         users, lengths, numbers, repeats, repeated_events = [], [], [], 0, 0
         for path in self._files():
+            # Not without its ending or folder: two files may have the rest in common.
+            name = path.relative_to(self.path).as_posix() if path != Path(self.path) else path.name
             for number, line in _lines(path):
                 if line in seen:
                     repeats, repeated_events = repeats + 1, repeated_events + line.count(" ") + 1
                     continue
                 seen.add(line)
                 events = np.array([token.split("+") for token in line.split(" ")]).astype(np.int64)
-                users.append(f"{path.stem}:{number}")
+                users.append(f"{name}:{number}")
                 lengths.append(len(events))
                 numbers.append(events)
         if not users:

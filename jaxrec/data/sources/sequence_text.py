@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from jaxrec.config import UserError, fingerprint
-from jaxrec.data.sources.files import digest, json_lines, require
+from jaxrec.data.sources.files import digest, json_lines, require, text_lines
 from jaxrec.data.tables import RawTables, Split, connect, store
 
 
@@ -97,21 +97,20 @@ def monotone(times: list[int | None]) -> list[int]:
 
 def _sequences(path: Path, known: set[str]) -> Iterator[tuple[int, str, list[str]]]:
     seen: set[str] = set()
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            user, *sequence = line.split() or [""]
-            if not user:
-                continue
-            if not sequence:
-                raise UserError(f"{path}, line {number}: user {user} has no items; write `user item item ...`")
-            if user in seen:
-                raise UserError(f"{path}, line {number}: user {user} occurs twice; put all their items in one line")
-            if unknown := [item for item in sequence if item not in known]:
-                raise UserError(
-                    f"{path}, line {number}: item {unknown[0]} is not in items.jsonl; add it there or leave it out"
-                )
-            seen.add(user)
-            yield number, user, sequence
+    for number, line in text_lines(path):
+        user, *sequence = line.split() or [""]
+        if not user:
+            continue
+        if not sequence:
+            raise UserError(f"{path}, line {number}: user {user} has no items; write `user item item ...`")
+        if user in seen:
+            raise UserError(f"{path}, line {number}: user {user} occurs twice; put all their items in one line")
+        if unknown := [item for item in sequence if item not in known]:
+            raise UserError(
+                f"{path}, line {number}: item {unknown[0]} is not in items.jsonl; add it there or leave it out"
+            )
+        seen.add(user)
+        yield number, user, sequence
     if not seen:
         raise UserError(f"{path} is empty; write `user item item ...`, one user a line")
 
