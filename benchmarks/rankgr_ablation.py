@@ -3,30 +3,33 @@
     python benchmarks/rankgr_ablation.py [--config configs/rankgr_mall.py] [--data DIR] [--seeds 0,1,2] [--quick]
 
 Semantic IDs are made once; every variant is trained from several seeds and measured on validation and test. Alpha, and
-the weight of the likelihood in the final score (for each alpha its own), are those of the best mean HR@10 on
+the weight of the likelihood in the final score (for each alpha its own), are those of the best mean recall@10 on
 validation. "w/o IAP": alpha = 0, all else the same; "w/o RSP": no rank head; "w/o both": neither. "targets alone" is no
 row of Table 4: next tokens of the items that are looked for alone, and neither phase.
---data puts a folder in place of the configuration's. Rows (model, seed, split, subset, metric, value, seconds) gather
-in OUT/rankgr_ablation.json; what is done is not done again. subset: items of that behavior in the held-out session.
-Figures go to --pictures. --quick: one seed, few steps.
+RankGR's HR (Eq. 19) is the share of a user's items that was found: recall here. hr@10 is whether any was found.
+--data puts a folder in place of the configuration's. What was trained gathers in OUT/rankgr_ablation-CONFIG.json, with
+its seed, command, commit and rows (model, split, subset, metric, value); it is not trained again. subset: items of that
+behavior in the held-out session. Figures go to --pictures. --quick: one seed, few steps.
 """
 
 import argparse
-import json
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shared import results as kept
 from shared.pictures import COLORS, axes, save
+from shared.timing import parse_seeds
 
 from jaxrec.config import fingerprint, load_config, to_json
 from jaxrec.data.examples import Records
 from jaxrec.evaluation import make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
-from jaxrec.run import Run, console, write_json
+from jaxrec.run import Run, console, read_json, report_user_errors, write_json
 from jaxrec.systems import rankgr_training
 from jaxrec.systems.phases import prepare_with_ids
 from jaxrec.systems.rankgr import RankGRRunConfig
@@ -34,11 +37,23 @@ from jaxrec.systems.rankgr_model import RankGRAssembly, assemble
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 CUTOFFS = (1, 5, 10, 20, 50)
-SHOWN = ("hr@1", "hr@5", "hr@10", "hr@20", "recall@10")
-ALPHAS = (0.0, 1.0, 3.0)
-LIKELIHOODS = (0.0, 0.3, 1.0)
-WIDENINGS = (1, 2, 4, 8)
+SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "hr@10")
+CHOSEN_BY = "recall@10"
 FULL, NO_IAP, NO_RSP, PLAIN, ALONE = "RankGR", "w/o IAP", "w/o RSP", "w/o both", "targets alone"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is tried: the first alpha is 0, without LDPO."""
+
+    alphas: tuple[float, ...] = (0.0, 1.0, 3.0)
+    likelihoods: tuple[float, ...] = (0.0, 0.3, 1.0)
+    """weights of the likelihood in the final score"""
+    widenings: tuple[int, ...] = (1, 2, 4, 8)
+    """candidates of the last level, in results"""
+
+
+QUICK = Sweep((0.0, 1.0), (0.0,), (1,))
 
 
 def with_alpha(config: RankGRRunConfig, alpha: float) -> RankGRRunConfig:
@@ -51,15 +66,14 @@ def without_head(config: RankGRRunConfig) -> RankGRRunConfig:
     return replace(config, model=replace(config.model, rank=replace(config.model.rank, loss="none")))
 
 
-def targets_alone(config: RankGRRunConfig, positive: int) -> RankGRRunConfig:
-    """A plain model that learns the items that are looked for alone; `positive` is their lowest level."""
-    levels = max(config.objective.levels) + 1
-    weights = tuple(float(level >= positive) for level in range(levels))
+def targets_alone(config: RankGRRunConfig, assembly: RankGRAssembly) -> RankGRRunConfig:
+    """A plain model that learns the items that are looked for alone."""
+    weights = tuple(float(level >= assembly.positive) for level in range(int(assembly.levels[-1]) + 1))
     return without_head(replace(config, objective=replace(config.objective, alpha=0.0, level_weights=weights)))
 
 
 def measure(model: GenerativeRecommender, split: str) -> Iterator[dict[str, Any]]:
-    """Rows of hit rate, recall and NDCG for the strongest behavior of every level that is looked for or read."""
+    """Rows of what is shown, for the strongest behavior of every level that is looked for or read."""
     assembly = model.assembly
     records = list(Records(assembly.examples, split))
     strongest = {level: behavior for behavior, level in enumerate(assembly.levels.tolist())}
@@ -68,8 +82,10 @@ def measure(model: GenerativeRecommender, split: str) -> Iterator[dict[str, Any]
         if not len(cases):
             continue
         ranked, _ = model.recommend(cases.histories, max(CUTOFFS))
-        for metric, pair in ranking_metrics(ranked, cases.targets, cases.where, CUTOFFS).items():
-            yield {"split": split, "subset": assembly.behaviors[behavior], "metric": metric, "value": mean(pair)}
+        found = ranking_metrics(ranked, cases.targets, cases.where, CUTOFFS)
+        for metric in SHOWN:
+            value = mean(found[metric])
+            yield {"split": split, "subset": assembly.behaviors[behavior], "metric": metric, "value": value}
 
 
 FIELDS = ("model", "subset", "metric", "split")
@@ -81,32 +97,38 @@ def label(alpha: float, likelihood: float) -> str:
 
 
 class Results:
-    """Rows in a file, by what they were made from."""
+    """What was measured, in a file: a list of {"key", "seed", "seconds", "command", "commit", "rows"}."""
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, json.loads(path.read_text()) if path.exists() else []
+        self.path, self.entries = path, read_json(path) if path.exists() else []
 
     def has(self, key: str) -> bool:
         """Whether the rows of a measurement are there."""
-        return any(row["key"] == key for row in self.rows)
+        return any(entry["key"] == key for entry in self.entries)
 
-    def add(self, key: str, rows: list[dict]) -> None:
+    def add(self, key: str, seed: int, seconds: float, rows: list[dict]) -> None:
         """Adds the rows of one measurement and writes the file."""
-        self.rows += [{**row, "key": key} for row in rows]
-        write_json(self.path, self.rows)
+        made = {"command": kept.command(), "commit": kept.commit(), "rows": rows}
+        self.entries.append({"key": key, "seed": seed, "seconds": seconds, **made})
+        write_json(self.path, self.entries)
 
     def of(self, model: str, subset: str, metric: str, split: str = "test") -> np.ndarray:
         """float [seeds], in the seeds' order."""
         wanted = (model, subset, metric, split)
-        found = {r["seed"]: r["value"] for r in self.rows if tuple(r[name] for name in FIELDS) == wanted}
+        found = {seed: row["value"] for seed, row in self._rows() if tuple(row[name] for name in FIELDS) == wanted}
         return np.array([found[seed] for seed in sorted(found)])
 
     def subsets(self) -> list[str]:
         """Those that there are."""
-        return list(dict.fromkeys(row["subset"] for row in self.rows))
+        return list(dict.fromkeys(row["subset"] for _, row in self._rows()))
+
+    def _rows(self) -> Iterator[tuple[int, dict]]:
+        return ((entry["seed"], row) for entry in self.entries for row in entry["rows"])
 
 
-def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, likelihood: float | None = None) -> None:
+def run_one(
+    run: Run, config: RankGRRunConfig, name: str, results: Results, sweep: Sweep, likelihood: float | None = None
+) -> None:
     """Trains a variant and measures it on validation and test, with a head once for every weight of the likelihood.
 
     With `likelihood`, what was trained is measured on test with that weight instead, once for every lambda.
@@ -120,22 +142,25 @@ def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, like
     folder.mkdir(parents=True, exist_ok=True)
     # Where it was trained before, this reads the checkpoint.
     variables = {"params": rankgr_training.train(assembly, config, folder, folder / "metrics.jsonl").params}
-    about = {"seed": config.seed, "seconds": round(time.perf_counter() - begin, 1)}
+    seconds = round(time.perf_counter() - begin, 1)
 
-    def rows(name: str, split: str, weight: float, decoding: DecodingConfig = config.decoding) -> list[dict]:
+    def rows(name: str, weight: float, splits: tuple[str, ...], decoding: DecodingConfig) -> list[dict]:
+        # One model for all splits: what it compiled serves the next.
         model = GenerativeRecommender(weighted(assembly, weight), variables, config.features, decoding)
-        return [{"model": name, **about, **row} for row in measure(model, split)]
+        return [{"model": name, **row} for split in splits for row in measure(model, split)]
 
     if likelihood is not None:
-        wider = {f"lambda {each}x": widened(config.decoding, each) for each in WIDENINGS}
-        found = [row for shown, each in wider.items() for row in rows(shown, "test", likelihood, each)]
-        results.add(f"{key} sweep", found)
+        levels = assembly.space.levels
+        wider = {f"lambda {each}x": widened(config.decoding, each, levels) for each in sweep.widenings}
+        found = [row for shown, each in wider.items() for row in rows(shown, likelihood, ("test",), each)]
+        results.add(f"{key} sweep", config.seed, seconds, found)
         return
     names = {name: 0.0}
     if config.model.rank.loss != "none":
-        names = {label(config.objective.alpha, weight): weight for weight in LIKELIHOODS}
-    found = [row for split in ("valid", "test") for each, weight in names.items() for row in rows(each, split, weight)]
-    results.add(key, found)
+        names = {label(config.objective.alpha, weight): weight for weight in sweep.likelihoods}
+    splits = ("valid", "test")
+    found = [row for each, weight in names.items() for row in rows(each, weight, splits, config.decoding)]
+    results.add(key, config.seed, seconds, found)
 
 
 def weighted(assembly: RankGRAssembly, likelihood: float) -> RankGRAssembly:
@@ -145,10 +170,11 @@ def weighted(assembly: RankGRAssembly, likelihood: float) -> RankGRAssembly:
     return replace(assembly, model=assembly.model.clone(config=config))
 
 
-def widened(decoding: DecodingConfig, times: int) -> DecodingConfig:
+def widened(decoding: DecodingConfig, times: int, levels: int) -> DecodingConfig:
     """The last level's beam as wide as its results, of so many times as many candidates."""
-    widths = (*decoding.beam_widths[:-1], max(CUTOFFS))
-    candidates = (*decoding.candidates[:-1], times * max(CUTOFFS))
+    before = decoding.beam_widths or (decoding.beam_width,) * levels
+    widths = (*before[:-1], max(CUTOFFS))
+    candidates = (*(decoding.candidates or before)[:-1], times * max(CUTOFFS))
     return replace(decoding, beam_widths=widths, candidates=candidates)
 
 
@@ -163,20 +189,25 @@ def print_table(results: Results, names: dict[str, str]) -> None:
             for shown, name in names.items():
                 values = results.of(name, subset, metric)
                 change = f" ({values.mean() / whole - 1:+.0%})" if whole and shown != FULL else ""
-                cells.append(f"{values.mean():.3f} ± {values.std():.3f}{change}")
+                cells.append(f"{values.mean():.3f} ± {spread(values):.3f}{change}")
             console.print(f"| {metric} | " + " | ".join(cells) + " |", markup=False)
 
 
+def spread(values: np.ndarray) -> float:
+    """The standard deviation over seeds; 0 of one."""
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
 def plot(results: Results, names: dict[float, str], words: str, path: Path) -> None:
-    """HR@10 of every subset against what was swept, with the seeds' spread."""
+    """recall@10 of every subset against what was swept, with the seeds' spread."""
     figure, (place,) = axes(1, width=3.6)
     for color, subset in zip(COLORS, results.subsets(), strict=False):
-        values = [results.of(name, subset, "hr@10") for name in names.values()]
-        mean_, spread = [each.mean() for each in values], [each.std() for each in values]
-        place.errorbar(range(len(names)), mean_, spread, color=color, marker="o", markersize=3, label=subset)
+        values = [results.of(name, subset, CHOSEN_BY) for name in names.values()]
+        means, spreads = [each.mean() for each in values], [spread(each) for each in values]
+        place.errorbar(range(len(names)), means, spreads, color=color, marker="o", markersize=3, label=subset)
     place.set_xticks(range(len(names)), [f"{each:g}" for each in names])
     place.set_xlabel(words)
-    place.set_ylabel("HR@10")
+    place.set_ylabel(CHOSEN_BY)
     place.legend(frameon=False, fontsize=8, labelcolor="#808890")
     save(figure, path)
 
@@ -207,37 +238,46 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     config = base_config(arguments)
-    seeds = [int(seed) for seed in (arguments.seeds if not arguments.quick else "0").split(",")]
+    seeds = parse_seeds("0" if arguments.quick else arguments.seeds)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results = Results(arguments.out / ("rankgr_ablation_quick.json" if arguments.quick else "rankgr_ablation.json"))
+    about = f"{arguments.config.stem}{'-quick' * arguments.quick}"
+    results = Results(arguments.out / f"rankgr_ablation-{about}.json")
     run = Run.open(arguments.runs / fingerprint(to_json(config)), config)
-    prepare_with_ids(run, config)
-    assembly: RankGRAssembly = assemble(run, config)
-    looked_for = assembly.behaviors[assembly.target_behaviors[-1]]
-    for seed in seeds:
-        for alpha in ALPHAS:
-            run_one(run, with_alpha(replace(config, seed=seed), alpha), "", results)
-    chosen = {
-        alpha: max(
-            LIKELIHOODS, key=lambda each, a=alpha: results.of(label(a, each), looked_for, "hr@10", "valid").mean()
-        )
-        for alpha in ALPHAS
-    }
-    whole = {alpha: label(alpha, likelihood) for alpha, likelihood in chosen.items()}
-    alpha = max(ALPHAS[1:], key=lambda each: results.of(whole[each], looked_for, "hr@10", "valid").mean())
-    for seed in seeds:
-        seeded = replace(config, seed=seed)
-        run_one(run, without_head(with_alpha(seeded, alpha)), f"{NO_RSP}, alpha {alpha:g}", results)
-        run_one(run, without_head(with_alpha(seeded, 0.0)), PLAIN, results)
-        run_one(run, targets_alone(seeded, assembly.positive), ALONE, results)
-        run_one(run, with_alpha(seeded, alpha), "", results, chosen[alpha])
-    names = {FULL: whole[alpha], NO_IAP: whole[0.0], NO_RSP: f"{NO_RSP}, alpha {alpha:g}", PLAIN: PLAIN, ALONE: ALONE}
+    sweep = QUICK if arguments.quick else Sweep()
+    names, whole = run_all(run, config, seeds, results, sweep)
     console.print(f"chosen on validation: {FULL} {names[FULL]}; {NO_IAP} {names[NO_IAP]}", markup=False)
     print_table(results, names)
     plot(results, whole, "alpha", arguments.pictures / "rankgr_alpha.svg")
-    lambdas = {each * max(CUTOFFS): f"lambda {each}x" for each in WIDENINGS}
+    lambdas = {each * max(CUTOFFS): f"lambda {each}x" for each in sweep.widenings}
     plot(results, lambdas, "candidates of the last level (lambda)", arguments.pictures / "rankgr_lambda.svg")
 
 
+def run_all(
+    run: Run, config: RankGRRunConfig, seeds: list[int], results: Results, sweep: Sweep
+) -> tuple[dict[str, str], dict[float, str]]:
+    """Trains and measures everything; what the rows call each variant, and the whole model of each alpha."""
+    prepare_with_ids(run, config)
+    assembly = assemble(run, config)
+    looked_for = assembly.behaviors[assembly.target_behaviors[-1]]
+
+    def score(name: str) -> float:
+        return results.of(name, looked_for, CHOSEN_BY, "valid").mean()
+
+    for seed in seeds:
+        for alpha in sweep.alphas:
+            run_one(run, with_alpha(replace(config, seed=seed), alpha), "", results, sweep)
+    chosen = {alpha: max(sweep.likelihoods, key=lambda each, a=alpha: score(label(a, each))) for alpha in sweep.alphas}
+    whole = {alpha: label(alpha, likelihood) for alpha, likelihood in chosen.items()}
+    alpha = max(sweep.alphas[1:], key=lambda each: score(whole[each]))
+    for seed in seeds:
+        seeded = replace(config, seed=seed)
+        run_one(run, without_head(with_alpha(seeded, alpha)), f"{NO_RSP}, alpha {alpha:g}", results, sweep)
+        run_one(run, without_head(with_alpha(seeded, 0.0)), PLAIN, results, sweep)
+        run_one(run, targets_alone(seeded, assembly), ALONE, results, sweep)
+        run_one(run, with_alpha(seeded, alpha), "", results, sweep, chosen[alpha])
+    names = {FULL: whole[alpha], NO_IAP: whole[0.0], NO_RSP: f"{NO_RSP}, alpha {alpha:g}", PLAIN: PLAIN, ALONE: ALONE}
+    return names, whole
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(report_user_errors(main))

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from shared import results
 from shared.pictures import COLORS, axes, save
-from shared.timing import parser
+from shared.timing import parse_seeds, parser
 
 from jaxrec.config import UserError, fingerprint, load_config
 from jaxrec.data.examples import Records
@@ -109,21 +109,6 @@ def parse_models(text: str) -> list[str]:
     if not names:
         raise UserError(f"--models is empty; give some of {', '.join(known)}")
     return list(dict.fromkeys(names))
-
-
-def parse_seeds(text: str) -> list[int]:
-    """The numbers of an argument such as "0,1,2".
-
-    Raises:
-      UserError: one is no whole number.
-    """
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--seeds {text!r}: give whole numbers with commas between, such as 0,1,2") from error
-    if min(seeds) < 0:
-        raise UserError(f"--seeds {text!r}: a seed is 0 or more")
-    return list(dict.fromkeys(seeds))
 
 
 def with_items(data: Path, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Timing in turns, and the row that every benchmark prints."""
+"""Timing in turns, the row that every benchmark prints, and what their command lines share."""
 
 import argparse
 import json
@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 
 import jax
+
+from jaxrec.config import UserError
 
 
 def best_of(functions: list[Callable], repeats: int) -> list[float]:
@@ -35,3 +37,18 @@ def parser(docstring: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="few cases, under a minute")
     return made
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The numbers of an argument such as "0,1,2".
+
+    Raises:
+      UserError: one is no whole number.
+    """
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--seeds {text!r}: give whole numbers with commas between, such as 0,1,2") from error
+    if min(seeds) < 0:
+        raise UserError(f"--seeds {text!r}: a seed is 0 or more")
+    return list(dict.fromkeys(seeds))
