@@ -24,7 +24,7 @@ from jaxrec.training.optim import OptimConfig
 config = RankGRRunConfig(
     data=SequenceText(path=Path("beauty")),
     batch_size=128,
-    # A user's whole sequence is one example: every item of it is a target after those before it.
+    # A user's sequence is one example: every item of the latest 50 is a target after those before it, and the last one.
     sessions_per_user=1,
     features=LeveledSessionConfig(buckets=(2, 4, 7, 12, 24, 50), targets=1, next_items=50, sampled=1),
     semantic_ids=SemanticIdConfig(ResidualConfig((256, 256, 256)), None),

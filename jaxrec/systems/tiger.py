@@ -3,7 +3,7 @@
 TIGER (Rajput et al., "Recommender Systems with Generative Retrieval", NeurIPS 2023): RQ-VAE IDs of item texts, 3
 levels of 256 codes and one more that tells items under one ID apart; a T5 of 4 + 4 layers reads a hashed user token and
 the IDs of up to 20 items. Its authors report on Amazon Beauty (leave-one-out, full ranking) Recall@5 .0454, Recall@10
-.0648, NDCG@5 .0321, NDCG@10 .0384; others' runs of it lie between Recall@10 .055 and .078.
+.0648, NDCG@5 .0321, NDCG@10 .0384; others' runs of it lie between Recall@10 .055 and .0775.
 
 FORGE ("FORGE: Forming Semantic Identifiers for Generative Retrieval in Industrial Datasets", Alibaba 2025): the same
 generative model on better IDs, which know what shoppers take together and of which few are shared. Its authors measure
