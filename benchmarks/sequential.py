@@ -13,8 +13,8 @@ of ties shuffled: events of one time, such as one day, are stored in some order,
 has to be trained on a shuffled log to be judged on one: --shuffle-ties does that.
 
 Writes a list of rows {model, seed, split, subset, metric, value, count, seconds} to --out, a picture of quality against
-seconds of training beside it, and adds the runs to benchmarks/results/sequential.json. Seconds are those of training
-with its validations; of what is only counted, those of counting.
+seconds of training beside it, and adds the runs and what is counted to benchmarks/results/sequential.json. Seconds are
+those of training with its validations; of what is only counted, those of counting.
 
 --quick: 200 steps and 1,000 users, only to see that everything works; not kept among the results.
 """
@@ -52,6 +52,7 @@ SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 SPLITS = ("valid", "test")
 SUBSETS = {"all": "full ranking", "new": "full ranking without what the user had"}
 MONITORED = "ndcg@10"
+FIELDS = ("split", "subset", "metric", "value", "count")
 WIDE = 118  # columns that no cell of a table is cut in
 Row = dict[str, Any]
 
@@ -84,6 +85,8 @@ def main() -> None:
                 entry = {**made, "data": args.data.resolve().name, "seconds": seconds, "rows": measured}
                 kept = results.append("sequential", [entry])
     counted = count_baselines(run, folder / "baselines.json", source, suffix, 1000 if args.quick else 0)
+    if not args.quick:
+        results.append("sequential", as_entries(counted, args.data.resolve().name))
     out = args.out or folder / "results.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, counted + rows)
@@ -165,7 +168,7 @@ def measure(run: Run, config: Any) -> list[Row]:
         found = evaluate({system: model}, cases, split="valid", cutoffs=CUTOFFS)
         write_json(kept, {"inputs": inputs, "rows": found})
     rows = read_json(kept)["rows"] + read_json(run.path / "evaluation.json")
-    return [{name: row[name] for name in ("split", "subset", "metric", "value", "count")} for row in rows]
+    return [{name: row[name] for name in FIELDS} for row in rows]
 
 
 def training_curve(run: Run) -> tuple[list[tuple[float, float]], float]:
@@ -203,6 +206,16 @@ def count_baselines(run: Run, kept: Path, source: SequenceText, suffix: str, max
         rows += [{"seed": 0, **row, "seconds": seconds} for row in found]
     write_json(kept, {"inputs": inputs, "rows": rows})
     return rows
+
+
+def as_entries(rows: list[Row], data: str) -> list[dict[str, Any]]:
+    """Rows of many models as entries of the results, one a model and seed."""
+    made: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        about = {"model": row["model"], "seed": row["seed"], "data": data, "seconds": row["seconds"]}
+        entry = made.setdefault((row["model"], row["seed"]), about | {"rows": []})
+        entry["rows"].append({name: row[name] for name in FIELDS})
+    return list(made.values())
 
 
 def spread(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, tuple[float, float, int]]]:

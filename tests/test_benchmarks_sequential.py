@@ -80,10 +80,12 @@ def test_mean_and_spread_by_hand():
     assert benchmark.spread(rows)["test", "all", "a"]["seconds"] == (10, 0, 2)
 
 
-def test_results_are_kept_once_for_a_commit(tmp_path):
-    entry = {"model": "a", "seed": 0, "data": "beauty", "commit": "c1", "seconds": 1.0, "rows": []}
+def test_results_are_kept_once_for_a_commit_and_once_for_the_same_rows(tmp_path):
+    entry = {"model": "a", "seed": 0, "data": "beauty", "commit": "c1", "seconds": 1.0, "rows": [{"value": 0.1}]}
+    other = {**entry, "rows": [{"value": 0.2}]}
     results.append("x", [entry, {**entry, "seed": 1}], tmp_path)
-    results.append("x", [{**entry, "seconds": 2.0}, {**entry, "commit": "c2"}], tmp_path)
+    results.append("x", [{**other, "seconds": 2.0}, {**entry, "seed": 1, "commit": "c2"}], tmp_path)
+    results.append("x", [{**other, "rows": [{"value": 0.3}], "commit": "c2"}], tmp_path)
     kept = json.loads((tmp_path / "x.json").read_text())
     assert [(each["seed"], each["commit"], each["seconds"]) for each in kept] == [
         (1, "c1", 1.0), (0, "c1", 2.0), (0, "c2", 1.0),

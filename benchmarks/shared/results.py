@@ -12,16 +12,20 @@ from typing import Any
 from jaxrec.run import read_json, write_json
 
 FOLDER = Path(__file__).parent.parent / "results"
-SAME = ("model", "seed", "data", "commit")
-"""What tells runs apart: an entry with the same of all these replaces the earlier one."""
+RUN = ("model", "seed", "data")
+"""What tells runs apart. Of one run an entry of the same commit replaces the earlier one, and one with the same rows is
+no other: it was measured before."""
 
 
 def append(name: str, entries: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
     """Adds runs to `<folder>/<name>.json`, with the command and the commit of this process; returns the path."""
     path = folder / f"{name}.json"
-    made = [{"command": command(), "commit": commit(), **entry} for entry in entries]
-    fresh = [_key(entry) for entry in made]
-    kept = [entry for entry in (read_json(path) if path.exists() else []) if _key(entry) not in fresh]
+    kept = read_json(path) if path.exists() else []
+    known = [(_run(entry), entry["rows"]) for entry in kept]
+    fresh = [entry for entry in entries if (_run(entry), entry["rows"]) not in known]
+    made = [{"command": command(), "commit": commit(), **entry} for entry in fresh]
+    replaced = [(_run(entry), entry["commit"]) for entry in made]
+    kept = [entry for entry in kept if (_run(entry), entry["commit"]) not in replaced]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, kept + made)
     return path
@@ -48,5 +52,5 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _key(entry: dict[str, Any]) -> tuple:
-    return tuple(entry[name] for name in SAME)
+def _run(entry: dict[str, Any]) -> tuple:
+    return tuple(entry[name] for name in RUN)
