@@ -187,23 +187,17 @@ def print_table(results: Results, names: dict[str, str]) -> None:
             whole = results.of(names[FULL], subset, metric).mean()
             cells = []
             for shown, name in names.items():
-                values = results.of(name, subset, metric)
-                change = f" ({values.mean() / whole - 1:+.0%})" if whole and shown != FULL else ""
-                cells.append(f"{values.mean():.3f} ± {spread(values):.3f}{change}")
+                average, deviation, _ = kept.moments(results.of(name, subset, metric))
+                change = f" ({average / whole - 1:+.0%})" if whole and shown != FULL else ""
+                cells.append(f"{average:.3f} ± {deviation:.3f}{change}")
             console.print(f"| {metric} | " + " | ".join(cells) + " |", markup=False)
-
-
-def spread(values: np.ndarray) -> float:
-    """The standard deviation over seeds; 0 of one."""
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def plot(results: Results, names: dict[float, str], words: str, path: Path) -> None:
     """recall@10 of every subset against what was swept, with the seeds' spread."""
     figure, (place,) = axes(1, width=3.6)
     for color, subset in zip(COLORS, results.subsets(), strict=False):
-        values = [results.of(name, subset, CHOSEN_BY) for name in names.values()]
-        means, spreads = [each.mean() for each in values], [spread(each) for each in values]
+        means, spreads, _ = zip(*(kept.moments(results.of(name, subset, CHOSEN_BY)) for name in names.values()))
         place.errorbar(range(len(names)), means, spreads, color=color, marker="o", markersize=3, label=subset)
     place.set_xticks(range(len(names)), [f"{each:g}" for each in names])
     place.set_xlabel(words)

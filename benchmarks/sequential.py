@@ -226,7 +226,7 @@ def spread(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, tuple[float,
         place[row["metric"]][row["seed"]] = row["value"]
         place["seconds"][row["seed"]] = row["seconds"]
     return {
-        place: {metric: _moments(list(by_seed.values())) for metric, by_seed in metrics.items()}
+        place: {metric: results.moments(list(by_seed.values())) for metric, by_seed in metrics.items()}
         for place, metrics in values.items()
     }
 
@@ -264,10 +264,6 @@ def draw_curves(curves: dict[str, list[list[tuple[float, float]]]], counted: lis
     if any(any(lines) for lines in curves.values()):
         axis.legend(frameon=False, fontsize=7, labelcolor="#808890")
     save(figure, path)
-
-
-def _moments(values: list[float]) -> tuple[float, float, int]:
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values)
 
 
 def _cell(moments: tuple[float, float, int], digits: int) -> str:

@@ -6,8 +6,11 @@
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxrec.run import read_json, write_json
 
@@ -29,6 +32,11 @@ def append(name: str, entries: list[dict[str, Any]], folder: Path = FOLDER) -> P
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, kept + made)
     return path
+
+
+def moments(values: Sequence[float]) -> tuple[float, float, int]:
+    """(mean, standard deviation over seeds, 0 of one, number) of a seed's value each."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values)
 
 
 def command() -> str:

@@ -190,8 +190,8 @@ def _check(config: "RankGRRunConfig", space: SemanticIdSpace, behaviors: tuple[s
             f"configuration key 'features.weakest' is {config.features.weakest}, so that histories would hold nothing; "
             f"give 0 to {len(behaviors) - 1}, for {', '.join(behaviors)}"
         )
-    shared = len(space.codes) - len(space.ids)
-    if config.model.rank.loss == "softmax" and shared:
+    # Only where it matters: the distinct IDs of a large catalogue take their time.
+    if config.model.rank.loss == "softmax" and (shared := len(space.codes) - len(space.ids)):
         raise UserError(
             f"configuration key 'model.rank.loss': softmax scores one item an ID, but {shared} of {len(space.codes)} "
             'items have another one\'s; set collisions.policy to "nearest_free", or model.rank.loss to bce'
