@@ -5,10 +5,10 @@ import numpy as np
 from jaxrec.config import UserError
 
 
-def check_buckets(buckets: tuple[int, ...]) -> None:
-    """Raises UserError unless `features.buckets` are rising lengths of 1 or more."""
+def check_buckets(buckets: tuple[int, ...], key: str = "features.buckets") -> None:
+    """Raises UserError, which names the configuration's key, unless buckets are rising lengths of 1 or more."""
     if not buckets or min(buckets) < 1 or list(buckets) != sorted(set(buckets)):
-        raise UserError(f"configuration key 'features.buckets' is {buckets}; give rising lengths of 1 or more")
+        raise UserError(f"configuration key '{key}' is {buckets}; give rising lengths of 1 or more")
 
 
 def bucket(buckets: tuple[int, ...], count: int) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +82,7 @@ class Assembly:
             features = self.features(jax.tree.map(lambda x: jnp.asarray(x)[None], arrays))
             return self.model.init(jax.random.key(seed), features, jnp.zeros((1, 1), jnp.int32), self.catalogue)
 
-        return nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
+        return init_sharded(make, mesh)
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +79,7 @@ class RankGRAssembly:
             targets = jnp.zeros((1, 1, levels), jnp.int32)
             return self.model.init(jax.random.key(seed), arrays, self.codes, targets, self.embeddings)
 
-        fresh = nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
+        fresh = init_sharded(make, mesh)
         # Outside of the compiled function, of which gigabytes of weights would be constants.
         return {"params": with_pretrained(fresh["params"], self.pretrained, seed)}
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow.parquet as pq
 
-from jaxrec.config import UserError, fingerprint, from_json
+from jaxrec.config import fingerprint, from_json
 from jaxrec.data.examples import write_examples
+from jaxrec.data.padding import check_buckets
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import AnySource
 from jaxrec.models.sequential import (
@@ -73,8 +74,7 @@ class SequentialConfig:
     """What is measured at the end."""
 
     def __post_init__(self):
-        if not self.lengths or min(self.lengths) < 1 or list(self.lengths) != sorted(set(self.lengths)):
-            raise UserError(f"configuration key 'lengths' is {self.lengths}; give rising lengths of 1 or more")
+        check_buckets(self.lengths, "lengths")
 
 
 def train(run: Run, config: SequentialConfig) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +45,7 @@ class SequentialAssembly:
             empty = jnp.zeros((1, self.lengths[0] + 1), jnp.int32)
             return self.model.init(jax.random.key(seed), empty, empty, jnp.zeros(1, jnp.int32), method="next")
 
-        return nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
+        return init_sharded(make, mesh)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ context                    user   c1 c2 .. cM of the first item   ...   c1 c2 ..
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +79,7 @@ class TigerAssembly:
                 variables["params"]["embed"]["table"] = table.replace_boxed(begun)
             return variables
 
-        return nn.unbox(jax.jit(make)()) if mesh is None else init_sharded(make, mesh)
+        return init_sharded(make, mesh)
 
     def tokens(self, codes: jax.Array, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """The contexts of stacked item sequences, and their mask; the user, if there is one, in front.

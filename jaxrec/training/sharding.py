@@ -95,17 +95,20 @@ def spec(*names: str | None) -> PartitionSpec:
     return nn.logical_to_mesh_axes(names, RULES)
 
 
-def init_sharded(init: Callable[[], Any], mesh: Mesh) -> Any:
+def init_sharded(init: Callable[[], Any], mesh: Mesh | None) -> Any:
     """Runs an initialiser so that every weight is made on the devices where it stays, and never whole on one.
 
     An axis that doesn't split evenly over its devices, such as a vocabulary of odd size, is copied to all of them.
 
     Args:
       init: returns a pytree, as `model.init` does, with or without nn.with_logical_partitioning around its leaves.
+      mesh: None for one device.
 
     Returns:
       The same pytree with plain arrays as leaves.
     """
+    if mesh is None:
+        return nn.unbox(jax.jit(init)())
     with use_mesh(mesh):
         named, plain = jax.eval_shape(lambda: (made := init(), nn.unbox(made)))
         shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(named), mesh, RULES)
