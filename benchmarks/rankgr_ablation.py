@@ -8,8 +8,9 @@ validation. "w/o IAP": alpha = 0, all else the same; "w/o RSP": no rank head; "w
 row of Table 4: next tokens of the items that are looked for alone, and neither phase.
 RankGR's HR (Eq. 19) is the share of a user's items that was found: recall here. hr@10 is whether any was found.
 --data puts a folder in place of the configuration's. What was trained gathers in OUT/rankgr_ablation-CONFIG.json, with
-its seed, command, commit and rows (model, split, subset, metric, value); it is not trained again. subset: items of that
-behavior in the held-out session. Figures go to --pictures. --quick: one seed, few steps.
+its seed, command, commit, device and rows (model, split, subset, metric, value); it is not trained again. subset: items
+of that behavior in the held-out session. Figures go to --pictures (CONFIG_alpha.svg, CONFIG_lambda.svg). --quick: one
+seed, few steps, kept in RUNS/quick.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from shared import results as kept
 from shared.pictures import COLORS, axes, save
-from shared.timing import parse_seeds
+from shared.timing import parse_seeds, parser
 
 from jaxrec.config import fingerprint, load_config, to_json
 from jaxrec.data.examples import Records
@@ -108,8 +109,7 @@ class Results:
 
     def add(self, key: str, seed: int, seconds: float, rows: list[dict]) -> None:
         """Adds the rows of one measurement and writes the file."""
-        made = {"command": kept.command(), "commit": kept.commit(), "rows": rows}
-        self.entries.append({"key": key, "seed": seed, "seconds": seconds, **made})
+        self.entries.append({"key": key, "seed": seed, "seconds": seconds, **kept.provenance(), "rows": rows})
         write_json(self.path, self.entries)
 
     def of(self, model: str, subset: str, metric: str, split: str = "test") -> np.ndarray:
@@ -219,31 +219,30 @@ def base_config(arguments: argparse.Namespace) -> RankGRRunConfig:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/rankgr_mall.py"))
-    parser.add_argument("--data", type=Path, help="folder of the log, for sources that read one")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, help="training steps; default: the configuration's")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/rankgr_ablation"), help="folder for IDs and checkpoints"
-    )
-    parser.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="folder for the figures")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--config", type=Path, default=Path("configs/rankgr_mall.py"))
+    command.add_argument("--data", type=Path, help="folder of the log, for sources that read one")
+    command.add_argument("--seeds", default="0,1,2")
+    command.add_argument("--steps", type=int, help="training steps; default: the configuration's")
+    command.add_argument("--out", type=Path, default=kept.FOLDER, help="folder for the results")
+    command.add_argument("--runs", type=Path, default=Path("runs/rankgr_ablation"), help="for IDs and checkpoints")
+    command.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="folder for the figures")
+    arguments = command.parse_args()
+    if arguments.quick:  # only to see that everything works: nothing to keep
+        arguments.out = arguments.pictures = arguments.runs / "quick"
     config = base_config(arguments)
     seeds = parse_seeds("0" if arguments.quick else arguments.seeds)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    about = f"{arguments.config.stem}{'-quick' * arguments.quick}"
+    about = arguments.config.stem
     results = Results(arguments.out / f"rankgr_ablation-{about}.json")
     run = Run.open(arguments.runs / fingerprint(to_json(config)), config)
     sweep = QUICK if arguments.quick else Sweep()
     names, whole = run_all(run, config, seeds, results, sweep)
     console.print(f"chosen on validation: {FULL} {names[FULL]}; {NO_IAP} {names[NO_IAP]}", markup=False)
     print_table(results, names)
-    plot(results, whole, "alpha", arguments.pictures / "rankgr_alpha.svg")
+    plot(results, whole, "alpha", arguments.pictures / f"{about}_alpha.svg")
     lambdas = {each * max(CUTOFFS): f"lambda {each}x" for each in sweep.widenings}
-    plot(results, lambdas, "candidates of the last level (lambda)", arguments.pictures / "rankgr_lambda.svg")
+    plot(results, lambdas, "candidates of the last level (lambda)", arguments.pictures / f"{about}_lambda.svg")
 
 
 def run_all(

@@ -1,8 +1,10 @@
 """Results that are kept: `benchmarks/results/<name>.json`, a list of runs with what made them.
 
-{"model", "seed", "data", "command", "commit", "seconds", "rows": [{"split", "subset", "metric", "value", "count"}]}
+{"model", "seed", "data", "command", "commit", "device", "seconds",
+ "rows": [{"split", "subset", "metric", "value", "count"}]}; the earliest have no device: one or two CPU cores.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxrec.run import read_json, write_json
@@ -21,12 +24,12 @@ no other: it was measured before."""
 
 
 def append(name: str, entries: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
-    """Adds runs to `<folder>/<name>.json`, with the command and the commit of this process; returns the path."""
+    """Adds runs to `<folder>/<name>.json`, with what made them; returns the path."""
     path = folder / f"{name}.json"
     kept = read_json(path) if path.exists() else []
     known = [(_run(entry), entry["rows"]) for entry in kept]
     fresh = [entry for entry in entries if (_run(entry), entry["rows"]) not in known]
-    made = [{"command": command(), "commit": commit(), **entry} for entry in fresh]
+    made = [{**provenance(), **entry} for entry in fresh]
     replaced = [(_run(entry), entry["commit"]) for entry in made]
     kept = [entry for entry in kept if (_run(entry), entry["commit"]) not in replaced]
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +40,20 @@ def append(name: str, entries: list[dict[str, Any]], folder: Path = FOLDER) -> P
 def moments(values: Sequence[float]) -> tuple[float, float, int]:
     """(mean, standard deviation over seeds, 0 of one, number) of a seed's value each."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values)
+
+
+def provenance() -> dict[str, str]:
+    """What makes the results of this process: its command, commit and device."""
+    return {"command": command(), "commit": commit(), "device": device()}
+
+
+def device() -> str:
+    """What this process computes on: "NVIDIA H100 80GB HBM3", or how many cores of a CPU it may use."""
+    found = jax.devices()
+    if found[0].platform == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"CPU, {cores} core{'s' * (cores != 1)}"
+    return f"{len(found)} x {found[0].device_kind}" if len(found) > 1 else found[0].device_kind
 
 
 def command() -> str:

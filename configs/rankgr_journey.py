@@ -1,0 +1,34 @@
+"""RankGR on Complete Journey, a grocery chain's year of baskets: opportunity of exposure, purchase, coupon purchase.
+
+    python train.py configs/rankgr_journey.py --run runs/rankgr_journey
+
+What was promoted in the store in the week of a visit is the weakest level: of what was bought, somebody thought more.
+"""
+
+from jaxrec.data.leveled_sessions import LeveledSessionConfig
+from jaxrec.data.sources import CompleteJourney
+from jaxrec.models.causal import CausalConfig
+from jaxrec.models.rankgr import RankConfig, RankGRConfig
+from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
+from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
+from jaxrec.systems.recommender import DecodingConfig
+from jaxrec.training.loop import LoopConfig
+from jaxrec.training.optim import OptimConfig
+
+config = RankGRRunConfig(
+    # Of several hundred promoted products a visit hardly any was looked at: a few stand for them.
+    data=CompleteJourney(exposures_per_session=8),
+    batch_size=32,
+    sessions_per_user=8,
+    semantic_ids=SemanticIdConfig(ResidualConfig((128, 128)), FsqConfig((2,) * 8)),
+    # Purchases alone are read.
+    features=LeveledSessionConfig(buckets=(64, 256), weakest=1, targets=16),
+    model=RankGRConfig(
+        CausalConfig(width=64, heads=2, groups=2, head_dim=32, hidden=128, layers=2, rotary_base=1e4, dropout=0.1),
+        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3, likelihood=False, likelihood_weight=1.0),
+    ),
+    objective=ObjectiveConfig(alpha=1.0),
+    optim=OptimConfig(learning_rate=3e-3, warmup=50),
+    training=LoopConfig(steps=600, log_every=50, checkpoint_every=300),
+    decoding=DecodingConfig(beam_widths=(16, 64, 64), candidates=(16, 64, 64)),
+)
