@@ -31,6 +31,27 @@ class UserError(ValueError):
     """A mistake of the user: one sentence that names the file and field or the key, what was wrong, and the mend."""
 
 
+def check_least(config: Any, place: str, **least: float) -> None:
+    """Whether numbers of a dataclass are large enough; `place` is where the key of it begins, such as "training".
+
+    Raises:
+      UserError: one is below what `least` says.
+    """
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UserError(f"configuration key '{place}.{name}' is {getattr(config, name)}; give {value} or more")
+
+
+def check_heads(width: int, heads: int, key: str) -> None:
+    """Whether attention heads divide a width.
+
+    Raises:
+      UserError: they don't; `key` is the heads'.
+    """
+    if heads < 1 or width % heads:
+        raise UserError(f"configuration key '{key}' is {heads}; give a number that divides the width, {width}")
+
+
 def load_config(path: Path) -> Any:
     """Runs a configuration file and returns its module-level `config`.
 

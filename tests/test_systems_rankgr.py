@@ -134,6 +134,18 @@ def test_next_items_of_the_history_count_as_their_behaviors_do():
     np.testing.assert_array_equal(packed["wanted"][:, history], real & (behavior == 2))
 
 
+def test_the_rank_head_finds_all_levels_where_it_is_asked_to():
+    """Eq. 16 with Eq. 9: as published, every item of a session is true; drawn ones are none."""
+    features = dataclasses.replace(FEATURES, sampled=2)
+    config = dataclasses.replace(CONFIG, features=features, objective=ObjectiveConfig(rank_from=0))
+    batch = make_batch(config)
+    packed = pack(make_assembly(), config, batch)
+    there = batch["where"][:, None]
+    np.testing.assert_array_equal(packed["wanted"][:, : FEATURES.targets + 2], (batch["target_level"] >= 1) & there)
+    assert (batch["target_level"] == 0).any()
+    np.testing.assert_array_equal(packed["wanted"][:, FEATURES.targets + 2 :], batch["next_where"] & there)
+
+
 def test_drawn_items_are_compared_but_not_learnt():
     features = dataclasses.replace(FEATURES, sampled=3)
     config = dataclasses.replace(CONFIG, features=features)
@@ -316,6 +328,9 @@ def test_what_the_rank_head_or_the_history_cannot_be_is_named(folder):
     weakest = dataclasses.replace(config.features, weakest=5)
     with pytest.raises(UserError, match=r"features\.weakest' is 5.*purchase"):
         assemble(run, dataclasses.replace(config, features=weakest))
+    objective = dataclasses.replace(config.objective, rank_from=4)
+    with pytest.raises(UserError, match=r"objective\.rank_from' is 4; levels go from 0 to 3"):
+        assemble(run, dataclasses.replace(config, objective=objective))
     model = dataclasses.replace(config.model, rank=dataclasses.replace(config.model.rank, loss="softmax"))
     with pytest.raises(UserError, match=r"softmax scores one item an ID.*nearest_free"):
         assemble(run, dataclasses.replace(config, model=model))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxrec.config import UserError
+from jaxrec.config import check_least
 from jaxrec.data.features import AGES
 from jaxrec.data.padding import bucket, check_buckets, padded
 
@@ -35,9 +35,7 @@ class LeveledSessionConfig:
 
     def __post_init__(self):
         check_buckets(self.buckets)
-        for name, least in (("weakest", 0), ("targets", 1), ("next_items", 0), ("sampled", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"configuration key 'features.{name}' is {getattr(self, name)}; give {least} or more")
+        check_least(self, "features", weakest=0, targets=1, next_items=0, sampled=0)
 
     def cut(self, record: dict, session: int, *, behaviors: int, wanted: np.ndarray) -> dict[str, np.ndarray]:
         """The history before `session`: item, behavior, gap int32 [S] and mask bool [S], S its bucket.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, check_heads, check_least
 from jaxrec.models.causal import Causal, CausalConfig, CausalContext
 from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import to_tokens
@@ -53,11 +53,7 @@ class RankConfig:
     """of "softmax": what the cosine of history and item is divided by to be a score; 0: their product is"""
 
     def __post_init__(self):
-        for name in ("heads", "hidden", "candidates", "targets"):
-            if getattr(self, name) < 1:
-                raise UserError(f"configuration key 'model.rank.{name}' is {getattr(self, name)}; give 1 or more")
-        if self.temperature < 0:
-            raise UserError(f"configuration key 'model.rank.temperature' is {self.temperature}; give 0 or more")
+        check_least(self, "model.rank", heads=1, hidden=1, candidates=1, targets=1, temperature=0)
 
 
 @dataclass(frozen=True)
@@ -81,11 +77,8 @@ class RankGRConfig:
     """the rank head"""
 
     def __post_init__(self):
-        width, heads = self.backbone.width, self.rank.heads
-        if self.rank.loss == "bce" and width % heads:
-            raise UserError(
-                f"configuration key 'model.rank.heads' is {heads}; give a number that divides the width, {width}"
-            )
+        if self.rank.loss == "bce":
+            check_heads(self.backbone.width, self.rank.heads, "model.rank.heads")
         if self.prior and not self.backbone.restrict:
             raise UserError(
                 "configuration key 'model.prior': it is of a level's codes alone; set model.backbone.restrict as well"

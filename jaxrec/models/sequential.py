@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import initializers as init
 
-from jaxrec.config import UserError
+from jaxrec.config import check_heads
 from jaxrec.nn.attention import masked_softmax
 from jaxrec.nn.layers import Embedding, Projection, RMSNorm, partitioned
 from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention
@@ -42,11 +42,6 @@ class YouTubeDnnConfig(EncoderSizes):
     """widths of the ReLU layers"""
 
 
-def _check_heads(width: int, heads: int) -> None:
-    if heads < 1 or width % heads:
-        raise UserError(f"configuration key 'model.heads' is {heads}; give a number that divides the width, {width}")
-
-
 @dataclass(frozen=True)
 class AttentionConfig(EncoderSizes):
     """What the models of attention blocks share."""
@@ -59,7 +54,7 @@ class AttentionConfig(EncoderSizes):
     """width F of each feed-forward"""
 
     def __post_init__(self):
-        _check_heads(self.width, self.heads)
+        check_heads(self.width, self.heads, "model.heads")
 
 
 @dataclass(frozen=True)
@@ -119,7 +114,7 @@ class HstuConfig(EncoderSizes):
     """buckets of the time between two events, each twice as long as the one before, from a second on"""
 
     def __post_init__(self):
-        _check_heads(self.width, self.heads)
+        check_heads(self.width, self.heads, "model.heads")
 
 
 EncoderConfig = (

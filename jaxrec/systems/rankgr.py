@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from jaxrec.config import UserError, from_json
+from jaxrec.config import UserError, check_least, from_json
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.data.sources.files import digest
 from jaxrec.models.huggingface import CONFIG_FILE
@@ -40,15 +40,16 @@ class ObjectiveConfig:
     """The level of each behavior of the source, from 0 and never falling; empty: each is a level of its own."""
     level_weights: tuple[float, ...] = ()
     """Weight of each level's items in next-token prediction; empty: 1 for all, as published (Eq. 9)."""
+    rank_from: int | None = None
+    """The lowest level whose items the rank head learns to find: 0 for all, as published (Eq. 16 with Eq. 9); None:
+    that of the target behaviors."""
     rank_weight: float = 1.0
     """Weight of the rank head's loss (Eq. 17: 1)."""
     smoothing: float = 0.0
     """Share of each label that is spread evenly, over its level or over the items."""
 
     def __post_init__(self):
-        for name in ("alpha", "beta", "rank_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"configuration key 'objective.{name}' is {getattr(self, name)}; give 0 or more")
+        check_least(self, "objective", alpha=0, beta=0, rank_weight=0)
         if not 0 <= self.smoothing < 1:
             raise UserError(f"configuration key 'objective.smoothing' is {self.smoothing}; give 0 or more, below 1")
 

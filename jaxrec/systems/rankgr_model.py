@@ -61,7 +61,7 @@ class RankGRAssembly:
 
     @property
     def positive(self) -> int:
-        """The lowest level of a target behavior: from here on, an item is what the rank head looks for."""
+        """The lowest level of a target behavior: from here on, an item is what is looked for."""
         return int(self.levels[self.wanted].min())
 
     @property
@@ -166,8 +166,8 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
     space = read_codes(run.semantic_ids / "codes.parquet", item_ids, counts)
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
-    _check(config, space, behaviors)
     levels = behavior_levels(config.objective.levels, behaviors)
+    _check(config, space, behaviors, int(levels[-1]))
     backbone, pretrained = config.model.backbone, None
     known = None if folder is None else folder / BACKBONE
     if known is not None and known.exists():
@@ -183,11 +183,15 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
     return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained, embeddings, prior)
 
 
-def _check(config: "RankGRRunConfig", space: SemanticIdSpace, behaviors: tuple[str, ...]) -> None:
+def _check(config: "RankGRRunConfig", space: SemanticIdSpace, behaviors: tuple[str, ...], highest: int) -> None:
     if config.features.weakest >= len(behaviors):
         raise UserError(
             f"configuration key 'features.weakest' is {config.features.weakest}, so that histories would hold nothing; "
             f"give 0 to {len(behaviors) - 1}, for {', '.join(behaviors)}"
+        )
+    if not 0 <= (config.objective.rank_from or 0) <= highest:
+        raise UserError(
+            f"configuration key 'objective.rank_from' is {config.objective.rank_from}; levels go from 0 to {highest}"
         )
     # Only where it matters: the distinct IDs of a large catalogue take their time.
     if config.model.rank.loss == "softmax" and (shared := len(space.codes) - len(space.ids)):

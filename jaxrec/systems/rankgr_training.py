@@ -94,7 +94,8 @@ def pack(assembly: RankGRAssembly, config: "RankGRRunConfig", batch: dict) -> di
     compared = (level >= 0) & there
     weights = level_weights(assembly, config)
     weight = jnp.where(compared & (level >= shift), weights[jnp.maximum(level - shift, 0)], 0.0)
-    wanted = compared & (level - shift >= assembly.positive)
+    found_from = assembly.positive if config.objective.rank_from is None else config.objective.rank_from
+    wanted = compared & (level - shift >= found_from)
     if config.features.next_items:
         # The item after a place of the history; where there is none, next_where says so.
         after, real = batch["next_after"], batch["next_where"] & there
@@ -105,7 +106,7 @@ def pack(assembly: RankGRAssembly, config: "RankGRRunConfig", batch: dict) -> di
         level = jnp.concatenate([level, jnp.full_like(after, -1)], 1)
         compared = jnp.concatenate([compared, jnp.zeros_like(real)], 1)
         weight = jnp.concatenate([weight, jnp.where(real, weights[own_level], 0.0)], 1)
-        wanted = jnp.concatenate([wanted, real & (own_level >= assembly.positive)], 1)
+        wanted = jnp.concatenate([wanted, real & (own_level >= found_from)], 1)
     return {
         "item": item,
         "last": last,

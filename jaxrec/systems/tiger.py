@@ -17,7 +17,7 @@ free ID.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxrec.config import UserError, from_json
+from jaxrec.config import UserError, check_least, from_json
 from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.run import Run
@@ -50,8 +50,7 @@ class ObjectiveConfig:
     """Share of the examples whose user is left out, so that users who weren't there in training can be served."""
 
     def __post_init__(self):
-        if self.targets < 1:
-            raise UserError(f"configuration key 'objective.targets' is {self.targets}; give 1 or more")
+        check_least(self, "objective", targets=1)
         for name in ("later_weight", "smoothing", "without_user"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"configuration key 'objective.{name}' is {getattr(self, name)}; give 0 to 1")

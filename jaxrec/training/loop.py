@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, check_least
 from jaxrec.run import console, fault_point, progress
 from jaxrec.training import checkpoint
 from jaxrec.training.log import Log, Meter
@@ -68,11 +68,7 @@ class LoopConfig:
     """The value of an evaluation that decides which state is the best; higher is better."""
 
     def __post_init__(self):
-        least = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "keep": 1, "evaluate_every": 0, "patience": 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                given = getattr(self, name)
-                raise UserError(f"configuration key 'training.{name}' is {given}; give {value} or more")
+        check_least(self, "training", steps=1, log_every=1, checkpoint_every=1, keep=1, evaluate_every=0, patience=0)
 
 
 @dataclasses.dataclass(frozen=True)
