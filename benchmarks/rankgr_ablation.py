@@ -3,9 +3,10 @@
     python benchmarks/rankgr_ablation.py [--config configs/rankgr_mall.py] [--data DIR] [--seeds 0,1,2] [--quick]
 
 Semantic IDs are made once; every variant is trained from several seeds and measured on validation and test. Alpha, and
-the weight of the likelihood in the final score (for each alpha its own), are those of the best mean recall@10 on
-validation. "w/o IAP": alpha = 0, all else the same; "w/o RSP": no rank head; "w/o both": neither. "targets alone" is no
-row of Table 4: next tokens of the items that are looked for alone, and neither phase.
+the weight of the likelihood in the final score (for each variant its own), are those of the best mean recall@10 on
+validation, of the weakest behavior that is looked for, which is the most frequent. "w/o IAP": alpha = 0, all else the same; "w/o RSP": no rank head; "w/o both": neither. Two are no rows of
+Table 4: "head for targets", without LDPO too, has a rank head that learns to find the items that are looked for alone,
+where the configuration's finds others as well; "targets alone" has next tokens of those items alone, and neither phase.
 RankGR's HR (Eq. 19) is the share of a user's items that was found: recall here. hr@10 is whether any was found.
 --data puts a folder in place of the configuration's. What was trained gathers in OUT/rankgr_ablation-CONFIG.json, with
 its seed, command, commit, device and rows (model, split, subset, metric, value); it is not trained again. subset: items
@@ -40,7 +41,8 @@ from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 CUTOFFS = (1, 5, 10, 20, 50)
 SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "hr@10")
 CHOSEN_BY = "recall@10"
-FULL, NO_IAP, NO_RSP, PLAIN, ALONE = "RankGR", "w/o IAP", "w/o RSP", "w/o both", "targets alone"
+FULL, NO_IAP, NO_RSP, PLAIN = "RankGR", "w/o IAP", "w/o RSP", "w/o both"
+FOCUSED, ALONE = "head for targets", "targets alone"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ def with_alpha(config: RankGRRunConfig, alpha: float) -> RankGRRunConfig:
 def without_head(config: RankGRRunConfig) -> RankGRRunConfig:
     """The configuration without the refined scoring phase."""
     return replace(config, model=replace(config.model, rank=replace(config.model.rank, loss="none")))
+
+
+def head_for_targets(config: RankGRRunConfig) -> RankGRRunConfig:
+    """The configuration with a rank head that learns to find the items that are looked for alone."""
+    return replace(config, objective=replace(config.objective, rank_from=None))
 
 
 def targets_alone(config: RankGRRunConfig, assembly: RankGRAssembly) -> RankGRRunConfig:
@@ -155,9 +162,10 @@ def run_one(
         found = [row for shown, each in wider.items() for row in rows(shown, likelihood, ("test",), each)]
         results.add(f"{key} sweep", config.seed, seconds, found)
         return
+    # Names of variants with a head begin with what they are.
     names = {name: 0.0}
     if config.model.rank.loss != "none":
-        names = {label(config.objective.alpha, weight): weight for weight in sweep.likelihoods}
+        names = {name + label(config.objective.alpha, weight): weight for weight in sweep.likelihoods}
     splits = ("valid", "test")
     found = [row for each, weight in names.items() for row in rows(each, weight, splits, config.decoding)]
     results.add(key, config.seed, seconds, found)
@@ -251,25 +259,33 @@ def run_all(
     """Trains and measures everything; what the rows call each variant, and the whole model of each alpha."""
     prepare_with_ids(run, config)
     assembly = assemble(run, config)
-    looked_for = assembly.behaviors[assembly.target_behaviors[-1]]
+    frequent = assembly.behaviors[assembly.target_behaviors[0]]
 
     def score(name: str) -> float:
-        return results.of(name, looked_for, CHOSEN_BY, "valid").mean()
+        return results.of(name, frequent, CHOSEN_BY, "valid").mean()
+
+    def chosen(kind: str, alpha: float) -> float:
+        return max(sweep.likelihoods, key=lambda each: score(kind + label(alpha, each)))
 
     for seed in seeds:
         for alpha in sweep.alphas:
             run_one(run, with_alpha(replace(config, seed=seed), alpha), "", results, sweep)
-    chosen = {alpha: max(sweep.likelihoods, key=lambda each, a=alpha: score(label(a, each))) for alpha in sweep.alphas}
-    whole = {alpha: label(alpha, likelihood) for alpha, likelihood in chosen.items()}
+    likelihoods = {alpha: chosen("", alpha) for alpha in sweep.alphas}
+    whole = {alpha: label(alpha, likelihood) for alpha, likelihood in likelihoods.items()}
     alpha = max(sweep.alphas[1:], key=lambda each: score(whole[each]))
+    names = {FULL: whole[alpha], NO_IAP: whole[0.0], NO_RSP: f"{NO_RSP}, alpha {alpha:g}", PLAIN: PLAIN}
     for seed in seeds:
         seeded = replace(config, seed=seed)
-        run_one(run, without_head(with_alpha(seeded, alpha)), f"{NO_RSP}, alpha {alpha:g}", results, sweep)
-        run_one(run, without_head(with_alpha(seeded, 0.0)), PLAIN, results, sweep)
+        plain = with_alpha(seeded, 0.0)
+        run_one(run, without_head(with_alpha(seeded, alpha)), names[NO_RSP], results, sweep)
+        run_one(run, without_head(plain), PLAIN, results, sweep)
         run_one(run, targets_alone(seeded, assembly), ALONE, results, sweep)
-        run_one(run, with_alpha(seeded, alpha), "", results, sweep, chosen[alpha])
-    names = {FULL: whole[alpha], NO_IAP: whole[0.0], NO_RSP: f"{NO_RSP}, alpha {alpha:g}", PLAIN: PLAIN, ALONE: ALONE}
-    return names, whole
+        if config.objective.rank_from is not None:
+            run_one(run, head_for_targets(plain), f"{FOCUSED}, ", results, sweep)
+        run_one(run, with_alpha(seeded, alpha), "", results, sweep, likelihoods[alpha])
+    if config.objective.rank_from is not None:
+        names[FOCUSED] = f"{FOCUSED}, {label(0.0, chosen(f'{FOCUSED}, ', 0.0))}"
+    return names | {ALONE: ALONE}, whole
 
 
 if __name__ == "__main__":
