@@ -1,17 +1,18 @@
 """What RankGR's two phases bring: Table 4, and the sweeps over alpha and lambda of Fig. 4 and 5, on multi-level logs.
 
-    python benchmarks/rankgr_ablation.py [--config configs/rankgr_mall.py] [--data DIR] [--seeds 0,1,2] [--quick]
+    python benchmarks/rankgr_ablation.py [--config configs/rankgr_mall.py] [--data DIR] [--seeds 0,1,2] [--no-lambda]
 
 Semantic IDs are made once; every variant is trained from several seeds and measured on validation and test. Alpha, and
 the weight of the likelihood in the final score (for each variant its own), are those of the best mean recall@10 on
-validation, of the weakest behavior that is looked for, which is the most frequent. "w/o IAP": alpha = 0, all else the same; "w/o RSP": no rank head; "w/o both": neither. Two are no rows of
-Table 4: "head for targets", without LDPO too, has a rank head that learns to find the items that are looked for alone,
-where the configuration's finds others as well; "targets alone" has next tokens of those items alone, and neither phase.
+validation, of the weakest behavior that is looked for, which is the most frequent. "w/o IAP": alpha = 0, all else the
+same; "w/o RSP": no rank head; "w/o both": neither. Two are no rows of Table 4: "head for targets", without LDPO too,
+has a rank head that learns to find the items that are looked for alone, where the configuration's finds others as well;
+"targets alone" has next tokens of those items alone, and neither phase.
 RankGR's HR (Eq. 19) is the share of a user's items that was found: recall here. hr@10 is whether any was found.
 --data puts a folder in place of the configuration's. What was trained gathers in OUT/rankgr_ablation-CONFIG.json, with
 its seed, command, commit, device and rows (model, split, subset, metric, value); it is not trained again. subset: items
 of that behavior in the held-out session. Figures go to --pictures (CONFIG_alpha.svg, CONFIG_lambda.svg). --quick: one
-seed, few steps, kept in RUNS/quick.
+seed, few steps, kept in RUNS/quick. --no-lambda: without the sweep over lambda.
 """
 
 import argparse
@@ -53,10 +54,10 @@ class Sweep:
     likelihoods: tuple[float, ...] = (0.0, 0.3, 1.0)
     """weights of the likelihood in the final score"""
     widenings: tuple[int, ...] = (1, 2, 4, 8)
-    """candidates of the last level, in results"""
+    """candidates of the last level, in results; empty: no sweep over lambda"""
 
 
-QUICK = Sweep((0.0, 1.0), (0.0,), (1,))
+QUICK = Sweep((0.0, 1.0), (0.0,), ())
 
 
 def with_alpha(config: RankGRRunConfig, alpha: float) -> RankGRRunConfig:
@@ -235,6 +236,7 @@ def main() -> None:
     command.add_argument("--out", type=Path, default=kept.FOLDER, help="folder for the results")
     command.add_argument("--runs", type=Path, default=Path("runs/rankgr_ablation"), help="for IDs and checkpoints")
     command.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="folder for the figures")
+    command.add_argument("--no-lambda", action="store_true", help="without the sweep over lambda")
     arguments = command.parse_args()
     if arguments.quick:  # only to see that everything works: nothing to keep
         arguments.out = arguments.pictures = arguments.runs / "quick"
@@ -245,12 +247,14 @@ def main() -> None:
     results = Results(arguments.out / f"rankgr_ablation-{about}.json")
     run = Run.open(arguments.runs / fingerprint(to_json(config)), config)
     sweep = QUICK if arguments.quick else Sweep()
+    if arguments.no_lambda:
+        sweep = replace(sweep, widenings=())
     names, whole = run_all(run, config, seeds, results, sweep)
     console.print(f"chosen on validation: {FULL} {names[FULL]}; {NO_IAP} {names[NO_IAP]}", markup=False)
     print_table(results, names)
     plot(results, whole, "alpha", arguments.pictures / f"{about}_alpha.svg")
-    lambdas = {each * max(CUTOFFS): f"lambda {each}x" for each in sweep.widenings}
-    plot(results, lambdas, "candidates of the last level (lambda)", arguments.pictures / f"{about}_lambda.svg")
+    if lambdas := {each * max(CUTOFFS): f"lambda {each}x" for each in sweep.widenings}:
+        plot(results, lambdas, "candidates of the last level (lambda)", arguments.pictures / f"{about}_lambda.svg")
 
 
 def run_all(
@@ -282,7 +286,8 @@ def run_all(
         run_one(run, targets_alone(seeded, assembly), ALONE, results, sweep)
         if config.objective.rank_from is not None:
             run_one(run, head_for_targets(plain), f"{FOCUSED}, ", results, sweep)
-        run_one(run, with_alpha(seeded, alpha), "", results, sweep, likelihoods[alpha])
+        if sweep.widenings:
+            run_one(run, with_alpha(seeded, alpha), "", results, sweep, likelihoods[alpha])
     if config.objective.rank_from is not None:
         names[FOCUSED] = f"{FOCUSED}, {label(0.0, chosen(f'{FOCUSED}, ', 0.0))}"
     return names | {ALONE: ALONE}, whole
