@@ -18,7 +18,7 @@ seed, few steps, kept in RUNS/quick. --no-lambda: without the sweep over lambda.
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 CUTOFFS = (1, 5, 10, 20, 50)
 SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "hr@10")
 CHOSEN_BY = "recall@10"
+LISTED = 10
+"""length of the lists that alpha, lambda and the weight of the likelihood are judged by"""
 FULL, NO_IAP, NO_RSP, PLAIN = "RankGR", "w/o IAP", "w/o RSP", "w/o both"
 FOCUSED, ALONE = "head for targets", "targets alone"
 
@@ -53,8 +55,8 @@ class Sweep:
     alphas: tuple[float, ...] = (0.0, 1.0, 3.0)
     likelihoods: tuple[float, ...] = (0.0, 0.3, 1.0)
     """weights of the likelihood in the final score"""
-    widenings: tuple[int, ...] = (1, 2, 4, 8)
-    """candidates of the last level, in results; empty: no sweep over lambda"""
+    lambdas: tuple[int, ...] = (10, 20, 40, 80)
+    """candidates of the last level, for lists of 10; empty: no sweep over lambda"""
 
 
 QUICK = Sweep((0.0, 1.0), (0.0,), ())
@@ -81,8 +83,10 @@ def targets_alone(config: RankGRRunConfig, assembly: RankGRAssembly) -> RankGRRu
     return without_head(replace(config, objective=replace(config.objective, alpha=0.0, level_weights=weights)))
 
 
-def measure(model: GenerativeRecommender, split: str) -> Iterator[dict[str, Any]]:
-    """Rows of what is shown, for the strongest behavior of every level that is looked for or read."""
+def measure(model: GenerativeRecommender, split: str, longest: int = max(CUTOFFS)) -> Iterator[dict[str, Any]]:
+    """Rows of what is shown of lists up to `longest`, for the strongest behavior of every level that is looked for or
+    read."""
+    cutoffs = tuple(each for each in CUTOFFS if each <= longest)
     assembly = model.assembly
     records = list(Records(assembly.examples, split))
     strongest = {level: behavior for behavior, level in enumerate(assembly.levels.tolist())}
@@ -90,9 +94,9 @@ def measure(model: GenerativeRecommender, split: str) -> Iterator[dict[str, Any]
         cases = make_cases(records, [behavior], split)
         if not len(cases):
             continue
-        ranked, _ = model.recommend(cases.histories, max(CUTOFFS))
-        found = ranking_metrics(ranked, cases.targets, cases.where, CUTOFFS)
-        for metric in SHOWN:
+        ranked, _ = model.recommend(cases.histories, longest)
+        found = ranking_metrics(ranked, cases.targets, cases.where, cutoffs)
+        for metric in (each for each in SHOWN if each in found):
             value = mean(found[metric])
             yield {"split": split, "subset": assembly.behaviors[behavior], "metric": metric, "value": value}
 
@@ -134,42 +138,50 @@ class Results:
         return ((entry["seed"], row) for entry in self.entries for row in entry["rows"])
 
 
-def run_one(
-    run: Run, config: RankGRRunConfig, name: str, results: Results, sweep: Sweep, likelihood: float | None = None
-) -> None:
-    """Trains a variant and measures it on validation and test, with a head once for every weight of the likelihood.
-
-    With `likelihood`, what was trained is measured on test with that weight instead, once for every lambda.
-    """
+def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, sweep: Sweep) -> None:
+    """Trains a variant and measures it on validation and test, with a head once for every weight of the likelihood."""
     key = fingerprint(config)
-    if results.has(key if likelihood is None else f"{key} sweep"):
+    if results.has(key):
         return
+    names = {name: 0.0}
+    if config.model.rank.loss != "none":  # names of variants with a head begin with what they are
+        names = {name + label(config.objective.alpha, weight): weight for weight in sweep.likelihoods}
+    make, seconds = trained(run, config)
+    rows = []
+    for each, weight in names.items():
+        model = make(weight, config.decoding)  # one for both splits: what it compiled serves the next
+        rows += [{"model": each, **row} for split in ("valid", "test") for row in measure(model, split)]
+    results.add(key, config.seed, seconds, rows)
+
+
+def sweep_lambda(run: Run, config: RankGRRunConfig, likelihood: float, results: Results, lambdas: Sequence) -> None:
+    """Measures what was trained on test, once for every lambda of the last level."""
+    key = f"{fingerprint(config)} lambda"
+    if results.has(key):
+        return
+    make, seconds = trained(run, config)
+    rows = []
+    for each in lambdas:
+        model = make(likelihood, with_lambda(config.decoding, each))
+        rows += [{"model": f"lambda {each}", **row} for row in measure(model, "test", LISTED)]
+    results.add(key, config.seed, seconds, rows)
+
+
+def trained(run: Run, config: RankGRRunConfig) -> tuple[Callable[..., GenerativeRecommender], float]:
+    """What makes a recommender of a weight of the likelihood and a decoding, and the seconds that training took.
+
+    What was trained before is read from its checkpoint.
+    """
     begin = time.perf_counter()
     assembly = assemble(run, config)
-    folder = run.path / "stages" / key
+    folder = run.path / "stages" / fingerprint(config)
     folder.mkdir(parents=True, exist_ok=True)
-    # Where it was trained before, this reads the checkpoint.
     variables = {"params": rankgr_training.train(assembly, config, folder, folder / "metrics.jsonl").params}
-    seconds = round(time.perf_counter() - begin, 1)
 
-    def rows(name: str, weight: float, splits: tuple[str, ...], decoding: DecodingConfig) -> list[dict]:
-        # One model for all splits: what it compiled serves the next.
-        model = GenerativeRecommender(weighted(assembly, weight), variables, config.features, decoding)
-        return [{"model": name, **row} for split in splits for row in measure(model, split)]
+    def make(likelihood: float, decoding: DecodingConfig) -> GenerativeRecommender:
+        return GenerativeRecommender(weighted(assembly, likelihood), variables, config.features, decoding)
 
-    if likelihood is not None:
-        levels = assembly.space.levels
-        wider = {f"lambda {each}x": widened(config.decoding, each, levels) for each in sweep.widenings}
-        found = [row for shown, each in wider.items() for row in rows(shown, likelihood, ("test",), each)]
-        results.add(f"{key} sweep", config.seed, seconds, found)
-        return
-    # Names of variants with a head begin with what they are.
-    names = {name: 0.0}
-    if config.model.rank.loss != "none":
-        names = {name + label(config.objective.alpha, weight): weight for weight in sweep.likelihoods}
-    splits = ("valid", "test")
-    found = [row for each, weight in names.items() for row in rows(each, weight, splits, config.decoding)]
-    results.add(key, config.seed, seconds, found)
+    return make, round(time.perf_counter() - begin, 1)
 
 
 def weighted(assembly: RankGRAssembly, likelihood: float) -> RankGRAssembly:
@@ -179,12 +191,10 @@ def weighted(assembly: RankGRAssembly, likelihood: float) -> RankGRAssembly:
     return replace(assembly, model=assembly.model.clone(config=config))
 
 
-def widened(decoding: DecodingConfig, times: int, levels: int) -> DecodingConfig:
-    """The last level's beam as wide as its results, of so many times as many candidates."""
-    before = decoding.beam_widths or (decoding.beam_width,) * levels
-    widths = (*before[:-1], max(CUTOFFS))
-    candidates = (*(decoding.candidates or before)[:-1], times * max(CUTOFFS))
-    return replace(decoding, beam_widths=widths, candidates=candidates)
+def with_lambda(decoding: DecodingConfig, candidates: int) -> DecodingConfig:
+    """As many candidates at the last level, of which the rank head chooses the list."""
+    widths = (*decoding.beam_widths[:-1], LISTED)
+    return replace(decoding, beam_widths=widths, candidates=(*decoding.candidates[:-1], candidates))
 
 
 def print_table(results: Results, names: dict[str, str]) -> None:
@@ -247,13 +257,13 @@ def main() -> None:
     results = Results(arguments.out / f"rankgr_ablation-{about}.json")
     run = Run.open(arguments.runs / fingerprint(to_json(config)), config)
     sweep = QUICK if arguments.quick else Sweep()
-    if arguments.no_lambda:
-        sweep = replace(sweep, widenings=())
+    if arguments.no_lambda or not config.decoding.candidates:  # without, a level's candidates are its beams
+        sweep = replace(sweep, lambdas=())
     names, whole = run_all(run, config, seeds, results, sweep)
     console.print(f"chosen on validation: {FULL} {names[FULL]}; {NO_IAP} {names[NO_IAP]}", markup=False)
     print_table(results, names)
     plot(results, whole, "alpha", arguments.pictures / f"{about}_alpha.svg")
-    if lambdas := {each * max(CUTOFFS): f"lambda {each}x" for each in sweep.widenings}:
+    if lambdas := {each: f"lambda {each}" for each in sweep.lambdas}:
         plot(results, lambdas, "candidates of the last level (lambda)", arguments.pictures / f"{about}_lambda.svg")
 
 
@@ -286,8 +296,8 @@ def run_all(
         run_one(run, targets_alone(seeded, assembly), ALONE, results, sweep)
         if config.objective.rank_from is not None:
             run_one(run, head_for_targets(plain), f"{FOCUSED}, ", results, sweep)
-        if sweep.widenings:
-            run_one(run, with_alpha(seeded, alpha), "", results, sweep, likelihoods[alpha])
+        if sweep.lambdas:
+            sweep_lambda(run, with_alpha(seeded, alpha), likelihoods[alpha], results, sweep.lambdas)
     if config.objective.rank_from is not None:
         names[FOCUSED] = f"{FOCUSED}, {label(0.0, chosen(f'{FOCUSED}, ', 0.0))}"
     return names | {ALONE: ALONE}, whole
