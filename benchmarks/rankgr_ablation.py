@@ -57,9 +57,11 @@ class Sweep:
     """weights of the likelihood in the final score"""
     lambdas: tuple[int, ...] = (10, 20, 40, 80)
     """candidates of the last level, for lists of 10; empty: no sweep over lambda"""
+    beside: bool = True
+    """whether the two that are no rows of Table 4 are made too"""
 
 
-QUICK = Sweep((0.0, 1.0), (0.0,), ())
+QUICK = Sweep((0.0, 1.0), (0.0,), (), beside=False)
 
 
 def with_alpha(config: RankGRRunConfig, alpha: float) -> RankGRRunConfig:
@@ -233,6 +235,10 @@ def base_config(arguments: argparse.Namespace) -> RankGRRunConfig:
     steps = arguments.steps or (60 if arguments.quick else config.training.steps)
     training = replace(config.training, steps=steps, checkpoint_every=steps)
     warmup = min(config.optim.warmup, steps // 4)
+    if arguments.quick:  # compiling takes longer than training
+        backbone, buckets = replace(config.model.backbone, layers=1), config.features.buckets[-1:]
+        model, features = replace(config.model, backbone=backbone), replace(config.features, buckets=buckets)
+        config = replace(config, model=model, features=features)
     return replace(config, training=training, optim=replace(config.optim, warmup=warmup))
 
 
@@ -293,14 +299,15 @@ def run_all(
         plain = with_alpha(seeded, 0.0)
         run_one(run, without_head(with_alpha(seeded, alpha)), names[NO_RSP], results, sweep)
         run_one(run, without_head(plain), PLAIN, results, sweep)
-        run_one(run, targets_alone(seeded, assembly), ALONE, results, sweep)
-        if config.objective.rank_from is not None:
+        if sweep.beside:
+            run_one(run, targets_alone(seeded, assembly), ALONE, results, sweep)
+        if sweep.beside and config.objective.rank_from is not None:
             run_one(run, head_for_targets(plain), f"{FOCUSED}, ", results, sweep)
         if sweep.lambdas:
             sweep_lambda(run, with_alpha(seeded, alpha), likelihoods[alpha], results, sweep.lambdas)
-    if config.objective.rank_from is not None:
+    if sweep.beside and config.objective.rank_from is not None:
         names[FOCUSED] = f"{FOCUSED}, {label(0.0, chosen(f'{FOCUSED}, ', 0.0))}"
-    return names | {ALONE: ALONE}, whole
+    return (names | {ALONE: ALONE} if sweep.beside else names), whole
 
 
 if __name__ == "__main__":
