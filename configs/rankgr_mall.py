@@ -21,10 +21,11 @@ config = RankGRRunConfig(
     features=LeveledSessionConfig(buckets=(16, 48), weakest=2, targets=14),
     model=RankGRConfig(
         CausalConfig(width=64, heads=2, groups=2, head_dim=32, hidden=128, layers=2, rotary_base=1e4, dropout=0.1),
-        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=14, likelihood=False, likelihood_weight=1.0),
+        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=6, likelihood=False, likelihood_weight=1.0),
     ),
-    # Next tokens and the rank head learn all levels alike, as published: what a purchase is worth, LDPO tells.
-    objective=ObjectiveConfig(alpha=1.0, levels=(0, 1, 2, 3, 3), rank_from=0),
+    # Next tokens of all levels alike, as published. The rank head learns to find what was clicked or bought, and LDPO tells
+    # the one from the other.
+    objective=ObjectiveConfig(alpha=1.0, levels=(0, 1, 2, 3, 3), rank_from=2),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=240, log_every=40, checkpoint_every=120),
     # RankGR's own are 500, 1400 of 1400, 1400: of 8192 codes at the first level, of 500 x 8192 at the second.
