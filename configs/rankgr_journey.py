@@ -10,7 +10,6 @@ from jaxrec.data.sources import CompleteJourney
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.rankgr import RankConfig, RankGRConfig
 from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
-from jaxrec.semantic_ids.collisions import CollisionConfig
 from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
 from jaxrec.systems.recommender import DecodingConfig
 from jaxrec.training.loop import LoopConfig
@@ -22,18 +21,14 @@ config = RankGRRunConfig(
     batch_size=32,
     sessions_per_user=8,
     semantic_ids=SemanticIdConfig(ResidualConfig((128, 128)), FsqConfig((2,) * 8)),
-    collisions=CollisionConfig("nearest_free"),
-    # Purchases alone are read, and each of them is learnt after those before it: of one visit there are few.
-    features=LeveledSessionConfig(buckets=(64, 256), weakest=1, targets=16, next_items=32),
+    # Purchases alone are read.
+    features=LeveledSessionConfig(buckets=(64, 256), weakest=1, targets=16),
     model=RankGRConfig(
         CausalConfig(width=64, heads=2, groups=2, head_dim=32, hidden=128, layers=2, rotary_base=1e4, dropout=0.1),
-        # 10,374 products: with what sells as a beginning, and what products are, a short training goes far.
-        prior=True,
-        embeddings=True,
-        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=8, likelihood_weight=1.0),
+        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3, likelihood=False, likelihood_weight=1.0),
     ),
-    objective=ObjectiveConfig(alpha=1.0, level_weights=(0.0, 1.0, 1.0)),
+    objective=ObjectiveConfig(alpha=1.0),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
-    training=LoopConfig(steps=400, log_every=50, checkpoint_every=200),
-    decoding=DecodingConfig(beam_widths=(32, 64, 64), candidates=(32, 128, 128)),
+    training=LoopConfig(steps=600, log_every=50, checkpoint_every=300),
+    decoding=DecodingConfig(beam_widths=(16, 64, 64), candidates=(16, 64, 64)),
 )
