@@ -112,7 +112,7 @@ def label(alpha: float, likelihood: float) -> str:
 
 
 class Results:
-    """What was measured, in a file: a list of {"key", "seed", "seconds", "command", "commit", "rows"}."""
+    """What was measured, in a file: a list of {"key", "seed", "seconds", "command", "commit", "device", "rows"}."""
 
     def __init__(self, path: Path):
         self.path, self.entries = path, read_json(path) if path.exists() else []
@@ -280,6 +280,8 @@ def run_all(
     prepare_with_ids(run, config)
     assembly = assemble(run, config)
     frequent = assembly.behaviors[assembly.target_behaviors[0]]
+    # Without rank_from the configuration's own head is that of "head for targets".
+    focused = sweep.beside and config.objective.rank_from is not None
 
     def score(name: str) -> float:
         return results.of(name, frequent, CHOSEN_BY, "valid").mean()
@@ -301,13 +303,15 @@ def run_all(
         run_one(run, without_head(plain), PLAIN, results, sweep)
         if sweep.beside:
             run_one(run, targets_alone(seeded, assembly), ALONE, results, sweep)
-        if sweep.beside and config.objective.rank_from is not None:
+        if focused:
             run_one(run, head_for_targets(plain), f"{FOCUSED}, ", results, sweep)
         if sweep.lambdas:
             sweep_lambda(run, with_alpha(seeded, alpha), likelihoods[alpha], results, sweep.lambdas)
-    if sweep.beside and config.objective.rank_from is not None:
+    if focused:
         names[FOCUSED] = f"{FOCUSED}, {label(0.0, chosen(f'{FOCUSED}, ', 0.0))}"
-    return (names | {ALONE: ALONE} if sweep.beside else names), whole
+    if sweep.beside:
+        names[ALONE] = ALONE
+    return names, whole
 
 
 if __name__ == "__main__":
