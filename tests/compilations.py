@@ -1,9 +1,10 @@
-"""Counts what JAX compiles, by its own events."""
+"""Counts what JAX compiles, by its own events, and looks into it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
+import numpy as np
 
 TRACED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 """Recorded for every function and every new set of shapes, whether or not a cache on disk then has the binary."""
@@ -24,3 +25,10 @@ def count_compilations() -> Iterator[list[str]]:
         yield found
     finally:
         inside = False
+
+
+def constant_shapes(function: Callable, *args: object) -> list[tuple[int, ...]]:
+    """The shapes of the arrays that the program of a function would have in itself, not being arguments of it."""
+    return [
+        np.shape(value) for value in jax.make_jaxpr(lambda function, *args: function(*args))(function, *args).consts
+    ]

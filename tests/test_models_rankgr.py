@@ -36,8 +36,8 @@ def everything(config, params, arrays, targets, last=None):
     """Log-probabilities [B, L, M] and rank logits [B, L, M] of the true codes, given the true ones before."""
     assembly = make_assembly(config)
     apply = functools.partial(assembly.model.apply, {"params": params})
-    table = apply(assembly.codes, method="item_table")
-    context = apply(arrays, assembly.codes, table, False, assembly.prior, method="read")
+    table = apply(assembly.catalogue.codes, method="item_table")
+    context = apply(arrays, assembly.catalogue.codes, table, False, assembly.prior, method="read")
     memory = apply(context, method="memory")
     if last is not None:
         context = apply(context, last, method="at")
@@ -107,7 +107,9 @@ def test_the_rank_head_is_target_attention_over_all_states_and_an_mlp():
     """RankGR Eq. 13-15 written out, with `match`: one candidate, one query, all states as its memory."""
     assembly, params = make_assembly(), make_variables()["params"]
     apply = functools.partial(assembly.model.apply, {"params": params})
-    context = apply(ARRAYS, assembly.codes, apply(assembly.codes, method="item_table"), method="read")
+    context = apply(
+        ARRAYS, assembly.catalogue.codes, apply(assembly.catalogue.codes, method="item_table"), method="read"
+    )
     log_probs, _, states = apply(context, TARGETS, method="score")
     found = apply(
         context,

@@ -11,10 +11,11 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import dataclasses, functools
 import jax, numpy as np, optax
 from jax.sharding import PartitionSpec as P
+from compilations import constant_shapes
 from onemall_parts import MODEL, ITEMS, make_arrays, make_assembly, make_history
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.systems.onemall import OneMallConfig
-from jaxrec.systems.onemall_training import mean_loss
+from jaxrec.systems.onemall_training import make_loss
 from jaxrec.training.sharding import MeshConfig, make_mesh, place, shard_batch, use_mesh
 from jaxrec.training.step import make_state, make_step
 
@@ -27,7 +28,7 @@ batch = make_arrays([make_history(seed, 3 + seed) for seed in range(8)], assembl
     "target_where": np.arange(4) < rng.integers(1, 5, (8, 1)),
     "where": np.arange(8) < 7,
 }
-step = make_step(functools.partial(mean_loss, assembly, config), optimizer, config.seed)
+step = make_step(make_loss(assembly, config), optimizer, config.seed)
 
 def constraints(jaxpr):
     for equation in jaxpr.eqns:
@@ -40,6 +41,7 @@ def constraints(jaxpr):
 mesh = make_mesh(MeshConfig(data=2, expert=2, model=2))
 with use_mesh(mesh):
     state, sharded = place(make_state(assembly.init(0, mesh), optimizer, mesh), mesh), shard_batch(batch, mesh)
+    assert not [shape for shape in constant_shapes(step, state, sharded) if ITEMS in shape]
     traced = jax.jit(step).trace(state, sharded)
     many, metrics_many = traced.lower().compile()(state, sharded)
 start = jax.device_get(state)

@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from compilations import constant_shapes
 from exported import check_same_answers
 from flax import linen as nn
-from rankgr_parts import BACKBONE, FEATURES, MODEL, make_arrays, make_assembly, make_record, make_variables
+from rankgr_parts import BACKBONE, FEATURES, ITEMS, MODEL, make_arrays, make_assembly, make_record, make_variables
 
 from jaxrec.config import UserError, load_config
 from jaxrec.data.leveled_sessions import next_items, targets
@@ -30,7 +31,7 @@ from jaxrec.serving.schema import Request
 from jaxrec.systems import rankgr
 from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig, _weights
 from jaxrec.systems.rankgr_model import assemble, behavior_levels, with_pretrained
-from jaxrec.systems.rankgr_training import losses, pack, rank_loss
+from jaxrec.systems.rankgr_training import losses, make_loss, pack, rank_loss
 from jaxrec.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -63,12 +64,12 @@ def make_batch(config=CONFIG, count=3) -> dict:
 def test_the_losses_are_those_of_the_paper():
     """Eq. 8-11 from the items' scores one by one; the row that only fills the batch has none."""
     batch, assembly, variables = make_batch(), make_assembly(), make_variables()
-    sums, count, notes = losses(assembly, CONFIG, variables, batch, jax.random.key(0))
+    sums, count, notes = losses(assembly, CONFIG, assembly.catalogue, variables, batch, jax.random.key(0))
     served = assembly.serve(variables)
     context = assembly.context(served, batch)
     packed = pack(assembly, CONFIG, batch)
     seen = assembly.model.apply(variables, context, packed["last"], method="at")
-    score = assembly.model.apply(variables, seen, assembly.codes[packed["item"]], method="score")[0].sum(-1)
+    score = assembly.model.apply(variables, seen, assembly.catalogue.codes[packed["item"]], method="score")[0].sum(-1)
     next_token, ldpo, number, one_level = 0.0, 0.0, 0, 0
     for b in range(2):
         level, rows = batch["target_level"][b], np.flatnonzero(batch["target_level"][b] >= 0)
@@ -87,6 +88,14 @@ def test_the_losses_are_those_of_the_paper():
     assert [float(value) for value in notes["one_level"]] == [one_level, 2]
 
 
+def test_no_array_of_all_items_is_a_constant_of_the_training_step():
+    """Of a large catalogue they would be gigabytes in the program."""
+    loss, given = make_loss(make_assembly(), CONFIG), (make_variables()["params"], {}, make_batch(), jax.random.key(0))
+    assert not [shape for shape in constant_shapes(loss, *given) if ITEMS in shape]
+    bound = jax.make_jaxpr(lambda: loss(*given))().consts
+    assert [array.shape for array in bound if ITEMS in np.shape(array)]
+
+
 def test_the_rank_heads_loss_by_hand():
     """Eq. 16: the true code and the three most likely others, told apart by binary cross-entropy at every level."""
     batch, assembly, variables = make_batch(), make_assembly(), make_variables()
@@ -96,9 +105,9 @@ def test_the_rank_heads_loss_by_hand():
 
     context = assembly.context(assembly.serve(variables), batch)
     packed = pack(assembly, CONFIG, batch)
-    seen, codes = apply(context, packed["last"], method="at"), np.asarray(assembly.codes)[packed["item"]]
+    seen, codes = apply(context, packed["last"], method="at"), np.asarray(assembly.catalogue.codes)[packed["item"]]
     _, _, states = apply(seen, codes, method="score")
-    found = rank_loss(assembly, variables, context, states, packed)
+    found = rank_loss(assembly, assembly.catalogue.codes, variables, context, states, packed)
     memory, wanted, last = apply(context, method="memory"), np.asarray(packed["wanted"]), np.asarray(packed["last"])
     assert wanted.sum() >= 4
     assert wanted.sum(1).max() <= MODEL.rank.targets

@@ -28,7 +28,7 @@ from jaxrec.run import Run
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.systems.recommender import filled_up, with_later_embeddings
-from jaxrec.training.sharding import init_sharded
+from jaxrec.training.sharding import init_sharded, shapes_of
 
 if TYPE_CHECKING:
     from jaxrec.systems.onemall import OneMallConfig
@@ -75,12 +75,14 @@ class Assembly:
     def init(self, seed: int, mesh: Mesh | None = None) -> dict:
         """Fresh variables {"params", "balance"}: made on the devices where they stay, if there is a mesh."""
 
+        catalogue = shapes_of(self.catalogue)
+
         def make():
             empty = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
             shortest = FeatureConfig(buckets=(8,))
             arrays = cut({**empty, "now": 0}, 0, shortest, behaviors=len(self.behaviors), wanted=self.wanted)
             features = self.features(jax.tree.map(lambda x: jnp.asarray(x)[None], arrays))
-            return self.model.init(jax.random.key(seed), features, jnp.zeros((1, 1), jnp.int32), self.catalogue)
+            return self.model.lazy_init(jax.random.key(seed), features, jnp.zeros((1, 1), jnp.int32), catalogue)
 
         return init_sharded(make, mesh)
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from jaxrec.data import features
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.losses.contrastive import in_batch_softmax
 from jaxrec.losses.likelihood import next_token
+from jaxrec.models.context import Catalogue
 from jaxrec.nn.moe import balance
 from jaxrec.systems.generative import train_model
 from jaxrec.systems.onemall_model import Assembly
@@ -26,14 +28,27 @@ if TYPE_CHECKING:
 
 def train(assembly: Assembly, config: "OneMallConfig", folder: Path, metrics_path: Path) -> TrainState:
     """As `jaxrec.systems.generative.train_model`."""
-    loss, batches = partial(mean_loss, assembly, config), training_batches(assembly, config)
-    counted = exact_loss(assembly, config)
+    loss = make_loss(assembly, config)
+    batches, counted = training_batches(assembly, config), exact_loss(assembly, config)
     return train_model(assembly, config, loss, batches, folder, metrics_path, counted=counted)
 
 
-def mean_loss(assembly: Assembly, config: "OneMallConfig", params: Any, extra: dict, batch: dict, key: jax.Array):
+def make_loss(assembly: Assembly, config: "OneMallConfig") -> Loss:
+    """`mean_loss`, bound to the catalogue."""
+    return Partial(partial(mean_loss, assembly, config), assembly.catalogue)
+
+
+def mean_loss(
+    assembly: Assembly,
+    config: "OneMallConfig",
+    catalogue: Catalogue,
+    params: Any,
+    extra: dict,
+    batch: dict,
+    key: jax.Array,
+):
     """As `jaxrec.training.step.Loss`; `extra` holds the biases of the routers, a batch is of `training_batches`."""
-    sums, count, load = losses(assembly, config, {"params": params, **extra}, batch, key)
+    sums, count, load = losses(assembly, config, catalogue, {"params": params, **extra}, batch, key)
     total = sums["next_token"] + config.objective.contrastive_weight * sums["contrastive"]
     if load:
         extra = {"balance": move_biases(extra["balance"], load, config.model.balance_rate)}
@@ -44,15 +59,17 @@ def mean_loss(assembly: Assembly, config: "OneMallConfig", params: Any, extra: d
 def exact_loss(assembly: Assembly, config: "OneMallConfig") -> Loss:
     """`mean_loss` with the experts run exactly: padding and dropped tokens of another dispatch are no model FLOPs."""
     exact = assembly.model.clone(config=dataclasses.replace(assembly.model.config, dispatch="ragged"))
-    return partial(mean_loss, dataclasses.replace(assembly, model=exact), config)
+    return make_loss(dataclasses.replace(assembly, model=exact), config)
 
 
-def losses(assembly: Assembly, config: "OneMallConfig", variables: dict, batch: dict, key: jax.Array):
+def losses(
+    assembly: Assembly, config: "OneMallConfig", catalogue: Catalogue, variables: dict, batch: dict, key: jax.Array
+):
     """Sums over the batch's targets of each loss of Eq. 7, the number of targets, and the experts' load.
 
     The items of a session are L targets of one context: targets int32 [B, L] with mask [B, L].
     """
-    model, catalogue, rngs = assembly.model, assembly.catalogue, {"dropout": key}
+    model, rngs = assembly.model, {"dropout": key}
     target, where = batch["target"], batch["target_where"] & batch["where"][:, None]
     context = model.apply(variables, assembly.features(batch), catalogue, True, method="prefill", rngs=rngs)
     (log_probs, state), load = model.apply(
@@ -60,21 +77,21 @@ def losses(assembly: Assembly, config: "OneMallConfig", variables: dict, batch: 
     )
     sums = {"next_token": next_token(log_probs, where).sum(), "contrastive": jnp.float32(0)}
     if config.objective.contrastive_weight:
-        sums["contrastive"] = contrastive(assembly, variables, state, target, where).sum()
+        sums["contrastive"] = contrastive(assembly, catalogue, variables, state, target, where).sum()
     return sums, where.sum(), load.get("balance", {})
 
 
-def contrastive(assembly: Assembly, variables: dict, state: jax.Array, target: jax.Array, where: jax.Array):
+def contrastive(assembly: Assembly, catalogue: Catalogue, variables: dict, state, target: jax.Array, where: jax.Array):
     """In-batch contrastive loss [B * L] of s_M against the item tower (Eq. 7), with logQ correction.
 
     A context's own targets are all true, so that they aren't compared with one another, nor are copies of an item.
     """
     items, real = target.reshape(-1), where.reshape(-1)
     flat = state.reshape(len(items), -1)
-    scores = assembly.model.apply(variables, flat, items, assembly.catalogue, method="contrast")
+    scores = assembly.model.apply(variables, flat, items, catalogue, method="contrast")
     owner = jnp.repeat(jnp.arange(len(target)), target.shape[1])
     others = (owner[:, None] != owner) & (items[:, None] != items) & real & real[:, None]
-    log_q = assembly.catalogue.log_q[items]
+    log_q = catalogue.log_q[items]
     return in_batch_softmax(scores, positive=jnp.arange(len(items)), candidates=others, log_q=log_q)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
+from flax import struct
 from jax.sharding import Mesh
 
 from jaxrec.config import UserError, from_json, to_json
@@ -22,13 +23,22 @@ from jaxrec.run import Run, read_json, write_json
 from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.systems.recommender import filled_up, with_later_embeddings, with_later_prior
-from jaxrec.training.sharding import init_sharded
+from jaxrec.training.sharding import init_sharded, shapes_of
 
 if TYPE_CHECKING:
     from jaxrec.systems.rankgr import RankGRRunConfig
 
 BACKBONE = "backbone.json"
 """In the folder of the training: the sizes of the model, for those who haven't the weights that it began from."""
+
+
+@struct.dataclass
+class RankGRCatalogue:
+    """What a training step reads of all items: codes int32 [I, M], embeddings float32 [I, E] and prior, if it does."""
+
+    codes: jax.Array
+    embeddings: jax.Array | None = None
+    prior: Prior | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +75,21 @@ class RankGRAssembly:
         return int(self.levels[self.wanted].min())
 
     @property
-    def codes(self) -> jax.Array:
-        """int32 [I, M]"""
-        return jnp.asarray(self.space.codes, jnp.int32)
+    def catalogue(self) -> RankGRCatalogue:
+        """What a training step reads of the items."""
+        embeddings = None if self.embeddings is None else jnp.asarray(self.embeddings)
+        return RankGRCatalogue(jnp.asarray(self.space.codes, jnp.int32), embeddings, self.prior)
 
     def init(self, seed: int, mesh: Mesh | None = None) -> dict:
         """Fresh variables {"params"}, with the pretrained backbone in them if there is one."""
-        levels = self.space.levels
+        catalogue = shapes_of(self.catalogue)
 
         def make():
             one = jnp.zeros((1, 1), jnp.int32)
             arrays = {"item": one, "behavior": one, "gap": one, "mask": jnp.ones((1, 1), bool)}
-            targets = jnp.zeros((1, 1, levels), jnp.int32)
-            return self.model.init(jax.random.key(seed), arrays, self.codes, targets, self.embeddings)
+            targets = jnp.zeros((1, 1, self.space.levels), jnp.int32)
+            given = arrays, catalogue.codes, targets, catalogue.embeddings
+            return self.model.lazy_init(jax.random.key(seed), *given)
 
         fresh = init_sharded(make, mesh)
         # Outside of the compiled function, of which gigabytes of weights would be constants.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from jaxrec.config import UserError
 from jaxrec.data import leveled_sessions
@@ -21,8 +22,9 @@ from jaxrec.losses.likelihood import full_softmax, next_token
 from jaxrec.losses.preference import has_preference, ldpo
 from jaxrec.models.rankgr import RankContext
 from jaxrec.systems.generative import train_model
-from jaxrec.systems.rankgr_model import RankGRAssembly, write_backbone
+from jaxrec.systems.rankgr_model import RankGRAssembly, RankGRCatalogue, write_backbone
 from jaxrec.training.loop import TrainState
+from jaxrec.training.step import Loss
 
 if TYPE_CHECKING:
     from jaxrec.systems.rankgr import RankGRRunConfig
@@ -31,27 +33,45 @@ if TYPE_CHECKING:
 def train(assembly: RankGRAssembly, config: "RankGRRunConfig", folder: Path, metrics_path: Path) -> TrainState:
     """As `jaxrec.systems.generative.train_model`."""
     write_backbone(folder, assembly.model.config)
-    loss = partial(mean_loss, assembly, config)
+    loss = make_loss(assembly, config)
     return train_model(assembly, config, loss, training_batches(assembly, config), folder, metrics_path)
 
 
+def make_loss(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Loss:
+    """`mean_loss`, bound to the catalogue."""
+    return Partial(partial(mean_loss, assembly, config), assembly.catalogue)
+
+
 def mean_loss(
-    assembly: RankGRAssembly, config: "RankGRRunConfig", params: Any, extra: dict, batch: dict, key: jax.Array
+    assembly: RankGRAssembly,
+    config: "RankGRRunConfig",
+    catalogue: RankGRCatalogue,
+    params: Any,
+    extra: dict,
+    batch: dict,
+    key: jax.Array,
 ):
     """As `jaxrec.training.step.Loss` (Eq. 17); a batch is what `training_batches` yields."""
     objective = config.objective
-    sums, count, notes = losses(assembly, config, {"params": params}, batch, key)
+    sums, count, notes = losses(assembly, config, catalogue, {"params": params}, batch, key)
     total = sums["next_token"] + objective.alpha * sums["ldpo"] + objective.rank_weight * sums["rank"]
     metrics = {name: (value, count) for name, value in (sums | {"loss": total}).items()} | notes
     return total / jnp.where(count > 0, count, 1), (metrics, extra)
 
 
-def losses(assembly: RankGRAssembly, config: "RankGRRunConfig", variables: dict, batch: dict, key: jax.Array):
+def losses(
+    assembly: RankGRAssembly,
+    config: "RankGRRunConfig",
+    catalogue: RankGRCatalogue,
+    variables: dict,
+    batch: dict,
+    key: jax.Array,
+):
     """(sums over the batch of each loss of Eq. 17, the weight of the first's targets, what is counted on the way)."""
     model, objective, rngs = assembly.model, config.objective, {"dropout": key}
-    codes = assembly.codes
-    table = model.apply(variables, codes, assembly.embeddings, method="item_table")
-    context = model.apply(variables, batch, codes, table, True, assembly.prior, method="read", rngs=rngs)
+    codes = catalogue.codes
+    table = model.apply(variables, codes, catalogue.embeddings, method="item_table")
+    context = model.apply(variables, batch, codes, table, True, catalogue.prior, method="read", rngs=rngs)
     targets = pack(assembly, config, batch)
     seen = model.apply(variables, context, targets["last"], method="at")
     log_probs, smoothed, states = model.apply(
@@ -72,7 +92,7 @@ def losses(assembly: RankGRAssembly, config: "RankGRRunConfig", variables: dict,
             flat, vectors, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing
         ).sum()
     elif loss == "bce":
-        sums["rank"] = rank_loss(assembly, variables, context, states, targets).sum()
+        sums["rank"] = rank_loss(assembly, codes, variables, context, states, targets).sum()
     held = compared.any(-1)
     notes = {
         "one_level": ((held & ~has_preference(level, compared)).sum(), held.sum()),
@@ -133,19 +153,24 @@ def level_weights(assembly: RankGRAssembly, config: "RankGRRunConfig") -> jax.Ar
 
 
 def rank_loss(
-    assembly: RankGRAssembly, variables: dict, context: RankContext, states: jax.Array, targets: dict
+    assembly: RankGRAssembly,
+    codes: jax.Array,
+    variables: dict,
+    context: RankContext,
+    states: jax.Array,
+    targets: dict,
 ) -> jax.Array:
     """Binary cross-entropy of the rank head over the candidates of every level, a value a target [B, R] (Eq. 12, 16).
 
     The targets are the first R = `model.rank.targets` that are looked for. Candidates are the true code and the most
     probable others. A code is true if an item that is looked for, after the same place of the history, continues the
-    same prefix with it.
+    same prefix with it. codes: int32 [I, M] of all items.
     """
     model = assembly.model
     chosen = jnp.argsort(~targets["wanted"], axis=1, stable=True)[:, : model.config.rank.targets]
     wanted, last, item = (jnp.take_along_axis(targets[name], chosen, axis=1) for name in ("wanted", "last", "item"))
     states = jnp.take_along_axis(states, chosen[..., None, None], axis=1)
-    codes, memory = assembly.codes[item], model.apply(variables, context, method="memory")
+    codes, memory = codes[item], model.apply(variables, context, method="memory")
     context = model.apply(variables, context, last, method="at")
     priors = None if context.prior is None else context.prior.along(codes)
     total = jnp.zeros(wanted.shape, jnp.float32)

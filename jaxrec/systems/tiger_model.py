@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
+from flax import struct
 from jax.sharding import Mesh
 
 from jaxrec.decoding.version import Version
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
     from jaxrec.systems.tiger import TigerConfig
 
 START = 0
+
+
+@struct.dataclass
+class TigerCatalogue:
+    """What a training step reads of all items: codes int32 [I, M] and, if the decoder begins with it, the prior."""
+
+    codes: jax.Array
+    prior: Prior | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +68,11 @@ class TigerAssembly:
     def target_behaviors(self) -> list[int]:
         """Indices of the target behaviors."""
         return np.flatnonzero(self.wanted).tolist()
+
+    @property
+    def catalogue(self) -> TigerCatalogue:
+        """What a training step reads of the items."""
+        return TigerCatalogue(jnp.asarray(self.space.codes, jnp.int32), self.prior)
 
     @property
     def first_own(self) -> int:

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from jaxrec.data import item_sequences
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.losses.likelihood import next_token
 from jaxrec.systems.generative import train_model
-from jaxrec.systems.tiger_model import TigerAssembly
+from jaxrec.systems.tiger_model import TigerAssembly, TigerCatalogue
 from jaxrec.training.loop import TrainState
+from jaxrec.training.step import Loss
 
 if TYPE_CHECKING:
     from jaxrec.systems.tiger import TigerConfig
@@ -30,31 +32,49 @@ if TYPE_CHECKING:
 
 def train(assembly: TigerAssembly, config: "TigerConfig", folder: Path, metrics_path: Path) -> TrainState:
     """As `jaxrec.systems.generative.train_model`."""
-    loss = partial(mean_loss, assembly, config)
+    loss = make_loss(assembly, config)
     return train_model(assembly, config, loss, training_batches(assembly, config), folder, metrics_path)
 
 
-def mean_loss(assembly: TigerAssembly, config: "TigerConfig", params: Any, extra: dict, batch: dict, key: jax.Array):
+def make_loss(assembly: TigerAssembly, config: "TigerConfig") -> Loss:
+    """`mean_loss`, bound to the catalogue."""
+    return Partial(partial(mean_loss, assembly, config), assembly.catalogue)
+
+
+def mean_loss(
+    assembly: TigerAssembly,
+    config: "TigerConfig",
+    catalogue: TigerCatalogue,
+    params: Any,
+    extra: dict,
+    batch: dict,
+    key: jax.Array,
+):
     """As `jaxrec.training.step.Loss`; a batch is what `training_batches` yields."""
-    total, count = losses(assembly, config, {"params": params}, batch, key)
+    total, count = losses(assembly, config, catalogue, {"params": params}, batch, key)
     return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
 
 
 def losses(
-    assembly: TigerAssembly, config: "TigerConfig", variables: dict, batch: dict, key: jax.Array
+    assembly: TigerAssembly,
+    config: "TigerConfig",
+    catalogue: TigerCatalogue,
+    variables: dict,
+    batch: dict,
+    key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of the targets' negative log-likelihoods (labels smoothed), and the sum of the weights."""
     model, rngs, smoothing = assembly.model, {"dropout": key}, config.objective.smoothing
-    codes = jnp.asarray(assembly.space.codes, jnp.int32)
+    codes, prior = catalogue.codes, catalogue.prior
     tokens, mask = assembly.tokens(codes, batch)
     targets, where = codes[batch["target"]], (batch["target_rank"] >= 0) & batch["where"][:, None]
     if model.config.causal:
         # The user and the items before each target, bool [B, L, S].
         seen = jnp.arange(tokens.shape[1]) < assembly.before(batch["before"])[..., None]
-        given = (tokens, mask, seen, targets, True, smoothing, assembly.prior)
+        given = (tokens, mask, seen, targets, True, smoothing, prior)
         log_probs = model.apply(variables, *given, method="score_prefixes", rngs=rngs)
     else:
-        context = model.apply(variables, tokens, mask, True, assembly.prior, method="prefill", rngs=rngs)
+        context = model.apply(variables, tokens, mask, True, prior, method="prefill", rngs=rngs)
         log_probs = model.apply(variables, context, targets, True, smoothing, method="score", rngs=rngs)
     weight = jnp.where(where, config.objective.later_weight ** jnp.maximum(batch["target_rank"], 0), 0.0)
     return (weight * next_token(log_probs, where)).sum(), weight.sum()

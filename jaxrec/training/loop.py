@@ -1,16 +1,17 @@
 """The training loop: it feeds batches to a step, logs, saves, and goes on after a stop as if there had been none.
 
 A step is a plain function `step_fn(state, batch) -> (state, metrics)` with metrics as {name: (sum, count)}; "loss" is
-one of them, and its count is the number of targets. The loop compiles it once per shape of batch, donates the state,
-adds the sums up on the device and fetches them only when it logs. Checkpoints hold the state, the iterator's position
-behind the last batch that was used, and the sums since the last log line: resumed training ends in the same bits.
+one of them, and its count is the number of targets. Arrays that it is bound to with `jax.tree_util.Partial` are
+arguments of the compiled program. The loop compiles it once per shape of batch, donates the state, adds the sums up on
+the device and fetches them only when it logs. Checkpoints hold the state, the iterator's position behind the last batch
+that was used, and the sums since the last log line: resumed training ends in the same bits.
 """
 
 import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from jaxrec.config import UserError, check_least
 from jaxrec.run import console, fault_point, progress
@@ -125,7 +127,7 @@ def fit(
         that is evaluated is called `config.monitor`.
       SystemExit: status 130, after Ctrl-C or SIGTERM, when the state is saved.
     """
-    step_fn = jax.jit(step_fn)  # so that it is traced once, for the names of its metrics and for the program
+    step_fn = place(as_partial(step_fn), mesh)
     state, totals, begun, watch = _resume(folder, place(state, mesh), iterator)
     totals = place(totals, mesh)
     log = Log(metrics_path, stage, begun, on_log)
@@ -135,7 +137,8 @@ def fit(
         console.print(f"{stage}: going on from step {begun}", markup=False)
     # With a mesh the state stays where it is: the compiler could choose another place for it after every step.
     kept = (jax.tree.map(lambda x: x.sharding, state), None, None) if mesh else None
-    train = jax.jit(_accumulating(step_fn), donate_argnums=(0, 1), out_shardings=kept)
+    one_step, train = _programs()
+    train = jax.jit(train, donate_argnums=(1, 2), out_shardings=kept)
     meter = Meter(flops_per_step)
     batches, bars = Prefetch(iterator), _bars(meter.peak)
     with use_mesh(mesh) if mesh else nullcontext(), _stop_signals() as stop, batches, bars, log:
@@ -143,10 +146,10 @@ def fit(
         in_flight = None
         for step in range(begun + 1, config.steps + 1):
             batch = batches.get(step)
-            totals = totals or place(_zeros(step_fn, state, batch), mesh)
+            totals = totals or place(_zeros(jax.eval_shape(one_step, step_fn, state, batch)[1]), mesh)
             meter.add(batch)
             batch = shard_batch(batch, mesh) if mesh else batch
-            state, totals, done = train(state, totals, batch, np.int32(step))
+            state, totals, done = train(step_fn, state, totals, batch, np.int32(step))
             # One step computes while the next batch is made, not more: each holds a batch.
             jax.block_until_ready(in_flight)
             in_flight = done
@@ -210,22 +213,33 @@ def _monitored(values: dict[str, float], config: LoopConfig) -> float:
     return float(values[config.monitor])
 
 
-def _accumulating(step_fn: Callable[[Any, Any], tuple[Any, Metrics]]) -> Callable[..., Any]:
-    """The step that is compiled: adds the metrics to the totals, and notes the first step whose loss isn't finite."""
+def as_partial(function: Callable) -> Partial:
+    """The function as a pytree of the arrays that it was bound to."""
+    return function if isinstance(function, Partial) else Partial(function)
 
-    def train(state: Any, totals: Metrics, batch: Any, step: jax.Array) -> tuple[Any, Metrics, jax.Array]:
-        state, metrics = step_fn(state, batch)
+
+def _programs() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Functions of the step and its arguments, of this training alone, with which their programs are freed.
+
+    The first is the step itself, jitted so that it is traced once, for the names of its metrics and for the second,
+    which adds the metrics to the totals and notes the first step whose loss isn't finite.
+    """
+    one_step = jax.jit(lambda step_fn, state, batch: step_fn(state, batch))
+
+    def train(
+        step_fn: Partial, state: Any, totals: Metrics, batch: Any, step: jax.Array
+    ) -> tuple[Any, Metrics, jax.Array]:
+        state, metrics = one_step(step_fn, state, batch)
         first, _ = totals[BAD_STEP]
         bad = ~jnp.isfinite(metrics["loss"][0]) & (first == 0)
         found = {BAD_STEP: (jnp.where(bad, jnp.float32(step), 0.0), 0.0), **metrics}
         totals = {name: tuple(jnp.float32(a) + b for a, b in zip(found[name], totals[name])) for name in found}
         return state, totals, step + 0
 
-    return train
+    return one_step, train
 
 
-def _zeros(step_fn: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batch: Any) -> Metrics:
-    names = jax.eval_shape(step_fn, state, batch)[1]
+def _zeros(names: Iterable[str]) -> Metrics:
     return {name: (jnp.float32(0), jnp.float32(0)) for name in [*names, BAD_STEP]}
 
 

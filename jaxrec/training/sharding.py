@@ -116,6 +116,11 @@ def init_sharded(init: Callable[[], Any], mesh: Mesh | None) -> Any:
         return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
 
 
+def shapes_of(tree: Any) -> Any:
+    """Shapes and types in place of arrays: what `flax.linen.Module.lazy_init` needs of a large input."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 def _split_evenly(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
     def ways(axes: Any) -> int:
         return int(np.prod([sharding.mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ())]))

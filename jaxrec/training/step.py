@@ -7,12 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
-from jaxrec.training.loop import Metrics, TrainState
+from jaxrec.training.loop import Metrics, TrainState, as_partial
 from jaxrec.training.sharding import like_params, use_mesh
 
 Loss = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Metrics, Any]]]
-"""loss(params, extra, batch, key) -> (what is minimised, (metrics as (sum, count), what `extra` is after the step))"""
+"""loss(params, extra, batch, key) -> (what is minimised, (metrics as (sum, count), what `extra` is after the step))
+
+What a loss reads of a whole catalogue it is bound to with `jax.tree_util.Partial`: those arrays are arguments of the
+compiled step. With `functools.partial` they would be constants in it, gigabytes where a catalogue is large.
+"""
 
 
 def make_state(variables: dict, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
@@ -26,13 +31,13 @@ def make_state(variables: dict, optimizer: optax.GradientTransformation, mesh: M
     return TrainState(jnp.int32(0), params, opt_state, extra)
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, seed: int) -> Callable:
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, seed: int) -> Partial:
     """step(state, batch) -> (state, metrics), as `jaxrec.training.loop.fit` takes it; every step has its own key."""
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def step(loss: Loss, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradients, (metrics, extra) = jax.grad(loss, has_aux=True)(state.params, state.extra, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, extra), metrics
 
-    return step
+    return Partial(step, as_partial(loss))
