@@ -44,7 +44,8 @@ def everything(config, params, arrays, targets, last=None):
     log_probs, _, states = apply(context, targets, method="score")
     logits = []
     for level in range(len(SIZES)):
-        asked = states[:, :, : level + 1], targets[..., level : level + 1], log_probs[..., level : level + 1]
+        prefixes = apply(states[:, :, : level + 1], method="prefixes")
+        asked = prefixes, targets[..., level : level + 1], log_probs[..., level : level + 1]
         logits.append(apply(context, memory, *asked, level, method="rank")[..., 0])
     return log_probs, jnp.stack(logits, -1)
 
@@ -114,7 +115,7 @@ def test_the_rank_head_is_target_attention_over_all_states_and_an_mlp():
     found = apply(
         context,
         apply(context, method="memory"),
-        states,
+        apply(states, method="prefixes"),
         TARGETS[..., LEVEL:],
         log_probs[..., LEVEL:],
         LEVEL,

@@ -117,6 +117,7 @@ def test_the_rank_heads_loss_by_hand():
         for level, size in enumerate(assembly.space.codebook_sizes):
             log_probs = np.asarray(apply(states[b, k, level], level, method="level_log_probs"))
             best = set(np.argsort(-log_probs, kind="stable")[: min(3, size)].tolist()) | {int(codes[b, k, level])}
+            prefixes = apply(states[:, :, : level + 1], method="prefixes")
             true = {
                 int(codes[b, i, level])
                 for i in np.flatnonzero(wanted[b])
@@ -124,7 +125,7 @@ def test_the_rank_heads_loss_by_hand():
             }
             for code in best:
                 asked = jnp.full((*wanted.shape, 1), code), jnp.full((*wanted.shape, 1), log_probs[code])
-                logit = float(apply(seen, memory, states[:, :, : level + 1], *asked, level, method="rank")[b, k, 0])
+                logit = float(apply(seen, memory, prefixes, *asked, level, method="rank")[b, k, 0])
                 p = 1 / (1 + math.exp(-logit))
                 total -= math.log(p) if code in true else math.log(1 - p)
         np.testing.assert_allclose(found[b, place[b, k]], total, rtol=1e-3)

@@ -98,6 +98,18 @@ class RankContext:
     prior: Prior | None = None
 
 
+@struct.dataclass
+class RankPrefixes:
+    """L prefixes of IDs as the rank head sees them, once for all candidates that may follow.
+
+    own: key and value [B, L, T, N, H] of the states of the prefix, the last of which predicts the candidates; wanted
+    [B, L, D], if heads match: what that state looks for.
+    """
+
+    own: KeyValue
+    wanted: jax.Array | None = None
+
+
 class RankHead(nn.Module):
     """Target attention of candidate codes over the history's and the ID's states, and an MLP (RankGR Eq. 13-15)."""
 
@@ -123,17 +135,22 @@ class RankHead(nn.Module):
         normed = self.states_norm(states)
         return self.attention.key(normed), self.attention.value(normed)
 
-    def __call__(self, query, context: KeyValue, mask, states: jax.Array, log_probs: jax.Array) -> jax.Array:
+    def prefixes(self, states: jax.Array) -> RankPrefixes:
+        """L prefixes with states [B, L, T, D]."""
+        wanted = self.by_state(self.states_norm(states[:, :, -1])) if self.config.match else None
+        return RankPrefixes(self.memory(states), wanted)
+
+    def __call__(self, query, context: KeyValue, mask, prefixes: RankPrefixes, log_probs: jax.Array) -> jax.Array:
         """Logits float32 [B, L, C] of candidates query [B, L, C, D].
 
-        context: of `memory` [B, S, N, H] with mask [B, S] or [B, L, S]; states: of the L prefixes [B, L, T, D], the
-        last of which predicts the candidates; log_probs [B, L, C] of the candidates, no gradient flows into them.
+        context: of `memory` [B, S, N, H] with mask [B, S] or [B, L, S]; prefixes: L of them; log_probs [B, L, C] of the
+        candidates, no gradient flows into them.
         """
-        x = self.attention(query, context, mask, self.memory(states), causal=False)
+        x = self.attention(query, context, mask, prefixes.own, causal=False)
         x = x + self.feed_forward(self.norm(x))
         logits = self.out(x)[..., 0].astype(jnp.float32)
         if self.config.match:
-            wanted = self.by_found(self.found_norm(x)) + self.by_state(self.states_norm(states[:, :, -1:]))
+            wanted = self.by_found(self.found_norm(x)) + prefixes.wanted[:, :, None]
             logits += (wanted * self.query_norm(query)).astype(jnp.float32).sum(-1)
         if self.config.likelihood:
             logits += self.share * jnp.maximum(jax.lax.stop_gradient(log_probs), -30.0)
@@ -240,16 +257,20 @@ class RankGR(nn.Module):
         """The history as the rank head attends to it; once for all levels."""
         return self.rank_head.memory(context.states)
 
-    def rank(self, context: RankContext, memory: KeyValue, states, codes, log_probs, level: int) -> jax.Array:
+    def prefixes(self, states: jax.Array) -> RankPrefixes:
+        """L prefixes as the rank head sees them: states [B, L, level + 1, D], the last of which predicts the code."""
+        return self.rank_head.prefixes(states)
+
+    def rank(self, context: RankContext, memory: KeyValue, prefixes, codes, log_probs, level: int) -> jax.Array:
         """The rank head's logits float32 [B, L, C] of candidate codes int32 [B, L, C] of a level (RankGR Eq. 14-15).
 
-        states [B, L, level + 1, D]: those of the L prefixes, the last of which predicts the code.
+        prefixes: L of them, of `prefixes`.
         """
         x = self.backbone.embed(to_tokens(codes[..., None], self.config.backbone.levels, level)[..., 0])
         # The state of the last place is h_1, the first of the ID's own: it is there once (Eq. 13).
         mask = context.own.mask
         before = mask & (jnp.cumsum(mask, axis=-1) < mask.sum(-1, keepdims=True))
-        return self.rank_head(x, memory, before, states, log_probs)
+        return self.rank_head(x, memory, before, prefixes, log_probs)
 
     def item_scores(self, states: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Two factors, [..., D] and [I, D], of the scores of all items of a table after histories with states [..., D].
@@ -264,9 +285,8 @@ class RankGR(nn.Module):
         context = self.read(arrays, codes, self.item_table(codes, embeddings))
         log_probs, _, states = self.score(context, targets)
         if self.rank_head is not None:
-            log_probs += self.rank(
-                context, self.memory(context), states[:, :, :1], targets[..., :1], log_probs[..., :1], 0
-            )
+            memory, prefixes = self.memory(context), self.prefixes(states[:, :, :1])
+            log_probs += self.rank(context, memory, prefixes, targets[..., :1], log_probs[..., :1], 0)
         if self.query is not None:
             log_probs += self.query(states).sum(-1)
         return log_probs

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxrec.config import UserError, from_json, to_json
 from jaxrec.data.features import AGES
-from jaxrec.decoding.beam import Candidates, Rescore
+from jaxrec.decoding.beam import Candidates, Rescore, reorder
 from jaxrec.decoding.version import Version
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.huggingface import load_qwen2
@@ -149,11 +149,13 @@ class RankGRAssembly:
 
         def by_codes(candidates: Candidates, cache: dict) -> jax.Array:
             level = candidates.level
-            states = jnp.take_along_axis(cache["states"], candidates.parents[..., None, None], axis=1)
+            # Once a beam, and a row of it for each of its candidates.
+            prefixes = self.model.apply(variables, cache["states"], method="prefixes")
+            prefixes = reorder(prefixes, candidates.parents)
             codes = jnp.maximum(candidates.codes[..., -1:], 0)
             alive = candidates.log_probs > -jnp.inf
             log_probs = jnp.where(alive, candidates.log_probs - candidates.parent_log_probs, 0.0)[..., None]
-            logits = self.model.apply(variables, context, memory, states, codes, log_probs, level, method="rank")
+            logits = self.model.apply(variables, context, memory, prefixes, codes, log_probs, level, method="rank")
             scores = candidates.parent_scores + jax.nn.log_sigmoid(logits[..., 0])
             return scores + config.likelihood_weight * log_probs[..., 0]
 

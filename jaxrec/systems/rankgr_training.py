@@ -187,9 +187,8 @@ def rank_loss(
         same = (candidates[:, :, None, :] == true[:, None, :, None]) & together[..., None]
         labels = same.any(2)
         own = jnp.take_along_axis(log_probs, candidates, axis=-1)
-        logits = model.apply(
-            variables, context, memory, states[:, :, : level + 1], candidates, own, level, method="rank"
-        )
+        prefixes = model.apply(variables, states[:, :, : level + 1], method="prefixes")
+        logits = model.apply(variables, context, memory, prefixes, candidates, own, level, method="rank")
         total += jnp.where(where, jax.nn.softplus(jnp.where(labels, -logits, logits)), 0.0).sum(-1)
         together &= true[:, :, None] == true[:, None, :]
     return total
