@@ -26,7 +26,7 @@ LARGE = CausalConfig(width=256, heads=4, groups=2, head_dim=64, hidden=1024, lay
 HEADS = {
     "no rank head": RankConfig(loss="none"),
     "bce": RankConfig(loss="bce", hidden=128),
-    "softmax": RankConfig(loss="softmax", likelihood_weight=0.5, temperature=0.08),
+    "softmax": RankConfig(loss="softmax", temperature=0.08),
 }
 
 
@@ -56,7 +56,7 @@ def make_search(backbone: CausalConfig, rank: RankConfig, batch: int, width: int
             served["trie"],
             batch=batch,
             beam_width=width,
-            rescore=assembly.rescore(served, context),
+            rescore=assembly.rescore(served, context, 0.5 if rank.loss == "softmax" else 0.0),
             **ranked,
         )
 

@@ -151,7 +151,8 @@ def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, swee
     make, seconds = trained(run, config)
     rows = []
     for each, weight in names.items():
-        model = make(weight, config.decoding)  # one for both splits: what it compiled serves the next
+        # One for both splits: what it compiled serves the next.
+        model = make(replace(config.decoding, likelihood_weight=weight))
         rows += [{"model": each, **row} for split in ("valid", "test") for row in measure(model, split)]
     results.add(key, config.seed, seconds, rows)
 
@@ -164,13 +165,13 @@ def sweep_lambda(run: Run, config: RankGRRunConfig, likelihood: float, results: 
     make, seconds = trained(run, config)
     rows = []
     for each in lambdas:
-        model = make(likelihood, with_lambda(config.decoding, each))
+        model = make(with_lambda(replace(config.decoding, likelihood_weight=likelihood), each))
         rows += [{"model": f"lambda {each}", **row} for row in measure(model, "test", LISTED)]
     results.add(key, config.seed, seconds, rows)
 
 
 def trained(run: Run, config: RankGRRunConfig) -> tuple[Callable[..., GenerativeRecommender], float]:
-    """What makes a recommender of a weight of the likelihood and a decoding, and the seconds that training took.
+    """What makes a recommender of a decoding, and the seconds that training took.
 
     What was trained before is read from its checkpoint.
     """
@@ -180,17 +181,10 @@ def trained(run: Run, config: RankGRRunConfig) -> tuple[Callable[..., Generative
     folder.mkdir(parents=True, exist_ok=True)
     variables = {"params": rankgr_training.train(assembly, config, folder, folder / "metrics.jsonl").params}
 
-    def make(likelihood: float, decoding: DecodingConfig) -> GenerativeRecommender:
-        return GenerativeRecommender(weighted(assembly, likelihood), variables, config.features, decoding)
+    def make(decoding: DecodingConfig) -> GenerativeRecommender:
+        return GenerativeRecommender(assembly, variables, config.features, decoding)
 
     return make, round(time.perf_counter() - begin, 1)
-
-
-def weighted(assembly: RankGRAssembly, likelihood: float) -> RankGRAssembly:
-    """The assembly with another weight of the likelihood in the final score, which training doesn't know of."""
-    config = assembly.model.config
-    config = replace(config, rank=replace(config.rank, likelihood_weight=likelihood))
-    return replace(assembly, model=assembly.model.clone(config=config))
 
 
 def with_lambda(decoding: DecodingConfig, candidates: int) -> DecodingConfig:

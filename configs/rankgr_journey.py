@@ -25,10 +25,10 @@ config = RankGRRunConfig(
     features=LeveledSessionConfig(buckets=(64, 256), weakest=1, targets=16),
     model=RankGRConfig(
         CausalConfig(width=64, heads=2, groups=2, head_dim=32, hidden=128, layers=2, rotary_base=1e4, dropout=0.1),
-        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3, likelihood=False, likelihood_weight=1.0),
+        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3, likelihood=False),
     ),
     objective=ObjectiveConfig(alpha=1.0),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=600, log_every=50, checkpoint_every=300),
-    decoding=DecodingConfig(beam_widths=(16, 64, 64), candidates=(16, 64, 64)),
+    decoding=DecodingConfig(beam_widths=(16, 64, 64), candidates=(16, 64, 64), likelihood_weight=1.0),
 )

@@ -21,7 +21,7 @@ config = RankGRRunConfig(
     features=LeveledSessionConfig(buckets=(16, 48), weakest=2, targets=14),
     model=RankGRConfig(
         CausalConfig(width=64, heads=2, groups=2, head_dim=32, hidden=128, layers=2, rotary_base=1e4, dropout=0.1),
-        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=6, likelihood=False, likelihood_weight=1.0),
+        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=6, likelihood=False),
     ),
     # Next tokens of all levels alike, as published. The rank head learns to find what was clicked or bought, and LDPO tells
     # the one from the other.
@@ -29,5 +29,5 @@ config = RankGRRunConfig(
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=240, log_every=40, checkpoint_every=120),
     # RankGR's own are 500, 1400 of 1400, 1400: of 8192 codes at the first level, of 500 x 8192 at the second.
-    decoding=DecodingConfig(beam_widths=(8, 64), candidates=(8, 64)),
+    decoding=DecodingConfig(beam_widths=(8, 64), candidates=(8, 64), likelihood_weight=1.0),
 )

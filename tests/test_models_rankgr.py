@@ -186,18 +186,18 @@ def first_items(space: SemanticIdSpace) -> list[int]:
     return [int(space.items(tuple(code))[0]) for code in space.ids]
 
 
-@pytest.mark.parametrize("config", [MODEL, PRIOR], ids=["published", "prior"])
-def test_the_beam_ranks_by_the_product_of_the_rank_heads_scores(config):
-    """RankGR Eq. 18, against all IDs scored one by one."""
-    items, scores = recommend(config)
+@pytest.mark.parametrize(("config", "weight"), [(MODEL, 0.0), (PRIOR, 0.5)], ids=["published", "prior"])
+def test_the_beam_ranks_by_the_product_of_the_rank_heads_scores(config, weight):
+    """RankGR Eq. 18, and the likelihood if it has a weight, against all IDs scored one by one."""
+    items, scores = recommend(config, likelihood_weight=weight)
     space = make_assembly().space
-    run = jax.jit(lambda params, arrays, ids: everything(config, params, arrays, ids)[1])
+    run = jax.jit(lambda params, arrays, ids: everything(config, params, arrays, ids))
     for row, record in enumerate(RECORDS):
         if not len(record["item"]):
             continue
         features = dataclasses.replace(FEATURES, buckets=(FEATURES.bucket_of(record, 10**6),))
-        logits = run(make_variables(config)["params"], make_arrays([record], features), space.ids[None])
-        total = jax.nn.log_sigmoid(logits).sum(-1)[0]
+        log_probs, logits = run(make_variables(config)["params"], make_arrays([record], features), space.ids[None])
+        total = (jax.nn.log_sigmoid(logits) + weight * log_probs).sum(-1)[0]
         expected = {tuple(code): float(value) for code, value in zip(space.ids.tolist(), total)}
         found = [tuple(space.codes[item].tolist()) for item in items[row]]
         np.testing.assert_allclose(scores[row], [expected[code] for code in found], atol=1e-4)
@@ -206,7 +206,8 @@ def test_the_beam_ranks_by_the_product_of_the_rank_heads_scores(config):
 
 @pytest.mark.parametrize("config", [SOFTMAX, COSINE], ids=["products", "cosines and embeddings"])
 def test_items_are_scored_by_themselves_at_the_end_of_the_beam(config):
-    items, scores = recommend(config)
+    """And by their likelihood, if it has a weight."""
+    items, scores = recommend(config, likelihood_weight=0.5)
     assembly, variables = make_assembly(config), make_variables(config)
     first = first_items(assembly.space)
     for row in (0, 2, 4):
@@ -214,7 +215,8 @@ def test_items_are_scored_by_themselves_at_the_end_of_the_beam(config):
         served = assembly.serve(variables)
         context = assembly.context(served, make_arrays([RECORDS[row]], features))
         factors = assembly.model.apply(variables, context.own.state, served["table"], method="item_scores")
-        expected = np.asarray(factors[1] @ factors[0][0])[first]
+        log_probs, _, _ = assembly.model.apply(variables, context, assembly.space.ids[None], method="score")
+        expected = np.asarray(factors[1] @ factors[0][0])[first] + 0.5 * np.asarray(log_probs)[0].sum(-1)
         order = np.argsort(-expected, kind="stable")
         np.testing.assert_allclose(np.unique(scores[row]), np.unique(expected), atol=1e-4)
         assert items[row, 0] == first[order[0]]

@@ -47,8 +47,6 @@ class RankConfig:
     match: bool = True
     """the head's logit also has the product of the candidate with what it attended to and with the state that predicts
     it; off, as published, the MLP alone tells whether they fit, which small models hardly learn"""
-    likelihood_weight: float = 0.0
-    """weight of the ID's log-probability that is added to the final score, which is without it as published"""
     temperature: float = 0.0
     """of "softmax": what the cosine of history and item is divided by to be a score; 0: their product is"""
 

@@ -118,7 +118,7 @@ class Assembly:
         """One more code for every beam."""
         return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
 
-    def rescore(self, served: dict, context: Context) -> None:
+    def rescore(self, served: dict, context: Context, likelihood_weight: float) -> None:
         """Beams are chosen by the log-probabilities."""
 
     def table(self, variables: dict, catalogue: Catalogue, rows: np.ndarray) -> jax.Array:

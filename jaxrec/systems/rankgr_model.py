@@ -127,7 +127,7 @@ class RankGRAssembly:
         """One more code for every beam."""
         return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
 
-    def rescore(self, served: dict, context: RankContext) -> Rescore | None:
+    def rescore(self, served: dict, context: RankContext, likelihood_weight: float = 0.0) -> Rescore | None:
         """The rank head's scores in the beam (RankGR Eq. 18), or the items' at the end of it."""
         config = self.model.config.rank
         if config.loss == "none":
@@ -142,7 +142,7 @@ class RankGRAssembly:
                 first, _ = served["trie"].leaf_ranges(jnp.maximum(candidates.nodes, 0))
                 vectors = table[served["trie"].items.at[first].get(mode="clip")]
                 scores = jnp.einsum("BD,BCD->BC", query, vectors).astype(jnp.float32)
-                return scores + config.likelihood_weight * candidates.log_probs
+                return scores + likelihood_weight * candidates.log_probs
 
             return by_item
         memory = self.model.apply(variables, context, method="memory")
@@ -157,7 +157,7 @@ class RankGRAssembly:
             log_probs = jnp.where(alive, candidates.log_probs - candidates.parent_log_probs, 0.0)[..., None]
             logits = self.model.apply(variables, context, memory, prefixes, codes, log_probs, level, method="rank")
             scores = candidates.parent_scores + jax.nn.log_sigmoid(logits[..., 0])
-            return scores + config.likelihood_weight * log_probs[..., 0]
+            return scores + likelihood_weight * log_probs[..., 0]
 
         return by_codes
 

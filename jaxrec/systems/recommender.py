@@ -40,6 +40,8 @@ class DecodingConfig:
     candidates: tuple[int, ...] = ()
     """candidates of every level that a rank head scores (RankGR's lambda: 1400, 1400); at least the beams, which is
     the default"""
+    likelihood_weight: float = 0.0
+    """weight of an ID's log-probability that is added to a rank head's score; 0, as published (RankGR Eq. 18): none"""
 
     def __post_init__(self):
         for name in ("beam_width", "batch_size", "beam_widths", "candidates"):
@@ -84,8 +86,8 @@ class Assembly(Protocol):
         """As `jaxrec.decoding.beam_search` calls it."""
         ...
 
-    def rescore(self, served: dict, context: Any) -> Rescore | None:
-        """What chooses beams in place of the log-probabilities, if anything does."""
+    def rescore(self, served: dict, context: Any, likelihood_weight: float) -> Rescore | None:
+        """What chooses beams in place of the log-probabilities, if anything does; these count so much beside it."""
         ...
 
 
@@ -251,7 +253,7 @@ class GenerativeRecommender:
         them), and bool [B]: the model gave NaN.
         """
         context = self.assembly.context(served, arrays)
-        rescore, candidates = self.assembly.rescore(served, context), None
+        rescore, candidates = self.assembly.rescore(served, context, self.config.likelihood_weight), None
         if rescore is not None and self.config.candidates:
             widths = (width,) * self.space.levels if isinstance(width, int) else width
             candidates = tuple(map(max, self.config.candidates, widths))

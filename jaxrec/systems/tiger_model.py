@@ -145,7 +145,7 @@ class TigerAssembly:
         """One more code for every beam."""
         return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
 
-    def rescore(self, served: dict, context: EncodedContext) -> None:
+    def rescore(self, served: dict, context: EncodedContext, likelihood_weight: float) -> None:
         """Beams are chosen by the log-probabilities."""
 
 
