@@ -214,7 +214,10 @@ def test_items_are_scored_by_themselves_at_the_end_of_the_beam(config):
         features = dataclasses.replace(FEATURES, buckets=(FEATURES.bucket_of(RECORDS[row], 10**6),))
         served = assembly.serve(variables)
         context = assembly.context(served, make_arrays([RECORDS[row]], features))
-        factors = assembly.model.apply(variables, context.own.state, served["table"], method="item_scores")
+        factors = (
+            assembly.model.apply(variables, context.own.state, method="item_query"),
+            assembly.model.apply(variables, served["table"], method="item_vectors"),
+        )
         log_probs, _, _ = assembly.model.apply(variables, context, assembly.space.ids[None], method="score")
         expected = np.asarray(factors[1] @ factors[0][0])[first] + 0.5 * np.asarray(log_probs)[0].sum(-1)
         order = np.argsort(-expected, kind="stable")
@@ -232,7 +235,8 @@ def test_item_vectors_are_sums_and_cosines_are_divided_by_the_temperature():
     known = assembly.embeddings * 6**0.5 @ np.asarray(params["known"]["weight"])
     np.testing.assert_allclose(table, params["item"]["table"] + codes + known, atol=1e-5)
     state = np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32)
-    query, vectors = assembly.model.apply({"params": params}, state, table, method="item_scores")
+    query = assembly.model.apply({"params": params}, state, method="item_query")
+    vectors = assembly.model.apply({"params": params}, table, method="item_vectors")
     plain = state @ np.asarray(params["query"]["weight"])
     cosines = (table @ plain[0]) / np.linalg.norm(table, axis=1) / np.linalg.norm(plain)
     np.testing.assert_allclose(query @ vectors.T, cosines[None] / 0.5, atol=1e-5)

@@ -270,13 +270,14 @@ class RankGR(nn.Module):
         before = mask & (jnp.cumsum(mask, axis=-1) < mask.sum(-1, keepdims=True))
         return self.rank_head(x, memory, before, prefixes, log_probs)
 
-    def item_scores(self, states: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Two factors, [..., D] and [I, D], of the scores of all items of a table after histories with states [..., D].
-
-        The table is that of `item_table`.
-        """
+    def item_query(self, states: jax.Array) -> jax.Array:
+        """What histories with states [..., D] look for, [..., D]: items' scores are products with `item_vectors`."""
         query, temperature = self.query(states), self.config.rank.temperature
-        return (unit(query) / temperature, unit(table)) if temperature else (query, table)
+        return unit(query) / temperature if temperature else query
+
+    def item_vectors(self, table: jax.Array) -> jax.Array:
+        """Items as `item_query` is compared with them: [I, D], of all vectors of `item_table`."""
+        return unit(table) if self.config.rank.temperature else table
 
     def __call__(self, arrays: dict, codes: jax.Array, targets: jax.Array, embeddings=None) -> jax.Array:
         """Touches every part once; for `init`."""

@@ -98,9 +98,10 @@ class RankGRAssembly:
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
     def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
-        """{"variables", "codes", "table", "prior"}: all items' vectors, of items that came later made of their codes.
+        """{"variables", "codes", "table", "vectors", "prior"}: all items' vectors, of later ones made of their codes.
 
-        Where items have vectors of their own, later ones have the mean.
+        "vectors" are what a rank head of "softmax" compares states with. Where items have vectors of their own, those
+        that came later have the mean.
         """
         codes, embeddings, prior = self.space.codes.astype(np.int32), self.embeddings, self.prior
         if version is not None:
@@ -113,8 +114,11 @@ class RankGRAssembly:
             own = np.asarray(params["item"]["table"])
             more = np.broadcast_to(own.mean(0), (len(codes) - len(own), own.shape[1]))
             params["item"] = {"table": jnp.concatenate([own, more])}
-        table = _item_table(self.model.clone(items=len(codes)), {"params": params}, jnp.asarray(codes), embeddings)
-        return {"variables": variables, "codes": jnp.asarray(codes), "table": table, "prior": prior}
+        codes, vectors = jnp.asarray(codes), None
+        table = _item_table(self.model.clone(items=len(codes)), {"params": params}, codes, embeddings)
+        if self.model.config.rank.loss == "softmax":
+            vectors = self.model.apply(variables, table, method="item_vectors")
+        return {"variables": variables, "codes": codes, "table": table, "vectors": vectors, "prior": prior}
 
     def context(self, served: dict, arrays: dict[str, jax.Array]) -> RankContext:
         """B contexts from stacked arrays of `LeveledSessionConfig.cut`."""
@@ -134,13 +138,13 @@ class RankGRAssembly:
             return None
         variables, last = served["variables"], self.space.levels - 1
         if config.loss == "softmax":
-            query, table = self.model.apply(variables, context.own.state, served["table"], method="item_scores")
+            query = self.model.apply(variables, context.own.state, method="item_query")
 
             def by_item(candidates: Candidates, cache: dict) -> jax.Array:
                 if candidates.level < last:
                     return candidates.log_probs
                 first, _ = served["trie"].leaf_ranges(jnp.maximum(candidates.nodes, 0))
-                vectors = table[served["trie"].items.at[first].get(mode="clip")]
+                vectors = served["vectors"][served["trie"].items.at[first].get(mode="clip")]
                 scores = jnp.einsum("BD,BCD->BC", query, vectors).astype(jnp.float32)
                 return scores + likelihood_weight * candidates.log_probs
 

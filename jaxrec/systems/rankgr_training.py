@@ -86,7 +86,8 @@ def losses(
     sums["rank"] = jnp.float32(0)
     loss, wanted = model.config.rank.loss, targets["wanted"]
     if loss == "softmax":
-        query, vectors = model.apply(variables, states[:, :, 0], table, method="item_scores")
+        query = model.apply(variables, states[:, :, 0], method="item_query")
+        vectors = model.apply(variables, table, method="item_vectors")
         flat, items = query.reshape(-1, query.shape[-1]), targets["item"].reshape(-1)
         sums["rank"] = full_softmax(
             flat, vectors, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing
