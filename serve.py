@@ -47,10 +47,12 @@ def main(arguments: Arguments) -> None:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: give a number of 1 or more")
     # Imported here: --help and a wrong command line should not wait for JAX.
+    from jaxrec.programs import keep_compiled_programs
     from jaxrec.serving.batch import WINDOW_LINES, answer_file
     from jaxrec.serving.http import parse_address, serve
     from jaxrec.serving.retriever import Retriever
 
+    keep_compiled_programs()
     if arguments.http is not None:
         parse_address(arguments.http)
         retriever = Retriever(arguments.run)

@@ -32,6 +32,7 @@ from jaxrec.config import fingerprint, load_config, to_json
 from jaxrec.data.examples import Records
 from jaxrec.evaluation import make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
+from jaxrec.programs import keep_compiled_programs
 from jaxrec.run import Run, console, read_json, report_user_errors, write_json
 from jaxrec.systems import rankgr_training
 from jaxrec.systems.phases import prepare_with_ids
@@ -250,6 +251,7 @@ def main() -> None:
     arguments = command.parse_args()
     if arguments.quick:  # only to see that everything works: nothing to keep
         arguments.out = arguments.pictures = arguments.runs / "quick"
+    keep_compiled_programs()
     config = base_config(arguments)
     seeds = parse_seeds("0" if arguments.quick else arguments.seeds)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,8 @@ Writes a list of rows {model, seed, split, subset, metric, value, count, seconds
 seconds of training beside it, and adds the runs and what is counted to benchmarks/results/sequential.json. Seconds are
 those of training with its validations; of what is only counted, those of counting.
 
---quick: 200 steps and 1,000 users, only to see that everything works; not kept among the results.
+--quick: the log's first 1,000 users, one layer, one length, and no training longer than 30 steps, only to see that
+everything works; not kept among the results.
 """
 
 import dataclasses
@@ -26,10 +27,10 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
@@ -40,8 +41,10 @@ from shared.timing import parse_seeds, parser
 from jaxrec.config import UserError, fingerprint, load_config
 from jaxrec.data.examples import Records
 from jaxrec.data.sources import SequenceText
+from jaxrec.data.sources.files import json_lines, text_lines
 from jaxrec.evaluation import evaluate, evaluate_ties_shuffled, fit_baselines, make_cases
 from jaxrec.evaluation.comparison import TIES_SHUFFLED
+from jaxrec.programs import keep_compiled_programs
 from jaxrec.run import Run, console, read_json, report_user_errors, write_json
 from jaxrec.systems import SYSTEMS
 from jaxrec.systems.comparison import draw
@@ -53,6 +56,7 @@ SPLITS = ("valid", "test")
 SUBSETS = {"all": "full ranking", "new": "full ranking without what the user had"}
 MONITORED = "ndcg@10"
 FIELDS = ("split", "subset", "metric", "value", "count")
+QUICK_USERS, QUICK_STEPS = 1000, 30
 WIDE = 118  # columns that no cell of a table is cut in
 Row = dict[str, Any]
 
@@ -68,8 +72,10 @@ def main() -> None:
     command.add_argument("--shuffle-ties", action="store_true", help="train on a log with ties in random order")
     args = command.parse_args()
     models, seeds = parse_models(args.models), parse_seeds(args.seeds)
+    keep_compiled_programs()
     folder = args.runs / (args.data.resolve().name + "-shuffled" * args.shuffle_ties + "-quick" * args.quick)
-    source = SequenceText(path=with_items(args.data, folder / "log"), shuffle_ties=args.shuffle_ties)
+    log = with_items(args.data, folder / "log", QUICK_USERS if args.quick else None)
+    source = SequenceText(path=log, shuffle_ties=args.shuffle_ties)
     suffix = TIES_SHUFFLED if args.shuffle_ties else ""
     rows, curves, kept = [], {}, None
     for seed in seeds:
@@ -84,7 +90,7 @@ def main() -> None:
             if not args.quick:  # at once: the next model may take an hour
                 entry = {**made, "data": args.data.resolve().name, "seconds": seconds, "rows": measured}
                 kept = results.append("sequential", [entry])
-    counted = count_baselines(run, folder / "baselines.json", source, suffix, 1000 if args.quick else 0)
+    counted = count_baselines(run, folder / "baselines.json", source, suffix)
     if not args.quick:
         results.append("sequential", as_entries(counted, args.data.resolve().name))
     out = args.out or folder / "results.json"
@@ -114,34 +120,56 @@ def parse_models(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def with_items(data: Path, folder: Path) -> Path:
-    """The log's folder, or one where its items have at least a line each, if there is no items.jsonl."""
-    sequences = data / "sequences.txt"
+def with_items(data: Path, folder: Path, users: int | None = None) -> Path:
+    """The log's folder; or one with its first users and what is known of them and their items, if so many are given.
+
+    Items have at least a line each: their number, if there is no items.jsonl.
+    """
+    sequences, given, times = (data / name for name in ("sequences.txt", "items.jsonl", "timestamps.jsonl"))
     if not sequences.is_file():
         raise UserError(f"--data: {sequences} is missing; write `user item item ...`, one user a line")
-    if (data / "items.jsonl").is_file():
+    if given.is_file() and users is None:
         return data
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (sequences, data / "timestamps.jsonl"):
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
-    items = dict.fromkeys(item for line in sequences.open(encoding="utf-8") for item in line.split()[1:])
-    lines = (json.dumps({"id": item, "title": f"Item {item}"}) + "\n" for item in items)
-    (folder / "items.jsonl").write_text("".join(lines))
+    lines = [line for _, line in itertools.islice(text_lines(sequences), users)]
+    (folder / sequences.name).write_text("".join(lines), encoding="utf-8")
+    names = {line.split()[0] for line in lines if line.split()}
+    items = dict.fromkeys(item for line in lines for item in line.split()[1:])
+    known = ({"id": item, "title": f"Item {item}"} for item in items)
+    if given.is_file():
+        known = (row for _, row in json_lines(given) if str(row.get("id")) in items)
+    _write_lines(folder / given.name, known)
+    if times.is_file():
+        _write_lines(folder / times.name, (row for _, row in json_lines(times) if str(row.get("u")) in names))
     return folder
+
+
+def _write_lines(path: Path, rows: Iterable[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def configured(name: str, source: SequenceText, seed: int, quick: bool) -> Any:
     """configs/<name>.py on this log, with this seed, measured on all users and without the baselines."""
     config = load_config(CONFIGS / f"{name}.py")
-    evaluation = dataclasses.replace(
-        config.evaluation, split="test", cutoffs=CUTOFFS, baselines=False, max_users=1000 if quick else 0
-    )
-    config = dataclasses.replace(config, data=source, seed=seed, evaluation=evaluation)
-    if quick:
-        short = {"steps": 200, "evaluate_every": 100 if config.training.evaluate_every else 0}
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, **short))
-    return config
+    evaluation = dataclasses.replace(config.evaluation, split="test", cutoffs=CUTOFFS, baselines=False, max_users=0)
+    config = shortened(config, QUICK_STEPS) if quick else config
+    return dataclasses.replace(config, data=source, seed=seed, evaluation=evaluation)
+
+
+def shortened(part: Any, steps: int) -> Any:
+    """A configuration, or a part of one, where no training is longer than so many steps, and little is compiled."""
+    most = {"steps": steps, "warm_steps": steps, "evaluate_every": steps, "warmup": steps // 5, "epochs": 0.1}
+    most |= {"layers": 1, "encoder_layers": 1}
+    changed = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = shortened(value, steps)
+        elif field.name in ("buckets", "lengths") and isinstance(value, tuple):
+            changed[field.name] = value[-1:]
+        elif field.name in most:
+            changed[field.name] = min(value, most[field.name])
+    return dataclasses.replace(part, **changed)
 
 
 def one_run(folder: Path, name: str, seed: int, config: Any) -> Run:
@@ -186,9 +214,9 @@ def training_curve(run: Run) -> tuple[list[tuple[float, float]], float]:
     return points, round(before + last, 1)
 
 
-def count_baselines(run: Run, kept: Path, source: SequenceText, suffix: str, max_users: int) -> list[Row]:
+def count_baselines(run: Run, kept: Path, source: SequenceText, suffix: str) -> list[Row]:
     """Rows of what is only counted, as stored and with shuffled ties; made once for a log."""
-    inputs = fingerprint(source.fingerprint(), suffix, max_users)
+    inputs = fingerprint(source.fingerprint(), suffix)
     if kept.exists() and read_json(kept)["inputs"] == inputs:
         return read_json(kept)["rows"]
     items, rows = pq.read_metadata(run.tables / "items.parquet").num_rows, []
@@ -198,8 +226,6 @@ def count_baselines(run: Run, kept: Path, source: SequenceText, suffix: str, max
         models = {f"{name}{suffix}": model for name, model in fit_baselines(records, items, targets).items()}
         seconds = round(time.perf_counter() - begun, 1)
         cases = make_cases(records, targets, split)
-        if 0 < max_users < len(cases):
-            cases = cases.take(np.sort(np.random.default_rng(0).permutation(len(cases))[:max_users]))
         found = evaluate(models, cases, split=split, cutoffs=CUTOFFS)
         if not suffix:
             found += evaluate_ties_shuffled(records, items, targets, split=split, cutoffs=CUTOFFS)

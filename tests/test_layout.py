@@ -12,7 +12,7 @@ from jaxrec.systems import SYSTEMS
 
 ROOT = Path(__file__).parent.parent
 ORDER = (
-    "config", "run", "page", "nn", "losses", "training", "data", "text", "semantic_ids",
+    "config", "run", "page", "programs", "nn", "losses", "training", "data", "text", "semantic_ids",
     "models", "decoding", "evaluation", "systems", "serving", "export",
 )  # fmt: skip
 SOURCES = sorted((ROOT / "jaxrec").rglob("*.py"))

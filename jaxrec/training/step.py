@@ -34,10 +34,11 @@ def make_state(variables: dict, optimizer: optax.GradientTransformation, mesh: M
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, seed: int) -> Partial:
     """step(state, batch) -> (state, metrics), as `jaxrec.training.loop.fit` takes it; every step has its own key."""
 
-    def step(loss: Loss, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def step(loss: Loss, key: jax.Array, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
         gradients, (metrics, extra) = jax.grad(loss, has_aux=True)(state.params, state.extra, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, extra), metrics
 
-    return Partial(step, as_partial(loss))
+    # The key is an argument too: another seed is the same program.
+    return Partial(step, as_partial(loss), jax.random.key(seed))
