@@ -30,6 +30,7 @@ from shared.timing import parse_seeds, parser
 
 from jaxrec.config import fingerprint, load_config, to_json
 from jaxrec.data.examples import Records
+from jaxrec.data.sources import SyntheticMall
 from jaxrec.evaluation import make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
 from jaxrec.programs import keep_compiled_programs
@@ -227,13 +228,15 @@ def base_config(arguments: argparse.Namespace) -> RankGRRunConfig:
     config = load_config(arguments.config)
     if arguments.data:
         config = replace(config, data=replace(config.data, path=arguments.data))
-    steps = arguments.steps or (60 if arguments.quick else config.training.steps)
+    steps = arguments.steps or (30 if arguments.quick else config.training.steps)
     training = replace(config.training, steps=steps, checkpoint_every=steps)
     warmup = min(config.optim.warmup, steps // 4)
     if arguments.quick:  # compiling takes longer than training
         backbone, buckets = replace(config.model.backbone, layers=1), config.features.buckets[-1:]
         model, features = replace(config.model, backbone=backbone), replace(config.features, buckets=buckets)
         config = replace(config, model=model, features=features)
+        if isinstance(config.data, SyntheticMall):
+            config = replace(config, data=replace(config.data, users=100))
     return replace(config, training=training, optim=replace(config.optim, warmup=warmup))
 
 
