@@ -16,6 +16,7 @@ from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)
 PRIOR = dataclasses.replace(MODEL, prior=True)
+POINTER = dataclasses.replace(MODEL, pointer=True)
 VARIANTS = {
     "items": MODEL,
     "codes, no likelihood": dataclasses.replace(
@@ -23,6 +24,8 @@ VARIANTS = {
     ),
     "no behaviors or gaps": dataclasses.replace(MODEL, behaviors=False, gaps=False),
     "prior": PRIOR,
+    "pointer": POINTER,
+    "pointer and prior, codes": dataclasses.replace(POINTER, context="codes", prior=True),
 }
 SOFTMAX = dataclasses.replace(MODEL, rank=dataclasses.replace(MODEL.rank, loss="softmax"))
 COSINE = dataclasses.replace(SOFTMAX, embeddings=True, rank=dataclasses.replace(SOFTMAX.rank, temperature=0.5))
@@ -148,6 +151,39 @@ def test_the_rank_head_is_target_attention_over_all_states_and_an_mlp():
         np.testing.assert_allclose(found[b, k, 0], expected, atol=1e-4)
 
 
+def test_a_pointer_mixes_the_historys_items_with_what_the_decoder_generates():
+    """Over whole IDs: (1 - g) of the decoder's probability and g of the weights of the items that have the ID."""
+    assembly, variables = make_assembly(POINTER), make_variables(POINTER)
+    params = {name: value for name, value in variables["params"].items() if name != "pointer"}
+    plain, _ = everything(MODEL, params, ARRAYS, np.stack([IDS] * 2))
+    mixed, _ = everything(POINTER, variables["params"], ARRAYS, np.stack([IDS] * 2))
+    np.testing.assert_allclose(np.exp(mixed.sum(-1)).sum(-1), 1, rtol=1e-4)
+    head, sigmoid = variables["params"]["pointer"], lambda x: 1 / (1 + np.exp(-x))
+    context = assembly.context(assembly.serve(variables), ARRAYS)
+    for b in range(2):
+        length, state = int(ARRAYS["mask"][b].sum()), np.asarray(context.own.state[b])
+        share = 0.999 * sigmoid(state @ head["share"]["weight"][:, 0] + head["share"]["bias"][0])
+        query, weights = state @ head["query"]["weight"], []
+        for place in range(length):
+            match = query @ (np.asarray(context.states[b, place]) @ head["key"]["weight"]) / 12**0.5
+            weights.append(np.exp(match - head["decay"] * np.log(length - place)))
+        weights = np.array(weights) / sum(weights)
+        codes = assembly.space.codes[ARRAYS["item"][b, :length]]
+        for number, code in enumerate(IDS):
+            copied = weights[(codes == code).all(1)].sum()
+            expected = (1 - share) * np.exp(plain[b, number].sum()) + share * copied
+            np.testing.assert_allclose(np.exp(mixed[b, number].sum()), expected, rtol=1e-3)
+
+
+def test_without_a_history_a_pointer_adds_nothing():
+    nothing = {**ARRAYS, "mask": np.zeros_like(ARRAYS["mask"])}
+    params = make_variables(POINTER)["params"]
+    plain = {name: value for name, value in params.items() if name != "pointer"}
+    np.testing.assert_allclose(
+        everything(POINTER, params, nothing, TARGETS)[0], everything(MODEL, plain, nothing, TARGETS)[0], atol=1e-5
+    )
+
+
 def test_a_prior_is_the_popularity_of_ids_among_those_that_begin_alike():
     """With a decoder that says nothing, log-probabilities are those of the counts, one more for every item."""
     assembly, params = make_assembly(PRIOR), make_variables(PRIOR)["params"]
@@ -186,7 +222,7 @@ def first_items(space: SemanticIdSpace) -> list[int]:
     return [int(space.items(tuple(code))[0]) for code in space.ids]
 
 
-@pytest.mark.parametrize(("config", "weight"), [(MODEL, 0.0), (PRIOR, 0.5)], ids=["published", "prior"])
+@pytest.mark.parametrize(("config", "weight"), [(MODEL, 0.0), (PRIOR, 0.5), (POINTER, 0.5)])
 def test_the_beam_ranks_by_the_product_of_the_rank_heads_scores(config, weight):
     """RankGR Eq. 18, and the likelihood if it has a weight, against all IDs scored one by one."""
     items, scores = recommend(config, likelihood_weight=weight)

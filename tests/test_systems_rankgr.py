@@ -115,7 +115,9 @@ def test_the_rank_heads_loss_by_hand():
     for b, k in np.argwhere(wanted):
         total = 0.0
         for level, size in enumerate(assembly.space.codebook_sizes):
-            log_probs = np.asarray(apply(states[b, k, level], level, method="level_log_probs"))
+            log_probs = np.asarray(
+                apply(states[b, k, level], method=lambda m, x, i=level: m.backbone.level_log_probs(x, i))
+            )
             best = set(np.argsort(-log_probs, kind="stable")[: min(3, size)].tolist()) | {int(codes[b, k, level])}
             prefixes = apply(states[:, :, : level + 1], method="prefixes")
             true = {

@@ -20,6 +20,7 @@ from flax import struct
 
 from jaxrec.config import UserError, check_heads, check_least
 from jaxrec.models.causal import Causal, CausalConfig, CausalContext
+from jaxrec.models.pointer import PointerHead, Points
 from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import to_tokens
 from jaxrec.nn.attention import KeyValue, TargetAttention
@@ -71,6 +72,9 @@ class RankGRConfig:
     prior: bool = False
     """the decoder begins with how popular each ID is among those that begin as it does, and learns what to add; off, as
     published, it learns this too"""
+    pointer: bool = False
+    """a distribution over the history's own items is mixed in, for logs where people come back to what they had; off,
+    as published, the decoder has to copy them code by code"""
     rank: RankConfig = field(default_factory=RankConfig)
     """the rank head"""
 
@@ -87,12 +91,13 @@ class RankGRConfig:
 class RankContext:
     """B read histories.
 
-    own: as the backbone reads on; states [B, S, D]: of all positions, for the rank head; prior: the catalogue's, if the
-    decoder begins with it.
+    own: as the backbone reads on; states [B, S, D]: of all positions, for the rank head; codes int32 [B, S, M]: of the
+    history's items; prior: the catalogue's, if the decoder begins with it.
     """
 
     own: CausalContext
     states: jax.Array
+    codes: jax.Array
     prior: Prior | None = None
 
 
@@ -174,6 +179,7 @@ class RankGR(nn.Module):
         self.rank_head = RankHead(cfg.rank, width, dtype) if cfg.rank.loss == "bce" else None
         self.query = Projection(width, ("embed", "mlp"), dtype) if cfg.rank.loss == "softmax" else None
         self.known = Projection(width, (None, "embed"), dtype, gain=scale) if cfg.embeddings else None
+        self.pointer = PointerHead(width) if cfg.pointer else None
 
     @property
     def has_items(self) -> bool:
@@ -206,14 +212,19 @@ class RankGR(nn.Module):
             x = x + self.gap(arrays["gap"])[:, :, None]
         # A history that holds nothing is read from its first place, where there is no item.
         x = jnp.where(mask[..., None, None], x, 0.0)
-        each = x.shape[2]
-        own, states = self.backbone.read(x.reshape(x.shape[0], -1, x.shape[-1]), jnp.repeat(mask, each, axis=1), train)
-        return RankContext(own, states, prior)
+        own, states = self.backbone.read(
+            x.reshape(x.shape[0], -1, x.shape[-1]), jnp.repeat(mask, self.each, axis=1), train
+        )
+        return RankContext(own, states, codes[item], prior)
+
+    @property
+    def each(self) -> int:
+        """Positions of an item of the history."""
+        return 1 if self.config.context == "item" else len(self.config.backbone.levels)
 
     def at(self, context: RankContext, last: jax.Array) -> RankContext:
         """The context as L targets see it, each up to the item at its place: last int32 [B, L]."""
-        each = 1 if self.config.context == "item" else len(self.config.backbone.levels)
-        return context.replace(own=context.own.at(context.states, last * each + each - 1))
+        return context.replace(own=context.own.at(context.states, (last + 1) * self.each - 1))
 
     def score(self, context: RankContext, targets: jax.Array, train: bool = False, smoothing: float = 0.0):
         """(log-probabilities, the same with smoothed labels, states that predict the codes) of targets int32 [B, L, M].
@@ -224,32 +235,55 @@ class RankGR(nn.Module):
         priors = None if context.prior is None else context.prior.along(targets)
         log_probs = self.backbone.log_probs(first, own, targets, 0.0, priors)
         smoothed = self.backbone.log_probs(first, own, targets, smoothing, priors) if smoothing else log_probs
+        if self.pointer is not None:
+            mixed = self._points(context).along(log_probs, targets, context.codes)
+            log_probs, smoothed = mixed, smoothed + mixed - log_probs
         first = first if first.ndim == 3 else first[:, None]
         first = jnp.broadcast_to(first, (*targets.shape[:2], first.shape[-1]))
         return log_probs, smoothed, jnp.concatenate([first[:, :, None], own], axis=2)
 
-    def level_log_probs(self, states: jax.Array, level: int, prior: jax.Array | None = None) -> jax.Array:
-        """Log-probabilities float32 [..., K] of a level's codes from the states [..., D] that predict them."""
-        return self.backbone.level_log_probs(states, level, prior)
+    def next_codes(self, context: RankContext, states: jax.Array, tokens: jax.Array | None, before: dict, level: int):
+        """Log-probabilities float32 [B, L, K] of a level's codes after L prefixes, and what is known of these.
+
+        states [B, L, D] predict the codes; tokens int32 [B, L] are those of level - 1, and `before` is what was known
+        of the prefixes without them: with a prior the node int32 [B, L] in it that they lead to, with a pointer how
+        they are copied, and the decoder's own log-probabilities. At level 0 there are no tokens.
+        """
+        known, prior = {}, None
+        if context.prior is not None:
+            known["node"] = jnp.zeros(states.shape[:2], jnp.int32)
+            if level:
+                known["node"], _ = context.prior.step(level - 1, before["node"], tokens)
+            prior = context.prior.logits(level, known["node"])
+        own = self.backbone.level_log_probs(states, level, prior)
+        if self.pointer is None:
+            return own, known
+        if level:
+            known["copied"] = before["copied"].after(tokens, context.codes[..., level - 1], before["own"])
+        else:
+            known["copied"] = self._points(context).begin()
+        return known["copied"].mix(own, context.codes[..., level]), known | {"own": own}
+
+    def _points(self, context: RankContext) -> Points:
+        """Where the readers of the histories point: one each, or L of them (`at`)."""
+        state, last = context.own.state, slice(self.each - 1, None, self.each)
+        seen = context.own.mask[..., last]
+        state, seen = (state, seen) if state.ndim == 3 else (state[:, None], seen[:, None])
+        return self.pointer(state, context.states[:, last], seen)
 
     def extend(self, context: RankContext, tokens: jax.Array | None, cache: dict | None, level: int):
         """One more code for every beam: codes int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
 
-        The cache holds the backbone's, the states [B, W, level + 1, D] that the rank head reads and, with a prior, the
-        node int32 [B, W] in it that the prefix leads to.
+        The cache holds the backbone's, the states [B, W, level + 1, D] that the rank head reads, and what is known of
+        the prefixes (`next_codes`).
         """
         before = {} if cache is None else cache
         state, own = self.backbone.extend_state(context.own, tokens, before.get("backbone"), level)
         states = state[:, :, None]
         if level:
             states = jnp.concatenate([before["states"], states], axis=2)
-        cache, prior = {"backbone": own, "states": states}, None
-        if context.prior is not None:
-            cache["node"] = jnp.zeros(states.shape[:2], jnp.int32)
-            if level:
-                cache["node"], _ = context.prior.step(level - 1, before["node"], tokens)
-            prior = context.prior.logits(level, cache["node"])
-        return self.backbone.level_log_probs(state, level, prior), cache
+        log_probs, known = self.next_codes(context, state, tokens, before.get("known"), level)
+        return log_probs, {"backbone": own, "states": states, "known": known}
 
     def memory(self, context: RankContext) -> KeyValue:
         """The history as the rank head attends to it; once for all levels."""

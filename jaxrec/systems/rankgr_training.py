@@ -173,14 +173,14 @@ def rank_loss(
     states = jnp.take_along_axis(states, chosen[..., None, None], axis=1)
     codes, memory = codes[item], model.apply(variables, context, method="memory")
     context = model.apply(variables, context, last, method="at")
-    priors = None if context.prior is None else context.prior.along(codes)
+    known: dict | None = None
     total = jnp.zeros(wanted.shape, jnp.float32)
     # together [B, R, R']: items that are looked for beside one another, with the prefix so far in common.
     together = (last[:, :, None] == last[:, None, :]) & wanted[:, None, :]
     for level, size in enumerate(assembly.space.codebook_sizes):
-        prior = None if priors is None else priors[level]
-        log_probs = model.apply(variables, states[:, :, level], level, prior, method="level_log_probs")
-        log_probs = jax.lax.stop_gradient(log_probs)
+        before = None if level == 0 else codes[..., level - 1]
+        found = model.apply(variables, context, states[:, :, level], before, known, level, method="next_codes")
+        log_probs, known = jax.lax.stop_gradient(found)
         true = codes[..., level]
         _, best = jax.lax.top_k(log_probs, min(model.config.rank.candidates, size))
         candidates = jnp.concatenate([true[..., None], best], axis=-1)
