@@ -28,9 +28,12 @@ config = RankGRRunConfig(
     features=LeveledSessionConfig(buckets=(16, 48), targets=12),
     model=RankGRConfig(
         CausalConfig(width=64, heads=2, groups=2, head_dim=32, hidden=128, layers=2, rotary_base=1e4, dropout=0.2),
-        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3, likelihood=False),
+        # What is put into the cart was often looked at before.
+        pointer=True,
+        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3),
     ),
-    objective=ObjectiveConfig(alpha=1.0),
+    # Of what a session holds most is clicks, few of which are looked for.
+    objective=ObjectiveConfig(alpha=1.0, level_weights=(0.1, 0.1, 1.0, 1.0)),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=240, log_every=40, checkpoint_every=120),
     decoding=DecodingConfig(beam_widths=(16, 64), candidates=(16, 64), likelihood_weight=1.0),
