@@ -21,6 +21,7 @@ config = RankGRRunConfig(
     features=LeveledSessionConfig(buckets=(24,), weakest=2, targets=12, next_items=8),
     model=RankGRConfig(
         CausalConfig(width=32, heads=2, groups=2, head_dim=16, hidden=64, layers=1),
+        pointer=True,
         rank=RankConfig(heads=2, hidden=32, candidates=6, targets=4),
     ),
     objective=ObjectiveConfig(levels=(0, 1, 2, 3, 3), level_weights=(0.0, 0.0, 1.0, 2.0)),
