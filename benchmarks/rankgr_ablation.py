@@ -16,6 +16,7 @@ seed, few steps, kept in RUNS/quick. --no-lambda: without the sweep over lambda.
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from shared import results as kept
 from shared.pictures import COLORS, axes, save
 from shared.timing import parse_seeds, parser
 
-from jaxrec.config import fingerprint, load_config, to_json
+from jaxrec.config import UserError, fingerprint, load_config, to_json
 from jaxrec.data.examples import Records
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.evaluation import make_cases, ranking_metrics
@@ -113,14 +114,37 @@ def label(alpha: float, likelihood: float) -> str:
     return f"alpha {alpha:g}, likelihood {likelihood:g}"
 
 
+def key_of(config: RankGRRunConfig) -> str:
+    """Of the log's contents and of what isn't the default: neither its place nor a new field changes it."""
+    return fingerprint(config.data.fingerprint(), {**stated(config), "data": None})
+
+
+def stated(part: Any) -> Any:
+    """What of a configuration, or of a part of one, isn't the default."""
+    if not dataclasses.is_dataclass(part):
+        return part
+    found = {"": type(part).__name__}
+    for each in dataclasses.fields(part):
+        made = each.default_factory is not dataclasses.MISSING
+        value, default = getattr(part, each.name), each.default_factory() if made else each.default
+        if value != default:
+            found[each.name] = stated(value)
+    return found
+
+
 class Results:
-    """What was measured, in a file: a list of {"key", "seed", "seconds", "command", "commit", "device", "rows"}."""
+    """What was measured, in a file: a list of {"key", "seed", "seconds", "command", "commit", "device", "rows"}.
+
+    Only what this process asks for is shown: other configurations and seeds may be in the file.
+    """
 
     def __init__(self, path: Path):
         self.path, self.entries = path, read_json(path) if path.exists() else []
+        self.asked: set[str] = set()
 
     def has(self, key: str) -> bool:
-        """Whether the rows of a measurement are there."""
+        """Whether the rows of a measurement, which is asked for, are there."""
+        self.asked.add(key)
         return any(entry["key"] == key for entry in self.entries)
 
     def add(self, key: str, seed: int, seconds: float, rows: list[dict]) -> None:
@@ -139,12 +163,13 @@ class Results:
         return list(dict.fromkeys(row["subset"] for _, row in self._rows()))
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
-        return ((entry["seed"], row) for entry in self.entries for row in entry["rows"])
+        wanted = (entry for entry in self.entries if entry["key"] in self.asked)
+        return ((entry["seed"], row) for entry in wanted for row in entry["rows"])
 
 
 def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, sweep: Sweep) -> None:
     """Trains a variant and measures it on validation and test, with a head once for every weight of the likelihood."""
-    key = fingerprint(config)
+    key = key_of(config)
     if results.has(key):
         return
     names = {name: 0.0}
@@ -161,7 +186,7 @@ def run_one(run: Run, config: RankGRRunConfig, name: str, results: Results, swee
 
 def sweep_lambda(run: Run, config: RankGRRunConfig, likelihood: float, results: Results, lambdas: Sequence) -> None:
     """Measures what was trained on test, once for every lambda of the last level."""
-    key = f"{fingerprint(config)} lambda"
+    key = f"{key_of(config)} lambda"
     if results.has(key):
         return
     make, seconds = trained(run, config)
@@ -179,7 +204,7 @@ def trained(run: Run, config: RankGRRunConfig) -> tuple[Callable[..., Generative
     """
     begin = time.perf_counter()
     assembly = assemble(run, config)
-    folder = run.path / "stages" / fingerprint(config)
+    folder = run.path / "stages" / key_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     variables = {"params": rankgr_training.train(assembly, config, folder, folder / "metrics.jsonl").params}
 
@@ -226,6 +251,12 @@ def plot(results: Results, names: dict[float, str], words: str, path: Path) -> N
 def base_config(arguments: argparse.Namespace) -> RankGRRunConfig:
     """The configuration that variants are made of."""
     config = load_config(arguments.config)
+    if not isinstance(config, RankGRRunConfig):
+        raise UserError(f"--config: {arguments.config} is no configuration of RankGR; give one, such as rankgr_jd.py")
+    if arguments.steps is not None and arguments.steps < 1:
+        raise UserError(f"--steps is {arguments.steps}; give 1 or more")
+    if arguments.data and not hasattr(config.data, "path"):
+        raise UserError(f"--data: the log of {arguments.config} isn't read from a folder; leave --data out")
     if arguments.data:
         config = replace(config, data=replace(config.data, path=arguments.data))
     steps = arguments.steps or (30 if arguments.quick else config.training.steps)
@@ -257,7 +288,7 @@ def main() -> None:
     keep_compiled_programs()
     config = base_config(arguments)
     seeds = parse_seeds("0" if arguments.quick else arguments.seeds)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    kept.make_folder("--out", arguments.out)
     about = arguments.config.stem
     results = Results(arguments.out / f"rankgr_ablation-{about}.json")
     run = Run.open(arguments.runs / fingerprint(to_json(config)), config)

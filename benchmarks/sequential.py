@@ -74,6 +74,8 @@ def main() -> None:
     models, seeds = parse_models(args.models), parse_seeds(args.seeds)
     keep_compiled_programs()
     folder = args.runs / (args.data.resolve().name + "-shuffled" * args.shuffle_ties + "-quick" * args.quick)
+    out = args.out or folder / "results.json"
+    results.make_folder("--out", out.parent)
     log = with_items(args.data, folder / "log", QUICK_USERS if args.quick else None)
     source = SequenceText(path=log, shuffle_ties=args.shuffle_ties)
     suffix = TIES_SHUFFLED if args.shuffle_ties else ""
@@ -93,8 +95,6 @@ def main() -> None:
     counted = count_baselines(run, folder / "baselines.json", source, suffix)
     if not args.quick:
         results.append("sequential", as_entries(counted, args.data.resolve().name))
-    out = args.out or folder / "results.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, counted + rows)
     draw_curves(curves, counted, out.with_suffix(".svg"))
     wide = Console(width=max(console.width, WIDE))

@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 import types
 import typing
@@ -32,14 +33,44 @@ class UserError(ValueError):
 
 
 def check_least(config: Any, place: str, **least: float) -> None:
-    """Whether numbers of a dataclass are large enough; `place` is where the key of it begins, such as "training".
+    """Whether numbers of a dataclass, or all of a tuple, are large enough.
+
+    `place` is where the key of it begins, such as "training", or empty.
 
     Raises:
-      UserError: one is below what `least` says.
+      UserError: one is below what `least` says, infinite or no number.
     """
     for name, value in least.items():
-        if getattr(config, name) < value:
-            raise UserError(f"configuration key '{place}.{name}' is {getattr(config, name)}; give {value} or more")
+        given = getattr(config, name)
+        if not all(value <= each < math.inf for each in (given if isinstance(given, tuple) else (given,))):
+            raise UserError(f"configuration key '{_key(place, name)}' is {given}; give {value} or more")
+
+
+def check_shares(config: Any, place: str, *names: str) -> None:
+    """Whether numbers of a dataclass, such as rates of dropout, are 0 or more and below 1; None passes.
+
+    Raises:
+      UserError: one isn't.
+    """
+    for name in names:
+        given = getattr(config, name)
+        if given is not None and not 0 <= given < 1:
+            raise UserError(f"configuration key '{_key(place, name)}' is {given}; give 0 or more, below 1")
+
+
+def check_choice(config: Any, place: str, name: str, choices: Sequence[str]) -> None:
+    """Whether a word of a dataclass is one of those that there are.
+
+    Raises:
+      UserError: it isn't.
+    """
+    given = getattr(config, name)
+    if given not in choices:
+        raise UserError(f"configuration key '{_key(place, name)}' is {given!r}; give one of {', '.join(choices)}")
+
+
+def _key(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
 
 
 def check_heads(width: int, heads: int, key: str) -> None:

@@ -8,6 +8,15 @@ from typing import Literal
 import pytest
 
 from jaxrec.config import UserError, differences, fingerprint, from_json, load_config, parse_cli, to_json
+from jaxrec.models import sequential
+from jaxrec.models.encoder_decoder import EncoderDecoderConfig
+from jaxrec.systems import rankgr
+from jaxrec.systems.comparison import EvaluationConfig
+from jaxrec.systems.rankgr import RankGRRunConfig
+from jaxrec.systems.recommender import DecodingConfig
+from jaxrec.systems.sequential import SequentialConfig
+from jaxrec.systems.sequential_training import FullSoftmax, SampledSoftmax
+from jaxrec.training.optim import OptimConfig
 
 CONFIG_FILE = '''
 import dataclasses
@@ -214,3 +223,39 @@ def test_differences_name_nested_keys():
 def test_argv_defaults_to_the_command_line(config_file, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", str(config_file), "--run", "r", "--model.width", "5"])
     assert parse_cli()[0].model.width == 5
+
+
+# ---- numbers that make no sense --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: OptimConfig(learning_rate=-1.0), "'optim.learning_rate' is -1.0; give 0 or more"),
+        (lambda: OptimConfig(b1=2.0), "'optim.b1' is 2.0; give 0 or more, below 1"),
+        (lambda: EvaluationConfig(split="foo"), "'evaluation.split' is 'foo'; give one of test, valid"),
+        (lambda: EvaluationConfig(cutoffs=()), "'evaluation.cutoffs' is empty"),
+        (lambda: EvaluationConfig(cutoffs=(0,)), "'evaluation.cutoffs' is (0,); give 1 or more"),
+        (lambda: EvaluationConfig(shown_users=-1), "'evaluation.shown_users' is -1"),
+        (lambda: DecodingConfig(likelihood_weight=float("nan")), "'decoding.likelihood_weight' is nan"),
+        (lambda: DecodingConfig(beam_widths=(8, 0)), "'decoding.beam_widths' is (8, 0); give 1 or more"),
+        (lambda: rankgr.ObjectiveConfig(alpha=float("inf")), "'objective.alpha' is inf"),
+        (lambda: RankGRRunConfig(data=None, batch_size=0), "'batch_size' is 0; give 1 or more"),
+        (lambda: RankGRRunConfig(data=None, seed=-1), "'seed' is -1"),
+        (lambda: RankGRRunConfig(data=None, sessions_per_user=-1), "'sessions_per_user' is -1"),
+        (lambda: RankGRRunConfig(data=None, validation=EvaluationConfig()), "'validation.split' is 'test'"),
+        (lambda: SequentialConfig(data=None, validation=EvaluationConfig()), "'validation.split' is 'test'"),
+        (lambda: sequential.SasRecConfig(dropout=1.5), "'model.dropout' is 1.5"),
+        (lambda: sequential.Bert4RecConfig(masked=2.0), "'model.masked' is 2.0"),
+        (lambda: sequential.CaserConfig(window=0), "'model.window' is 0"),
+        (lambda: sequential.NextItNetConfig(kernel=0), "'model.kernel' is 0"),
+        (lambda: sequential.HstuConfig(time_buckets=0), "'model.time_buckets' is 0"),
+        (lambda: FullSoftmax(label_smoothing=2.0), "'objective.label_smoothing' is 2.0"),
+        (lambda: SampledSoftmax(negatives=0), "'objective.negatives' is 0"),
+        (lambda: EncoderDecoderConfig(heads=0), "'model.heads' is 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_named(make, words):
+    with pytest.raises(UserError) as error:
+        make()
+    assert words in str(error.value)

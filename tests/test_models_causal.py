@@ -263,9 +263,13 @@ def test_an_empty_context_gives_finite_scores_and_gradients():
     ("changes", "words"),
     [
         ({"levels": ((0, 21),)}, "level 0 takes the tokens 0 ... 20"),
-        ({"groups": 3}, "groups must divide heads"),
-        ({"groups": 0}, "groups must divide heads"),
-        ({"head_dim": 5}, "model.head_dim is 5"),
+        ({"groups": 3}, "'model.backbone.groups' is 3; give one that divides"),
+        ({"groups": 0}, "'model.backbone.groups' is 0; give 1 or more"),
+        ({"head_dim": 5}, "'model.backbone.head_dim' is 5"),
+        ({"dropout": 1.0}, "'model.backbone.dropout' is 1.0; give 0 or more, below 1"),
+        ({"target_dropout": -0.5}, "'model.backbone.target_dropout' is -0.5"),
+        ({"epsilon": float("nan")}, "'model.backbone.epsilon' is nan"),
+        ({"dtype": "foo"}, "'model.backbone.dtype' is 'foo'; give one of float32"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(changes, words):

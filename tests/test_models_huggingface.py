@@ -322,7 +322,12 @@ def test_integers_are_refused(folder):
         (QWEN2, {"use_sliding_window": True}, "use_sliding_window=True"),
         (QWEN2, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
         (QWEN2, {"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear'"),
-        (QWEN2, {"num_key_value_heads": 3}, "groups must divide heads"),
+        (QWEN2, {"rope_parameters": None, "rope_scaling": "linear"}, "rope_parameters is 'linear'"),
+        (QWEN2, {"rope_parameters": None, "rope_theta": "x"}, "rope_theta is 'x'; a number"),
+        (QWEN2, {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; true or false"),
+        (QWEN2, {"jaxrec": {"levels": [1]}}, "was expected"),
+        (T5, {"layer_norm_epsilon": "x"}, "layer_norm_epsilon is 'x'; a number"),
+        (QWEN2, {"num_key_value_heads": 3}, "give one that divides the 4 heads"),
     ],
 )
 def test_a_config_that_we_do_not_compute_is_refused(folder, name, changes, words):

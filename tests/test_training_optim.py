@@ -31,7 +31,7 @@ def test_schedules():
     np.testing.assert_allclose([rate(step) for step in (0, 1, 3, 7, 11)], [0.25, 0.5, 1.0, 0.6, 0.2], rtol=1e-6)
     rate = learning_rate(OptimConfig(learning_rate=1.0, warmup=0, schedule="constant"), steps=5)
     np.testing.assert_allclose([rate(step) for step in range(5)], np.ones(5))
-    with pytest.raises(UserError, match="warm-up of 5 steps is as long as the training of 5"):
+    with pytest.raises(UserError, match=r"'optim.warmup' is 5, as long as the training of 5"):
         learning_rate(OptimConfig(warmup=5), steps=5)
 
 

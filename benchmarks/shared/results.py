@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrec.config import UserError
 from jaxrec.run import read_json, write_json
 
 FOLDER = Path(__file__).parent.parent / "results"
@@ -35,6 +36,18 @@ def append(name: str, entries: list[dict[str, Any]], folder: Path = FOLDER) -> P
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, kept + made)
     return path
+
+
+def make_folder(flag: str, path: Path) -> None:
+    """Makes the folder that a flag names, before anything takes its time.
+
+    Raises:
+      UserError: it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}: the folder {path} can't be made ({error.strerror}); give another one") from error
 
 
 def moments(values: Sequence[float]) -> tuple[float, float, int]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, check_choice, check_least, check_shares
 from jaxrec.models.vocabulary import (
     Levels,
     check_levels,
@@ -29,7 +29,7 @@ from jaxrec.models.vocabulary import (
     token_log_probs,
 )
 from jaxrec.nn.attention import KeyValue
-from jaxrec.nn.layers import Embedding, RMSNorm
+from jaxrec.nn.layers import DTYPES, Embedding, RMSNorm
 from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention, dropped
 
 
@@ -72,11 +72,19 @@ class CausalConfig:
     """type of activations"""
 
     def __post_init__(self):
+        place = "model.backbone"
+        check_least(self, place, width=1, heads=1, groups=1, head_dim=2, hidden=1, layers=1, rotary_base=1, epsilon=0)
+        check_shares(self, place, "dropout", "target_dropout")
+        check_choice(self, place, "dtype", DTYPES)
         check_levels(self.levels, self.vocabulary)
-        if self.groups < 1 or self.heads % self.groups:
-            raise UserError(f"model.heads is {self.heads} and model.groups {self.groups}: groups must divide heads")
+        if self.heads % self.groups:
+            raise UserError(
+                f"configuration key '{place}.groups' is {self.groups}; give one that divides the {self.heads} heads"
+            )
         if self.head_dim % 2:
-            raise UserError(f"model.head_dim is {self.head_dim}: the rotary embedding needs an even one")
+            raise UserError(
+                f"configuration key '{place}.head_dim' is {self.head_dim}; the rotary embedding needs an even one"
+            )
 
 
 @struct.dataclass

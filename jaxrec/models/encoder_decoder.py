@@ -19,11 +19,11 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, check_choice, check_least, check_shares
 from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import Levels, check_levels, level_log_probs, target_log_probs, to_tokens
 from jaxrec.nn.attention import KeyValue
-from jaxrec.nn.layers import Embedding, RMSNorm
+from jaxrec.nn.layers import DTYPES, Embedding, RMSNorm
 from jaxrec.nn.transformer import Activation, CrossAttention, FeedForwardBlock, RelativeBias, SelfAttention, dropped
 
 
@@ -89,6 +89,10 @@ class EncoderDecoderConfig:
         return self.head_scale if self.tied else 1.0
 
     def __post_init__(self):
+        least = {"width": 1, "heads": 1, "head_dim": 1, "hidden": 1, "encoder_layers": 1, "layers": 1, "epsilon": 0}
+        check_least(self, "model", **least)
+        check_shares(self, "model", "dropout", "decoder_dropout")
+        check_choice(self, "model", "dtype", DTYPES)
         check_levels(self.levels, self.vocabulary)
         if self.buckets < 4 or self.max_distance <= self.buckets // 2:
             raise UserError(

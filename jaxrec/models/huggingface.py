@@ -172,8 +172,8 @@ def _t5_config(folder: Path, raw: dict, tensors: "_Tensors") -> EncoderDecoderCo
         raise UserError(
             f"{path}: feed_forward_proj={activation!r} is not supported; use one of {', '.join(T5_ACTIVATIONS)}"
         )
-    tied = bool(raw.get("tie_word_embeddings", True))
-    scale_head = bool(raw.get("scale_decoder_outputs", tied))
+    tied = _flag(path, raw, "tie_word_embeddings", True)
+    scale_head = _flag(path, raw, "scale_decoder_outputs", tied)
     if tied and "scale_decoder_outputs" in raw and "lm_head.weight" in tensors:
         # Newer writers say `tie_word_embeddings` of every T5, and store a head only where it is another matrix.
         tied = tensors.equal("lm_head.weight", "shared.weight")
@@ -194,18 +194,20 @@ def _t5_config(folder: Path, raw: dict, tensors: "_Tensors") -> EncoderDecoderCo
         scale_head=scale_head,
         buckets=_size(path, raw, "relative_attention_num_buckets", 32),
         max_distance=_size(path, raw, "relative_attention_max_distance", 128),
-        epsilon=float(raw.get("layer_norm_epsilon", 1e-6)),
-        start_token=int(raw.get("decoder_start_token_id") or 0),
-        dropout=float(raw.get("dropout_rate", 0.1)),
+        epsilon=_number(path, raw, "layer_norm_epsilon", 1e-6),
+        start_token=int(_number(path, raw, "decoder_start_token_id", 0)),
+        dropout=_number(path, raw, "dropout_rate", 0.1),
     )
 
 
 def _qwen2_config(path: Path, raw: dict) -> CausalConfig:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters is {rope!r}; a JSON object was expected")
     kind = rope.get("rope_type", rope.get("type", "default"))
     for name, value, wanted in (
         ("rope_type", kind, "default"),
-        ("use_sliding_window", bool(raw.get("use_sliding_window", False)), False),
+        ("use_sliding_window", _flag(path, raw, "use_sliding_window", False), False),
         ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
     ):
         if value != wanted:
@@ -222,9 +224,9 @@ def _qwen2_config(path: Path, raw: dict) -> CausalConfig:
         head_dim=_size(path, raw, "head_dim", width // heads),
         hidden=_size(path, raw, "intermediate_size"),
         layers=_size(path, raw, "num_hidden_layers"),
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        rotary_base=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))),
-        epsilon=float(raw.get("rms_norm_eps", 1e-6)),
+        tied=_flag(path, raw, "tie_word_embeddings", False),
+        rotary_base=_number(path, rope if "rope_theta" in rope else raw, "rope_theta", 1e4),
+        epsilon=_number(path, raw, "rms_norm_eps", 1e-6),
     )
 
 
@@ -317,12 +319,32 @@ def _size(path: Path, raw: dict, name: str, default: int | None = None) -> int:
     return value
 
 
+def _number(path: Path, raw: dict, name: str, default: float) -> float:
+    """A number of config.json; one that is missing or null is the default."""
+    value = default if raw.get(name) is None else raw[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{path}: {name} is {value!r}; a number was expected")
+    return float(value)
+
+
+def _flag(path: Path, raw: dict, name: str, default: bool) -> bool:
+    """As `_number`, of true and false."""
+    value = default if raw.get(name) is None else raw[name]
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: {name} is {value!r}; true or false was expected")
+    return value
+
+
 def _make(path: Path, kind: type, raw: dict, **fields: Any) -> Any:
     """The configuration, with what `save_*` wrote of ours, which Hugging Face has no name for."""
     ours = raw.get("jaxrec") or {}
-    if ours.get("levels") is not None:
-        fields["levels"] = tuple((int(offset), int(size)) for offset, size in ours["levels"])
-    fields["restrict"] = bool(ours.get("restrict", True))
+    try:
+        if ours.get("levels") is not None:
+            fields["levels"] = tuple((int(offset), int(size)) for offset, size in ours["levels"])
+        fields["restrict"] = bool(ours.get("restrict", True))
+    except (AttributeError, TypeError, ValueError) as error:
+        wanted = '{"levels": [[offset, size], ...], "restrict": true or false}'
+        raise UserError(f"{path}: jaxrec is {ours!r}; {wanted} was expected") from error
     try:
         return kind(**fields)
     except UserError as error:

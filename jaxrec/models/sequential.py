@@ -4,8 +4,8 @@ An item's score is the product of that vector with the item's row of the table, 
 All but BERT4Rec are causal: the state at a place depends on the items up to it, so that every next item of a history is
 a target of one pass. Sequences are aligned on the left, and positions count from their beginning.
 
-What they leave out of their papers is said in each. All share the norm (RMSNorm, before a block), dropout (of what goes
-in, and of what a block adds) and the optimiser, so that a comparison is one of architectures.
+What they leave out of their papers is said in each. All share the norm (RMSNorm, before a block) and the places of
+dropout (of what goes in, and of what a block adds); its rates, sizes and the optimiser's are each configuration's own.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import initializers as init
 
-from jaxrec.config import check_heads
+from jaxrec.config import check_heads, check_least, check_shares
 from jaxrec.nn.attention import masked_softmax
 from jaxrec.nn.layers import Embedding, Projection, RMSNorm, partitioned
 from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention
@@ -33,6 +33,10 @@ class EncoderSizes:
     temperature: float = 0.0
     """what the cosine of state and item is divided by to be a score; 0: their product is, as most papers have it"""
 
+    def __post_init__(self):
+        check_least(self, "model", width=1, temperature=0)
+        check_shares(self, "model", "dropout")
+
 
 @dataclass(frozen=True)
 class YouTubeDnnConfig(EncoderSizes):
@@ -40,6 +44,10 @@ class YouTubeDnnConfig(EncoderSizes):
 
     hidden: tuple[int, ...] = (256,)
     """widths of the ReLU layers"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, "model", hidden=1)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class AttentionConfig(EncoderSizes):
     """width F of each feed-forward"""
 
     def __post_init__(self):
+        super().__post_init__()
+        check_least(self, "model", layers=1, hidden=1)
         check_heads(self.width, self.heads, "model.heads")
 
 
@@ -71,6 +81,10 @@ class Bert4RecConfig(AttentionConfig):
     last_only: float = 0.2
     """share of the histories of which only the last item is hidden, as in use"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_shares(self, "model", "masked", "last_only")
+
 
 @dataclass(frozen=True)
 class CaserConfig(EncoderSizes):
@@ -83,6 +97,10 @@ class CaserConfig(EncoderSizes):
     vertical: int = 4
     """filters over the whole window"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, "model", window=1, horizontal=1, vertical=1)
+
 
 @dataclass(frozen=True)
 class NextItNetConfig(EncoderSizes):
@@ -92,6 +110,10 @@ class NextItNetConfig(EncoderSizes):
     """of the first convolution of each block; the second one's is twice that"""
     kernel: int = 3
     """places that a convolution reads"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, "model", dilations=1, kernel=1)
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,8 @@ class HstuConfig(EncoderSizes):
     """buckets of the time between two events, each twice as long as the one before, from a second on"""
 
     def __post_init__(self):
+        super().__post_init__()
+        check_least(self, "model", layers=1, time_buckets=1)
         check_heads(self.width, self.heads, "model.heads")
 
 

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import initializers as init
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""types of activations"""
+
 
 def partitioned(initializer, *axes: str | None):
     """The initializer, with a logical name for each axis of what it makes."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.parquet as pq
 
+from jaxrec.config import UserError, check_choice, check_least
 from jaxrec.data.examples import Records
 from jaxrec.evaluation import (
     Cases,
@@ -45,6 +46,25 @@ class EvaluationConfig:
     """measure popularity, Markov and the others too"""
     shown_users: int = 8
     """users whose history and recommendations the report shows"""
+
+    def __post_init__(self):
+        check_choice(self, "evaluation", "split", ("test", "valid"))
+        check_least(self, "evaluation", max_users=0, seed=0, cutoffs=1, shown_users=0)
+        if not self.cutoffs:
+            raise UserError(
+                "configuration key 'evaluation.cutoffs' is empty; give places that are measured, such as 10"
+            )
+
+    def check_validation(self) -> None:
+        """Whether this may decide when a training stops and which state is the best.
+
+        Raises:
+          UserError: it looks at the test split.
+        """
+        if self.split != "valid":
+            raise UserError(
+                f"configuration key 'validation.split' is '{self.split}'; by it the best state is chosen: give valid"
+            )
 
 
 def compare(

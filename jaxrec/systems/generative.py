@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jaxrec.config import fingerprint
+from jaxrec.config import check_least, fingerprint
 from jaxrec.data.prepare import PrepareConfig
 from jaxrec.data.sources import AnySource
 from jaxrec.run import Run
@@ -79,6 +79,10 @@ class GenerativeRunConfig:
         *("decoding", "validation", "evaluation"),
     )
     """Fields that training depends on through what they made, or not at all."""
+
+    def __post_init__(self):
+        check_least(self, "", seed=0, batch_size=1)
+        self.validation.check_validation()
 
     def training_inputs(self) -> dict[str, Any]:
         """What a training depends on beside tables and IDs; the final evaluation may change without a new one."""

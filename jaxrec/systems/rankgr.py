@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from jaxrec.config import UserError, check_least, from_json
+from jaxrec.config import UserError, check_least, check_shares, from_json
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.data.sources.files import digest
 from jaxrec.models.huggingface import CONFIG_FILE
@@ -50,8 +50,7 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         check_least(self, "objective", alpha=0, beta=0, rank_weight=0)
-        if not 0 <= self.smoothing < 1:
-            raise UserError(f"configuration key 'objective.smoothing' is {self.smoothing}; give 0 or more, below 1")
+        check_shares(self, "objective", "smoothing")
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,10 @@ class RankGRRunConfig(GenerativeRunConfig):
     """Sizes and parts of the model; vocabulary and levels follow from the IDs."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Losses."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, "", min_history=0, sessions_per_user=0)
 
     # The weights themselves count, wherever they lie.
     before_training: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.before_training, "pretrained")

@@ -51,7 +51,10 @@ def mean_loss(
     batch: dict,
     key: jax.Array,
 ):
-    """As `jaxrec.training.step.Loss` (Eq. 17); a batch is what `training_batches` yields."""
+    """As `jaxrec.training.step.Loss` (Eq. 17); a batch is what `training_batches` yields.
+
+    All terms are divided by the weight of the batch's next-token targets, the paper's by users.
+    """
     objective = config.objective
     sums, count, notes = losses(assembly, config, catalogue, {"params": params}, batch, key)
     total = sums["next_token"] + objective.alpha * sums["ldpo"] + objective.rank_weight * sums["rank"]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, check_least
 from jaxrec.decoding.beam import Rescore, beam_search, expand_items
 from jaxrec.decoding.filters import Allowed, ItemFilter, ItemOrder, stack
 from jaxrec.decoding.trie import build_trie
@@ -44,10 +44,7 @@ class DecodingConfig:
     """weight of an ID's log-probability that is added to a rank head's score; 0, as published (RankGR Eq. 18): none"""
 
     def __post_init__(self):
-        for name in ("beam_width", "batch_size", "beam_widths", "candidates"):
-            given = getattr(self, name)
-            if min(given if isinstance(given, tuple) else (given,), default=1) < 1:
-                raise UserError(f"configuration key 'decoding.{name}' is {given}; give numbers of 1 or more")
+        check_least(self, "decoding", beam_width=1, batch_size=1, beam_widths=1, candidates=1, likelihood_weight=0)
 
 
 class Assembly(Protocol):
@@ -189,7 +186,8 @@ class GenerativeRecommender:
             target[: len(rows)] = np.where(cases.where[rows], cases.targets[rows], 0)
             where[: len(rows)] = cases.where[rows]
             real = np.arange(self.config.batch_size) < len(rows)
-            sums = add(sums, jax.device_get(self._measure(self.served, arrays, target, where, real)))
+            measured = self._measure(self.served, arrays, self.space.codes[target], where, real)
+            sums = add(sums, jax.device_get(measured))
         return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
 
     def width(self, k: int) -> int | tuple[int, ...]:
@@ -291,13 +289,13 @@ class GenerativeRecommender:
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
     @functools.partial(jax.jit, static_argnames=("self",))
-    def _measure(self, served, arrays, target, where, real):
+    def _measure(self, served, arrays, codes, where, real):
         context = self.assembly.context(served, arrays)
         extend = functools.partial(self.assembly.extend, served, context)
-        codes = jnp.asarray(self.space.codes)[target]
+        codes = codes.astype(jnp.int32)
         log_probs, cache = extend(None, None, 0)
-        log_probs = [jnp.broadcast_to(log_probs, (*target.shape, log_probs.shape[-1]))]
-        cache = jax.tree.map(lambda x: jnp.repeat(x, target.shape[1], axis=1), cache)
+        log_probs = [jnp.broadcast_to(log_probs, (*where.shape, log_probs.shape[-1]))]
+        cache = jax.tree.map(lambda x: jnp.repeat(x, where.shape[1], axis=1), cache)
         for level in range(1, codes.shape[-1]):
             following, cache = extend(codes[..., level - 1], cache, level)
             log_probs.append(following)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow.parquet as pq
 
-from jaxrec.config import fingerprint, from_json
+from jaxrec.config import check_least, fingerprint, from_json
 from jaxrec.data.examples import write_examples
 from jaxrec.data.padding import check_buckets
 from jaxrec.data.prepare import PrepareConfig, prepare
@@ -75,6 +75,8 @@ class SequentialConfig:
 
     def __post_init__(self):
         check_buckets(self.lengths, "lengths")
+        check_least(self, "", seed=0, batch_size=1)
+        self.validation.check_validation()
 
 
 def train(run: Run, config: SequentialConfig) -> None:

@@ -143,7 +143,7 @@ class SequentialRecommender:
             size = next(length for length in assembly.lengths if length >= most)
             arrays = histories.take(filled, size + 1, size)
             seen = _seen(histories, filled, len(assembly.log_q)) if exclude_seen else None
-            best, values = jax.device_get(_rank(assembly, self.params, arrays, seen, found))
+            best, values = jax.device_get(_rank(assembly, self.params, assembly.log_q, arrays, seen, found))
             if np.isnan(values).any():
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
             best = np.where(np.isfinite(values), best, -1)
@@ -155,12 +155,12 @@ class SequentialRecommender:
         return SequentialRecommender(self.assembly, params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _rank(assembly: SequentialAssembly, params: Any, arrays: dict, seen: jax.Array | None, k: int):
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _rank(assembly: SequentialAssembly, params: Any, log_q, arrays: dict, seen: jax.Array | None, k: int):
     state, table = assembly.model.apply(
         {"params": params}, arrays["item"], arrays["time"], arrays["length"], method="next"
     )
-    scores = jnp.where(arrays["length"][:, None] > 0, state @ table.T, assembly.log_q)
+    scores = jnp.where(arrays["length"][:, None] > 0, state @ table.T, log_q)
     if seen is not None:
         scores = scores.at[jnp.arange(len(seen))[:, None], seen].set(-jnp.inf, mode="drop")
     values, items = top(scores, k)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, check_least, check_shares
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import Features, array_batches, merge_small
 from jaxrec.evaluation import make_cases, ranking_metrics
@@ -38,6 +39,10 @@ class FullSoftmax:
     rows: int = 256
     """targets whose logits are there at once; 0 for all"""
 
+    def __post_init__(self):
+        check_least(self, "objective", rows=0)
+        check_shares(self, "objective", "label_smoothing")
+
 
 @dataclass(frozen=True)
 class SampledSoftmax:
@@ -48,6 +53,9 @@ class SampledSoftmax:
     power: float = 1.0
     """items are drawn by their popularity to this power; 0 for all alike"""
 
+    def __post_init__(self):
+        check_least(self, "objective", negatives=1, power=0)
+
 
 @dataclass(frozen=True)
 class Binary:
@@ -56,6 +64,9 @@ class Binary:
     negatives: int = 1
     """items drawn for a target"""
 
+    def __post_init__(self):
+        check_least(self, "objective", negatives=1)
+
 
 Objective = FullSoftmax | SampledSoftmax | Binary
 
@@ -63,21 +74,29 @@ Objective = FullSoftmax | SampledSoftmax | Binary
 def train(assembly: SequentialAssembly, config: "SequentialConfig", folder: Path, metrics_path: Path) -> TrainState:
     """As `jaxrec.training.minimise.minimise`, with the ranking of the validation split on the way."""
     evaluate = validation(assembly, config) if config.training.evaluate_every else None
-    objective, batches = partial(mean_loss, assembly, config.objective), training_batches(assembly, config)
+    objective = Partial(partial(mean_loss, assembly, config.objective), jnp.asarray(assembly.log_q))
+    batches = training_batches(assembly, config)
     return minimise(objective, assembly.init, batches, config, folder, metrics_path, evaluate=evaluate)
 
 
 def mean_loss(
-    assembly: SequentialAssembly, objective: Objective, params: Any, extra: dict, batch: dict, key: jax.Array
+    assembly: SequentialAssembly,
+    objective: Objective,
+    log_q: jax.Array,
+    params: Any,
+    extra: dict,
+    batch: dict,
+    key: jax.Array,
 ):
-    """As `jaxrec.training.step.Loss`; a batch is what `training_batches` yields."""
-    total, count = loss(assembly, objective, params, batch, key)
+    """As `jaxrec.training.step.Loss`; log_q float32 [I]: of the assembly; a batch is what `training_batches` yields."""
+    total, count = loss(assembly, objective, log_q, params, batch, key)
     return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
 
 
 def loss(
     assembly: SequentialAssembly,
     objective: Objective,
+    log_q: jax.Array,
     params: Any,
     batch: dict,
     key: jax.Array,
@@ -101,7 +120,7 @@ def loss(
             rows=objective.rows,
         )
     elif isinstance(objective, SampledSoftmax):
-        values = _sampled(objective, assembly.log_q, states, table, targets, where, draw)
+        values = _sampled(objective, log_q, states, table, targets, where, draw)
     else:
         negatives, candidates = unseen_items(batch, targets.shape, objective.negatives, len(table), draw)
         positive = (states * table[targets]).sum(-1)
@@ -134,7 +153,7 @@ def hidden_places(assembly: SequentialAssembly, batch: dict, chance: jax.Array):
     return (items, mask, batch["time"], batch["time"]), item, hidden
 
 
-def _sampled(objective: SampledSoftmax, log_q: np.ndarray, states, table, targets, where, key) -> jax.Array:
+def _sampled(objective: SampledSoftmax, log_q: jax.Array, states, table, targets, where, key) -> jax.Array:
     log_p = jax.nn.log_softmax(objective.power * log_q)
     bounds = jnp.cumsum(jnp.exp(log_p))
     drawn = jnp.searchsorted(bounds, jax.random.uniform(key, (objective.negatives,)) * bounds[-1], side="right")

@@ -92,6 +92,7 @@ class TigerConfig(GenerativeRunConfig):
     """The loss."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.own_tokens and self.positions != "items":
             raise UserError(
                 "configuration key 'own_tokens': it is part of an item's position; set positions to items as well"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, check_least, check_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,11 @@ class OptimConfig:
     slow_fraction: float = 0.1
     """Share of the learning rate that those parameters get."""
 
+    def __post_init__(self):
+        least = ("learning_rate", "warmup", "final_fraction", "weight_decay", "clip_norm", "slow_fraction")
+        check_least(self, "optim", **dict.fromkeys(least, 0))
+        check_shares(self, "optim", "b1", "b2")
+
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     """The learning rate as a function of the step, for a training of `steps` steps.
@@ -44,7 +49,9 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
       UserError: the warm-up is longer than the training.
     """
     if config.warmup >= steps:
-        raise UserError(f"the warm-up of {config.warmup} steps is as long as the training of {steps}; make it shorter")
+        raise UserError(
+            f"configuration key 'optim.warmup' is {config.warmup}, as long as the training of {steps}; make it shorter"
+        )
     rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
     if config.schedule == "constant":
         rest = optax.constant_schedule(config.learning_rate)

@@ -54,9 +54,10 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also of numbers and nesting that Python refuses
+            message = getattr(error, "msg", error)
             raise UserError(
-                f"{path}, line {number}: no valid JSON ({error.msg}); write one JSON object a line"
+                f"{path}, line {number}: no valid JSON ({message}); write one JSON object a line"
             ) from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: a JSON {type(row).__name__}; write one JSON object a line")

@@ -73,6 +73,10 @@ class SequenceText:
             columns["item_id"] += sequence
             columns["timestamp"] += seconds
             columns["session_id"] += [f"{place:06d}" for place in range(len(sequence))]
+        if times and times.keys().isdisjoint(columns["user_id"]):
+            raise UserError(
+                f"{times_file}: no user of it is in {sequences.name} ({next(iter(times))!r} isn't); write them as there"
+            )
         events = pa.table({**columns, "behavior": ["purchase"] * len(columns["user_id"])})
         return RawTables(engine, store(engine, items), store(engine, events), facts={"shuffle_ties": self.shuffle_ties})
 
@@ -175,5 +179,7 @@ def _times(path: Path) -> dict[str, list[int | None]]:
                 raise UserError(
                     f"{path}, line {number}: the time {value} is in milliseconds; divide by 1000 to get Unix seconds"
                 )
-        times[str(row["u"])] = values
+        if (user := str(row["u"])) in times:
+            raise UserError(f"{path}, line {number}: user {user} was there before; write one line a user")
+        times[user] = values
     return times
