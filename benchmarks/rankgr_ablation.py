@@ -1,6 +1,6 @@
 """What RankGR's two phases bring: Table 4, and the sweeps over alpha and lambda of Fig. 4 and 5, on multi-level logs.
 
-    python benchmarks/rankgr_ablation.py [--config configs/rankgr_mall.py] [--data DIR] [--seeds 0,1,2] [--no-lambda]
+    python benchmarks/rankgr_ablation.py [--config configs/rankgr_mall.py] [--data DIR] [--seeds 0,1,2] [--alphas 0,1,3]
 
 Semantic IDs are made once; every variant is trained from several seeds and measured on validation and test. Alpha, and
 the weight of the likelihood in the final score (for each variant its own), are those of the best mean recall@10 on
@@ -12,11 +12,13 @@ RankGR's HR (Eq. 19) is the share of a user's items that was found: recall here.
 --data puts a folder in place of the configuration's. What was trained gathers in OUT/rankgr_ablation-CONFIG.json, with
 its seed, command, commit, device and rows (model, split, subset, metric, value); it is not trained again. subset: items
 of that behavior in the held-out session. Figures go to --pictures (CONFIG_alpha.svg, CONFIG_lambda.svg). --quick: one
-seed, few steps, kept in RUNS/quick. --no-lambda: without the sweep over lambda.
+seed, few steps, kept in RUNS/quick. --no-lambda: without the sweep over lambda; --table: Table 4's rows alone.
 """
 
 import argparse
 import dataclasses
+import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -271,6 +273,21 @@ def base_config(arguments: argparse.Namespace) -> RankGRRunConfig:
     return replace(config, training=training, optim=replace(config.optim, warmup=warmup))
 
 
+def parse_alphas(text: str) -> tuple[float, ...]:
+    """Numbers that rise from 0.
+
+    Raises:
+      UserError: they don't, or there is none above 0.
+    """
+    try:
+        alphas = tuple(float(each) for each in text.split(","))
+    except ValueError:
+        alphas = ()
+    if len(alphas) < 2 or alphas[0] != 0 or not all(a < b < math.inf for a, b in itertools.pairwise(alphas)):
+        raise UserError(f"--alphas is {text!r}; give numbers that rise from 0, such as 0,1,3")
+    return alphas
+
+
 def main() -> None:
     """The command line."""
     command = parser(__doc__)
@@ -281,6 +298,8 @@ def main() -> None:
     command.add_argument("--out", type=Path, default=kept.FOLDER, help="folder for the results")
     command.add_argument("--runs", type=Path, default=Path("runs/rankgr_ablation"), help="for IDs and checkpoints")
     command.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="folder for the figures")
+    command.add_argument("--alphas", default="0,1,3", help="weights of LDPO that are tried, from 0 on")
+    command.add_argument("--table", action="store_true", help="the rows of Table 4 alone, without lambda")
     command.add_argument("--no-lambda", action="store_true", help="without the sweep over lambda")
     arguments = command.parse_args()
     if arguments.quick:  # only to see that everything works: nothing to keep
@@ -292,8 +311,10 @@ def main() -> None:
     about = arguments.config.stem
     results = Results(arguments.out / f"rankgr_ablation-{about}.json")
     run = Run.open(arguments.runs / fingerprint(to_json(config)), config)
-    sweep = QUICK if arguments.quick else Sweep()
-    if arguments.no_lambda or not config.decoding.candidates:  # without, a level's candidates are its beams
+    sweep = QUICK if arguments.quick else Sweep(parse_alphas(arguments.alphas), beside=not arguments.table)
+    if (
+        arguments.no_lambda or arguments.table or not config.decoding.candidates
+    ):  # without, a level's candidates are its beams
         sweep = replace(sweep, lambdas=())
     names, whole = run_all(run, config, seeds, results, sweep)
     console.print(f"chosen on validation: {FULL} {names[FULL]}; {NO_IAP} {names[NO_IAP]}", markup=False)

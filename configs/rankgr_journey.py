@@ -25,9 +25,12 @@ config = RankGRRunConfig(
     features=LeveledSessionConfig(buckets=(64, 256), weakest=1, targets=16),
     model=RankGRConfig(
         CausalConfig(width=64, heads=2, groups=2, head_dim=32, hidden=128, layers=2, rotary_base=1e4, dropout=0.1),
-        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3, likelihood=False),
+        # Most of a basket was in a basket before.
+        pointer=True,
+        rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3),
     ),
-    objective=ObjectiveConfig(alpha=1.0),
+    # Opportunities of exposure are compared with purchases, but nobody chose them.
+    objective=ObjectiveConfig(alpha=1.0, level_weights=(0.0, 1.0, 1.0)),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=600, log_every=50, checkpoint_every=300),
     decoding=DecodingConfig(beam_widths=(16, 64, 64), candidates=(16, 64, 64), likelihood_weight=1.0),
