@@ -74,6 +74,10 @@ def main() -> None:
     models, seeds = parse_models(args.models), parse_seeds(args.seeds)
     keep_compiled_programs()
     folder = args.runs / (args.data.resolve().name + "-shuffled" * args.shuffle_ties + "-quick" * args.quick)
+    if args.shuffle_ties and not (args.data / "timestamps.jsonl").is_file():
+        raise UserError(
+            f"--shuffle-ties: {args.data / 'timestamps.jsonl'} is missing, so there are no ties; leave it out"
+        )
     out = args.out or folder / "results.json"
     results.make_folder("--out", out.parent)
     log = with_items(args.data, folder / "log", QUICK_USERS if args.quick else None)
