@@ -15,7 +15,8 @@ from compilations import constant_shapes
 from onemall_parts import MODEL, ITEMS, make_arrays, make_assembly, make_history
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.systems.onemall import OneMallConfig
-from jaxrec.systems.onemall_training import make_loss
+from jaxrec.systems.generative import bound_loss
+from jaxrec.systems.onemall_training import mean_loss
 from jaxrec.training.sharding import MeshConfig, make_mesh, place, shard_batch, use_mesh
 from jaxrec.training.step import make_state, make_step
 
@@ -28,7 +29,7 @@ batch = make_arrays([make_history(seed, 3 + seed) for seed in range(8)], assembl
     "target_where": np.arange(4) < rng.integers(1, 5, (8, 1)),
     "where": np.arange(8) < 7,
 }
-step = make_step(make_loss(assembly, config), optimizer, config.seed)
+step = make_step(bound_loss(mean_loss, assembly, config), optimizer, config.seed)
 
 def constraints(jaxpr):
     for equation in jaxpr.eqns:

@@ -29,9 +29,10 @@ from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems import rankgr
+from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig, _weights
 from jaxrec.systems.rankgr_model import assemble, behavior_levels, with_pretrained
-from jaxrec.systems.rankgr_training import losses, make_loss, pack, rank_loss
+from jaxrec.systems.rankgr_training import losses, mean_loss, pack, rank_loss
 from jaxrec.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +91,10 @@ def test_the_losses_are_those_of_the_paper():
 
 def test_no_array_of_all_items_is_a_constant_of_the_training_step():
     """Of a large catalogue they would be gigabytes in the program."""
-    loss, given = make_loss(make_assembly(), CONFIG), (make_variables()["params"], {}, make_batch(), jax.random.key(0))
+    loss, given = (
+        bound_loss(mean_loss, make_assembly(), CONFIG),
+        (make_variables()["params"], {}, make_batch(), jax.random.key(0)),
+    )
     assert not [shape for shape in constant_shapes(loss, *given) if ITEMS in shape]
     bound = jax.make_jaxpr(lambda: loss(*given))().consts
     assert [array.shape for array in bound if ITEMS in np.shape(array)]

@@ -27,10 +27,10 @@ from jaxrec.run import Run, read_json
 from jaxrec.semantic_ids.space import SemanticIdSpace
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
-from jaxrec.systems.generative import STAGE
+from jaxrec.systems.generative import STAGE, bound_loss
 from jaxrec.systems.tiger import ObjectiveConfig, load_recommender, train
 from jaxrec.systems.tiger_model import TigerAssembly, fit_vocabulary, own_tokens
-from jaxrec.systems.tiger_training import losses, make_loss
+from jaxrec.systems.tiger_training import losses, mean_loss
 from jaxrec.training import checkpoint
 from jaxrec.training.step import make_state, make_step
 
@@ -132,7 +132,7 @@ def test_a_step_equals_a_plain_computation(causal, positions, prior, own):
     state = make_state(assembly.init(0), optimizer)
     loss, gradients = jax.jit(jax.value_and_grad(plain))(state.params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
-    step = make_step(make_loss(assembly, config), optimizer, config.seed)
+    step = make_step(bound_loss(mean_loss, assembly, config), optimizer, config.seed)
     # Nothing of the catalogue is a constant of the program.
     assert not [shape for shape in constant_shapes(step, state, batch) if len(CODES) in shape]
     after, metrics = jax.jit(step)(state, batch)

@@ -17,9 +17,10 @@ from jaxrec.models.context import Catalogue
 from jaxrec.models.cross_decoder import CrossDecoder
 from jaxrec.models.prior import build_prior
 from jaxrec.semantic_ids.space import SemanticIdSpace
+from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.systems.onemall_model import Assembly
-from jaxrec.systems.onemall_training import make_loss
+from jaxrec.systems.onemall_training import mean_loss
 from jaxrec.training.optim import make_optimizer
 from jaxrec.training.step import make_state, make_step
 
@@ -73,7 +74,9 @@ class TrainingStep:
         self.batch = make_batch(self.assembly, config)
         optimizer = make_optimizer(config.optim, config.training.steps)
         self.state = make_state(self.assembly.init(config.seed), optimizer)
-        self.step = jax.jit(make_step(make_loss(self.assembly, config), optimizer, config.seed), donate_argnums=0)
+        self.step = jax.jit(
+            make_step(bound_loss(mean_loss, self.assembly, config), optimizer, config.seed), donate_argnums=0
+        )
 
     def __call__(self) -> dict:
         self.state, metrics = self.step(self.state, self.batch)

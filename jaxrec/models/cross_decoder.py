@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from jaxrec.models.context import Catalogue, Context, Features, Sequence
 from jaxrec.models.habit import HabitHead, mixture
+from jaxrec.models.pointer import Copied
 from jaxrec.nn.attention import KeyValue, TargetAttention
 from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
 from jaxrec.nn.moe import Dispatch, MixtureOfExperts
@@ -326,11 +327,8 @@ class CrossDecoder(nn.Module):
         """The mixture's distribution over the next code, given the decoder's [B, W, K] and the beams' cache."""
         if self.habit is None:
             return log_probs
-        codes = jax.nn.one_hot(context.habit_codes[..., level], log_probs.shape[-1])
-        habit = jnp.einsum("BWS,BSK->BWK", cache["habit"], codes)
-        share = context.share[:, None, None]
-        joint = mixture(share, cache["generated"][..., None] + log_probs, habit)
-        return joint - mixture(share[..., 0], cache["generated"], cache["habit"].sum(-1))[..., None]
+        copied = Copied(context.share[:, None], cache["generated"], cache["habit"])
+        return copied.mix(log_probs, context.habit_codes[..., level])
 
     # ---- the auxiliary task ------------------------------------------------------------------------------------------
 

@@ -8,8 +8,11 @@ can be killed and run again. A system adds what it reads, a model, a loss and ba
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+
+from jax.tree_util import Partial
 
 from jaxrec.config import check_least, fingerprint
 from jaxrec.data.prepare import PrepareConfig
@@ -114,6 +117,11 @@ def run_phases(
         lambda folder: compare(run, load(), config.evaluation, folder),
     )
     present(run)
+
+
+def bound_loss(mean_loss: Callable[..., Any], assembly: Assembly, config: GenerativeRunConfig) -> Loss:
+    """A system's mean_loss(assembly, config, catalogue, params, extra, batch, key), bound to its catalogue."""
+    return Partial(partial(mean_loss, assembly, config), assembly.catalogue)
 
 
 def train_model(

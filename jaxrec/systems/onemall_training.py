@@ -1,14 +1,12 @@
 """Training OneMall's model (Eq. 7): next-token prediction and contrastive task, all targets of a context at once."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from jaxrec.data import features
 from jaxrec.data.examples import Records
@@ -17,7 +15,7 @@ from jaxrec.losses.contrastive import in_batch_softmax
 from jaxrec.losses.likelihood import next_token
 from jaxrec.models.context import Catalogue
 from jaxrec.nn.moe import balance
-from jaxrec.systems.generative import train_model
+from jaxrec.systems.generative import bound_loss, train_model
 from jaxrec.systems.onemall_model import Assembly
 from jaxrec.training.loop import TrainState
 from jaxrec.training.step import Loss
@@ -28,14 +26,9 @@ if TYPE_CHECKING:
 
 def train(assembly: Assembly, config: "OneMallConfig", folder: Path, metrics_path: Path) -> TrainState:
     """As `jaxrec.systems.generative.train_model`."""
-    loss = make_loss(assembly, config)
+    loss = bound_loss(mean_loss, assembly, config)
     batches, counted = training_batches(assembly, config), exact_loss(assembly, config)
     return train_model(assembly, config, loss, batches, folder, metrics_path, counted=counted)
-
-
-def make_loss(assembly: Assembly, config: "OneMallConfig") -> Loss:
-    """`mean_loss`, bound to the catalogue."""
-    return Partial(partial(mean_loss, assembly, config), assembly.catalogue)
 
 
 def mean_loss(
@@ -59,7 +52,7 @@ def mean_loss(
 def exact_loss(assembly: Assembly, config: "OneMallConfig") -> Loss:
     """`mean_loss` with the experts run exactly: padding and dropped tokens of another dispatch are no model FLOPs."""
     exact = assembly.model.clone(config=dataclasses.replace(assembly.model.config, dispatch="ragged"))
-    return make_loss(dataclasses.replace(assembly, model=exact), config)
+    return bound_loss(mean_loss, dataclasses.replace(assembly, model=exact), config)
 
 
 def losses(

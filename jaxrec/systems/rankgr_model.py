@@ -131,7 +131,7 @@ class RankGRAssembly:
         """One more code for every beam."""
         return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
 
-    def rescore(self, served: dict, context: RankContext, likelihood_weight: float = 0.0) -> Rescore | None:
+    def rescore(self, served: dict, context: RankContext, likelihood_weight: float) -> Rescore | None:
         """The rank head's scores in the beam (RankGR Eq. 18), or the items' at the end of it."""
         config = self.model.config.rank
         if config.loss == "none":

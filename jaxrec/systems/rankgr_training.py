@@ -5,14 +5,12 @@ itself after those before them (Eq. 2), and drawn pseudo-exposures.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from jaxrec.config import UserError
 from jaxrec.data import leveled_sessions
@@ -21,10 +19,9 @@ from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.losses.likelihood import full_softmax, next_token
 from jaxrec.losses.preference import has_preference, ldpo
 from jaxrec.models.rankgr import RankContext
-from jaxrec.systems.generative import train_model
+from jaxrec.systems.generative import bound_loss, train_model
 from jaxrec.systems.rankgr_model import RankGRAssembly, RankGRCatalogue, write_backbone
 from jaxrec.training.loop import TrainState
-from jaxrec.training.step import Loss
 
 if TYPE_CHECKING:
     from jaxrec.systems.rankgr import RankGRRunConfig
@@ -33,13 +30,8 @@ if TYPE_CHECKING:
 def train(assembly: RankGRAssembly, config: "RankGRRunConfig", folder: Path, metrics_path: Path) -> TrainState:
     """As `jaxrec.systems.generative.train_model`."""
     write_backbone(folder, assembly.model.config)
-    loss = make_loss(assembly, config)
+    loss = bound_loss(mean_loss, assembly, config)
     return train_model(assembly, config, loss, training_batches(assembly, config), folder, metrics_path)
-
-
-def make_loss(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Loss:
-    """`mean_loss`, bound to the catalogue."""
-    return Partial(partial(mean_loss, assembly, config), assembly.catalogue)
 
 
 def mean_loss(

@@ -58,6 +58,11 @@ class Assembly(Protocol):
     """folder of the example records"""
 
     @property
+    def catalogue(self) -> Any:
+        """What a training step reads of all items, a pytree of arrays."""
+        ...
+
+    @property
     def behaviors(self) -> tuple[str, ...]:
         """Names, weakest first."""
         ...

@@ -8,23 +8,20 @@ Two ways to make contexts of the prefixes:
 """
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from jaxrec.data import item_sequences
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.losses.likelihood import next_token
-from jaxrec.systems.generative import train_model
+from jaxrec.systems.generative import bound_loss, train_model
 from jaxrec.systems.tiger_model import TigerAssembly, TigerCatalogue
 from jaxrec.training.loop import TrainState
-from jaxrec.training.step import Loss
 
 if TYPE_CHECKING:
     from jaxrec.systems.tiger import TigerConfig
@@ -32,13 +29,8 @@ if TYPE_CHECKING:
 
 def train(assembly: TigerAssembly, config: "TigerConfig", folder: Path, metrics_path: Path) -> TrainState:
     """As `jaxrec.systems.generative.train_model`."""
-    loss = make_loss(assembly, config)
+    loss = bound_loss(mean_loss, assembly, config)
     return train_model(assembly, config, loss, training_batches(assembly, config), folder, metrics_path)
-
-
-def make_loss(assembly: TigerAssembly, config: "TigerConfig") -> Loss:
-    """`mean_loss`, bound to the catalogue."""
-    return Partial(partial(mean_loss, assembly, config), assembly.catalogue)
 
 
 def mean_loss(
