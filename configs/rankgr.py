@@ -49,8 +49,9 @@ config = RankGRRunConfig(
     ),
     objective=ObjectiveConfig(alpha=0.1),
     optim=OptimConfig(learning_rate=1.5e-3, warmup=100, weight_decay=0.05, final_fraction=0.05),
-    # 174 steps are an epoch. Batches of 256 and half as many steps learn less from as many epochs.
-    training=LoopConfig(steps=5220, log_every=174, checkpoint_every=870, evaluate_every=870, patience=3),
+    # 174 steps are an epoch. Batches of 256 and half as many steps learn less from as many epochs. The learning rate falls
+    # to the end, so that nothing stops before it; the best state on validation is the one that is kept.
+    training=LoopConfig(steps=5220, log_every=174, checkpoint_every=870, evaluate_every=870, patience=0),
     # The rank head orders what the beam has found; on validation, 200 beams find nothing that these don't.
     decoding=DecodingConfig(beam_width=100, batch_size=64, likelihood_weight=0.5),
     validation=EvaluationConfig(split="valid", max_users=2000),
