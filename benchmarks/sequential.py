@@ -1,4 +1,4 @@
-"""Any list of models on one log, under one protocol: leave-one-out, full ranking, early stopping on validation.
+"""Any list of models on one log, under one protocol: leave-one-out, all items ranked, the best state on validation.
 
     python benchmarks/sequential.py --data DIR --models sasrec_ce,tiger --seeds 0,1,2 [--quick] [--out results.json]
 
@@ -9,8 +9,9 @@ of the validation split, and reported by those of the test split.
 
 Every run keeps its folder (--runs), so that the same command goes on where it was stopped and trains nothing twice.
 Beside the models stand popularity, Markov, ItemKNN and the others that are only counted, as stored and with the order
-of ties shuffled: events of one time, such as one day, are stored in some order, which may be learnable. A trained model
-has to be trained on a shuffled log to be judged on one: --shuffle-ties does that.
+of ties shuffled: events of one time, such as one day, are stored in some order, which may be learnable. A trained
+model has to be trained on a shuffled log to be judged on one: --shuffle-ties does that. No model is told when the item
+that it predicts was taken, which would give something away here; --answer-time tells it, and rows say so.
 
 Writes a list of rows {model, seed, split, subset, metric, value, count, seconds} to --out, a picture of quality against
 seconds of training beside it, and adds the runs and what is counted to benchmarks/results/sequential.json. Seconds are
@@ -53,7 +54,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 CUTOFFS = (5, 10, 50)
 SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 SPLITS = ("valid", "test")
-SUBSETS = {"all": "full ranking", "new": "full ranking without what the user had"}
+SUBSETS = {"all": "all items ranked", "new": "the history left out"}
+ANSWER_TIME = " (answer's time told)"
 MONITORED = "ndcg@10"
 FIELDS = ("split", "subset", "metric", "value", "count")
 QUICK_USERS, QUICK_STEPS = 1000, 30
@@ -70,10 +72,12 @@ def main() -> None:
     command.add_argument("--runs", type=Path, default=Path("runs/sequential"), help="where run folders are kept")
     command.add_argument("--out", type=Path, help="file for the rows; default: results.json in --runs")
     command.add_argument("--shuffle-ties", action="store_true", help="train on a log with ties in random order")
+    command.add_argument("--answer-time", action="store_true", help="tell models when the item they predict was taken")
     args = command.parse_args()
     models, seeds = parse_models(args.models), parse_seeds(args.seeds)
     keep_compiled_programs()
-    folder = args.runs / (args.data.resolve().name + "-shuffled" * args.shuffle_ties + "-quick" * args.quick)
+    kind = "-shuffled" * args.shuffle_ties + "-answer-time" * args.answer_time + "-quick" * args.quick
+    folder = args.runs / (args.data.resolve().name + kind)
     if args.shuffle_ties and not (args.data / "timestamps.jsonl").is_file():
         raise UserError(
             f"--shuffle-ties: {args.data / 'timestamps.jsonl'} is missing, so there are no ties; leave it out"
@@ -82,12 +86,12 @@ def main() -> None:
     results.make_folder("--out", out.parent)
     log = with_items(args.data, folder / "log", QUICK_USERS if args.quick else None)
     source = SequenceText(path=log, shuffle_ties=args.shuffle_ties)
-    suffix = TIES_SHUFFLED if args.shuffle_ties else ""
+    suffix = TIES_SHUFFLED * args.shuffle_ties + ANSWER_TIME * args.answer_time
     rows, curves, kept = [], {}, None
     for seed in seeds:
         for name in models:
             console.rule(f"{name}, seed {seed}")
-            config = configured(name, source, seed, args.quick)
+            config = configured(name, source, seed, args.quick, args.answer_time)
             run = one_run(folder, name, seed, config)
             measured, seconds = measure(run, config), training_curve(run)[1]
             made = {"model": name + suffix, "seed": seed}
@@ -152,12 +156,13 @@ def _write_lines(path: Path, rows: Iterable[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def configured(name: str, source: SequenceText, seed: int, quick: bool) -> Any:
+def configured(name: str, source: SequenceText, seed: int, quick: bool, answer_time: bool = False) -> Any:
     """configs/<name>.py on this log, with this seed, measured on all users and without the baselines."""
     config = load_config(CONFIGS / f"{name}.py")
     evaluation = dataclasses.replace(config.evaluation, split="test", cutoffs=CUTOFFS, baselines=False, max_users=0)
     config = shortened(config, QUICK_STEPS) if quick else config
-    return dataclasses.replace(config, data=source, seed=seed, evaluation=evaluation)
+    prepare = dataclasses.replace(config.prepare, answer_time=answer_time)
+    return dataclasses.replace(config, data=source, seed=seed, prepare=prepare, evaluation=evaluation)
 
 
 def shortened(part: Any, steps: int) -> Any:

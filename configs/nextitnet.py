@@ -21,7 +21,8 @@ config = SequentialConfig(
     model=NextItNetConfig(width=128, dilations=(1, 4), dropout=0.4),
     objective=FullSoftmax(),
     batch_size=256,
-    optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01),
-    # 85 steps are an epoch.
-    training=LoopConfig(steps=8500, log_every=85, checkpoint_every=425, evaluate_every=170, patience=8),
+    optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, final_fraction=0.05),
+    # 85 steps are an epoch. The learning rate falls to the end, so that nothing stops before it; the best state on
+    # validation is the one that is kept.
+    training=LoopConfig(steps=4250, log_every=85, checkpoint_every=425, evaluate_every=425, patience=0),
 )

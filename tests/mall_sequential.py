@@ -9,7 +9,7 @@ from jaxrec.training.optim import OptimConfig
 
 config = SequentialConfig(
     data=SyntheticMall(users=150, items=120, tastes=12, sessions_per_user=8, exposures_per_session=4),
-    model=SasRecConfig(width=32, layers=1, heads=2, hidden=32, dropout=0.2),
+    model=SasRecConfig(width=32, layers=1, heads=2, hidden=32, dropout=0.2, embeddings=True, prior=True),
     batch_size=32,
     lengths=(8, 16),
     optim=OptimConfig(learning_rate=8e-3, warmup=10),

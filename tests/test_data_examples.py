@@ -80,13 +80,21 @@ def expected(split: str) -> list[dict]:
 def test_records_hold_the_rows(examples, split):
     records = read_records(examples, split)
     assert records.behaviors == BEHAVIORS
-    assert [{k: v.tolist() if k != "user" else v for k, v in r.items()} for r in records] == expected(split)
+    assert [{k: r[k].tolist() if k != "user" else r[k] for k in expected(split)[0]} for r in records] == expected(split)
     record = records[0]
-    dtypes = {name: value.dtype.name for name, value in record.items() if name != "user"}
+    dtypes = {name: value.dtype.name for name, value in record.items() if name not in ("user", "answer_time")}
     wanted = {"item": "int32", "behavior": "int8", "timestamp": "int64", "session": "int32", "split": "int8"}
     assert dtypes == wanted and isinstance(record["user"], int)
     with pytest.raises(IndexError):
         records[len(records)]
+
+
+@pytest.mark.parametrize("answer_time", [True, False])
+def test_records_say_whether_the_answers_time_may_be_told(tmp_path, answer_time):
+    write(tmp_path, events_table())
+    (tmp_path / "again").mkdir()
+    write_examples(tmp_path / "tables", tmp_path / "again", BEHAVIORS, answer_time)
+    assert {record["answer_time"] for record in read_records(tmp_path / "again", "test")} == {answer_time}
 
 
 def test_a_split_without_events_is_empty(tmp_path):
@@ -99,7 +107,8 @@ def test_the_cache_is_bounded_and_changes_nothing(examples):
     small, large = read_records(examples, "train", cache_bytes=1200), read_records(examples, "train")
     for index in [0, 1, 2, 0, 2, 1, 0]:
         assert small[index]["item"].tolist() == large[index]["item"].tolist()
-        assert sum(500 + sum(v.nbytes for k, v in r.items() if k != "user") for r in small._cache.values()) <= 1200
+        cached = ([v for v in record.values() if isinstance(v, np.ndarray)] for record in small._cache.values())
+        assert sum(500 + sum(v.nbytes for v in arrays) for arrays in cached) <= 1200
     assert large[0] is large[0]
     assert len(small._cache) == 2 and len(large._cache) == 3
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.config import UserError
-from jaxrec.data.features import AGES, FeatureConfig, bucket_of, cut, targets
+from jaxrec.data.features import AGES, FeatureConfig, asked_at, bucket_of, cut, targets
 
 DAY = 86_400
 CLICK, BUY = 0, 1
@@ -53,6 +53,28 @@ def test_histories_by_hand():
     assert arrays["history_1_item"].tolist() == [7, 5, 5, 7]
     assert arrays["history_1_age"].tolist() == [6, 6, 4, 4]
     assert arrays["history_0_mask"].all() and arrays["history_1_mask"].all()
+
+
+def test_without_the_answers_time_a_cut_is_the_same_whenever_the_answer_comes():
+    hidden = {**RECORD, "answer_time": False}
+    late = {**hidden, "timestamp": RECORD["timestamp"] + np.where(RECORD["session"] == 3, 90 * DAY, 0)}
+    assert same(small_cut(3, hidden), small_cut(3, late))
+    told, late = {**hidden, "answer_time": True}, {**late, "answer_time": True}
+    assert same(small_cut(3, told), small_cut(3)) and not same(small_cut(3, told), small_cut(3, late))
+    # As if asked at the last event before, four days after the first one.
+    assert small_cut(3, hidden)["history_1_age"].tolist() == [4, 4, 2, 0]
+    assert small_cut(3, hidden)["day"] == small_cut(2)["day"]
+
+
+def test_when_a_cut_is_asked_for_by_hand():
+    first = int(RECORD["timestamp"][0])
+    assert [asked_at(RECORD, stop) - first for stop in (0, 3, 8)] == [0, 3 * DAY, 7 * DAY]
+    hidden = {**RECORD, "answer_time": False}
+    assert [asked_at(hidden, stop) - first for stop in (0, 3, 8)] == [0, 0, 4 * DAY]
+    # What comes after a whole history is asked for now, or when the last event was.
+    assert asked_at({**RECORD, "now": 5}, len(EVENTS)) == 5
+    assert asked_at(RECORD, len(EVENTS)) == RECORD["timestamp"][-1]
+    assert asked_at({**record_of([]), "now": 5}, 0) == 5 and asked_at(record_of([]), 0) == 0
 
 
 def test_padding_is_at_the_end_and_masked():

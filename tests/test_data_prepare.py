@@ -90,6 +90,18 @@ def test_last_session_by_hand(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("split", "given", "told"), [
+    ("leave_one_out", None, False), ("leave_one_out", True, True), ("last_session", None, True), ("time", None, True),
+    ("time", False, False),
+])  # fmt: skip
+def test_the_time_of_the_answer_is_told_except_on_leave_one_out(tmp_path, split, given, told):
+    rows = [("u", f"i{number % 3}", 10 * number, "buy", f"s{number}") for number in range(10)]
+    tables = prepared(
+        tmp_path, Rows(tuple(rows), split=split), PrepareConfig(pairs=PairConfig(min_common=1), answer_time=given)
+    )
+    assert tables.statistics["answer_time"] is told
+
+
 def test_leave_one_out_by_hand(tmp_path):
     rows = [
         ("a", "i1", 10, "buy", "s1"),

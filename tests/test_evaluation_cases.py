@@ -27,6 +27,12 @@ def test_the_history_ends_before_the_target_session_and_targets_are_distinct():
     assert cases.targets[cases.where].tolist() == [1, 2]
 
 
+def test_now_is_the_time_of_the_answer_only_where_the_record_tells_it():
+    hidden = make_cases([{**SHOPPER, "answer_time": False}], target_behaviors=(1,))
+    assert hidden.histories[0]["now"] == 20
+    assert make_cases([{**SHOPPER, "answer_time": True}], target_behaviors=(1,)).histories[0]["now"] == 30
+
+
 def test_an_item_is_new_unless_the_history_holds_it_under_a_target_behavior():
     cases = make_cases([SHOPPER], target_behaviors=(1,))
     assert cases.targets[cases.new].tolist() == [2]  # 2 was only seen, 1 was bought

@@ -16,6 +16,7 @@ from jaxrec.models.sequential import (
     CaserConfig,
     CoreConfig,
     HstuConfig,
+    ItemFacts,
     NextItNetConfig,
     SasRecConfig,
     SequentialModel,
@@ -34,22 +35,26 @@ CONFIGS = {
     "nextitnet": NextItNetConfig(dilations=(1, 2), **SMALL),
     "core": CoreConfig(layers=1, hidden=6, **SMALL),
     "hstu": HstuConfig(layers=1, **SMALL),
+    "sasrec_text": SasRecConfig(layers=1, hidden=6, embeddings=True, prior=True, temperature=0.5, **SMALL),
 }
 CAUSAL = [name for name in CONFIGS if name != "bert4rec"]
 RNG = np.random.default_rng(0)
 ITEM = RNG.integers(0, ITEMS, (2, LENGTH + 1))
 TIME = np.cumsum(RNG.integers(0, 10**6, (2, LENGTH + 1)), axis=1).astype(np.int32)
+FACTS = ItemFacts(
+    jnp.log(jnp.arange(1, ITEMS + 1) / sum(range(1, ITEMS + 1))), jnp.asarray(RNG.normal(size=(ITEMS, 5)), jnp.float32)
+)
 
 
 def make(name: str) -> SequentialModel:
-    return SequentialModel(CONFIGS[name], ITEMS, LENGTH)
+    return SequentialModel(CONFIGS[name], ITEMS, LENGTH, answer_time=True)
 
 
 @functools.cache
 def params_of(name: str):
     """Random parameters that are far from their first values: no position, bias or scale is without effect."""
     shapes = jax.eval_shape(
-        lambda: make(name).init(jax.random.key(0), ITEM, TIME, jnp.zeros(2, jnp.int32), method="next")
+        lambda: make(name).init(jax.random.key(0), FACTS, ITEM, TIME, jnp.zeros(2, jnp.int32), method="next")
     )
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), jnp.float32), nn.unbox(shapes)["params"])
@@ -59,11 +64,11 @@ def states_of(name: str, item=ITEM[:, :-1], mask=None, time=TIME, params=None, *
     mask = np.ones(item.shape, bool) if mask is None else mask
     size = item.shape[1]
     params = params_of(name) if params is None else params
-    return make(name).apply({"params": params}, item, mask, time[:, :size], time[:, 1 : size + 1], **options)
+    return make(name).apply({"params": params}, FACTS, item, mask, time[:, :size], time[:, 1 : size + 1], **options)
 
 
 def next_of(name: str, item, time, length):
-    return make(name).apply({"params": params_of(name)}, item, time, np.array(length), method="next")
+    return make(name).apply({"params": params_of(name)}, FACTS, item, time, np.array(length), method="next")
 
 
 def test_every_configuration_has_an_encoder():
@@ -73,7 +78,8 @@ def test_every_configuration_has_an_encoder():
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_place_depends_on_the_items_up_to_it_alone(name):
     states, table = states_of(name)
-    assert states.shape == (2, LENGTH, 8) and table.shape == (ITEMS, 8)
+    width = 8 + CONFIGS[name].prior
+    assert states.shape == (2, LENGTH, width) and table.shape == (ITEMS, width)
     changed = ITEM[:, :-1].copy()
     changed[:, 4] = (changed[:, 4] + 1) % ITEMS
     others, _ = states_of(name, changed)
@@ -203,6 +209,33 @@ def test_hstu_in_a_loop():
     np.testing.assert_allclose(states_of("hstu")[0][0], expected, atol=1e-4)
 
 
+def test_hstu_is_not_told_when_the_answer_comes_unless_asked_for():
+    later = TIME.copy()
+    later[:, -1] += 10**7
+    hidden, told = (SequentialModel(CONFIGS["hstu"], ITEMS, LENGTH, answer_time=each) for each in (False, True))
+    length, params = np.array([LENGTH, LENGTH]), {"params": params_of("hstu")}
+    for model, same in ((hidden, True), (told, False)):
+        first, second = (model.apply(params, FACTS, ITEM, time, length, method="next")[0] for time in (TIME, later))
+        assert bool(jnp.array_equal(first, second)) == same
+
+
+def test_text_and_prior_by_hand():
+    """An item's vector is its row and its projected text; its score is the cosine's and the prior's sum."""
+    params = jax.tree.map(np.asarray, params_of("sasrec_text"))
+    text = np.asarray(FACTS.embeddings) * np.sqrt(5) @ params["text"]["weight"]
+    rows = params["item"]["table"][:ITEMS] + text
+    plain = {name: value for name, value in params.items() if name != "text"}
+    plain["item"] = {"table": np.concatenate([rows, params["item"]["table"][ITEMS:]])}
+    states, table = states_of("sasrec_text")
+    config = dataclasses.replace(CONFIGS["sasrec_text"], embeddings=False, prior=False)
+    model = SequentialModel(config, ITEMS, LENGTH, answer_time=True)
+    mask = np.ones((2, LENGTH), bool)
+    expected, vectors = model.apply({"params": plain}, FACTS, ITEM[:, :-1], mask, TIME[:, :-1], TIME[:, 1:])
+    np.testing.assert_allclose(vectors, rows / np.linalg.norm(rows, axis=-1, keepdims=True), atol=1e-5)
+    scores = np.asarray(states @ table.T)
+    np.testing.assert_allclose(scores, expected @ vectors.T + FACTS.log_q, atol=1e-5)
+
+
 def test_core_is_a_mean_of_the_items_of_unit_length():
     """Its state is a positive combination of the items so far; its scores are cosines over the temperature."""
     states, table = states_of("core")
@@ -229,5 +262,7 @@ def test_sasrec_uses_places():
     assert jnp.abs(states[0, 1:] - states[0, :-1]).max(-1).min() > 1e-3
     config = dataclasses.replace(CONFIGS["sasrec"], width=16, heads=4)
     model = SequentialModel(config, ITEMS, LENGTH)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), ITEM, TIME, jnp.zeros(2, jnp.int32), method="next"))
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), FACTS, ITEM, TIME, jnp.zeros(2, jnp.int32), method="next")
+    )
     assert nn.unbox(shapes)["params"]["encoder"]["blocks"]["attention_0"]["query"]["weight"].shape == (16, 4, 4)

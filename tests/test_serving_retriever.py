@@ -71,6 +71,15 @@ def test_an_inline_history_with_times_is_sorted_and_cut_into_sessions(retriever)
     assert retriever.recommender.histories[0]["now"] == 1000
 
 
+def test_a_model_trained_without_the_answers_time_is_not_told_when_it_is_asked(tmp_path):
+    tables = write_run(tmp_path / "run") / "tables"
+    statistics = json.loads((tables / "statistics.json").read_text())
+    (tables / "statistics.json").write_text(json.dumps(statistics | {"answer_time": False}))
+    retriever = Retriever(tmp_path / "run", NextInLine())
+    ask(retriever, user_id="u1", now=1000)
+    assert "now" not in retriever.recommender.histories[0]
+
+
 def test_exclude_seen_leaves_out_what_was_taken_and_short_rankings_stay_short(retriever):
     answer = ask(retriever, user_id="u1", exclude_seen=True)
     assert ids(answer) == ["d", "e", "a"], "a was only shown to u1"

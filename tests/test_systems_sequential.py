@@ -15,7 +15,7 @@ import pytest
 
 from jaxrec.config import UserError, load_config
 from jaxrec.evaluation.metrics import METRICS
-from jaxrec.models.sequential import Bert4RecConfig, SasRecConfig, SequentialModel
+from jaxrec.models.sequential import Bert4RecConfig, ItemFacts, SasRecConfig, SequentialModel
 from jaxrec.run import Run
 from jaxrec.systems import SYSTEMS, sequential
 from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, disjoint_windows
@@ -40,7 +40,7 @@ WANTED = np.array([False, True])
 def make_assembly(config=None) -> SequentialAssembly:
     model = SequentialModel(config or SasRecConfig(**SIZES), ITEMS, 6)
     log_q = np.log(np.arange(1, ITEMS + 1) / np.arange(1, ITEMS + 1).sum()).astype(np.float32)
-    return SequentialAssembly(model, (3, 6), log_q, None, WANTED)
+    return SequentialAssembly(model, (3, 6), ItemFacts(jnp.asarray(log_q)), None, WANTED)
 
 
 ASSEMBLY = make_assembly()
@@ -125,12 +125,12 @@ def test_negatives_are_not_the_users_own():
 @pytest.mark.parametrize("objective", [FullSoftmax(rows=2), FullSoftmax(rows=0), SampledSoftmax(64), Binary(2)])
 def test_losses_count_targets_and_leave_out_rows_that_fill_up(objective):
     batch = batch_of([4, 2, 6], 6)
-    value, count = loss(ASSEMBLY, objective, ASSEMBLY.log_q, PARAMS, batch, jax.random.key(0))
+    value, count = loss(ASSEMBLY, objective, ASSEMBLY.facts, PARAMS, batch, jax.random.key(0))
     assert count == 3 + 1 + 5 and value > 0
     filled = {**batch, "where": np.array([True, True, False])}
-    less, fewer = loss(ASSEMBLY, objective, ASSEMBLY.log_q, PARAMS, filled, jax.random.key(0))
+    less, fewer = loss(ASSEMBLY, objective, ASSEMBLY.facts, PARAMS, filled, jax.random.key(0))
     assert fewer == 4 and 0 < less < value
-    gradient = jax.grad(lambda params: loss(ASSEMBLY, objective, ASSEMBLY.log_q, params, batch, jax.random.key(0))[0])(
+    gradient = jax.grad(lambda params: loss(ASSEMBLY, objective, ASSEMBLY.facts, params, batch, jax.random.key(0))[0])(
         PARAMS
     )
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
@@ -138,13 +138,13 @@ def test_losses_count_targets_and_leave_out_rows_that_fill_up(objective):
 
 def test_the_full_softmax_of_a_batch_is_that_of_every_prefix():
     batch = batch_of([4, 2, 6], 6)
-    value, _ = loss(ASSEMBLY, FullSoftmax(rows=4), ASSEMBLY.log_q, PARAMS, batch, jax.random.key(0))
+    value, _ = loss(ASSEMBLY, FullSoftmax(rows=4), ASSEMBLY.facts, PARAMS, batch, jax.random.key(0))
     expected = 0.0
     for row, length in enumerate(batch["length"]):
         for seen in range(1, length):
             one = {name: batch[name][row : row + 1] for name in ("item", "time")}
             state, table = ASSEMBLY.model.apply(
-                {"params": PARAMS}, one["item"], one["time"], np.array([seen]), method="next"
+                {"params": PARAMS}, ASSEMBLY.facts, one["item"], one["time"], np.array([seen]), method="next"
             )
             expected -= jax.nn.log_softmax(state @ table.T)[0, batch["item"][row, seen]]
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -152,10 +152,10 @@ def test_the_full_softmax_of_a_batch_is_that_of_every_prefix():
 
 def test_with_many_draws_the_sampled_softmax_is_the_full_one():
     batch = batch_of([6, 6, 6], 6)
-    full, count = loss(ASSEMBLY, FullSoftmax(), ASSEMBLY.log_q, PARAMS, batch, jax.random.key(0))
+    full, count = loss(ASSEMBLY, FullSoftmax(), ASSEMBLY.facts, PARAMS, batch, jax.random.key(0))
     for power in (0.0, 1.0):
         objective = SampledSoftmax(negatives=20_000, power=power)
-        sampled, _ = loss(ASSEMBLY, objective, ASSEMBLY.log_q, PARAMS, batch, jax.random.key(1))
+        sampled, _ = loss(ASSEMBLY, objective, ASSEMBLY.facts, PARAMS, batch, jax.random.key(1))
         assert abs(sampled - full) / count < 0.02
 
 
@@ -167,7 +167,7 @@ def test_recommendations_are_those_of_a_plain_ranking():
         kept = one["item"][-6:]
         latest[0, : len(kept)] = kept
         state, table = ASSEMBLY.model.apply(
-            {"params": PARAMS}, latest, np.zeros((1, 7), np.int32), np.array([len(kept)]), method="next"
+            {"params": PARAMS}, ASSEMBLY.facts, latest, np.zeros((1, 7), np.int32), np.array([len(kept)]), method="next"
         )
         expected = np.asarray(table @ state[0])
         np.testing.assert_array_equal(items[row], np.argsort(-expected, kind="stable")[:5])

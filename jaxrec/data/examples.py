@@ -2,7 +2,8 @@
 
     <folder>/users/1.0.0/                the TFDS dataset: splits train, valid, test; a record a user, in their order
     <folder>/sessions_<split>.parquet    record, session, split, start (events before it), count, behaviors (a bit each)
-    <folder>/examples.json               the ordered behaviors, the number of records and events per split
+    <folder>/examples.json               the ordered behaviors, the number of records and events per split, and whether
+                                         models are told when a session that they predict begins
 
 A record of `train` holds the train events; of `valid` those and the valid events; of `test` all. The sessions file lets
 cuts be chosen without reading the records.
@@ -28,7 +29,8 @@ from jaxrec.data.tables import SPLITS
 from jaxrec.run import read_json, track, write_json
 
 Record = dict[str, Any]
-"""user int; item int32, behavior int8, timestamp int64, session int32, split int8, each [T]."""
+"""user int; item int32, behavior int8, timestamp int64, session int32, split int8, each [T]; answer_time bool: whether
+the time of a session may be told to who predicts it."""
 
 EVENT_DTYPES = {
     "item": np.int32,
@@ -39,11 +41,12 @@ EVENT_DTYPES = {
 }
 
 
-def write_examples(tables: Path, folder: Path, behaviors: Sequence[str]) -> None:
+def write_examples(tables: Path, folder: Path, behaviors: Sequence[str], answer_time: bool = True) -> None:
     """Writes the records of all splits from `tables`/events.parquet.
 
     Args:
       behaviors: names in rising order of strength; a record holds their indices.
+      answer_time: as in `Record`.
 
     Raises:
       UserError: a column is missing, a behavior is unknown, or there are no train events.
@@ -63,7 +66,7 @@ def write_examples(tables: Path, folder: Path, behaviors: Sequence[str]) -> None
         config = tfds.download.DownloadConfig(compute_stats=tfds.download.ComputeStatsMode.SKIP)
         builder.download_and_prepare(download_config=config, file_format="array_record")
     shutil.rmtree(folder / "downloads", ignore_errors=True)
-    write_json(folder / "examples.json", {"behaviors": list(behaviors), "splits": counts})
+    write_json(folder / "examples.json", {"behaviors": list(behaviors), "splits": counts, "answer_time": answer_time})
 
 
 class Records(Sequence[Record]):
@@ -72,13 +75,14 @@ class Records(Sequence[Record]):
     Attributes:
       sessions: {column: array}, the sessions file.
       behaviors: names in rising order.
+      answer_time: as in every record.
     """
 
     def __init__(self, folder: Path, split: str, cache_bytes: int = 1 << 30):
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r}; it is one of {', '.join(SPLITS)}")
         about = read_json(Path(folder) / "examples.json")
-        self.split, self.behaviors = split, tuple(about["behaviors"])
+        self.split, self.behaviors, self.answer_time = split, tuple(about["behaviors"]), about["answer_time"]
         table = pq.read_table(Path(folder) / f"sessions_{split}.parquet")
         self.sessions = {name: table[name].to_numpy() for name in table.column_names}
         self._length = about["splits"][split]["records"]
@@ -102,7 +106,7 @@ class Records(Sequence[Record]):
                 self._cache.move_to_end(index)
                 return self._cache[index]
             record = dict(self._source[index])
-            record["user"] = int(record["user"])
+            record["user"], record["answer_time"] = int(record["user"]), self.answer_time
             self._keep(index, record)
         return record
 

@@ -55,12 +55,11 @@ def cut(record: dict, session: int, config: FeatureConfig, *, behaviors: int, wa
     """The context before `session` of a record, as arrays; `wanted` bool [behaviors] marks the target behaviors.
 
     Returns flat names (`history_0_item` int32 [S], ... `past_item`, `habit` float32 [S, 4], `user` float32 [4], `day`
-    int32: the day of the session, counted from 1970) where S is the cut's bucket (`bucket_of`) or the sequence's own
-    limit, if that is smaller.
+    int32: of `asked_at`, counted from 1970) where S is the cut's bucket (`bucket_of`) or the sequence's own limit, if
+    that is smaller.
     """
     stop = int(np.searchsorted(record["session"], session))
-    size = bucket_of(record, session, config)
-    now = record["timestamp"][stop] if stop < len(record["timestamp"]) else record.get("now", _last_time(record))
+    size, now = bucket_of(record, session, config), asked_at(record, stop)
     out = {}
     for behavior in range(behaviors):
         length = min(size, config.length(behavior))
@@ -130,5 +129,13 @@ def _sequence(name: str, items: np.ndarray, seconds: np.ndarray, size: int) -> d
     }
 
 
-def _last_time(record: dict) -> int:
-    return int(record["timestamp"][-1]) if len(record["timestamp"]) else 0
+def asked_at(record: dict, stop: int) -> int:
+    """When the items from event `stop` of a record on are asked for, in seconds; what comes next of a history: `now`.
+
+    That is when they were taken or, where the record doesn't tell (`answer_time`), when the event before them was.
+    """
+    times = record["timestamp"]
+    if stop < len(times) and record.get("answer_time", True):
+        return int(times[stop])
+    before = int(times[max(stop - 1, 0)]) if len(times) else 0
+    return before if stop < len(times) else int(record.get("now", before))

@@ -28,6 +28,15 @@ class PrepareConfig:
     """Boundaries, for sources that are split by time."""
     pairs: PairConfig = field(default_factory=PairConfig)
     """Item pairs."""
+    answer_time: bool | None = None
+    """Whether models are told when the session that they predict begins, or only when the event before it was. None:
+    they are, as a server knows when it is asked, but not with leave_one_out: there it is the time of the very event
+    that is predicted, and which events share a day says much about which they are."""
+
+
+def tells_answer_time(source: Source, config: PrepareConfig) -> bool:
+    """Whether models are told when the session that they predict begins (`PrepareConfig.answer_time`)."""
+    return source.split != "leave_one_out" if config.answer_time is None else config.answer_time
 
 
 def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, Any]:
@@ -62,6 +71,7 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
         pairs = build_pairs(engine, train, config.pairs)
         bars.update(task, advance=1, description="Preparing: writing")
         statistics = _statistics(source, raw, events, items, users, pairs, {k: n for k, n in dropped.items() if n})
+        statistics["answer_time"] = tells_answer_time(source, config)
         _write(folder, raw, items=items, users=users, pairs=pairs, events=_sorted_events(events))
         if raw.queries is not None:
             write_table(_known_users(raw.queries, events), folder / "queries.parquet")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxrec.data.features import asked_at
 from jaxrec.data.tables import SPLITS
 
 History = dict[str, np.ndarray]
@@ -24,8 +25,9 @@ class Cases:
     users: np.ndarray
     """int32 [U]."""
     histories: list[History]
-    """One a case: item int32 [T], behavior int8 [T], timestamp int64 [T], session int32 [T], T >= 1; `now` int64, when
-    the target session begins, which whoever is asked for a recommendation knows; `user` int32."""
+    """One a case: item int32 [T], behavior int8 [T], timestamp int64 [T], session int32 [T], T >= 1; `user` int32;
+    `now` int: when the target session begins or, where the record doesn't tell (`answer_time`), the last event's time.
+    """
     targets: np.ndarray
     """int32 [U, L], distinct within a row, -1 where `where` is False."""
     where: np.ndarray
@@ -62,10 +64,10 @@ def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split
         answer = np.unique(record["item"][asked])
         first = int(np.argmax(asked))
         before = record["session"] < record["session"][first]
-        now = record["timestamp"][int(np.argmin(before))]  # when the target session begins
         if not before.any():
             cold += 1
             continue
+        now = asked_at(record, int(np.argmin(before)))
         users.append(int(record["user"]))
         history = {field: record[field][before] for field in EVENT_FIELDS}
         histories.append({**history, "now": now, "user": np.int32(record["user"])})

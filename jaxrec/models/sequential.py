@@ -2,7 +2,8 @@
 
 An item's score is the product of that vector with the item's row of the table, which is the table of the inputs too.
 All but BERT4Rec are causal: the state at a place depends on the items up to it, so that every next item of a history is
-a target of one pass. Sequences are aligned on the left, and positions count from their beginning.
+a target of one pass. Sequences are aligned on the left, and positions count from their beginning. Two things that no
+paper here has can be added to each, for comparison with models that have them: text embeddings and a popularity prior.
 
 What they leave out of their papers is said in each. All share the norm (RMSNorm, before a block) and the places of
 dropout (of what goes in, and of what a block adds); its rates, sizes and the optimiser's are each configuration's own.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from flax.linen import initializers as init
 
 from jaxrec.config import check_heads, check_least, check_shares
@@ -32,6 +34,10 @@ class EncoderSizes:
     """dropout of embeddings and of what each block adds, in training"""
     temperature: float = 0.0
     """what the cosine of state and item is divided by to be a score; 0: their product is, as most papers have it"""
+    embeddings: bool = False
+    """an item's vector is the sum of its own row and a projection of its text embedding"""
+    prior: bool = False
+    """the log-probability of an item under popularity is added to its score"""
 
     def __post_init__(self):
         check_least(self, "model", width=1, temperature=0)
@@ -146,6 +152,18 @@ EncoderConfig = (
 )
 
 
+@struct.dataclass
+class ItemFacts:
+    """What is known of all items before training.
+
+    log_q: float32 [I], the log of each item's share of the training events.
+    embeddings: float32 [I, E] of unit length, made of the items' texts; None where the model doesn't read them.
+    """
+
+    log_q: jax.Array
+    embeddings: jax.Array | None = None
+
+
 class SequentialModel(nn.Module):
     """The items' table and the encoder of a configuration."""
 
@@ -153,36 +171,59 @@ class SequentialModel(nn.Module):
     items: int
     max_length: int
     """most events that are read"""
+    answer_time: bool = False
+    """whether the encoder is told when the next item is taken; otherwise each place is asked at its own time"""
 
     def setup(self):
         # The last row stands for a hidden item.
         self.item = Embedding(self.items + 1, self.config.width)
+        scale = Embedding.scale
+        self.text = Projection(self.config.width, (None, "embed"), gain=scale) if self.config.embeddings else None
         self.encoder = ENCODERS[type(self.config)](self.config, self.max_length)
         self.drop = nn.Dropout(self.config.dropout)
 
-    def __call__(self, items: jax.Array, mask: jax.Array, times: jax.Array, asked: jax.Array, train: bool = False):
-        """States of every place, and the table that scores are made with.
+    def __call__(
+        self,
+        facts: ItemFacts,
+        items: jax.Array,
+        mask: jax.Array,
+        times: jax.Array,
+        asked: jax.Array,
+        train: bool = False,
+    ):
+        """States of every place, and the table whose products with the states are the items' scores.
 
         Args:
           items: int32 [B, S], `self.items` where one is hidden.
           mask: bool [B, S], which there are: the first of each row.
           times: int32 [B, S], seconds, of the events.
-          asked: int32 [B, S], when the item after each place is asked for.
+          asked: int32 [B, S], when the item after each place is asked for; read only with `answer_time`.
 
         Returns:
           float32 [B, S, D] and [I, D]. The state of a place tells the item after it, or under it where that is hidden.
+          With a prior both have a column more: ones, and `facts.log_q`.
         """
-        x = self.drop(self.item(items), deterministic=not train)
+        table = self.item.table
+        if self.text is not None:
+            # Numbers of a vector of unit length, scaled to a variance of about one. A hidden item has no text.
+            text = self.text(facts.embeddings * facts.embeddings.shape[-1] ** 0.5)
+            table = table.at[: self.items].add(text)
+        x = self.drop(jnp.take(table, items, axis=0), deterministic=not train)
         x = jnp.where(mask[..., None], x, 0.0)
-        table = self.item.table[: self.items]
-        states = self.encoder(x, mask, times, asked, train)
+        table = table[: self.items]
+        states = self.encoder(x, mask, times, asked if self.answer_time else times, train)
         if isinstance(self.config, CoreConfig):
             table = self.drop(table, deterministic=not train)
         if self.config.temperature:
-            return unit(states) / self.config.temperature, unit(table)
+            states, table = unit(states) / self.config.temperature, unit(table)
+        if self.config.prior:
+            states = jnp.concatenate([states, jnp.ones((*states.shape[:-1], 1))], axis=-1)
+            table = jnp.concatenate([table, facts.log_q[:, None]], axis=-1)
         return states, table
 
-    def next(self, items: jax.Array, times: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def next(
+        self, facts: ItemFacts, items: jax.Array, times: jax.Array, length: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """The state float32 [B, D] that tells what follows a history, and the table [I, D].
 
         items int32 [B, S + 1] of which the first `length` int32 [B] <= S count; times int32 [B, S + 1] with, behind the
@@ -190,10 +231,10 @@ class SequentialModel(nn.Module):
         """
         place, after = jnp.arange(items.shape[1]), length[:, None]
         if isinstance(self.config, Bert4RecConfig):
-            states, table = self(jnp.where(place == after, self.items, items), place <= after, times, times)
+            states, table = self(facts, jnp.where(place == after, self.items, items), place <= after, times, times)
             last = length
         else:
-            states, table = self(items[:, :-1], place[:-1] < after, times[:, :-1], times[:, 1:])
+            states, table = self(facts, items[:, :-1], place[:-1] < after, times[:, :-1], times[:, 1:])
             last = jnp.maximum(length - 1, 0)
         return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0], table
 

@@ -47,7 +47,7 @@ def tokenize(
     Raises:
       UserError: a table cannot be used, or the configuration does not fit it.
     """
-    align_key, id_key = jax.random.split(jax.random.key(seed))
+    align_key, id_key = _keys(seed)
     items = pq.read_table(tables / "items.parquet")
     collisions.check(collision_config)
     # The width is known once there are embeddings; `codebooks.fit` checks it then. Everything divides 0.
@@ -61,6 +61,29 @@ def tokenize(
         folder, id_key, items["item_id"].to_pylist(), embeddings, id_config, collision_config,
         titles=titles, categories=categories, popularity=popularity, pairs=pairs, more={"alignment": figures},
     )  # fmt: skip
+
+
+def embed(
+    tables: Path,
+    folder: Path,
+    text_config: EncoderConfig,
+    align_config: AlignConfig | FinetuneConfig,
+    seed: int,
+    tuned: Path | None = None,
+) -> None:
+    """Encode and align the items of a tables folder as `tokenize` does, without quantizing them.
+
+    Writes embeddings.safetensors (`embeddings`, aligned, f32 [I, D]) and what embeds new items into `folder`.
+    """
+    items = pq.read_table(tables / "items.parquet", columns=["item_id"])
+    embeddings, _, _ = embed_catalogue(_keys(seed)[0], tables, folder, text_config, align_config, tuned)
+    write_embeddings(folder / EMBEDDINGS, items["item_id"].to_pylist(), embeddings)
+
+
+def _keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """The keys of the alignment and of the quantizers."""
+    align_key, id_key = jax.random.split(jax.random.key(seed))
+    return align_key, id_key
 
 
 def write_ids(

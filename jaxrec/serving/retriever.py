@@ -57,6 +57,8 @@ class Retriever:
         statistics = read_json(self.run.tables / "statistics.json")
         self.behaviors: list[str] = statistics["behaviors"]
         self.target_behaviors = [self.behaviors.index(name) for name in statistics["target_behaviors"]]
+        # A model that isn't told when it is asked knows the time of the last event, as in training.
+        self.answer_time = bool(statistics.get("answer_time", True))
         self._read_events(len(users))
         self.recommender = recommender or self._load_recommender(config)
         self._lock = threading.Lock()
@@ -190,6 +192,8 @@ class Retriever:
             there = [event for event in request.history if version.row(event.item_id) is not None]
             ignored = [event.item_id for event in request.history if version.row(event.item_id) is None] + ignored
             history = self._inline(there, version)
+        if not self.answer_time:
+            return history, ignored
         now = max(self.latest, history["timestamp"].max(initial=0)) if request.now is None else request.now
         return {**history, "now": np.int64(now)}, ignored
 

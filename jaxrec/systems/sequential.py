@@ -2,41 +2,47 @@
 
     source ─▶ tables ─▶ examples ─▶ training ─▶ evaluation ─▶ report
 
-As `systems/onemall.py`, without semantic IDs: every item has a vector of its own.
+As `systems/onemall.py`, without semantic IDs: every item has a vector of its own, and that of its text if asked for.
 """
 
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.config import check_least, fingerprint, from_json
-from jaxrec.data.examples import write_examples
 from jaxrec.data.padding import check_buckets
-from jaxrec.data.prepare import PrepareConfig, prepare
+from jaxrec.data.prepare import PrepareConfig, tells_answer_time
 from jaxrec.data.sources import AnySource
 from jaxrec.models.sequential import (
     Bert4RecConfig,
     CaserConfig,
     CoreConfig,
     HstuConfig,
+    ItemFacts,
     NextItNetConfig,
     SasRecConfig,
     SequentialModel,
     YouTubeDnnConfig,
 )
 from jaxrec.run import Run
+from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.systems import sequential_training
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
 from jaxrec.systems.generative import STAGE
+from jaxrec.systems.phases import prepare_examples, prepare_tables, prepare_with_embeddings
 from jaxrec.systems.sequential_recommender import SequentialAssembly, SequentialRecommender
 from jaxrec.systems.sequential_training import FullSoftmax, Objective
+from jaxrec.text.align import AlignConfig
+from jaxrec.text.encoder import EncoderConfig
+from jaxrec.text.finetune import FinetuneConfig
 from jaxrec.training import checkpoint
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 from jaxrec.training.sharding import MeshConfig
 
-NAMES = ("youtubednn", "sasrec", "sasrec_ce", "bert4rec", "caser", "nextitnet", "core", "hstu")
+NAMES = ("youtubednn", "sasrec", "sasrec_ce", "sasrec_text", "bert4rec", "caser", "nextitnet", "core", "hstu")
 """The systems that this module runs."""
 
 
@@ -62,13 +68,17 @@ class SequentialConfig:
     """Lengths that histories are padded to, rising; of longer ones the latest events are read."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """Cleaning and splits."""
+    text: EncoderConfig = field(default_factory=EncoderConfig)
+    """Text encoder; only with `model.embeddings`."""
+    align: AlignConfig | FinetuneConfig = field(default_factory=AlignConfig)
+    """Contrastive alignment of the embeddings; only with `model.embeddings`."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser."""
     training: LoopConfig = field(default_factory=LoopConfig)
     """Length of training, evaluation, early stopping, checkpoints."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Layout of the devices."""
-    validation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(split="valid"))
+    validation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(split="valid", max_users=2000))
     """Who is measured while training, every `training.evaluate_every` steps."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured at the end."""
@@ -81,20 +91,15 @@ class SequentialConfig:
 
 def train(run: Run, config: SequentialConfig) -> None:
     """Runs every phase that is not done yet, and prints the comparison table."""
-    source = config.data
-    tables = run.phase(
-        "tables",
-        fingerprint(source.fingerprint(), config.prepare),
-        lambda folder: prepare(source, config.prepare, folder),
-    )
-    examples = run.phase(
-        "examples", fingerprint(tables), lambda folder: write_examples(run.tables, folder, source.behaviors)
-    )
+    if config.model.embeddings:
+        inputs = prepare_with_embeddings(run, config)
+    else:
+        inputs = (prepare_examples(run, config, prepare_tables(run, config)),)
     names = ("seed", "model", "objective", "batch_size", "lengths", "optim", "training", "mesh")
     measured = (config.validation,) if config.training.evaluate_every else ()
     trained = run.stage(
         STAGE,
-        fingerprint(examples, *(getattr(config, name) for name in names), *measured),
+        fingerprint(*inputs, *(getattr(config, name) for name in names), *measured),
         lambda folder: sequential_training.train(assemble(run, config), config, folder, run.metrics_file),
     )
     run.phase(
@@ -106,13 +111,21 @@ def train(run: Run, config: SequentialConfig) -> None:
 
 
 def assemble(run: Run, config: SequentialConfig) -> SequentialAssembly:
-    """Shapes the model to the items of a run."""
-    counts = pq.read_table(run.tables / "items.parquet", columns=["count"])["count"].to_numpy()
+    """Shapes the model to the items of a run.
+
+    Raises:
+      UserError: the model reads text embeddings, and they are missing or of other items.
+    """
+    items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
+    counts, embeddings = items["count"].to_numpy(), None
     # One event more for everybody, so that an item nobody took in training has a finite log-probability.
     log_q = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)
-    model = SequentialModel(config.model, len(counts), config.lengths[-1])
+    if config.model.embeddings:
+        embeddings = jnp.asarray(read_embeddings(run.path / "embeddings" / EMBEDDINGS, items["item_id"].to_pylist()))
+    told = tells_answer_time(config.data, config.prepare)
+    model = SequentialModel(config.model, len(counts), config.lengths[-1], told)
     wanted = np.isin(config.data.behaviors, config.data.target_behaviors)
-    return SequentialAssembly(model, config.lengths, log_q, run.examples, wanted)
+    return SequentialAssembly(model, config.lengths, ItemFacts(jnp.asarray(log_q), embeddings), run.examples, wanted)
 
 
 def load_recommender(run: Run) -> SequentialRecommender:

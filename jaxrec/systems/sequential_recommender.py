@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from jaxrec.decoding.top import top
 from jaxrec.evaluation.cases import History
-from jaxrec.models.sequential import SequentialModel
-from jaxrec.training.sharding import init_sharded
+from jaxrec.models.sequential import ItemFacts, SequentialModel
+from jaxrec.training.sharding import init_sharded, shapes_of
 
 ROWS = 128
 """Histories that are ranked together."""
@@ -26,8 +26,8 @@ class SequentialAssembly:
     model: SequentialModel
     lengths: tuple[int, ...]
     """what histories are padded to, rising"""
-    log_q: np.ndarray
-    """float32 [I]: log of each item's share of the training events"""
+    facts: ItemFacts
+    """what is known of all items before training"""
     examples: Any
     """folder of the example records"""
     wanted: np.ndarray
@@ -40,10 +40,12 @@ class SequentialAssembly:
 
     def init(self, seed: int, mesh: Mesh | None = None) -> dict:
         """Fresh variables {"params"}: made on the devices where they stay, if there is a mesh."""
+        facts = shapes_of(self.facts)
 
         def make():
             empty = jnp.zeros((1, self.lengths[0] + 1), jnp.int32)
-            return self.model.init(jax.random.key(seed), empty, empty, jnp.zeros(1, jnp.int32), method="next")
+            given = facts, empty, empty, jnp.zeros(1, jnp.int32)
+            return self.model.lazy_init(jax.random.key(seed), *given, method="next")
 
         return init_sharded(make, mesh)
 
@@ -130,7 +132,7 @@ class SequentialRecommender:
 
     def rank(self, histories: Histories, k: int, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """As `recommend`, of flat histories."""
-        assembly, found = self.assembly, min(k, len(self.assembly.log_q))
+        assembly, found = self.assembly, min(k, self.assembly.model.items)
         items = np.full((len(histories), k), -1, np.int32)
         scores = np.full((len(histories), k), -np.inf, np.float32)
         longest = assembly.lengths[-1]
@@ -142,8 +144,8 @@ class SequentialRecommender:
             most = min(histories.lengths[rows].max(), longest)
             size = next(length for length in assembly.lengths if length >= most)
             arrays = histories.take(filled, size + 1, size)
-            seen = _seen(histories, filled, len(assembly.log_q)) if exclude_seen else None
-            best, values = jax.device_get(_rank(assembly, self.params, assembly.log_q, arrays, seen, found))
+            seen = _seen(histories, filled, assembly.model.items) if exclude_seen else None
+            best, values = jax.device_get(_rank(assembly, self.params, assembly.facts, arrays, seen, found))
             if np.isnan(values).any():
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
             best = np.where(np.isfinite(values), best, -1)
@@ -156,11 +158,11 @@ class SequentialRecommender:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _rank(assembly: SequentialAssembly, params: Any, log_q, arrays: dict, seen: jax.Array | None, k: int):
+def _rank(assembly: SequentialAssembly, params: Any, facts: ItemFacts, arrays: dict, seen: jax.Array | None, k: int):
     state, table = assembly.model.apply(
-        {"params": params}, arrays["item"], arrays["time"], arrays["length"], method="next"
+        {"params": params}, facts, arrays["item"], arrays["time"], arrays["length"], method="next"
     )
-    scores = jnp.where(arrays["length"][:, None] > 0, state @ table.T, log_q)
+    scores = jnp.where(arrays["length"][:, None] > 0, state @ table.T, facts.log_q)
     if seen is not None:
         scores = scores.at[jnp.arange(len(seen))[:, None], seen].set(-jnp.inf, mode="drop")
     values, items = top(scores, k)

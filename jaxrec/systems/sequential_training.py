@@ -17,7 +17,7 @@ from jaxrec.data.pipeline import Features, array_batches, merge_small
 from jaxrec.evaluation import make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
 from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
-from jaxrec.models.sequential import Bert4RecConfig
+from jaxrec.models.sequential import Bert4RecConfig, ItemFacts
 from jaxrec.systems.comparison import draw
 from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, disjoint_windows
 from jaxrec.training.loop import TrainState
@@ -74,7 +74,7 @@ Objective = FullSoftmax | SampledSoftmax | Binary
 def train(assembly: SequentialAssembly, config: "SequentialConfig", folder: Path, metrics_path: Path) -> TrainState:
     """As `jaxrec.training.minimise.minimise`, with the ranking of the validation split on the way."""
     evaluate = validation(assembly, config) if config.training.evaluate_every else None
-    objective = Partial(partial(mean_loss, assembly, config.objective), jnp.asarray(assembly.log_q))
+    objective = Partial(partial(mean_loss, assembly, config.objective), assembly.facts)
     batches = training_batches(assembly, config)
     return minimise(objective, assembly.init, batches, config, folder, metrics_path, evaluate=evaluate)
 
@@ -82,21 +82,21 @@ def train(assembly: SequentialAssembly, config: "SequentialConfig", folder: Path
 def mean_loss(
     assembly: SequentialAssembly,
     objective: Objective,
-    log_q: jax.Array,
+    facts: ItemFacts,
     params: Any,
     extra: dict,
     batch: dict,
     key: jax.Array,
 ):
-    """As `jaxrec.training.step.Loss`; log_q float32 [I]: of the assembly; a batch is what `training_batches` yields."""
-    total, count = loss(assembly, objective, log_q, params, batch, key)
+    """As `jaxrec.training.step.Loss`; facts: of the assembly; a batch is what `training_batches` yields."""
+    total, count = loss(assembly, objective, facts, params, batch, key)
     return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
 
 
 def loss(
     assembly: SequentialAssembly,
     objective: Objective,
-    log_q: jax.Array,
+    facts: ItemFacts,
     params: Any,
     batch: dict,
     key: jax.Array,
@@ -108,7 +108,7 @@ def loss(
     chance, drop, draw = jax.random.split(key, 3)
     prepare = hidden_places if isinstance(assembly.model.config, Bert4RecConfig) else next_places
     inputs, targets, where = prepare(assembly, batch, chance)
-    states, table = assembly.model.apply({"params": params}, *inputs, True, rngs={"dropout": drop})
+    states, table = assembly.model.apply({"params": params}, facts, *inputs, True, rngs={"dropout": drop})
     where &= batch["where"][:, None]
     if isinstance(objective, FullSoftmax):
         values = full_softmax(
@@ -120,7 +120,7 @@ def loss(
             rows=objective.rows,
         )
     elif isinstance(objective, SampledSoftmax):
-        values = _sampled(objective, log_q, states, table, targets, where, draw)
+        values = _sampled(objective, facts.log_q, states, table, targets, where, draw)
     else:
         negatives, candidates = unseen_items(batch, targets.shape, objective.negatives, len(table), draw)
         positive = (states * table[targets]).sum(-1)
