@@ -74,7 +74,9 @@ def train_mall(path: Path, quick: bool) -> Path:
     config, steps = load_config(MALL), 2 if quick else STEPS
     if quick:  # compiling takes longer than anything that is measured
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=1))
-    training = dataclasses.replace(config.training, steps=steps, log_every=steps, checkpoint_every=steps)
+    training = dataclasses.replace(
+        config.training, steps=steps, log_every=steps, checkpoint_every=steps, evaluate_every=0
+    )
     evaluation = dataclasses.replace(config.evaluation, max_users=32)
     optim = dataclasses.replace(config.optim, warmup=steps // 2)
     config = dataclasses.replace(config, training=training, evaluation=evaluation, optim=optim)

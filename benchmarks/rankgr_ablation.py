@@ -262,7 +262,8 @@ def base_config(arguments: argparse.Namespace) -> RankGRRunConfig:
     if arguments.data:
         config = replace(config, data=replace(config.data, path=arguments.data))
     steps = arguments.steps or (30 if arguments.quick else config.training.steps)
-    training = replace(config.training, steps=steps, checkpoint_every=steps)
+    # All variants are trained for as many steps, and measured in their last state.
+    training = replace(config.training, steps=steps, checkpoint_every=steps, evaluate_every=0, patience=0)
     warmup = min(config.optim.warmup, steps // 4)
     if arguments.quick:  # compiling takes longer than training
         backbone, buckets = replace(config.model.backbone, layers=1), config.features.buckets[-1:]

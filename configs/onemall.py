@@ -8,6 +8,7 @@ from jaxrec.data.popularity import PopularityConfig
 from jaxrec.data.sources import CompleteJourney
 from jaxrec.models.cross_decoder import CrossDecoderConfig
 from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
+from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.onemall import OneMallConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -27,4 +28,6 @@ config = OneMallConfig(
     model=CrossDecoderConfig(width=128, heads=4, layers=2, hidden=256, experts=8, queries=16, recent=64),
     optim=OptimConfig(learning_rate=2e-3, warmup=100),
     training=LoopConfig(steps=900, log_every=25, checkpoint_every=300),
+    # Ten times on the way, a few seconds each; the best state is kept.
+    validation=EvaluationConfig(split="valid", max_users=1000),
 )

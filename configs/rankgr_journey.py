@@ -10,6 +10,7 @@ from jaxrec.data.sources import CompleteJourney
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.rankgr import RankConfig, RankGRConfig
 from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
+from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
 from jaxrec.systems.recommender import DecodingConfig
 from jaxrec.training.loop import LoopConfig
@@ -34,4 +35,5 @@ config = RankGRRunConfig(
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=600, log_every=50, checkpoint_every=300),
     decoding=DecodingConfig(beam_widths=(16, 64, 64), candidates=(16, 64, 64), likelihood_weight=1.0),
+    validation=EvaluationConfig(split="valid", max_users=1000),
 )

@@ -30,6 +30,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 h3 small { font-weight: 400; color: var(--soft); }
 nav { display: flex; flex-wrap: wrap; gap: .35rem 1.25rem; margin: 1rem 0; }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
+.verdict { font-size: 1.1rem; font-weight: 600; margin: 1rem 0 0; max-width: 56rem; }
 .note { margin: 0 0 1rem; max-width: 48rem; }
 .card, figure { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
 .card { padding: 1rem 1.25rem; margin: 0 0 1rem; }

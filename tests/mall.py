@@ -19,7 +19,7 @@ config = OneMallConfig(
     features=FeatureConfig(history_lengths=(24,), past_length=16, targets=4, buckets=(24,)),
     model=CrossDecoderConfig(width=32, heads=2, layers=1, hidden=32, experts=4, queries=4, recent=8),
     optim=OptimConfig(learning_rate=8e-3, warmup=16),
-    training=LoopConfig(steps=240, log_every=15, checkpoint_every=48),
+    training=LoopConfig(steps=240, log_every=15, checkpoint_every=48, evaluate_every=120),
     decoding=DecodingConfig(beam_width=16, batch_size=32),
     evaluation=EvaluationConfig(shown_users=2),
 )

@@ -26,7 +26,7 @@ config = RankGRRunConfig(
     ),
     objective=ObjectiveConfig(levels=(0, 1, 2, 3, 3), level_weights=(0.0, 0.0, 1.0, 2.0)),
     optim=OptimConfig(learning_rate=8e-3, warmup=16),
-    training=LoopConfig(steps=120, log_every=15, checkpoint_every=24),
+    training=LoopConfig(steps=120, log_every=15, checkpoint_every=24, evaluate_every=0),
     decoding=DecodingConfig(beam_widths=(12, 32), candidates=(12, 64), batch_size=32),
     evaluation=EvaluationConfig(shown_users=2),
 )

@@ -7,7 +7,15 @@ import pytest
 from rich.console import Console
 
 from jaxrec.evaluation.cases import make_cases
-from jaxrec.evaluation.comparison import comparison_tables, evaluate, evaluate_ties_shuffled
+from jaxrec.evaluation.comparison import (
+    Standing,
+    comparison_tables,
+    evaluate,
+    evaluate_ties_shuffled,
+    standing_table,
+    standings,
+    verdict,
+)
 
 
 class Fixed:
@@ -95,3 +103,38 @@ def test_tables_show_one_row_a_model_and_the_best_in_bold():
     Console(file=text, width=100, force_terminal=True).print(tables[0])
     lines = [line for line in text.getvalue().splitlines() if "good" in line or "poor" in line]
     assert "\x1b[1m1.0000" in lines[0] and "\x1b[1m" not in lines[1] and "0.5000" in lines[1]
+
+
+def rows_of(values, count=2):
+    return [
+        {"model": model, "split": "test", "subset": subset, "metric": metric, "value": number, "count": count}
+        for (model, subset, metric), number in values.items()
+    ]
+
+
+def test_a_system_is_held_against_the_best_baseline_of_each_metric():
+    all_recall, all_ndcg, new_recall = ("all", "recall@10"), ("all", "ndcg@10"), ("new", "recall@10")
+    values = {("onemall", *all_recall): 0.1, ("onemall", *all_ndcg): 0.3, ("onemall", *new_recall): 0.2}
+    values |= {("popularity", *all_recall): 0.15, ("popularity", *all_ndcg): 0.2, ("popularity", *new_recall): 0.2}
+    values |= {("markov", *all_recall): 0.2, ("markov", *all_ndcg): 0.1, ("markov", *new_recall): 0.0}
+    values |= {("markov (ties shuffled)", *all_recall): 0.9}
+    found = standings(rows_of(values), "onemall")
+    assert found == [
+        Standing("all", "recall@10", 0.1, "markov", 0.2),
+        Standing("all", "ndcg@10", 0.3, "popularity", 0.2),
+        Standing("new", "recall@10", 0.2, "popularity", 0.2),
+    ]
+    assert [each.difference for each in found] == ["-50.0%", "+50.0%", "equal"]
+    said = "onemall is BELOW the best baseline: recall@10 0.1000, markov 0.2000 (-50.0%)"
+    assert verdict(found, "onemall") == said
+    assert verdict(found[1:], "onemall").startswith("onemall is not below the best baseline: ndcg@10 0.3000, popul")
+    text = io.StringIO()
+    Console(file=text, soft_wrap=True).print(standing_table(found, "onemall"))
+    assert text.getvalue().startswith(said)
+
+
+def test_without_a_baseline_or_users_there_is_no_verdict():
+    assert standings(rows_of({("onemall", "all", "recall@10"): 0.1}), "onemall") == []
+    both = {("onemall", "new", "recall@10"): 0.0, ("markov", "new", "recall@10"): 0.0}
+    assert standings(rows_of(both, count=0), "onemall") == []
+    assert verdict([], "onemall") == ""

@@ -65,7 +65,10 @@ def test_it_stands_alone_and_escapes_everything(report):
 def test_the_best_of_every_column_is_marked_and_the_headline_compares(report):
     html = report.read_text()
     assert re.findall(r'class="value best"[^>]*>([0-9.]+)<', html) == ["0.1500", "0.0200"]
-    assert "recall@10, 3.0 times popularity" in html and "2,306" in html and "10,374" in html
+    assert "recall@10, +200.0% against popularity" in html and "2,306" in html and "10,374" in html
+    first = html[html.index("</nav>") :].split("\n")[1]
+    assert first.startswith('<p class="verdict">onemall is BELOW the best baseline: recall@10 on new items 0.0100, ')
+    assert "popularity 0.0200 (-50.0%).</p>" in first
     assert '<tr class="system"><td>OneMall</td>' in html
 
 

@@ -88,6 +88,7 @@ def test_a_configuration_loads_and_survives_json(path):
     assert config.system in SYSTEMS
     assert from_json(type(config), to_json(config)) == config
     assert f"configs/{path.name} --run runs/" in path.read_text(), "its docstring gives the command"
+    assert config.training.evaluation_steps, "the state that is best on the validation split is kept"
 
 
 def paths_of_tree(text: str) -> list[str]:

@@ -246,6 +246,38 @@ def test_killed_while_it_waits_it_stops_at_the_same_step_with_the_same_best(tmp_
     assert notes == {"best": 0.5} and step == 6
 
 
+def test_by_default_a_training_is_evaluated_stops_early_and_keeps_the_best(tmp_path):
+    """The best of ten evaluations is the second; five without a better one follow."""
+
+    def judge(state) -> dict[str, float]:
+        return {"ndcg@10": 1.0 if int(state.step) == 8 else 0.5}
+
+    assert int(train(tmp_path, LoopConfig(steps=40), evaluate=judge).step) == 28
+    assert checkpoint.steps(tmp_path / "checkpoints" / checkpoint.BEST) == [8]
+    assert [line["step"] for line in lines(tmp_path) if "valid/ndcg@10" in line] == [4, 8, 12, 16, 20, 24, 28]
+
+
+def test_steps_between_evaluations_are_a_number_or_a_share():
+    of = [LoopConfig(steps=42, evaluate_every=every).evaluation_steps for every in (0, 0.01, 0.1, 0.5, 1, 7)]
+    assert of == [0, 1, 4, 21, 1, 7]
+    with pytest.raises(UserError, match=r"'training.evaluate_every' is 1.5; give a whole number of steps, or a share"):
+        LoopConfig(evaluate_every=1.5)
+
+
+def test_where_nobody_can_be_measured_it_trains_to_the_end(tmp_path):
+    assert int(train(tmp_path, LoopConfig(steps=20), evaluate=lambda state: {}).step) == 20
+    assert checkpoint.steps(tmp_path / "checkpoints" / checkpoint.BEST) == []
+
+
+def test_while_nothing_is_found_the_later_state_is_the_better_one(tmp_path):
+    def judge(state) -> dict[str, float]:
+        return {"ndcg@10": 0.1 if int(state.step) == 10 else 0.0}
+
+    config = LoopConfig(steps=12, evaluate_every=1, patience=2)
+    assert int(train(tmp_path, config, evaluate=judge).step) == 12
+    assert checkpoint.steps(tmp_path / "checkpoints" / checkpoint.BEST) == [10]
+
+
 @pytest.mark.parametrize(("name", "value"), [("steps", 0), ("log_every", 0), ("checkpoint_every", 0), ("patience", -1)])
 def test_lengths_that_cant_be_are_named(name, value):
     with pytest.raises(UserError, match=rf"training\.{name}' is {value}; give"):

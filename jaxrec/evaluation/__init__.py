@@ -7,7 +7,7 @@ rows = evaluate(models, cases) + evaluate_ties_shuffled(records, num_items, targ
 
 from jaxrec.evaluation.baselines import Recommender, fit_baselines
 from jaxrec.evaluation.cases import Cases, make_cases, shuffle_ties, tied_fraction
-from jaxrec.evaluation.comparison import comparison_tables, evaluate, evaluate_ties_shuffled
+from jaxrec.evaluation.comparison import comparison_tables, evaluate, evaluate_ties_shuffled, standing_table, standings
 from jaxrec.evaluation.metrics import id_accuracy, ranking_metrics, validity_rate
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "make_cases",
     "ranking_metrics",
     "shuffle_ties",
+    "standing_table",
+    "standings",
     "tied_fraction",
     "validity_rate",
 ]

@@ -9,6 +9,7 @@ Three subsets answer three questions:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from rich.table import Table
@@ -128,6 +129,78 @@ def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> li
             table.add_row(model, *(_cell(cell, best[metric]) for cell, metric in zip(cells, shown, strict=True)))
         tables.append(table)
     return tables
+
+
+JUDGED = (("all", "recall@10"), ("all", "ndcg@10"), ("new", "recall@10"), ("new", "ndcg@10"))
+"""The (subset, metric) pairs in which a system is held against the best of the baselines."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A system beside the baseline that is the best in one metric of one subset."""
+
+    subset: str
+    metric: str
+    value: float
+    """The system's."""
+    baseline: str
+    best: float
+    """The baseline's."""
+
+    @property
+    def difference(self) -> str:
+        """How far the system is above (+) or below (-) the baseline, in percent."""
+        if self.value == self.best:
+            return "equal"
+        return f"{self.value / self.best - 1:+.1%}" if self.best else "above 0"
+
+    @property
+    def what(self) -> str:
+        """The metric and the subset in words."""
+        return self.metric if self.subset == "all" else f"{self.metric} on new items"
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.value:.4f}, {self.baseline} {self.best:.4f} ({self.difference})"
+
+
+def standings(rows: Iterable[Row], system: str) -> list[Standing]:
+    """The system in each of JUDGED; empty where it or every baseline is missing. Shuffled ties are other data."""
+    found = []
+    rows = [row for row in rows if row["count"] and not row["model"].endswith(TIES_SHUFFLED)]
+    for subset, metric in JUDGED:
+        values = {row["model"]: row["value"] for row in rows if (row["subset"], row["metric"]) == (subset, metric)}
+        ours = [name for name in values if is_system(name, system)]
+        others = [name for name in values if name not in ours]
+        if ours and others:
+            best = max(others, key=values.get)
+            found.append(Standing(subset, metric, values[ours[0]], best, values[best]))
+    return found
+
+
+def verdict(found: Sequence[Standing], system: str) -> str:
+    """One sentence: whether the system is below the best baseline anywhere, and by how much; "" where none is known."""
+    if not found:
+        return ""
+    below = [each for each in found if each.value < each.best]
+    if below:
+        return f"{system} is BELOW the best baseline: {'; '.join(map(str, below))}"
+    return f"{system} is not below the best baseline: {'; '.join(map(str, found))}"
+
+
+def standing_table(found: Sequence[Standing], system: str) -> Table:
+    """The rich table of `standings`, under its verdict."""
+    table = Table(title=verdict(found, system), title_justify="left")
+    for column in ("subset", "metric", system, "best baseline", "baseline's", "difference"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("subset", "best baseline") else "right")
+    for each in found:
+        values = (f"{each.value:.4f}", each.baseline, f"{each.best:.4f}", each.difference)
+        table.add_row(each.subset, each.metric, *values)
+    return table
+
+
+def is_system(model: str, system: str) -> bool:
+    """Whether a row's model is the system of the run, in any spelling."""
+    return model.lower().startswith(system.lower())
 
 
 def pivot(rows: Iterable[Row]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:

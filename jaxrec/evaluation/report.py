@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from jaxrec.evaluation.comparison import SEMANTIC_IDS, SHOWN, Row, pivot
+from jaxrec.evaluation.comparison import SEMANTIC_IDS, SHOWN, Row, is_system, pivot, standings, verdict
 from jaxrec.page import Section, curve, number, score_table, tiles, write
 from jaxrec.run import Run, read_json
 from jaxrec.semantic_ids.page import Catalogue, figure_tables, tree_section
@@ -63,23 +63,17 @@ def write_report(run_path: Path) -> Path:
 
 
 def _headline(run: Run, system: str) -> str:
-    """The figures to see first: the size of the data, and the system against popularity."""
-    shown = []
+    """What to see first: the verdict on the system, the size of the data, the system against the best baseline."""
+    shown, found = [], standings(_evaluation_rows(run), system)
     statistics = run.tables / "statistics.json"
     if statistics.exists():
         counts = read_json(statistics)
         shown += [
             (number(counts[key]), key) for key in ("users", "items", "events") if isinstance(counts.get(key), int)
         ]
-    rows = _evaluation_rows(run)
-    for subset, what in (("all", "recall@10"), ("new", "recall@10 on new items")):
-        values, _ = pivot(row for row in rows if row["split"] == "test" and row["subset"] == subset)
-        ours = next((values[model] for model in values if _is_system(model, system)), {}).get("recall@10")
-        popular = values.get("popularity", {}).get("recall@10")
-        if ours is not None:
-            factor = f", {ours / popular:.1f} times popularity" if popular else ""
-            shown.append((f"{ours:.4f}", what + factor))
-    return tiles(shown) if shown else ""
+    shown += [(f"{each.value:.4f}", f"{each.what}, {each.difference} against {each.baseline}") for each in found]
+    first = f'<p class="verdict">{escape(verdict(found, system))}.</p>' if found else ""
+    return first + (tiles(shown) if shown else "")
 
 
 def _comparison(run: Run, system: str) -> Section | None:
@@ -93,7 +87,7 @@ def _comparison(run: Run, system: str) -> Section | None:
         unit = "targets" if subset == SEMANTIC_IDS else "users"
         note = f"{split}, {max(counts.values()):,.0f} {unit}; {SUBSET_NOTES.get(subset, '')}".rstrip("; ")
         parts.append(f"<h3>{escape(SUBSET_TITLES.get(subset, subset))} <small>{escape(note)}</small></h3>")
-        parts.append(score_table(values, metrics, [model for model in values if _is_system(model, system)]))
+        parts.append(score_table(values, metrics, [model for model in values if is_system(model, system)]))
     note = "Every model ranks the whole catalogue for the same users. The best of a column stands in color."
     return "comparison", "Comparison", note, "\n".join(parts)
 
@@ -191,7 +185,3 @@ def _evaluation_rows(run: Run) -> list[Row]:
 def _place(row: Row) -> tuple[str, int, str]:
     known = list(SUBSET_TITLES)
     return row["split"], known.index(row["subset"]) if row["subset"] in known else len(known), row["subset"]
-
-
-def _is_system(model: str, system: str) -> bool:
-    return model.lower().startswith(system.lower())

@@ -19,6 +19,8 @@ from jaxrec.evaluation import (
     evaluate_ties_shuffled,
     fit_baselines,
     make_cases,
+    standing_table,
+    standings,
 )
 from jaxrec.evaluation.comparison import SEMANTIC_IDS
 from jaxrec.evaluation.metrics import CUTOFFS, mean
@@ -98,11 +100,15 @@ def compare(
 
 
 def present(run: Run) -> None:
-    """Puts the results where readers look first, writes report.html and prints the comparison."""
+    """Puts the results where readers look first, writes report.html and prints the comparison, the verdict last."""
     for name in ("evaluation.json", "examples_shown.json"):
         shutil.copyfile(run.path / "evaluation" / name, run.path / name)
     report = write_report(run.path)
-    for table in comparison_tables(read_json(run.path / "evaluation.json")):
+    rows, system = read_json(run.path / "evaluation.json"), read_json(run.config_file)["system"]
+    tables = comparison_tables(rows)
+    if found := standings(rows, system):
+        tables.append(standing_table(found, system))
+    for table in tables:
         console.print(table)
     console.print(f"report: {report}", markup=False)
 

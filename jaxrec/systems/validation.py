@@ -7,6 +7,7 @@ from jaxrec.data.examples import Records
 from jaxrec.decoding.trie import build_trie
 from jaxrec.evaluation import make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
+from jaxrec.run import console
 from jaxrec.systems.comparison import EvaluationConfig, draw
 from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender, Reader
 from jaxrec.training.loop import TrainState
@@ -19,8 +20,9 @@ def make_validation(
 ) -> Callable[[TrainState], dict[str, float]]:
     """evaluate(state) -> {"recall@10": ..., "ndcg@10": ..., ...} of the full ranking, for `jaxrec.training.loop.fit`.
 
-    The same users every time: `config.max_users` of the split `config.split`, drawn by the seed. Nothing is read before
-    the first call.
+    The same users every time: `config.max_users` of the split `config.split`, drawn by the seed. Their histories end
+    before that split, of which training sees nothing. Where nobody has a session in it, {}. Nothing is read before the
+    first call.
     """
     made: dict[str, Any] = {}
 
@@ -28,8 +30,12 @@ def make_validation(
         if not made:
             records, space = Records(assembly.examples, config.split), assembly.space
             made["cases"] = draw(make_cases(records, assembly.target_behaviors, config.split), config)
+            if not len(made["cases"]):
+                console.print("no user has a session to validate on: training goes on to its last step", markup=False)
             made["trie"] = build_trie(space.codes, space.codebook_sizes, order=space.popularity)
             made["model"] = GenerativeRecommender(assembly, {}, features, decoding)
+        if not len(made["cases"]):
+            return {}
         served = {**assembly.serve({"params": state.params, **state.extra}), "trie": made["trie"]}
         cases = made["cases"]
         ranked, _ = made["model"].recommend(cases.histories, max(CUTOFFS), served=served)

@@ -104,11 +104,22 @@ def load_parts(folder: Path, *parts: str) -> dict[str, Any]:
 def load_best(folder: Path, *parts: str) -> dict[str, Any]:
     """Like `load_parts`, of the best state ("params" and "extra") where the stage was evaluated, else of the newest.
 
+    A best state that is damaged is replaced by the newest one, and a line says so.
+
     Raises:
       UserError: there is no checkpoint, or none can be read.
     """
     best = Path(folder) / BEST
-    return load_parts(best if steps(best) else folder, *parts)
+    if not steps(best):
+        return load_parts(folder, *parts)
+    try:
+        return load_parts(best, *parts)
+    except UserError as error:
+        if not steps(folder):
+            raise
+        message = f"{best} can't be read: the last state is taken in place of the best ({error})"
+        console.print(message, markup=False)
+        return load_parts(folder, *parts)
 
 
 def steps(folder: Path) -> list[int]:

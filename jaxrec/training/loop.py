@@ -62,15 +62,27 @@ class LoopConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints that are kept."""
-    evaluate_every: int = 0
-    """Steps between two evaluations, where the stage has one; 0 for none."""
-    patience: int = 0
-    """Evaluations in a row without a better value before training stops; 0 for never."""
+    evaluate_every: int | float = 0.1
+    """Steps between two evaluations, where the stage has one; below 1 a share of `steps`, 0 for none."""
+    patience: int = 5
+    """Evaluations in a row without a better value before training stops; 0 for never. A training that stops early has
+    not lowered its learning rate to the end of the schedule, so by default half of the steps must bring nothing."""
     monitor: str = "ndcg@10"
     """The value of an evaluation that decides which state is the best; higher is better."""
 
     def __post_init__(self):
         check_least(self, "training", steps=1, log_every=1, checkpoint_every=1, keep=1, evaluate_every=0, patience=0)
+        if self.evaluate_every > 1 and self.evaluate_every % 1:
+            raise UserError(
+                f"configuration key 'training.evaluate_every' is {self.evaluate_every}; "
+                "give a whole number of steps, or a share of them below 1"
+            )
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Steps between two evaluations as a number of steps; 0 for none."""
+        every = self.evaluate_every
+        return max(1, round(every * self.steps)) if 0 < every < 1 else int(every)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +97,11 @@ class Watch:
     """Evaluations since then."""
 
     def add(self, value: float, step: int) -> "Watch":
-        """With one evaluation more; a value that is no number is no better one."""
-        better = value > (-math.inf if self.best is None else self.best)
+        """With one evaluation more; a value that is no number is no better one.
+
+        While every value is 0, a model that has found nothing yet, the later state is the better one.
+        """
+        better = value > (-math.inf if self.best is None else self.best) or value == self.best == 0
         return Watch(value, step) if better else dataclasses.replace(self, stale=self.stale + 1)
 
 
@@ -115,8 +130,9 @@ def fit(
       metrics_path: the file that gets a JSON line per log and evaluation; a folder `tensorboard` is made beside it.
       stage: the name of this training in metrics.jsonl.
       flops_per_step: model FLOPs of a step, or a function of the batch; for the share of the machine's peak.
-      evaluate: called every `config.evaluate_every` steps and at the end with the state; its values are logged under
-        "valid/", after a line of the training so far. `config.monitor` is one of them.
+      evaluate: called every `config.evaluation_steps` and at the end with the state; its values are logged under
+        "valid/", after a line of the training so far. `config.monitor` is one of them; no values at all, where there is
+        nobody to measure, decide nothing.
       on_log: called with every line that is logged.
 
     Returns:
@@ -127,7 +143,7 @@ def fit(
         that is evaluated is called `config.monitor`.
       SystemExit: status 130, after Ctrl-C or SIGTERM, when the state is saved.
     """
-    step_fn = place(as_partial(step_fn), mesh)
+    step_fn, every = place(as_partial(step_fn), mesh), config.evaluation_steps
     state, totals, begun, watch = _resume(folder, place(state, mesh), iterator)
     totals = place(totals, mesh)
     log = Log(metrics_path, stage, begun, on_log)
@@ -155,7 +171,7 @@ def fit(
             in_flight = done
             # Read once: a signal that comes while saving counts for the next step.
             last, stopping = step == config.steps, bool(stop)
-            evaluates = evaluate and config.evaluate_every and (step % config.evaluate_every == 0 or last)
+            evaluates = evaluate and every and (step % every == 0 or last)
             if step % config.log_every == 0 or last or evaluates:
                 line = meter.read(_fetch(totals, stage, folder), step)
                 totals = jax.tree.map(jnp.zeros_like, totals)
@@ -163,8 +179,7 @@ def fit(
                 bars.update(task, **_shown(line))
             bars.update(task, completed=step)
             with meter.paused():
-                if evaluates:
-                    values = evaluate(state)
+                if evaluates and (values := evaluate(state)):
                     log.write({"step": step, **{f"valid/{name}": value for name, value in values.items()}})
                     watch = watch.add(_monitored(values, config), step)
                     if watch.step == step:
