@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.data.leveled_sessions import LeveledSessionConfig, next_items, targets
+from jaxrec.data.leveled_sessions import LeveledSessionConfig, next_items, positives_left_out, targets
 
 DAY = 86_400
 # exposure 0, click 1, cart 2, purchase 3; levels: carts and purchases are one.
@@ -66,6 +66,23 @@ def test_targets_are_the_strongest_first_and_the_rest_is_counted():
     assert all(each["target"][0] == 4 and each["left_out"] == 2 for each in drawn)
     assert {int(each["target"][1]) for each in drawn} == {3, 5, 9}
     assert level_targets(LeveledSessionConfig(targets=6))["target_level"].tolist() == [2, 0, 0, 0, -1, -1]
+
+
+def test_positives_that_find_no_place_are_named():
+    """Items 9, 5 and 3 were only shown, 4 was bought; in session 1, 7 was bought and 8 clicked."""
+    one, two = LeveledSessionConfig(targets=1), LeveledSessionConfig(targets=2)
+    for seed in range(10):
+        found = level_targets(two, seed=seed, positive=0, room=4)
+        assert sorted([*found["target"], *found["left_out_item"][:2]]) == [3, 4, 5, 9]
+        assert found["left_out_item"][2:].tolist() == [-1, -1]
+    assert level_targets(one, positive=1, room=2)["left_out_item"].tolist() == [-1, -1]
+    assert level_targets(one, session=1, positive=1, room=2)["left_out_item"].tolist() == [8, -1]
+    assert level_targets(one, session=1, positive=2, room=2)["left_out_item"].tolist() == [-1, -1]
+    assert level_targets(one)["left_out_item"].shape == (0,)
+    counts = [positives_left_out(RECORD, 2, one, LEVELS, positive) for positive in (0, 1, 2)]
+    assert counts == [3, 0, 0]
+    assert positives_left_out(RECORD, 1, one, LEVELS, 1) == 1
+    assert positives_left_out(RECORD, 2, CONFIG, LEVELS, 0) == 0
 
 
 def test_drawn_pseudo_exposures_stand_below_all_and_are_not_in_the_session():

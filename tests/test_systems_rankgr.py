@@ -32,7 +32,7 @@ from jaxrec.systems import rankgr
 from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig, _weights
 from jaxrec.systems.rankgr_model import assemble, behavior_levels, with_pretrained
-from jaxrec.systems.rankgr_training import losses, mean_loss, pack, rank_loss
+from jaxrec.systems.rankgr_training import draw_targets, losses, mean_loss, pack, rank_from, rank_loss
 from jaxrec.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -44,22 +44,31 @@ STAGE = "stages/train"
 CONFIG = RankGRRunConfig(data=None, features=FEATURES, model=MODEL, objective=ObjectiveConfig(alpha=0.5, beta=2.0))
 
 
-def make_batch(config=CONFIG, count=3) -> dict:
+def make_batch(config=CONFIG, count=3, crowd=0) -> dict:
+    """Targets are the last session's, or of one more with about `crowd` items; the last row only fills the batch."""
     assembly = make_assembly(config.model)
     features = dataclasses.replace(config.features, buckets=(6,))
     records = [make_record(seed + 10, 10) for seed in range(count)]
+    if crowd:
+        records = [with_session(record, make_record(seed, crowd)) for seed, record in enumerate(records)]
     arrays = make_arrays(records, features)
-    rows = []
+    level_of, positive, rows = assembly.levels, rank_from(assembly, config), []
     for seed, record in enumerate(records):
         rng, last = np.random.default_rng(seed), int(record["session"][-1])
         cut = {name: array[seed] for name, array in arrays.items()}
         popular = np.linspace(0.05, 1, 20)
-        rows.append(
-            targets(record, last, features, level_of=assembly.levels, rng=rng, popular=popular)
-            | next_items(cut, features, rng)
+        held = targets(
+            record, last, features, level_of=level_of, rng=rng, popular=popular, positive=positive, room=crowd
         )
+        rows.append(held | next_items(cut, features, rng))
     more = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return {**arrays, **more, "where": np.array([True] * (count - 1) + [False])}
+
+
+def with_session(record: dict, more: dict) -> dict:
+    """The record, and all of another one's events as its last session."""
+    last = np.full(len(more["item"]), record["session"][-1] + 1, np.int32)
+    return {name: np.concatenate([values, {**more, "session": last}[name]]) for name, values in record.items()}
 
 
 def test_the_losses_are_those_of_the_paper():
@@ -100,42 +109,104 @@ def test_no_array_of_all_items_is_a_constant_of_the_training_step():
     assert [array.shape for array in bound if ITEMS in np.shape(array)]
 
 
-def test_the_rank_heads_loss_by_hand():
-    """Eq. 16: the true code and the three most likely others, told apart by binary cross-entropy at every level."""
-    batch, assembly, variables = make_batch(), make_assembly(), make_variables()
+# Every item of a session is looked for, but only three of them are targets.
+CROWDED = dataclasses.replace(
+    CONFIG, features=dataclasses.replace(FEATURES, targets=3), objective=ObjectiveConfig(rank_from=0)
+)
+
+
+def scored(config: RankGRRunConfig, batch: dict):
+    """(a batch's targets as the step packs them, what `rank_loss` takes before and after its targets)."""
+    assembly, variables = make_assembly(), make_variables()
+    context, packed = assembly.context(assembly.serve(variables), batch), pack(assembly, config, batch)
+    seen = assembly.model.apply(variables, context, packed["last"], method="at")
+    _, _, states = assembly.model.apply(variables, seen, assembly.catalogue.codes[packed["item"]], method="score")
+    return packed, (assembly, assembly.catalogue.codes, variables, context, states)
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_the_rank_heads_loss_by_hand(count):
+    """Eq. 16 with Eq. 9: at every level the true code and the three most likely others, told apart by cross-entropy.
+
+    Each item that is looked for from the same place makes its code a positive, whether or not it was drawn; one that
+    found no place among the targets keeps its code from being a negative.
+    """
+    batch = make_batch(CROWDED, crowd=8)
+    packed, given = scored(CROWDED, batch)
+    assembly, catalogue, variables, context, states = given
+    drawn = np.asarray(draw_targets(jax.random.key(3), packed, count))
+    found = np.asarray(rank_loss(*given, packed, drawn))
 
     def apply(*args, method):
         return assembly.model.apply(variables, *args, method=method)
 
-    context = assembly.context(assembly.serve(variables), batch)
-    packed = pack(assembly, CONFIG, batch)
-    seen, codes = apply(context, packed["last"], method="at"), np.asarray(assembly.catalogue.codes)[packed["item"]]
-    _, _, states = apply(seen, codes, method="score")
-    found = rank_loss(assembly, assembly.catalogue.codes, variables, context, states, packed)
-    memory, wanted, last = apply(context, method="memory"), np.asarray(packed["wanted"]), np.asarray(packed["last"])
-    assert wanted.sum() >= 4
-    assert wanted.sum(1).max() <= MODEL.rank.targets
-    place = np.cumsum(wanted, axis=1) - 1  # those that are looked for come first
-    for b, k in np.argwhere(wanted):
+    seen, memory = apply(context, packed["last"], method="at"), apply(context, method="memory")
+    tables = []
+    for level, size in enumerate(assembly.space.codebook_sizes):
+        log_probs = apply(states[:, :, level], method=lambda m, x, i=level: m.backbone.level_log_probs(x, i))
+        prefixes = apply(states[:, :, : level + 1], method="prefixes")
+        every = jnp.broadcast_to(jnp.arange(size), log_probs.shape)
+        tables.append(
+            jax.device_get((log_probs, apply(seen, memory, prefixes, every, log_probs, level, method="rank")))
+        )
+    catalogue, packed = np.asarray(catalogue), jax.device_get(packed)
+    codes, left_out, wanted, last = catalogue[packed["item"]], packed["left_out"], packed["wanted"], packed["last"]
+    assert (left_out >= 0).sum(1).min() >= 2
+    kinds = dict.fromkeys(("positive", "undrawn", "masked", "negative"), 0)
+    for b, row in np.ndindex(drawn.shape):
+        k = drawn[b, row]
+        if not wanted[b, k]:
+            assert found[b, row] == 0
+            continue
         total = 0.0
-        for level, size in enumerate(assembly.space.codebook_sizes):
-            log_probs = np.asarray(
-                apply(states[b, k, level], method=lambda m, x, i=level: m.backbone.level_log_probs(x, i))
-            )
-            best = set(np.argsort(-log_probs, kind="stable")[: min(3, size)].tolist()) | {int(codes[b, k, level])}
-            prefixes = apply(states[:, :, : level + 1], method="prefixes")
-            true = {
-                int(codes[b, i, level])
-                for i in np.flatnonzero(wanted[b])
-                if last[b, i] == last[b, k] and (codes[b, i, :level] == codes[b, k, :level]).all()
-            }
+        for level, (log_probs, logits) in enumerate(tables):
+            own, prefix = int(codes[b, k, level]), codes[b, k, :level]
+            best = {own, *np.argsort(-log_probs[b, k], kind="stable")[:3].tolist()}
+            true, unlabelled = {}, set()
+            for i in np.flatnonzero(wanted[b] & (last[b] == last[b, k])):
+                if (codes[b, i, :level] == prefix).all():
+                    true.setdefault(int(codes[b, i, level]), set()).add(int(i))
+            if last[b, k] == packed["end"][b, 0]:
+                others = catalogue[left_out[b][left_out[b] >= 0]]
+                unlabelled = {int(each[level]) for each in others if (each[:level] == prefix).all()}
             for code in best:
-                asked = jnp.full((*wanted.shape, 1), code), jnp.full((*wanted.shape, 1), log_probs[code])
-                logit = float(apply(seen, memory, prefixes, *asked, level, method="rank")[b, k, 0])
-                p = 1 / (1 + math.exp(-logit))
-                total -= math.log(p) if code in true else math.log(1 - p)
-        np.testing.assert_allclose(found[b, place[b, k]], total, rtol=1e-3)
-    np.testing.assert_array_equal((np.asarray(found) > 0).sum(1), wanted.sum(1))
+                if code not in true and code in unlabelled:
+                    kinds["masked"] += 1
+                    continue
+                logit = float(logits[b, k, code])
+                total += math.log1p(math.exp(-logit if code in true else logit))
+                kinds["positive" if code in true else "negative"] += 1
+                kinds["undrawn"] += code in true and not true[code] & set(drawn[b].tolist())
+        np.testing.assert_allclose(found[b, row], total, rtol=1e-3)
+    assert all(kinds[kind] for kind in ("positive", "masked", "negative"))
+    assert (kinds["undrawn"] > 0) == (count == 2)
+
+
+def test_the_rank_head_learns_from_all_that_it_looks_for_in_turn():
+    """Those of the session evenly, and of the history only where the session has too few."""
+    packed = pack(make_assembly(), CROWDED, make_batch(CROWDED, crowd=8))
+    wanted, last, end = (np.asarray(packed[name]) for name in ("wanted", "last", "end"))
+    draw = jax.jit(draw_targets, static_argnums=2)
+    keys = jax.random.split(jax.random.key(0), 300)
+    np.testing.assert_array_equal(draw(keys[0], packed, 2), draw(keys[0], packed, 2))
+    for b in range(2):
+        session, history = (
+            np.flatnonzero(wanted[b] & (last[b] == end[b])),
+            np.flatnonzero(wanted[b] & (last[b] < end[b])),
+        )
+        assert len(session) == 3
+        assert len(history) == 3
+        drawn = np.stack([draw(key, packed, 2)[b] for key in keys])
+        counts = np.bincount(drawn.ravel(), minlength=wanted.shape[1])
+        # Of 600 draws each of three gets 200, with a standard deviation of 8.
+        assert (abs(counts[session] - 200) < 40).all()
+        more = np.stack([draw(key, packed, 4)[b] for key in keys])
+        assert all(set(session) < set(row) for row in more.tolist())
+        assert (abs(np.bincount(more.ravel(), minlength=wanted.shape[1])[history] - 100) < 40).all()
+    assert not wanted[2].any()
+    np.testing.assert_array_equal(
+        np.sort(draw(keys[0], packed, 20), axis=1)[:2], np.sort(np.argsort(~wanted[:2]), axis=1)
+    )
 
 
 def test_next_items_of_the_history_count_as_their_behaviors_do():

@@ -78,20 +78,23 @@ def targets(
     level_of: np.ndarray,
     rng: np.random.Generator,
     popular: np.ndarray | None = None,
+    positive: int = 0,
+    room: int = 0,
 ) -> dict[str, np.ndarray]:
     """The items of a session by falling level: target int32 [L + n], target_level int32 [L + n] (-1 = no target).
 
     level_of: int [behaviors], the level of each, from 0. More than L are left out from the weakest up, by chance inside
-    a level; `left_out` int32 [] says how many. The last n = `config.sampled` places are drawn items that the session
+    a level; `left_out` int32 [] says how many, `left_out_item` int32 [room] (-1 = none) which of level `positive` or
+    above (there are `positives_left_out`). The last n = `config.sampled` places are drawn items that the session
     doesn't hold, at level 0; real levels then begin at 1. popular: float64 [I] that rises from 0 to 1, the cumulative
     distribution they are drawn from.
     """
-    start, stop = np.searchsorted(record["session"], [session, session + 1])
-    held, inverse = np.unique(record["item"][start:stop], return_inverse=True)
-    level = np.zeros(len(held), np.int32)
-    np.maximum.at(level, inverse, level_of[record["behavior"][start:stop]].astype(np.int32))
+    held, level = _levels(record, session, level_of)
     order = np.lexsort((rng.random(len(held)), -level))
-    kept = order[: config.targets]
+    kept, left = order[: config.targets], order[config.targets :]
+    left_out_item = np.full(room, -1, np.int32)
+    positives = held[left][level[left] >= positive][:room]
+    left_out_item[: len(positives)] = positives
     item, levels = padded(held[kept], config.targets), np.full(config.targets, -1, np.int32)
     levels[: len(kept)] = level[kept]
     if config.sampled:
@@ -101,7 +104,29 @@ def targets(
         new &= ~np.isin(drawn, held)
         item, levels = np.concatenate([item, drawn]), np.where(levels < 0, -1, levels + 1)
         levels = np.concatenate([levels, np.where(new, 0, -1).astype(np.int32)])
-    return {"target": item, "target_level": levels, "left_out": np.int32(len(held) - len(kept))}
+    return {
+        "target": item,
+        "target_level": levels,
+        "left_out": np.int32(len(left)),
+        "left_out_item": left_out_item,
+    }
+
+
+def positives_left_out(
+    record: dict, session: int, config: LeveledSessionConfig, level_of: np.ndarray, positive: int
+) -> int:
+    """How many items of a session stand on level `positive` or above and find no place among its targets."""
+    _, level = _levels(record, session, level_of)
+    return max(int((level >= positive).sum()) - config.targets, 0)
+
+
+def _levels(record: dict, session: int, level_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct items of a session, rising, and the level of each: int32 [n] twice."""
+    start, stop = np.searchsorted(record["session"], [session, session + 1])
+    held, inverse = np.unique(record["item"][start:stop], return_inverse=True)
+    level = np.zeros(len(held), np.int32)
+    np.maximum.at(level, inverse, level_of[record["behavior"][start:stop]].astype(np.int32))
+    return held, level
 
 
 def next_items(cut: dict[str, np.ndarray], config: LeveledSessionConfig, rng: np.random.Generator) -> dict:

@@ -42,7 +42,8 @@ class RankConfig:
     candidates: int = 32
     """codes of highest probability that each target's level learns to tell from the true one (lambda in training)"""
     targets: int = 8
-    """targets a context that the head of "bce" learns from, of those that it looks for: first the session's"""
+    """targets a context that the head of "bce" learns from in a step, drawn anew every step from those that it looks
+    for: the session's, then the history's. Their candidates are labelled from all of them"""
     likelihood: bool = True
     """the head's logit begins as the code's log-probability and learns what to add; off, as published, without it"""
     match: bool = True

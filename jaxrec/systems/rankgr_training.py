@@ -88,7 +88,9 @@ def losses(
             flat, vectors, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing
         ).sum()
     elif loss == "bce":
-        sums["rank"] = rank_loss(assembly, codes, variables, context, states, targets).sum()
+        # Dropout draws from the key itself.
+        drawn = draw_targets(jax.random.fold_in(key, 0), targets, model.config.rank.targets)
+        sums["rank"] = rank_loss(assembly, codes, variables, context, states, targets, drawn).sum()
     held = compared.any(-1)
     notes = {
         "one_level": ((held & ~has_preference(level, compared)).sum(), held.sum()),
@@ -101,7 +103,8 @@ def pack(assembly: RankGRAssembly, config: "RankGRRunConfig", batch: dict) -> di
     """All targets of a batch of contexts, [B, L] each: item, level, last (the place that each sees the history up to).
 
     weight float32: of its next tokens (Eq. 9-10), 0 where drawn; bool: where it has any, whether it is compared with
-    others (Eq. 8), and whether the rank head looks for it.
+    others (Eq. 8), and whether the rank head looks for it. Beside them end [B, 1]: the place that the session's items
+    see the history up to, and left_out [B, X]: further items that the rank head would look for from there (-1 = none).
     """
     there, shift = batch["where"][:, None], int(config.features.sampled > 0)
     end = jnp.maximum(batch["mask"].sum(-1, keepdims=True) - 1, 0)
@@ -110,7 +113,7 @@ def pack(assembly: RankGRAssembly, config: "RankGRRunConfig", batch: dict) -> di
     compared = (level >= 0) & there
     weights = level_weights(assembly, config)
     weight = jnp.where(compared & (level >= shift), weights[jnp.maximum(level - shift, 0)], 0.0)
-    found_from = assembly.positive if config.objective.rank_from is None else config.objective.rank_from
+    found_from = rank_from(assembly, config)
     wanted = compared & (level - shift >= found_from)
     if config.features.next_items:
         # The item after a place of the history; where there is none, next_where says so.
@@ -131,7 +134,14 @@ def pack(assembly: RankGRAssembly, config: "RankGRRunConfig", batch: dict) -> di
         "where": weight > 0,
         "compared": compared,
         "wanted": wanted,
+        "end": end,
+        "left_out": batch["left_out_item"],
     }
+
+
+def rank_from(assembly: RankGRAssembly, config: "RankGRRunConfig") -> int:
+    """The lowest level whose items the rank head looks for."""
+    return assembly.positive if config.objective.rank_from is None else config.objective.rank_from
 
 
 def level_weights(assembly: RankGRAssembly, config: "RankGRRunConfig") -> jax.Array:
@@ -148,6 +158,18 @@ def level_weights(assembly: RankGRAssembly, config: "RankGRRunConfig") -> jax.Ar
     return jnp.array(given or [1.0] * count, jnp.float32)
 
 
+def draw_targets(key: jax.Array, targets: dict, count: int) -> jax.Array:
+    """Which targets the rank head learns from in this step: places int32 [B, R] of `pack`, R <= count.
+
+    Drawn evenly from the session's items that are looked for, then from those of the history: of more than R, the first
+    would be the strongest and the earliest. Where there are fewer than R, places that are not looked for fill the row.
+    """
+    wanted, history = targets["wanted"], targets["last"] < targets["end"]
+    turn = jnp.where(wanted, history + jax.random.uniform(key, wanted.shape), 2.0)
+    drawn = wanted & (jnp.argsort(jnp.argsort(turn, axis=1), axis=1) < count)
+    return jnp.argsort(~drawn, axis=1, stable=True)[:, :count]
+
+
 def rank_loss(
     assembly: RankGRAssembly,
     codes: jax.Array,
@@ -155,23 +177,32 @@ def rank_loss(
     context: RankContext,
     states: jax.Array,
     targets: dict,
+    drawn: jax.Array,
 ) -> jax.Array:
     """Binary cross-entropy of the rank head over the candidates of every level, a value a target [B, R] (Eq. 12, 16).
 
-    The targets are the first R = `model.rank.targets` that are looked for. Candidates are the true code and the most
-    probable others. A code is true if an item that is looked for, after the same place of the history, continues the
-    same prefix with it. codes: int32 [I, M] of all items.
+    Candidates of a drawn target (`draw_targets`) are the true code and the most probable others. A candidate is a
+    positive if any item that is looked for after the same place of the history, drawn or not, continues the same prefix
+    with it (Eq. 9). It is left out of the loss if only a positive that found no place among the targets does.
+
+    Args:
+      codes: int32 [I, M] of all items.
+      states: [B, L, M, D], of all targets.
+      targets: of `pack`.
+      drawn: int32 [B, R].
     """
-    model = assembly.model
-    chosen = jnp.argsort(~targets["wanted"], axis=1, stable=True)[:, : model.config.rank.targets]
-    wanted, last, item = (jnp.take_along_axis(targets[name], chosen, axis=1) for name in ("wanted", "last", "item"))
-    states = jnp.take_along_axis(states, chosen[..., None, None], axis=1)
+    model, count = assembly.model, targets["item"].shape[1]
+    wanted, last, item = (jnp.take_along_axis(targets[name], drawn, axis=1) for name in ("wanted", "last", "item"))
+    states = jnp.take_along_axis(states, drawn[..., None, None], axis=1)
+    # together [B, R, L + X]: items that are looked for after the same place, with the prefix so far in common.
+    others = jnp.concatenate([targets["item"], targets["left_out"]], axis=1)
+    packed = (last[:, :, None] == targets["last"][:, None, :]) & targets["wanted"][:, None, :]
+    left_out = (last == targets["end"])[:, :, None] & (targets["left_out"] >= 0)[:, None, :]
+    together, others = jnp.concatenate([packed, left_out], axis=2), codes[others]
     codes, memory = codes[item], model.apply(variables, context, method="memory")
     context = model.apply(variables, context, last, method="at")
     known: dict | None = None
     total = jnp.zeros(wanted.shape, jnp.float32)
-    # together [B, R, R']: items that are looked for beside one another, with the prefix so far in common.
-    together = (last[:, :, None] == last[:, None, :]) & wanted[:, None, :]
     for level, size in enumerate(assembly.space.codebook_sizes):
         before = None if level == 0 else codes[..., level - 1]
         found = model.apply(variables, context, states[:, :, level], before, known, level, method="next_codes")
@@ -179,14 +210,15 @@ def rank_loss(
         true = codes[..., level]
         _, best = jax.lax.top_k(log_probs, min(model.config.rank.candidates, size))
         candidates = jnp.concatenate([true[..., None], best], axis=-1)
+        same = (candidates[:, :, None, :] == others[:, None, :, None, level]) & together[..., None]
+        labels, unlabelled = same[:, :, :count].any(2), same[:, :, count:].any(2)
         where = jnp.concatenate([jnp.ones_like(wanted)[..., None], best != true[..., None]], -1) & wanted[..., None]
-        same = (candidates[:, :, None, :] == true[:, None, :, None]) & together[..., None]
-        labels = same.any(2)
+        where &= labels | ~unlabelled
         own = jnp.take_along_axis(log_probs, candidates, axis=-1)
         prefixes = model.apply(variables, states[:, :, : level + 1], method="prefixes")
         logits = model.apply(variables, context, memory, prefixes, candidates, own, level, method="rank")
         total += jnp.where(where, jax.nn.softplus(jnp.where(labels, -logits, logits)), 0.0).sum(-1)
-        together &= true[:, :, None] == true[:, None, :]
+        together &= true[:, :, None] == others[:, None, :, level]
     return total
 
 
@@ -195,7 +227,13 @@ def training_batches(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Ite
     records, features = Records(assembly.examples, "train"), config.features
     names = [assembly.behaviors[index] for index in assembly.target_behaviors]
     cuts = cut_index(records, names, min_history=config.min_history, max_per_record=config.sessions_per_user or None)
-    lengths = np.array([features.bucket_of(records[record], session) for record, session in cuts])
+    levels, positive = assembly.levels, rank_from(assembly, config)
+    lengths, room = np.empty(len(cuts), np.int64), 0
+    for row, (index, session) in enumerate(cuts):
+        record = records[index]
+        lengths[row] = features.bucket_of(record, session)
+        if config.model.rank.loss == "bce":
+            room = max(room, leveled_sessions.positives_left_out(record, session, features, levels, positive))
     # Drawn as often as word2vec draws: the power of 3/4 keeps popular items from being all that is drawn.
     share = (assembly.counts + 1.0) ** 0.75
     popular = np.cumsum(share / share.sum())
@@ -203,7 +241,9 @@ def training_batches(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Ite
 
     def example(record: dict, session: int, rng: np.random.Generator) -> dict:
         context = features.cut(record, session, behaviors=len(assembly.behaviors), wanted=assembly.wanted)
-        held = leveled_sessions.targets(record, session, features, level_of=assembly.levels, rng=rng, popular=popular)
+        held = leveled_sessions.targets(
+            record, session, features, level_of=levels, rng=rng, popular=popular, positive=positive, room=room
+        )
         following = leveled_sessions.next_items(context, features, rng) if features.next_items else {}
         return context | held | following
 
