@@ -26,6 +26,7 @@ from jaxrec.nn.attention import KeyValue, TargetAttention
 from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
 from jaxrec.nn.moe import Dispatch, MixtureOfExperts
 from jaxrec.nn.qformer import QFormer
+from jaxrec.nn.transformer import dropped
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class CrossDecoderConfig:
     item_embedding: bool = True
     """an embedding per item beside its codes and attributes in the history; off for catalogues with many new items"""
     dropout: float = 0.0
-    """dropout on every block's input, in training"""
+    """dropout of what every block of the decoder adds, in training"""
     context_dropout: float = 0.0
     """dropout on the items of the past and of the histories, in training"""
     dtype: str = "float32"
@@ -114,11 +115,11 @@ class DecoderLayer(nn.Module):
         Returns x and the targets' own K/V, `past` included.
         """
         x = nn.with_logical_constraint(x, ("act_batch", "act_targets", None, "act_embed"))
-        x = self.cross(x, cross, mask)
+        x = dropped(x, self.cross(x, cross, mask), self.drop, train)
         own = self.self_attention.own_kv(x)
         if past is not None:
             own = tuple(jnp.concatenate([p, o], axis=2) for p, o in zip(past, own, strict=True))
-        x = self.drop(self.self_attention(x, bos, None, own), deterministic=not train)
+        x = dropped(x, self.self_attention(x, bos, None, own), self.drop, train)
         normed = self.norm(x)
         if self.config.experts > 1:
             where = None if where is None else jnp.broadcast_to(where[..., None], x.shape[:-1])
