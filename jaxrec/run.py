@@ -20,11 +20,13 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,6 +36,10 @@ from jaxrec.config import UserError, differences, fingerprint, to_json
 Item = TypeVar("Item")
 
 console = Console(highlight=False, soft_wrap=True)
+
+_OPENING = threading.Lock()
+_HELD: weakref.WeakValueDictionary[tuple[int, int], TextIO] = weakref.WeakValueDictionary()
+"""The locked files of run directories, by device and inode: every `Run` of one directory in this process holds one."""
 
 
 class Run:
@@ -143,12 +149,23 @@ class Run:
         return result
 
     def _take_lock(self) -> None:
-        """Holds a lock on the directory until this process ends, however it ends."""
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is working in {self.path}; wait for it, or give another --run") from error
+        """Holds the directory for this process until its last `Run` of it is gone, or it ends, however it ends."""
+        with _OPENING:
+            file = (self.path / ".lock").open("w")
+            status = os.fstat(file.fileno())
+            self._lock = _HELD.get((status.st_dev, status.st_ino))
+            if self._lock is not None:
+                file.close()
+                return
+            try:
+                # Not lockf, whose lock ends for the whole process as soon as any descriptor of the file is closed.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.close()
+                raise UserError(
+                    f"another process is working in {self.path}; wait for it, or give another --run"
+                ) from error
+            self._lock = _HELD[status.st_dev, status.st_ino] = file
 
 
 def write_json(path: Path, value: Any) -> None:

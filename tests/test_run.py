@@ -1,6 +1,7 @@
 """The run directory: skipping, killing, locking, full disks; progress without a terminal."""
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -177,6 +178,23 @@ def test_two_processes_cannot_share_a_run(tmp_path):
     other.kill()
     other.wait()
     Run.open(tmp_path, CONFIG)
+
+
+def test_a_run_that_was_opened_twice_stays_locked_until_both_are_gone(tmp_path):
+    opens = f"from jaxrec.run import Run; Run.open({str(tmp_path)!r}, {CONFIG!r})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+    def in_another_process() -> str:
+        done = subprocess.run([sys.executable, "-c", opens], env=environment, capture_output=True, text=True)
+        return "refused" if "another process is working" in done.stderr else done.stderr
+
+    first, second = Run.open(tmp_path, CONFIG), Run.open(tmp_path, CONFIG)
+    del second
+    gc.collect()
+    assert in_another_process() == "refused"
+    del first
+    gc.collect()
+    assert in_another_process() == ""
 
 
 def test_a_run_directory_that_cannot_be_made(tmp_path):

@@ -232,7 +232,7 @@ def _open_locked(partial: Path) -> BinaryIO:
     except PermissionError as error:
         raise UserError(f"--out: {partial} can't be written: {error.strerror}; give another --out") from error
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         raise UserError(f"another process is writing {partial}; wait for it, or give another --out") from error
