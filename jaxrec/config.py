@@ -204,6 +204,18 @@ def field_keys(config: Any, prefix: str = "") -> Iterator[str]:
         yield from field_keys(value, f"{prefix}.{name}" if prefix else name)
 
 
+def places(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted key of every field of a configuration that says where something lies, not what it is."""
+    if not dataclasses.is_dataclass(config):
+        return
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        key, value = f"{prefix}.{field.name}" if prefix else field.name, getattr(config, field.name)
+        if isinstance(value, Path) or hints[field.name] is Path:
+            yield key
+        yield from places(value, key)
+
+
 def _nearest_file(path: Path) -> str:
     names = sorted(other.name for other in path.parent.glob("*.py")) if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)

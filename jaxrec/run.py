@@ -31,7 +31,7 @@ from typing import Any, TextIO, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxrec.config import UserError, differences, fingerprint, to_json
+from jaxrec.config import UserError, differences, fingerprint, places, to_json
 
 Item = TypeVar("Item")
 
@@ -61,7 +61,8 @@ class Run:
         """Creates the run directory, or opens the one of the same configuration, for this process alone.
 
         Raises:
-          UserError: it holds a run of another configuration, is used by another process, or can't be written.
+          UserError: it holds a run of another configuration (but for places, such as `data.path`, which may change),
+            is used by another process, or can't be written.
         """
         run = cls(path)
         try:
@@ -71,7 +72,7 @@ class Run:
         run._take_lock()
         wanted = to_json(config)
         if run.config_file.exists():
-            _check_same_config(run, wanted)
+            _check_same_config(run, wanted, set(places(config)))
         else:
             with writing(run.path):
                 write_json(run.config_file, wanted)
@@ -340,14 +341,18 @@ class PlainProgress:
         console.print(f"{task.description}: {', '.join(parts)}", markup=False)
 
 
-def _check_same_config(run: Run, wanted: dict[str, Any]) -> None:
-    there = read_json(run.config_file)
-    changed = [f"{key} ({old!r} there, {new!r} now)" for key, old, new in differences(there, wanted)]
+def _check_same_config(run: Run, wanted: dict[str, Any], places: set[str]) -> None:
+    """Places may differ, since the fingerprints of phases know the data by its content; the new ones are kept."""
+    different = list(differences(read_json(run.config_file), wanted))
+    changed = [f"{key} ({old!r} there, {new!r} now)" for key, old, new in different if key not in places]
     if changed:
         raise UserError(
             f"{run.path} holds a run of another configuration: {', '.join(changed)}; "
             f"give another --run, or delete the folder {run.path}"
         )
+    if different:
+        with writing(run.path):
+            write_json(run.config_file, wanted)
 
 
 def _marked(folder: Path, inputs: str) -> bool:

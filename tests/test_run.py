@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from jaxrec import run as run_module
 from jaxrec.config import UserError
-from jaxrec.run import PlainProgress, Run, report_user_errors, track, write_json
+from jaxrec.data.sources import Folder
+from jaxrec.run import PlainProgress, Run, read_json, report_user_errors, track, write_json
 
 CONFIG = {"system": "onemall", "model": {"width": 8}}
 
@@ -149,6 +151,22 @@ def test_another_configuration_is_refused(tmp_path):
         Run.open(tmp_path, {"system": "onemall", "model": {"width": 9}})
     assert "model.width (8 there, 9 now)" in str(error.value)
     assert "another --run, or delete the folder" in str(error.value)
+
+
+@dataclass(frozen=True)
+class FolderRun:
+    data: Folder
+    system: str = "onemall"
+
+
+def test_a_run_goes_on_when_its_data_were_moved_and_remembers_the_new_place(tmp_path):
+    Run.open(tmp_path, FolderRun(Folder(Path("old"))))
+    for path in (Path("new"), "newer"):
+        run = Run.open(tmp_path, FolderRun(Folder(path)))
+        assert read_json(run.config_file)["data"]["path"] == str(path)
+    with pytest.raises(UserError, match=r"another configuration: data\.session_gap_seconds \(1800 there, 60 now\);"):
+        Run.open(tmp_path, FolderRun(Folder(Path("third"), session_gap_seconds=60)))
+    assert read_json(run.config_file)["data"]["path"] == "newer"
 
 
 def test_load_reads_what_open_wrote(tmp_path):
