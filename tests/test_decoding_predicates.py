@@ -1,5 +1,7 @@
 """Declarative filters against plain Python over rows."""
 
+import tracemalloc
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -47,7 +49,7 @@ words = st.lists(st.sampled_from(["shoes", "bags", "hats", "gone"]), max_size=3)
 CONDITIONS = {
     "category": words | st.sampled_from(["shoes", "gone"]),
     "price": bounds | st.lists(st.sampled_from([5, 7.0, 0.1, 99]), max_size=2),
-    "stock": bounds | st.sampled_from([3, 0, -2, 2**53, 2**53 + 1]),
+    "stock": bounds | st.lists(st.sampled_from([3, 0, -2, 0.5, 7.0, 2**53, 2**53 + 1, 2**80, 1e300]), max_size=4),
     "new": st.booleans() | st.just([True, False]),
     "tags": st.lists(st.sampled_from(["red", "old", "none"]), max_size=2) | st.just("red"),
 }
@@ -77,6 +79,18 @@ def test_columns_of_other_types_are_compared_as_what_they_hold():
     assert index_column("x", narrow).matches(OneOf("number", (300, -1, 255))).tolist() == [False, True, False]
     single = pa.chunked_array([pa.array([0.1, 0.2], pa.float32())])
     assert index_column("x", single).matches(OneOf("number", (0.1,))).tolist() == [True, False]
+
+
+def test_a_long_list_of_numbers_takes_memory_for_the_items_alone():
+    items, listed = 20_000, list(range(0, 20_000, 2))
+    column = index_column("x", pa.chunked_array([pa.array(np.arange(items) % 15_000)]))
+    (_, condition), *_ = parse_where({"x": listed})
+    tracemalloc.start()
+    found = column.matches(condition)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, np.arange(items) % 15_000 % 2 == 0)
+    assert most < 100 * items, "one mask a value would be 10,000 bytes an item"
 
 
 def test_equal_filters_are_one_key_and_types_count():

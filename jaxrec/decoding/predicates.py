@@ -8,7 +8,7 @@ A column that holds lists of words matches if any of them does.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 
 from jaxrec.config import UserError
 
+MAX_VALUES = 10_000
+"""The most values of one list: masks are kept by their filters, and so the lists are."""
 KINDS = {"text": "text", "number": "numbers", "boolean": "true and false"}
 
 
@@ -46,7 +48,8 @@ def parse_where(conditions: Mapping[str, Any]) -> Where:
     """A filter from JSON values, each a value, a list of values or {"min": , "max": }.
 
     Raises:
-      UserError: something else, values of several types in one list, bounds that are no numbers, min above max.
+      UserError: something else, values of several types in one list or more than MAX_VALUES, bounds that are no numbers,
+        min above max.
     """
     if not isinstance(conditions, Mapping):
         raise UserError(f'filter is {_shown(conditions)}: give an object such as {{"category": ["shoes"]}}')
@@ -57,6 +60,10 @@ def _condition(column: str, value: Any) -> OneOf | Between:
     if isinstance(value, Mapping):
         return _between(column, value)
     values = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
+    if len(values) > MAX_VALUES:
+        raise UserError(
+            f"filter.{column} lists {len(values)} values: give at most {MAX_VALUES}, or bounds; for items, `allowed`"
+        )
     kinds = {_kind(column, each) for each in values}
     if len(kinds) > 1:
         raise UserError(f"filter.{column} lists {' and '.join(sorted(kinds))} values: give values of one type")
@@ -78,11 +85,18 @@ def _between(column: str, bounds: Mapping) -> Between:
 def _kind(column: str, value: Any) -> str:
     if isinstance(value, bool | np.bool_):
         return "boolean"
-    if isinstance(value, int | float | np.integer | np.floating) and math.isfinite(value):
+    if isinstance(value, int | float | np.integer | np.floating) and _is_finite(value):
         return "number"
     if isinstance(value, str):
         return "text"
     raise UserError(f"filter.{column} has the value {_shown(value)}: give text, numbers, true or false")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # A whole number that is too large to be compared with floating-point ones.
+        return False
 
 
 def _shown(value: Any) -> str:
@@ -114,11 +128,27 @@ class Column:
             hits = wanted[self.values]  # -1 is the last, which nobody wants
             return hits if self.rows is None else np.bincount(self.rows[hits], minlength=self.items) > 0
         if isinstance(condition, OneOf):
-            return self.present & np.logical_or.reduce([self.values == value for value in condition.values])
+            return self.present & _among(self.values, condition.values)
         matches = self.present
         if condition.min is not None:
             matches = matches & (self.values >= condition.min)
         return matches if condition.max is None else matches & (self.values <= condition.max)
+
+
+def _among(values: np.ndarray, wanted: Sequence[float]) -> np.ndarray:
+    """bool [I]: which of numbers or booleans [I] are among the wanted ones; one pass, however many these are.
+
+    Wanted numbers are taken in the type of the column: whole ones are compared as such, 0.1 is the 0.1 of float32.
+    """
+    if np.issubdtype(values.dtype, np.integer):
+        info = np.iinfo(values.dtype)
+        wanted = [int(each) for each in wanted if each == int(each) and info.min <= each <= info.max]
+    with np.errstate(over="ignore"):
+        given = np.array(wanted, values.dtype)
+    given = np.unique(given[np.isfinite(given)])
+    if not len(given):
+        return np.zeros(len(values), bool)
+    return given[np.minimum(np.searchsorted(given, values), len(given) - 1)] == values
 
 
 def index_column(name: str, column: pa.ChunkedArray) -> Column:
