@@ -153,6 +153,29 @@ def test_rolling_back_and_on(live):
     assert live.current is third
 
 
+def test_the_version_that_was_rolled_back_to_is_kept_as_the_latest(live):
+    for row in range(3):
+        live.remove([f"i{row}"])
+    assert live.rollback(1).number == 1
+    live.remove(["i5"])
+    assert [each["version"] for each in live.versions] == [1, 3, 4, 5], "version 2 was current longest ago"
+    assert live.rollback(1).number == 1
+    with pytest.raises(UserError, match="no version 2 of the catalogue to go back to: kept are 1, 3, 4, 5"):
+        live.rollback(2)
+
+
+def test_items_stay_in_one_piece(live):
+    def pieces(version) -> set[int]:
+        return {column.num_chunks for column in version.items.columns}
+
+    items = live.current.items
+    chunked = pa.concat_tables([items.slice(0, 5), items.slice(5)])
+    assert pieces(LiveCatalogue(chunked, CODES, SIZES).current) == {1}
+    assert pieces(live.add(NEW, NEW_CODES)) == {1}
+    assert pieces(live.update(pa.table({"item_id": ["i1"], "price": [1.0]}))) == {1}
+    assert live.current.items["item_id"].to_pylist()[:12] == items["item_id"].to_pylist()
+
+
 def test_arrays_grow_when_there_is_no_more_room_and_are_warmed_up_before_anybody_sees_them(live):
     assert live.current.capacity == 16
     seen = []

@@ -75,7 +75,7 @@ class LiveCatalogue:
           codes: int [I, M], row = item.
           popularity: [I]; None: items stand in their order.
           capacity: items to have room for; default: an eighth more than there are.
-          keep: versions that can be rolled back to, the current one among them.
+          keep: versions that can be rolled back to, the current one among them: those that were current last.
           model: makes its own arrays for every version.
 
         Raises:
@@ -118,7 +118,7 @@ class LiveCatalogue:
                 "items": int(version.active.sum()),
                 "current": version is current,
             }
-            for version in list(self._kept.values())
+            for _, version in sorted(self._kept.items())
         ]
 
     def add(
@@ -239,9 +239,10 @@ class LiveCatalogue:
             if number not in self._kept:
                 raise UserError(
                     f"there is no version {number} of the catalogue to go back to: "
-                    f"kept are {', '.join(map(str, self._kept))}"
+                    f"kept are {', '.join(map(str, sorted(self._kept)))}"
                 )
             self.current = self._kept[number]
+            self._keep(self.current)
             return self.current
 
     def _activate(self, item_ids: Sequence[str], active: bool, action: str) -> Version:
@@ -306,7 +307,8 @@ class LiveCatalogue:
             popular = rows[np.argsort(-version.popularity[rows], kind="stable")]
             version = replace(version, trie=trie, order=ItemOrder(trie), popular=popular)
         own = {"columns": dict(version.columns), "masks": OrderedDict(), "lock": threading.Lock()}
-        version = replace(version, number=self._last + 1, **own)
+        # In one piece: to take a few rows of a column in many pieces copies all of it.
+        version = replace(version, number=self._last + 1, items=version.items.combine_chunks(), **own)
         if self.model is not None:
             version = replace(version, served=self.model.serve_version(version, before))
         if before is not None:
@@ -314,9 +316,13 @@ class LiveCatalogue:
             if self.model is not None and _shapes(version.served) != _shapes(before.served):
                 self.model.warm_up(version.served)
         self._last = version.number
-        kept = [*self._kept.values(), version][-self.keep :]
-        self._kept = {each.number: each for each in kept}
+        self._keep(version)
         return version
+
+    def _keep(self, version: Version) -> None:
+        """The version counts as the one that was current last; the one for which that is longest ago is forgotten."""
+        others = [each for each in self._kept.values() if each is not version]
+        self._kept = {each.number: each for each in [*others, version][-self.keep :]}
 
     def _trie(self, version: Version, rows: np.ndarray, before: Version | None) -> Trie:
         """The trie of the active rows, whose items are rows of the whole table."""
