@@ -48,8 +48,8 @@ def parse_where(conditions: Mapping[str, Any]) -> Where:
     """A filter from JSON values, each a value, a list of values or {"min": , "max": }.
 
     Raises:
-      UserError: something else, values of several types in one list or more than MAX_VALUES, bounds that are no numbers,
-        min above max.
+      UserError: something else, more than MAX_VALUES values in one list or values of several types, bounds that are no
+        numbers, min above max.
     """
     if not isinstance(conditions, Mapping):
         raise UserError(f'filter is {_shown(conditions)}: give an object such as {{"category": ["shoes"]}}')
