@@ -31,7 +31,15 @@ lint: setup  ## check style and formatting
 	$(BIN)/ruff format --check .
 
 bench: setup  ## run every benchmark; each prints a JSON line per row, or says what it needs (data, a peer)
-	@for file in benchmarks/*.py; do echo "== $$file" >&2; $(BIN)/python $$file || echo "   (not run)" >&2; done
+	@# Status 2 is that of a benchmark that said what it needs; any other one is a crash, and fails at the end.
+	@crashed=; for file in benchmarks/*.py; do \
+		echo "== $$file" >&2; $(BIN)/python $$file; status=$$?; \
+		case $$status in \
+			0) ;; \
+			2) echo "   (not run)" >&2 ;; \
+			*) echo "   (crashed with status $$status)" >&2; crashed="$$crashed $$file" ;; \
+		esac; \
+	done; if [ -n "$$crashed" ]; then echo "crashed:$$crashed" >&2; exit 1; fi
 
 lock: setup  ## pin the newest versions that pyproject.toml allows (needs the network; installs pip-tools)
 	$(BIN)/pip install --quiet pip-tools

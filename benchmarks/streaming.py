@@ -74,7 +74,7 @@ def run_fit(path: Path, out: Path, in_memory: int) -> tuple[float, float]:
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     seconds = time.perf_counter() - start
     if done.returncode:
-        raise UserError(f"the command ended with {done.returncode}: {' '.join(command)}")
+        raise RuntimeError(f"the command ended with {done.returncode}: {' '.join(command)}")
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
