@@ -3,8 +3,7 @@
     python benchmarks/moe.py [--quick]
 
 The layer alone (forward and backward) and the whole training step; then the ways of running experts against each other.
-`capacity` is what training uses on CPU: it drops the tokens that find their expert full. One JSON line a row; ratio =
-ours / peer, timed in turns in the same run, best of several.
+`blocked` is what a CPU uses. One JSON line a row; ratio = ours / peer, timed in turns in the same run, best of several.
 """
 
 from collections.abc import Callable
@@ -40,21 +39,19 @@ def make_layer(layer, x: jax.Array) -> Callable:
 def compare_layers(repeats: int) -> None:
     """The layer against a dense one, and the ways of running it against each other."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((TOKENS, WIDTH)), jnp.float32)
-    names = ("capacity", "blocked", "ragged", "dense")
+    names = ("blocked", "ragged", "dense")
     experts = {name: make_layer(MixtureOfExperts(EXPERTS, EXPERTS_PER_TOKEN, HIDDEN, name), x) for name in names}
     oracle = experts["dense"]()
     for exact in ("blocked", "ragged"):
         for one, other in zip(jax.tree.leaves(experts[exact]()), jax.tree.leaves(oracle)):
             np.testing.assert_allclose(one, other, atol=2e-3, rtol=2e-3, err_msg=exact)
     feed_forward = make_layer(FeedForward(EXPERTS_PER_TOKEN * HIDDEN), x)
-    slow = best_of([experts["ragged"], experts["dense"]], 2)
-    *fast, dense = best_of([experts["capacity"], experts["blocked"], feed_forward], repeats)
-    times = dict(zip(names, (*fast, *slow)))
+    ragged, dense = best_of([experts["ragged"], experts["dense"]], 2)
+    blocked, peer = best_of([experts["blocked"], feed_forward], repeats)
     case = f"layer, E={EXPERTS} top-{EXPERTS_PER_TOKEN} D={WIDTH} F={HIDDEN} tokens={TOKENS}"
-    for name in ("capacity", "blocked"):
-        report("moe_layer", f"{case}, {name}", times[name], dense, f"feed-forward of {EXPERTS_PER_TOKEN * HIDDEN}")
-    for name, peer_name in (("blocked", "blocked"), ("ragged", "ragged_dot"), ("dense", "all experts, dense")):
-        report("moe_dispatch", f"{case}, capacity", times["capacity"], times[name], peer_name)
+    report("moe_layer", case, blocked, peer, f"feed-forward of {EXPERTS_PER_TOKEN * HIDDEN}")
+    for time, name in ((ragged, "ragged_dot"), (dense, "all experts, dense")):
+        report("moe_dispatch", f"{case}, blocked", blocked, time, name)
 
 
 def compare_steps(repeats: int) -> None:

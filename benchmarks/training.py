@@ -15,8 +15,8 @@ training_*_lengths      the same examples with lengths as logs have them (Amazon
 packed_preference       a listwise preference loss over 16 targets of one prompt, forward and backward, against running
                         each target with a copy of the prompt: in ours, and in transformers
 training_*_share        the step's model FLOPs (three times the forward's matrix products) at the rate of a 2048 x 2048
-training_onemall_share  `jnp.dot`, in the same turns: ratio = ours / that = 1 / peak_share. OneMall's experts count as
-                        if they were run exactly.
+training_onemall_share  `jnp.dot`, in the same turns: ratio = ours / that = 1 / peak_share. OneMall's experts count
+                        without the empty rows of their blocks.
 
 --quick: smaller batches, one layer, without dropout, lengths and OneMall.
 """

@@ -5,7 +5,7 @@ One trained model reads what a shopper did and generates the semantic IDs of ite
 Dimension letters, used in einsums, names and docstrings; never another letter:
 
     B  batch                      W  beam width             E  experts
-    S  context length             D  model width            C  expert capacity
+    S  context length             D  model width            C  candidates
     L  targets per context        N  attention heads        V  vocabulary
     M  tokens per target          H  head width             K  codebook size
     U  users (evaluation only)    F  feed-forward width     Q  learned queries

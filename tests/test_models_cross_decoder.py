@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from onemall_parts import BEHAVIORS, ITEMS, MODEL, SIZES, make_arrays, make_assembly, make_history, make_variables
+
+from jaxrec.systems.onemall_training import losses, move_biases
 
 IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)  # [24, 3]: every ID, in the catalogue or not
 HISTORIES = [make_history(0, 9), make_history(1, 4), make_history(2, 0)]
@@ -198,12 +201,25 @@ def test_gradients_are_finite_reach_every_parameter_and_no_bias_of_a_router():
     assert len(jax.tree.leaves(gradients["balance"])) == 1
 
 
-def test_the_load_counts_the_tokens_of_real_targets():
-    assembly, variables, _ = make()
-    where = np.array([[True, False], [True, True], [False, False]])
-    targets = np.broadcast_to(IDS[:2], (3, 2, 3))
-    score = functools.partial(assembly.model.apply, train=True, method="score", mutable=["balance"])
-    _, changed = jax.jit(score)(variables, run()["context"], targets, where)
+def test_the_loads_count_the_tokens_of_real_targets_and_bos_of_real_contexts():
+    assembly, variables, arrays = make()
+    batch = arrays | {
+        "target": np.array([[3, 0], [7, 1], [4, 4]]),
+        "target_where": np.array([[True, False], [True, True], [True, True]]),
+        "where": np.array([True, True, False]),
+    }
+    config = types.SimpleNamespace(objective=types.SimpleNamespace(contrastive_weight=0.0))
+    run = functools.partial(losses, assembly, config, assembly.catalogue)
+    _, count, (begun, scored) = jax.jit(run)(variables, batch, jax.random.key(0))
+    assert count == 3
     for layer in range(MODEL.layers):
-        load = changed["balance"][f"decoder_{layer}"]["moe"]["load"]
-        assert load.sum() == where.sum() * len(SIZES) * MODEL.experts_per_token
+        of_bos, of_targets = (each[f"decoder_{layer}"]["moe"]["load"] for each in (begun, scored))
+        assert of_bos.sum() == 2 * MODEL.experts_per_token
+        assert of_targets.sum() == 3 * len(SIZES) * MODEL.experts_per_token
+
+
+def test_biases_move_against_the_load_of_bos_and_targets_together():
+    bias, of_bos, of_targets = np.zeros(3), np.array([9.0, 0.0, 0.0]), np.array([1.0, 5.0, 3.0])
+    loads = [{"decoder_0": {"moe": {"load": load}}} for load in (of_bos, of_targets)]
+    moved = move_biases({"decoder_0": {"moe": {"bias": bias}}}, loads, 0.1)
+    np.testing.assert_allclose(moved["decoder_0"]["moe"]["bias"], [-0.1, 0.1, 0.1])

@@ -10,7 +10,6 @@ from jaxrec.nn.moe import (
     balance,
     route,
     run_blocked,
-    run_capacity,
     run_dense,
     run_ragged,
 )
@@ -40,8 +39,18 @@ def test_dense_is_the_sum_over_chosen_experts(problem):
     np.testing.assert_allclose(run_dense(*problem), by_hand(*problem), atol=2e-4)
 
 
-@pytest.mark.parametrize("run", [run_ragged, run_blocked, lambda *args: run_capacity(*args, factor=E / K)])
-def test_every_dispatch_and_its_gradient_equal_dense(problem, run):
+@pytest.fixture(scope="module")
+def padded(problem):
+    """Every third token is padding, the first one too, as a layer tells a dispatch."""
+    x, up, down, experts, gates = problem
+    return x, up, down, jnp.where((jnp.arange(T) % 3 > 0)[:, None], experts, E), gates
+
+
+@pytest.mark.parametrize("run", [run_ragged, run_blocked])
+@pytest.mark.parametrize("tokens", ["problem", "padded"])
+def test_every_dispatch_and_its_gradient_equal_dense(request, tokens, run):
+    problem = request.getfixturevalue(tokens)
+
     def value_and_gradients(function):
         def loss(x, up, down, gates):
             return jnp.sin(function(x, up, down, problem[3], gates)).sum()
@@ -60,12 +69,24 @@ def test_blocks_of_any_size_and_an_expert_without_tokens(problem, block):
     np.testing.assert_allclose(out, run_dense(x, up, down, experts, gates), atol=2e-4)
 
 
-def test_capacity_drops_the_last_tokens_of_a_full_expert(problem):
-    x, up, down, _, _ = problem
-    experts, gates = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1))
-    out = run_capacity(x, up, down, experts, gates, factor=1.0)  # ceil(37 / 5) = 8 tokens an expert
-    np.testing.assert_allclose(out[:8], run_dense(x, up, down, experts, gates)[:8], atol=2e-4)
-    np.testing.assert_array_equal(out[8:], 0)
+@pytest.mark.parametrize("run", [run_dense, run_ragged, run_blocked])
+def test_padding_goes_through_no_expert_and_nobody_else_notices(padded, run):
+    x, up, down, experts, gates = padded
+    out, real = run(*padded), np.arange(T) % 3 > 0
+    np.testing.assert_array_equal(out[~real], 0)
+    np.testing.assert_allclose(out[real], run(x[real], up, down, experts[real], gates[real]), atol=2e-4)
+
+
+@pytest.mark.parametrize("place", [0, 20, T - 1])
+def test_a_token_of_the_fullest_expert_is_not_dropped_wherever_it_stands(place):
+    """All tokens want the same experts, as BOS does in every context."""
+    layer = MixtureOfExperts(E, K, F)
+    x = jnp.ones((1, T, D)).at[0, place].add(0.01)
+    variables = layer.init(jax.random.key(0), x)
+    out, changed = layer.apply(variables, x, mutable=["balance"])
+    assert sorted(changed["balance"]["load"].tolist()) == [0, 0, 0, T, T]
+    np.testing.assert_allclose(out, layer.clone(dispatch="dense").apply(variables, x), atol=2e-4)
+    assert np.abs(out[0, place]).max() > 1e-3 and np.abs(out[0, place] - out[0, place - 1]).max() > 1e-5
 
 
 def test_bias_selects_and_never_weighs():

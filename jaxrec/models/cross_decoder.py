@@ -123,7 +123,7 @@ class DecoderLayer(nn.Module):
         normed = self.norm(x)
         if self.config.experts > 1:
             where = None if where is None else jnp.broadcast_to(where[..., None], x.shape[:-1])
-            out = self.moe(normed, where, train)
+            out = self.moe(normed, where)
         else:
             out = self.feed_forward(normed)
         return x + self.drop(out, deterministic=not train), own
@@ -173,11 +173,17 @@ class CrossDecoder(nn.Module):
     # ---- the context -------------------------------------------------------------------------------------------------
 
     def prefill(
-        self, features: Features, catalogue: Catalogue, train: bool = False, table: jax.Array | None = None
+        self,
+        features: Features,
+        catalogue: Catalogue,
+        train: bool = False,
+        table: jax.Array | None = None,
+        where: jax.Array | None = None,
     ) -> Context:
         """Encode what is known of B users once (OneMall Eq. 3).
 
-        `table` is what `item_table` gave; who answers many requests with the same parameters makes it once.
+        `table` is what `item_table` gave; who answers many requests with the same parameters makes it once. `where` [B]
+        keeps rows that are padding out of the experts.
         """
         table = self.item_table(catalogue) if table is None else table
         past = self._tokens(table, features.past, len(self.behaviors)) + self.habit_in(features.habit)
@@ -185,9 +191,9 @@ class CrossDecoder(nn.Module):
         memory, mask = self._memory(features, table, recent, train)
         cross = tuple(layer.cross.context_kv(memory) for layer in self.decoder)
         x = self._begin(features, recent).astype(self.config.dtype)[:, None, None]
-        bos = []
+        bos, where = [], None if where is None else where[:, None]
         for layer, kv in zip(self.decoder, cross, strict=True):
-            x, own = layer(x, kv, mask, None, None, train=train)
+            x, own = layer(x, kv, mask, None, None, where, train)
             bos.append((own[0][:, 0], own[1][:, 0]))
         state = self.out_norm(x[:, 0, 0])
         codes, weights, share = self._habit(features, catalogue, past, state)
@@ -251,7 +257,7 @@ class CrossDecoder(nn.Module):
     def score(self, context: Context, targets: jax.Array, where=None, train: bool = False):
         """Log-probabilities [B, L, M] of every token of targets int32 [B, L, M], and the last token's state [B, L, D].
 
-        The state is s_M of Eq. 7: it has read the whole ID. `where` [B, L] keeps padding out of the experts' load.
+        The state is s_M of Eq. 7: it has read the whole ID. `where` [B, L] keeps padding out of the experts.
         """
         levels = range(targets.shape[-1])
         x = jnp.stack([self._code_token(targets[..., level], level) for level in levels], axis=2)

@@ -3,14 +3,13 @@
 The router's bias takes part in the *selection* of experts only, never in the gates; it is no parameter: after each step
 `balance` moves it against the measured load, outside the gradient (DeepSeek's auxiliary-loss-free rule).
 
-Four ways to run the chosen experts. The first three are equal up to rounding:
+Three ways to run the chosen experts, equal up to rounding. None drops a token, and padding goes through no expert:
 
 - `dense`: every expert on every token; the oracle of the tests.
 - `ragged`: `jax.lax.ragged_dot` over tokens sorted by expert, for accelerators (on CPU it costs as much as `dense`).
-- `blocked`: tokens are laid out by expert in blocks, each block multiplied by its expert's matrix. For CPU, where a
-  score must not depend on what else is in the batch.
-- `capacity`: at most C tokens an expert, the others pass by on the residual path alone. Half the time of `blocked` on
-  CPU, so that training uses it there.
+- `blocked`: tokens are laid out by expert in blocks, each block multiplied by its expert's matrix. For CPU.
+
+`auto` takes one of the last two, in training as in serving.
 """
 
 import math
@@ -28,7 +27,10 @@ from jaxrec.nn.layers import partitioned
 EXPORT_BATCH = 32
 """Contexts in a batch for which an exported model is fast on CPU; others give the same numbers."""
 
-Dispatch = Literal["auto", "blocked", "ragged", "dense", "capacity"]
+NOWHERE = jnp.iinfo(jnp.int32).max
+"""the slot of an assignment to no expert"""
+
+Dispatch = Literal["auto", "blocked", "ragged", "dense"]
 
 
 def route(logits: jax.Array, bias: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
@@ -48,7 +50,10 @@ def balance(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
 
 
 def run_dense(x, up, down, experts, gates):
-    """x [T, D]; up [E, D, F]; down [E, F, D]; experts, gates [T, k] -> [T, D]. Every expert on every token."""
+    """x [T, D]; up [E, D, F]; down [E, F, D]; experts, gates [T, k] -> [T, D]. Every expert on every token.
+
+    A token that goes through no expert has E in place of its experts; its gates don't matter.
+    """
     out = jnp.einsum("TEF,EFD->TED", nn.gelu(jnp.einsum("TD,EDF->TEF", x, up)), down)
     weight = (jax.nn.one_hot(experts, len(up), dtype=gates.dtype) * gates[..., None]).sum(1)
     return jnp.einsum("TED,TE->TD", out, weight.astype(x.dtype))
@@ -57,15 +62,20 @@ def run_dense(x, up, down, experts, gates):
 def run_ragged(x, up, down, experts, gates):
     """As `run_dense`, over tokens sorted by expert."""
     k = experts.shape[1]
-    order = jnp.argsort(experts.reshape(-1), stable=True)
-    sizes = jnp.bincount(experts.reshape(-1), length=len(up)).astype(jnp.int32)
+    flat, gates = experts.reshape(-1), jnp.where(experts < len(up), gates, 0.0)
+    order = jnp.argsort(flat, stable=True)
+    # Rows of no group would be undefined: tokens without an expert are the end of the last one's.
+    sizes = jnp.bincount(jnp.minimum(flat, len(up) - 1), length=len(up)).astype(jnp.int32)
     hidden = nn.gelu(jax.lax.ragged_dot(x[order // k], up, sizes))
     out = jax.lax.ragged_dot(hidden, down, sizes)
     return jnp.zeros_like(x).at[order // k].add(out * gates.reshape(-1)[order, None].astype(x.dtype))
 
 
 def _rank_in_expert(experts: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """For flat assignments int32 [A]: each one's rank among those of its expert, and the load [E]."""
+    """For flat assignments int32 [A]: each one's rank among those of its expert, and the load [E].
+
+    The rank of an assignment to no expert means nothing.
+    """
     chosen = jax.nn.one_hot(experts, count, dtype=jnp.int32)
     ranks = jnp.cumsum(chosen, axis=0) - 1
     return jnp.take_along_axis(ranks, experts[:, None], axis=1)[:, 0], chosen.sum(0)
@@ -74,7 +84,7 @@ def _rank_in_expert(experts: jax.Array, count: int) -> tuple[jax.Array, jax.Arra
 def _through(x, slots, total, gates, apply):
     """Lay the tokens of x [T, D] out at `slots` int32 [T*k], apply [total, D] -> [total, D], and bring them home.
 
-    A slot of `total` or more is dropped.
+    A slot of `total` or more is none: nothing is laid out there, and zeros come home.
     """
     k = gates.shape[1]
     nowhere, rows = x.shape[0], jnp.arange(slots.shape[0]) // k  # `len` would refuse the symbolic batch of an export
@@ -97,11 +107,16 @@ def run_blocked(x, up, down, experts, gates, block: int | None = None):
     first = jnp.cumsum(used) - used
     owner = jnp.clip(jnp.searchsorted(jnp.cumsum(used), jnp.arange(blocks), side="right"), 0, count - 1)
 
+    slots = jnp.where(flat < count, first[flat] * block + rank, NOWHERE)
+
     def apply(laid):
-        hidden = nn.gelu(jnp.einsum("XTD,XDF->XTF", laid.reshape(blocks, block, x.shape[1]), up[owner]))
+        laid = laid.reshape(blocks, block, x.shape[1])
+        laid = nn.with_logical_constraint(laid, ("act_expert", None, "act_embed"))
+        hidden = nn.gelu(jnp.einsum("XTD,XDF->XTF", laid, up[owner]))
+        hidden = nn.with_logical_constraint(hidden, ("act_expert", None, "act_mlp"))
         return jnp.einsum("XTF,XFD->XTD", hidden, down[owner]).reshape(blocks * block, x.shape[1])
 
-    return _through(x, first[flat] * block + rank, blocks * block, gates, apply)
+    return _through(x, slots, blocks * block, gates, apply)
 
 
 def block_size(assignments: int, experts: int) -> int:
@@ -109,23 +124,7 @@ def block_size(assignments: int, experts: int) -> int:
     return max(8, min(256, 2 ** round(math.log2(max(1, assignments / experts / 4)))))
 
 
-def run_capacity(x, up, down, experts, gates, factor: float = 1.25):
-    """As `run_dense`, but an expert takes its first C = ceil(factor * T * k / E) tokens and drops the rest."""
-    count, flat = len(up), experts.reshape(-1)
-    capacity = min(len(x), math.ceil(factor * len(flat) / count))
-    rank, _ = _rank_in_expert(flat, count)
-    slots = jnp.where(rank < capacity, flat * capacity + rank, count * capacity)
-
-    def apply(laid):
-        laid = nn.with_logical_constraint(laid.reshape(count, capacity, -1), ("act_expert", None, "act_embed"))
-        hidden = nn.gelu(jnp.einsum("ECD,EDF->ECF", laid, up))
-        hidden = nn.with_logical_constraint(hidden, ("act_expert", None, "act_mlp"))
-        return jnp.einsum("ECF,EFD->ECD", hidden, down).reshape(count * capacity, -1)
-
-    return _through(x, slots, count * capacity, gates, apply)
-
-
-RUN = {"dense": run_dense, "ragged": run_ragged, "blocked": run_blocked, "capacity": run_capacity}
+RUN = {"dense": run_dense, "ragged": run_ragged, "blocked": run_blocked}
 
 
 class MixtureOfExperts(nn.Module):
@@ -142,8 +141,8 @@ class MixtureOfExperts(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, where: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """`where` [...]: which tokens count in the load (padding does not); `train` picks the dispatch of `auto`."""
+    def __call__(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
+        """`where` bool [...]: which tokens there are; padding goes through no expert, gives zeros and is no load."""
         width = x.shape[-1]
         fan_in = init.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
         up = self.param("up", partitioned(fan_in, "expert", "embed", "mlp"), (self.experts, width, self.hidden))
@@ -152,14 +151,15 @@ class MixtureOfExperts(nn.Module):
         bias = self.variable("balance", "bias", jnp.zeros, (self.experts,))
         flat = x.reshape(-1, width).astype(self.dtype)
         experts, gates = route(flat.astype(jnp.float32) @ router, bias.value, self.experts_per_token)
+        if where is not None:
+            experts = jnp.where(where.reshape(-1, 1), experts, self.experts)
         if self.is_mutable_collection("balance") and not self.is_initializing():
-            counted = 1.0 if where is None else where.reshape(-1, 1, 1).astype(jnp.float32)
-            load = (jax.nn.one_hot(experts, self.experts) * counted).sum((0, 1))
+            load = jax.nn.one_hot(experts, self.experts).sum((0, 1))
             self.sow("balance", "load", load, reduce_fn=jnp.add, init_fn=lambda: 0.0)
-        out = self._dispatch(x, train)(flat, up.astype(self.dtype), down.astype(self.dtype), experts, gates)
+        out = self._dispatch(x)(flat, up.astype(self.dtype), down.astype(self.dtype), experts, gates)
         return out.reshape(x.shape)
 
-    def _dispatch(self, x: jax.Array, train: bool):
+    def _dispatch(self, x: jax.Array):
         if self.dispatch != "auto":
             return RUN[self.dispatch]
         if is_symbolic_dim(x.shape[0]):
@@ -167,6 +167,4 @@ class MixtureOfExperts(nn.Module):
             assignments = EXPORT_BATCH * math.prod(x.shape[1:-1]) * self.experts_per_token
             blocked = partial(run_blocked, block=block_size(assignments, self.experts))
             return partial(jax.lax.platform_dependent, cpu=blocked, default=run_ragged)
-        if jax.default_backend() != "cpu":
-            return run_ragged
-        return run_capacity if train else run_blocked
+        return run_blocked if jax.default_backend() == "cpu" else run_ragged

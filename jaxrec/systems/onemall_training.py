@@ -1,6 +1,8 @@
 """Training OneMall's model (Eq. 7): next-token prediction and contrastive task, all targets of a context at once."""
 
 import dataclasses
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +43,16 @@ def mean_loss(
     key: jax.Array,
 ):
     """As `jaxrec.training.step.Loss`; `extra` holds the biases of the routers, a batch is of `training_batches`."""
-    sums, count, load = losses(assembly, config, catalogue, {"params": params, **extra}, batch, key)
+    sums, count, loads = losses(assembly, config, catalogue, {"params": params, **extra}, batch, key)
     total = sums["next_token"] + config.objective.contrastive_weight * sums["contrastive"]
-    if load:
-        extra = {"balance": move_biases(extra["balance"], load, config.model.balance_rate)}
+    if all(loads):
+        extra = {"balance": move_biases(extra["balance"], loads, config.model.balance_rate)}
     metrics = {name: (value, count) for name, value in (sums | {"loss": total}).items()}
     return total / jnp.maximum(count, 1), (metrics, extra)
 
 
 def exact_loss(assembly: Assembly, config: "OneMallConfig") -> Loss:
-    """`mean_loss` with the experts run exactly: padding and dropped tokens of another dispatch are no model FLOPs."""
+    """`mean_loss` without the empty rows of `run_blocked`, which are no model FLOPs."""
     exact = assembly.model.clone(config=dataclasses.replace(assembly.model.config, dispatch="ragged"))
     return bound_loss(mean_loss, dataclasses.replace(assembly, model=exact), config)
 
@@ -58,20 +60,20 @@ def exact_loss(assembly: Assembly, config: "OneMallConfig") -> Loss:
 def losses(
     assembly: Assembly, config: "OneMallConfig", catalogue: Catalogue, variables: dict, batch: dict, key: jax.Array
 ):
-    """Sums over the batch's targets of each loss of Eq. 7, the number of targets, and the experts' load.
+    """Sums over the batch's targets of each loss of Eq. 7, the number of targets, and the experts' loads.
 
+    The loads are those of BOS and of the targets' tokens, in two trees; padding is in neither.
     The items of a session are L targets of one context: targets int32 [B, L] with mask [B, L].
     """
     model, rngs = assembly.model, {"dropout": key}
     target, where = batch["target"], batch["target_where"] & batch["where"][:, None]
-    context = model.apply(variables, assembly.features(batch), catalogue, True, method="prefill", rngs=rngs)
-    (log_probs, state), load = model.apply(
-        variables, context, catalogue.codes[target], where, True, method="score", mutable=["balance"], rngs=rngs
-    )
+    apply = partial(model.apply, variables, mutable=["balance"], rngs=rngs)
+    context, begun = apply(assembly.features(batch), catalogue, True, where=batch["where"], method="prefill")
+    (log_probs, state), scored = apply(context, catalogue.codes[target], where, True, method="score")
     sums = {"next_token": next_token(log_probs, where).sum(), "contrastive": jnp.float32(0)}
     if config.objective.contrastive_weight:
         sums["contrastive"] = contrastive(assembly, catalogue, variables, state, target, where).sum()
-    return sums, where.sum(), load.get("balance", {})
+    return sums, where.sum(), tuple(each.get("balance", {}) for each in (begun, scored))
 
 
 def contrastive(assembly: Assembly, catalogue: Catalogue, variables: dict, state, target: jax.Array, where: jax.Array):
@@ -88,12 +90,14 @@ def contrastive(assembly: Assembly, catalogue: Catalogue, variables: dict, state
     return in_batch_softmax(scores, positive=jnp.arange(len(items)), candidates=others, log_q=log_q)
 
 
-def move_biases(biases: dict, loads: dict, rate: float) -> dict:
-    """The routers' biases after a step (loss-free balancing), given the loads that the layers sowed."""
-    return {
-        layer: {"moe": {"bias": balance(value["moe"]["bias"], loads[layer]["moe"]["load"], rate)}}
-        for layer, value in biases.items()
-    }
+def move_biases(biases: dict, loads: Iterable[dict], rate: float) -> dict:
+    """The routers' biases after a step (loss-free balancing), given the loads that the layers sowed in each pass."""
+
+    def moved(layer: str) -> jax.Array:
+        load = sum(each[layer]["moe"]["load"] for each in loads)
+        return balance(biases[layer]["moe"]["bias"], load, rate)
+
+    return {layer: {"moe": {"bias": moved(layer)}} for layer in biases}
 
 
 def training_batches(assembly: Assembly, config: "OneMallConfig"):
