@@ -1,5 +1,9 @@
-"""OneMall end to end on a tiny synthetic mall: trained, killed and resumed, measured, served; all as real processes."""
+"""OneMall's loss against a plain computation; and end to end on a tiny synthetic mall, all as real processes.
 
+Trained, killed and resumed, measured, served.
+"""
+
+import dataclasses
 import json
 import os
 import shutil
@@ -9,13 +13,18 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from onemall_parts import FEATURES, MODEL, make_arrays, make_assembly, make_history, make_variables
 
 from jaxrec.run import Run
-from jaxrec.systems.onemall import load_recommender
+from jaxrec.systems.generative import bound_loss
+from jaxrec.systems.onemall import ObjectiveConfig, OneMallConfig, load_recommender
+from jaxrec.systems.onemall_training import contrastive, mean_loss
 from jaxrec.training import checkpoint
 from jaxrec.training.log import TIMING_FIELDS
 
@@ -38,6 +47,95 @@ def command(program: str, *args: object, **environment: str) -> subprocess.Compl
 def train(run: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
     environment["JAXREC_CACHE"] = str(run.parent / "cache")
     return command("train.py", "tests/mall.py", "--run", run, *args, **environment)
+
+
+# ---- the loss on a batch of made-up histories ------------------------------------------------------------------------
+
+# No token of an expert is dropped: the plain computation has fewer tokens.
+CONFIG = OneMallConfig(
+    data=None,
+    features=FEATURES,
+    model=dataclasses.replace(MODEL, dispatch="ragged"),
+    objective=ObjectiveConfig(contrastive_weight=0.3),
+)
+# Item 2 is a target of two contexts, item 18 has the ID of 17, the last row only fills the batch.
+TARGET = np.array([[2, 17, 5, 0], [18, 2, 0, 0], [9, 11, 13, 2], [1, 2, 3, 4]])
+REAL = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]], bool)
+
+
+def plain_losses(assembly, variables: dict, arrays: dict) -> dict:
+    """Eq. 7 in plain loops: next tokens code by code, and every target among those of the other contexts."""
+    catalogue, served = assembly.catalogue, assembly.serve(variables)
+    context, cache, next_tokens = assembly.context(served, arrays), None, 0.0
+    codes = assembly.space.codes[TARGET]
+    for level in range(codes.shape[-1]):
+        before = None if level == 0 else codes[..., level - 1]
+        log_probs, cache = assembly.extend(served, context, before, cache, level)
+        if level == 0:
+            # The first code is predicted once for all targets of a context.
+            log_probs = jnp.broadcast_to(log_probs, (*TARGET.shape, log_probs.shape[-1]))
+            cache = jax.tree.map(lambda x: jnp.repeat(x, TARGET.shape[1], axis=1), cache)
+        next_tokens -= sum(log_probs[b, k, codes[b, k, level]] for b, k in np.argwhere(REAL[:3]))
+    _, states = assembly.model.apply(variables, context, codes, method="score")
+    every = jnp.arange(len(catalogue.codes))
+    towers = assembly.model.apply(
+        variables, every, method=lambda model, items: model.item_tower(model._item_features(items, catalogue))
+    )
+    wanted, total = assembly.model.apply(variables, states, method=lambda model, s: model.match(s)), 0.0
+    for b, k in np.argwhere(REAL[:3]):
+        own = TARGET[b, k]
+        others = [TARGET[c, i] for c, i in np.argwhere(REAL[:3]) if c != b and TARGET[c, i] != own]
+        compared = np.array([own, *others])
+        cosine = towers[compared] @ wanted[b, k] / jnp.linalg.norm(towers[compared], axis=1)
+        scores = cosine / jnp.linalg.norm(wanted[b, k]) / 0.05 - catalogue.log_q[compared]
+        total -= jax.nn.log_softmax(scores)[0]
+    return {"next_token": next_tokens, "contrastive": total, "loss": next_tokens + 0.3 * total}
+
+
+def test_the_whole_loss_and_its_gradient_equal_a_plain_computation():
+    assembly = make_assembly(CONFIG.model)
+    variables = make_variables(assembly)
+    arrays = make_arrays([make_history(seed, 8) for seed in range(4)], assembly)
+    batch = {**arrays, "target": TARGET, "target_where": REAL, "where": np.array([True, True, True, False])}
+    extra = {name: value for name, value in variables.items() if name != "params"}
+
+    def plain(params):
+        found = plain_losses(assembly, {"params": params, **extra}, arrays)
+        return found["loss"] / 7, found
+
+    (expected, sums), plain_gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(variables["params"])
+    step = jax.jit(jax.value_and_grad(bound_loss(mean_loss, assembly, CONFIG), has_aux=True))
+    (loss, (metrics, _)), gradient = step(variables["params"], extra, batch, jax.random.key(0))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    for name, value in sums.items():
+        np.testing.assert_allclose(metrics[name][0], value, rtol=1e-4)
+        assert metrics[name][1] == REAL[:3].sum() == 7
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient, plain_gradient)
+
+
+def test_the_contrastive_task_by_hand():
+    """Two contexts of two targets: items 0 and 1 of the first, 2 and 0 of the second; drawn with q = 1/2, 1/4, 1/4."""
+
+    class Scores:
+        """A model whose scores are e^s = 1, 2, 3, 4 for the four targets, whoever asks."""
+
+        def apply(self, variables, states, items, catalogue, method):
+            return jnp.broadcast_to(jnp.log(jnp.array([1.0, 2.0, 3.0, 4.0])), (4, 4))
+
+    target, where = jnp.array([[0, 1], [2, 0]]), jnp.array([[True, True], [True, True]])
+    catalogue = SimpleNamespace(log_q=jnp.log(jnp.array([0.5, 0.25, 0.25])))
+    assembly, states = SimpleNamespace(model=Scores()), jnp.zeros((2, 2, 1))
+    # e^s / q: 2, 8, 12, 8. Item 0 isn't compared with its copy, nor anything with the other of its context.
+    found = contrastive(assembly, catalogue, {}, states, target, where)
+    np.testing.assert_allclose(
+        found, -np.log([2 / (2 + 12), 8 / (8 + 12 + 8), 12 / (12 + 2 + 8), 8 / (8 + 8)]), rtol=1e-5
+    )
+    # Without the second context's last target nobody is compared with that, and it has no term.
+    found = contrastive(assembly, catalogue, {}, states, target, where.at[1, 1].set(False))
+    np.testing.assert_allclose(found, -np.log([2 / (2 + 12), 8 / (8 + 12), 12 / (12 + 2 + 8), 1]), rtol=1e-5, atol=1e-6)
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from jaxrec.config import UserError, load_config
 from jaxrec.data.leveled_sessions import next_items, targets
 from jaxrec.models.causal import Causal
 from jaxrec.models.huggingface import save_qwen2
+from jaxrec.models.rankgr import RankConfig, RankGRConfig
 from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
@@ -109,6 +110,88 @@ def test_no_array_of_all_items_is_a_constant_of_the_training_step():
     assert [array.shape for array in bound if ITEMS in np.shape(array)]
 
 
+# All weights of Eq. 17 other than 1, and the head of the headline result.
+SOFTMAX = dataclasses.replace(
+    CONFIG,
+    features=dataclasses.replace(FEATURES, targets=5, sampled=2),
+    model=RankGRConfig(BACKBONE, embeddings=True, prior=True, rank=RankConfig(loss="softmax", temperature=0.5)),
+    objective=ObjectiveConfig(
+        alpha=0.3, beta=2.0, level_weights=(0.5, 1.0, 3.0), rank_from=1, rank_weight=0.7, smoothing=0.2
+    ),
+)
+
+
+def asked(batch: dict) -> list[dict]:
+    """Every target of a batch of SOFTMAX: who, what, and the last place of the history before it."""
+    found = []
+    for b in np.flatnonzero(batch["where"]):
+        end, weights = int(batch["mask"][b].sum()) - 1, SOFTMAX.objective.level_weights
+        for item, level in zip(batch["target"][b].tolist(), batch["target_level"][b].tolist()):
+            if level >= 0:  # 0: drawn
+                of_session = {"level": level, "weight": weights[level - 1] if level else 0.0, "wanted": level >= 2}
+                found.append({"row": b, "item": item, "last": end} | of_session)
+        for place in batch["next_after"][b][batch["next_where"][b]].tolist():
+            behavior = int(batch["behavior"][b, place + 1])
+            of_history = {"level": None, "weight": weights[behavior], "wanted": behavior >= 1}
+            found.append({"row": b, "item": int(batch["item"][b, place + 1]), "last": place} | of_history)
+    return found
+
+
+def plain_losses(assembly, params, batch: dict) -> dict:
+    """Each loss of Eq. 17 in plain loops: every target after a history of its own, read to its place, code by code."""
+    rows, objective = asked(batch), SOFTMAX.objective
+    who, last = np.array([each["row"] for each in rows]), np.array([each["last"] for each in rows])
+    mask = np.arange(batch["mask"].shape[1]) <= last[:, None]
+    arrays = {name: np.where(mask, batch[name][who], 0) for name in ("item", "behavior", "gap")} | {"mask": mask}
+    variables = {"params": params}
+    served = assembly.serve(variables)
+    context = assembly.context(served, arrays)
+    query = assembly.model.apply(variables, context.own.state, method=lambda model, x: model.query(x))
+    codes, cache, tables = assembly.space.codes[[each["item"] for each in rows]], None, []
+    for level in range(codes.shape[1]):
+        before = None if level == 0 else codes[:, level - 1, None]
+        found, cache = assembly.extend(served, context, before, cache, level)
+        tables.append(found[:, 0])
+    sums = {"next_token": 0.0, "ldpo": 0.0, "rank": 0.0}
+    score = [sum(table[n, code] for table, code in zip(tables, codes[n])) for n in range(len(rows))]
+    smoothing, items = objective.smoothing, served["table"]
+    for n, each in enumerate(rows):
+        mean = sum(table[n].mean() for table in tables)
+        sums["next_token"] -= each["weight"] * ((1 - smoothing) * score[n] + smoothing * mean)
+        if each["wanted"]:
+            cosine = items @ query[n] / jnp.linalg.norm(items, axis=1) / jnp.linalg.norm(query[n])
+            log_p = jax.nn.log_softmax(cosine / 0.5)
+            sums["rank"] -= (1 - smoothing) * log_p[each["item"]] + smoothing * log_p.mean()
+        beside = [m for m, other in enumerate(rows) if each["level"] and other["row"] == each["row"]]
+        if lower := [m for m in beside if rows[m]["level"] is not None and rows[m]["level"] < each["level"]]:
+            below = sum(jnp.exp(2 * score[m]) for m in lower)
+            sums["ldpo"] -= 2 * score[n] - jnp.log(jnp.exp(2 * score[n]) + below)
+    total = sums["next_token"] + 0.3 * sums["ldpo"] + 0.7 * sums["rank"]
+    return sums | {"loss": total, "count": sum(each["weight"] for each in rows)}
+
+
+def test_the_whole_loss_and_its_gradient_equal_a_plain_computation():
+    """Eq. 17 with all its weights: next tokens, LDPO, and the rank head's softmax over the items."""
+    assembly, batch = make_assembly(SOFTMAX.model), make_batch(SOFTMAX, crowd=6)
+    params = make_variables(SOFTMAX.model)["params"]
+    rows = asked(batch)
+    assert {each["level"] for each in rows} >= {None, 0, 1, 2, 3}
+    assert {each["weight"] for each in rows} == {0.0, 0.5, 1.0, 3.0}
+
+    def plain(params):
+        found = plain_losses(assembly, params, batch)
+        return found["loss"] / found["count"], found
+
+    (expected, sums), plain_gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    step = jax.jit(jax.value_and_grad(bound_loss(mean_loss, assembly, SOFTMAX), has_aux=True))
+    (loss, (metrics, _)), gradient = step(params, {}, batch, jax.random.key(0))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    for name in ("next_token", "ldpo", "rank", "loss"):
+        np.testing.assert_allclose(metrics[name][0], sums[name], rtol=1e-4)
+        assert metrics[name][1] == sums["count"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient, plain_gradient)
+
+
 # Every item of a session is looked for, but only three of them are targets.
 CROWDED = dataclasses.replace(
     CONFIG, features=dataclasses.replace(FEATURES, targets=3), objective=ObjectiveConfig(rank_from=0)
@@ -180,6 +263,9 @@ def test_the_rank_heads_loss_by_hand(count):
         np.testing.assert_allclose(found[b, row], total, rtol=1e-3)
     assert all(kinds[kind] for kind in ("positive", "masked", "negative"))
     assert (kinds["undrawn"] > 0) == (count == 2)
+    if count > wanted.sum(1).max():
+        sums, _, _ = losses(assembly, CROWDED, assembly.catalogue, variables, batch, jax.random.key(0))
+        np.testing.assert_allclose(sums["rank"], found.sum(), rtol=1e-4)
 
 
 def test_the_rank_head_learns_from_all_that_it_looks_for_in_turn():
@@ -258,6 +344,8 @@ def save_tiny_qwen2(folder: Path) -> dict:
     config = dataclasses.replace(BACKBONE, vocabulary=9)
     params = Causal(config).init(jax.random.key(5), one, one > -1, one[None])["params"]
     params = jax.tree.map(lambda leaf: leaf + 0.1, jax.tree.map(jnp.asarray, jax.device_get(nn.unbox(params))))
+    rng, words = np.random.default_rng(0), params["embed"]["table"].shape
+    params["embed"]["table"] = jnp.asarray(np.arange(words[1]) + 0.02 * rng.normal(size=words), jnp.float32)
     save_qwen2(folder, config, params)
     return params
 
@@ -268,9 +356,12 @@ def test_layers_of_a_pretrained_model_are_taken_over(tmp_path):
     begun = with_pretrained(fresh, pretrained, 0)
     for name in ("layers_0", "layers_1", "norm"):
         jax.tree.map(np.testing.assert_array_equal, begun["backbone"][name], pretrained[name])
-    table = begun["backbone"]["embed"]["table"]
+    table, words = np.asarray(begun["backbone"]["embed"]["table"]), np.asarray(pretrained["embed"]["table"])
     assert table.shape == fresh["backbone"]["embed"]["table"].shape
-    np.testing.assert_allclose(table.mean(), pretrained["embed"]["table"].mean(), atol=0.1)
+    # Drawn around the mean of the words, whose columns are 1 apart, as far from it as they are themselves.
+    assert np.ptp(words.mean(0)) > 10 > 100 * words.std(0).max()
+    np.testing.assert_allclose(table, np.broadcast_to(words.mean(0), table.shape), atol=4 * words.std(0).max())
+    assert (table.std(0) > words.std(0) / 4).all()
     jax.tree.map(np.testing.assert_array_equal, begun["rank_head"], fresh["rank_head"])
 
 
