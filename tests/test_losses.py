@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from jaxrec.losses import contrastive, likelihood
 from jaxrec.losses.contrastive import in_batch_softmax, margin_rank, pair_loss, relevance_regression
@@ -200,6 +201,21 @@ def test_chunks_of_the_full_softmax_are_the_plain_one_with_its_gradients(smoothi
         for mine, plain in zip(found, gradients, strict=True):
             np.testing.assert_allclose(mine, plain, atol=1e-5)
         assert not found[0][~where].any()
+
+
+def test_chunks_are_of_programs_on_one_device(monkeypatch):
+    """The program's mesh counts, and not how many devices the machine has."""
+
+    def loops() -> bool:
+        given = jnp.ones((4, 2)), jnp.ones((5, 2)), jnp.arange(4)
+        program = jax.make_jaxpr(lambda *given: full_softmax(*given, where=jnp.ones(4, bool), rows=2))(*given)
+        return "while" in str(program)
+
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert loops()
+    for size, chunked in ((1, True), (2, False)):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((size,), ("data",))):
+            assert loops() == chunked
 
 
 @pytest.mark.parametrize("rows", [0, 2])

@@ -1,6 +1,7 @@
 """RankGR's losses; and end to end on a tiny synthetic mall: trained, killed and resumed, measured, served, exported."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -16,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from compilations import constant_shapes
+from compilations import constant_shapes, count_compilations
 from exported import check_same_answers
 from flax import linen as nn
 from rankgr_parts import BACKBONE, FEATURES, ITEMS, MODEL, make_arrays, make_assembly, make_record, make_variables
@@ -34,6 +36,7 @@ from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig, _weights
 from jaxrec.systems.rankgr_model import assemble, behavior_levels, with_pretrained
 from jaxrec.systems.rankgr_training import draw_targets, losses, mean_loss, pack, rank_from, rank_loss
+from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -328,6 +331,21 @@ def test_drawn_items_are_compared_but_not_learnt():
     assert not packed["wanted"][:, drawn].any()
     assert packed["compared"][:2, drawn].any()
     assert not packed["compared"][2].any()
+
+
+def test_serving_other_parameters_compiles_nothing_and_nothing_keeps_the_assembly_alive():
+    assembly, variables = dataclasses.replace(make_assembly()), make_variables()
+    used = GenerativeRecommender(assembly, variables, FEATURES, DecodingConfig(beam_width=4, batch_size=2))
+    used.recommend([make_record(0, 6)], 3)
+    other = jax.tree.map(lambda x: 2 * x, variables)
+    with count_compilations() as compiled:
+        served = used.served | assembly.serve(other)
+        used.recommend([make_record(0, 6)], 3, served=served)
+    assert compiled == []
+    alive = weakref.ref(used), weakref.ref(assembly)
+    del used, assembly
+    gc.collect()
+    assert [each() for each in alive] == [None, None]
 
 
 @pytest.mark.parametrize("given", [(0, 1), (1, 0, 2), (-1, 0, 1)])

@@ -1,7 +1,9 @@
 """Recommending with a generative model, against scoring every item of the catalogue."""
 
 import dataclasses
+import gc
 import itertools
+import weakref
 
 import jax
 import numpy as np
@@ -164,6 +166,49 @@ def test_diagnose_against_counting(recommender, log_probs):
         valid += sum(tuple(IDS[index].tolist()) in existing for index in np.argsort(-log_probs[case])[:10])
     assert [found[f"acc_sid{level + 1}"] for level in range(3)] == [(hits, where.sum()) for hits in right]
     assert found["validity"] == (valid, 60)
+
+
+def test_diagnose_searches_with_the_beams_of_every_level(recommender, log_probs):
+    """With one beam for the first two levels, all IDs found begin with the most probable code after the other."""
+    parts = recommender.assembly, recommender.variables, recommender.feature_config
+    narrow = GenerativeRecommender(*parts, DecodingConfig(beam_widths=(1, 1, 2), batch_size=4))
+    targets, where = np.zeros((6, 1), np.int64), np.ones((6, 1), bool)
+    cases = Cases(np.arange(6), [HISTORIES[row] for row in LONG], targets, where, where)
+    existing, valid = {tuple(code) for code in recommender.space.codes.tolist()}, 0
+    for case in LONG:
+        prefix, joint = (), np.exp(log_probs[case])
+        for level in range(2):
+            begins = [(IDS[:, : level + 1] == (*prefix, code)).all(-1) for code in range(SIZES[level])]
+            prefix = (*prefix, int(np.argmax([joint[each].sum() for each in begins])))
+        valid += sum((*prefix, code) in existing for code in range(SIZES[2]))
+    # Ten are asked for, the places without a beam hold none.
+    found, asked_for = narrow.diagnose(cases)["validity"]
+    assert 0 < found == valid < asked_for
+
+
+def test_nothing_keeps_a_recommender_alive_that_was_used(recommender):
+    assembly = dataclasses.replace(recommender.assembly)
+    used = GenerativeRecommender(assembly, recommender.variables, TWO_LENGTHS, recommender.config)
+    used.recommend(HISTORIES[:1], 3)
+    used.diagnose(Cases(np.arange(1), HISTORIES[:1], np.zeros((1, 1), np.int64), *np.ones((2, 1, 1), bool)))
+    alive = weakref.ref(used), weakref.ref(assembly)
+    del used, assembly
+    gc.collect()
+    assert [each() for each in alive] == [None, None]
+
+
+def test_a_training_that_is_measured_again_compiles_nothing(recommender):
+    """As `jaxrec.systems.validation` does: the items' vectors are made of other parameters every time."""
+    assembly = recommender.assembly
+
+    def measure(factor: float):
+        served = assembly.serve(jax.tree.map(lambda x: x * factor, recommender.variables))
+        return recommender.recommend(HISTORIES, 3, served=recommender.served | served)
+
+    measure(1.0)
+    with count_compilations() as compiled:
+        measure(0.5)
+    assert compiled == []
 
 
 # ---- filters, and a catalogue that changes ---------------------------------------------------------------------------

@@ -1,17 +1,20 @@
 """The item-level baselines as a system: what is trained on, what is recommended, a whole run, killed and resumed."""
 
 import dataclasses
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import count_compilations
 
 from jaxrec.config import UserError, load_config
 from jaxrec.evaluation.metrics import METRICS
@@ -120,6 +123,21 @@ def test_negatives_are_not_the_users_own():
     assert there.mean() > 0.9
     everything = {"item": np.arange(ITEMS)[None], "length": np.array([ITEMS])}
     assert not unseen_items(everything, (1, 2), 3, ITEMS, jax.random.key(0))[1].any()
+
+
+def test_other_parameters_compile_nothing_and_nothing_keeps_an_assembly_alive():
+    histories = [history([1, 2, 3])]
+    assembly = make_assembly()
+    used = SequentialRecommender(assembly, PARAMS)
+    used.recommend(histories, 3)
+    other = jax.tree.map(lambda x: 2 * x, PARAMS)
+    with count_compilations() as compiled:
+        used.with_params(other).recommend(histories, 3)
+    assert compiled == []
+    alive = weakref.ref(used), weakref.ref(assembly)
+    del used, assembly
+    gc.collect()
+    assert [each() for each in alive] == [None, None]
 
 
 @pytest.mark.parametrize("objective", [FullSoftmax(rows=2), FullSoftmax(rows=0), SampledSoftmax(64), Binary(2)])

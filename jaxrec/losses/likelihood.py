@@ -83,7 +83,8 @@ def full_softmax(
       targets: int32 [T].
       where: bool [T]: which targets exist.
       label_smoothing: the share of the probability that is spread over all items.
-      rows: targets in a chunk; 0 for all at once, as on several devices always, which chunks would cut across.
+      rows: targets in a chunk; 0 for all at once, as always under a mesh of several devices, which chunks would cut
+        across.
 
     Returns:
       float32 [T], 0 where masked.
@@ -92,7 +93,7 @@ def full_softmax(
     Array([1.386], dtype=float32)
     """
     states, table = states.astype(jnp.float32), table.astype(jnp.float32)
-    if rows and jax.device_count() == 1:
+    if rows and jax.sharding.get_abstract_mesh().size <= 1:
         normaliser = _log_normaliser(states, table, where, rows)
     else:
         normaliser = jax.nn.logsumexp(states @ table.T, axis=-1)

@@ -94,7 +94,7 @@ class Assembly:
         Trained rows are as they were, but for their codes; later ones are made of what was given with them.
         """
         if version is None:
-            table = self._make_table(variables, self.catalogue)
+            table = _make_table(self.model, variables, self.catalogue)
             return {"variables": variables, "catalogue": self.catalogue, "table": table}
         changed = np.arange(len(version))
         if before is not None:
@@ -131,12 +131,7 @@ class Assembly:
             params["item"] = {"table": jnp.asarray(vectors)}
         columns = (catalogue.codes, catalogue.attributes, catalogue.embeddings, catalogue.log_q)
         some = Catalogue(*(jnp.asarray(np.asarray(column)[rows]) for column in columns))
-        return self._make_table({**variables, "params": params}, some)
-
-    @functools.partial(jax.jit, static_argnames=("self",))
-    def _make_table(self, variables: dict, catalogue: Catalogue) -> jax.Array:
-        model = self.model.clone(items=len(catalogue.codes))
-        return model.apply(variables, catalogue, method="item_table")
+        return _make_table(self.model, {**variables, "params": params}, some)
 
     def _catalogue(self, version: Version, like: Prior | None) -> Catalogue:
         """Trained rows as they were, but for their codes; later ones from what was given; zeros up to the capacity."""
@@ -193,6 +188,12 @@ def assemble(run: Run, config: "OneMallConfig") -> Assembly:
     wanted = np.isin(behaviors, config.data.target_behaviors)
     later = functools.partial(later_attribute_indices, items.select(list(config.attributes)), config.attributes)
     return Assembly(model, catalogue, space, lately, run.examples, wanted, later)
+
+
+# The model is its sizes; an assembly, with its arrays, would be kept alive by the compiled function.
+@functools.partial(jax.jit, static_argnums=0)
+def _make_table(model: CrossDecoder, variables: dict, catalogue: Catalogue) -> jax.Array:
+    return model.clone(items=len(catalogue.codes)).apply(variables, catalogue, method="item_table")
 
 
 @jax.jit

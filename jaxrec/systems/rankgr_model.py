@@ -1,5 +1,6 @@
 """RankGR's model, fitted to one catalogue: what training, decoding and evaluation share."""
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,8 +167,9 @@ class RankGRAssembly:
         return by_codes
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _item_table(model: RankGR, variables: dict, codes: jax.Array, embeddings: Any) -> jax.Array:
-    return jax.jit(lambda *arguments: model.apply(*arguments, method="item_table"))(variables, codes, embeddings)
+    return model.apply(variables, codes, embeddings, method="item_table")
 
 
 def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) -> RankGRAssembly:

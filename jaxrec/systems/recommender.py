@@ -5,7 +5,7 @@ generative system is searched, measured, served live and exported by the same co
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +24,9 @@ from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.semantic_ids.space import SemanticIdSpace
 
 Item = TypeVar("Item")
+
+FIRST = 10
+"""IDs of a beam search without the trie whose validity is measured."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,8 @@ class GenerativeRecommender:
     def diagnose(self, cases: Cases) -> dict[str, tuple[float, float]]:
         """As (sum, count): accuracy of each level given the true ones before it (OneMall Table 1), and `validity`.
 
-        That is the share of existing IDs among the first 10 of a beam search without the trie.
+        That is the share of existing IDs among the first 10 of a beam search without the trie, with the beams of a
+        search for 10 items.
         """
         sums: dict[str, tuple[float, float]] = {}
         for rows, arrays in self._batches(cases.histories):
@@ -236,9 +240,14 @@ class GenerativeRecommender:
         if key not in self._signatures:
             self._signatures[key] = {name: np.zeros_like(array) for name, array in arrays.items()}
 
-    @functools.partial(jax.jit, static_argnames=("self", "width", "k"))
-    def _search(self, served, arrays, allowed, width: int | tuple[int, ...], k: int):
-        return self.retrieve(served, arrays, allowed, width, k)
+    # Compiled for this recommender: a function of the class, with `self` static, would keep every one of them alive.
+    @functools.cached_property
+    def _search(self) -> Callable:
+        return jax.jit(self.retrieve, static_argnames=("width", "k"))
+
+    @functools.cached_property
+    def _measure(self) -> Callable:
+        return jax.jit(self._accuracies)
 
     def retrieve(
         self,
@@ -293,8 +302,7 @@ class GenerativeRecommender:
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
-    @functools.partial(jax.jit, static_argnames=("self",))
-    def _measure(self, served, arrays, codes, where, real):
+    def _accuracies(self, served, arrays, codes, where, real):
         context = self.assembly.context(served, arrays)
         extend = functools.partial(self.assembly.extend, served, context)
         codes = codes.astype(jnp.int32)
@@ -304,10 +312,11 @@ class GenerativeRecommender:
         for level in range(1, codes.shape[-1]):
             following, cache = extend(codes[..., level - 1], cache, level)
             log_probs.append(following)
-        width = self.config.beam_width
-        free = beam_search(extend, None, served["trie"], batch=_batch_size(arrays), beam_width=width, constrained=False)
+        batch, width = _batch_size(arrays), self.width(FIRST)
+        free = beam_search(extend, None, served["trie"], batch=batch, beam_width=width, constrained=False)
+        first = free.valid[:, :FIRST]
         return id_accuracy(log_probs, codes, where) | {
-            "validity": validity_rate(free.valid[:, :10], jnp.broadcast_to(real[:, None], free.valid[:, :10].shape))
+            "validity": validity_rate(first, jnp.broadcast_to(real[:, None], first.shape))
         }
 
 

@@ -145,7 +145,7 @@ class SequentialRecommender:
             size = next(length for length in assembly.lengths if length >= most)
             arrays = histories.take(filled, size + 1, size)
             seen = _seen(histories, filled, assembly.model.items) if exclude_seen else None
-            best, values = jax.device_get(_rank(assembly, self.params, assembly.facts, arrays, seen, found))
+            best, values = jax.device_get(_rank(assembly.model, self.params, assembly.facts, arrays, seen, found))
             if np.isnan(values).any():
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
             best = np.where(np.isfinite(values), best, -1)
@@ -158,10 +158,10 @@ class SequentialRecommender:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _rank(assembly: SequentialAssembly, params: Any, facts: ItemFacts, arrays: dict, seen: jax.Array | None, k: int):
-    state, table = assembly.model.apply(
-        {"params": params}, facts, arrays["item"], arrays["time"], arrays["length"], method="next"
-    )
+def _rank(model: SequentialModel, params: Any, facts: ItemFacts, arrays: dict, seen: jax.Array | None, k: int):
+    # The model is its sizes; an assembly, with its arrays, would be kept alive by the compiled function.
+    given = facts, arrays["item"], arrays["time"], arrays["length"]
+    state, table = model.apply({"params": params}, *given, method="next")
     scores = jnp.where(arrays["length"][:, None] > 0, state @ table.T, facts.log_q)
     if seen is not None:
         scores = scores.at[jnp.arange(len(seen))[:, None], seen].set(-jnp.inf, mode="drop")
