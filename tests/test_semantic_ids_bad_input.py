@@ -76,6 +76,15 @@ def with_row_7(value, dtype=np.float32):
         (with_row_7(-np.inf), "row 7 of the embeddings holds NaN or infinity"),
         (with_row_7(1e300, np.float64), "row 7 of the embeddings holds NaN or infinity"),
         (with_row_7(np.nan, np.float16), "row 7 of the embeddings holds NaN or infinity"),
+        (
+            with_row_7(1e20),
+            r"row 7 of the embeddings holds 1e\+20, but squares overflow beyond 1e\+12 \(1 such rows\): mend",
+        ),
+        (with_row_7(-2e12), r"row 7 of the embeddings holds -2e\+12, but squares overflow"),
+        (
+            X * 1e18,
+            r"row 0 of the embeddings holds -?\d\.\d+e\+1\d, but squares overflow beyond 1e\+12 \(40 such rows\)",
+        ),
         (X.astype(object), "of type object, which are no numbers"),
         (X > 0, "of type bool, which are no numbers"),
         ([["1", "2", "3", "4"]] * 40, "which are no numbers"),
@@ -83,12 +92,48 @@ def with_row_7(value, dtype=np.float32):
         (X[0], r"must be a matrix \[items, width\], but have shape \(4,\)"),
         (X[:, :0], r"must be a matrix \[items, width\], but have shape \(40, 0\)"),
     ],
-    ids=["nan", "inf", "large-double", "half-nan", "object", "bool", "text", "ragged", "vector", "no-width"],
+    ids=[
+        "nan",
+        "inf",
+        "large-double",
+        "half-nan",
+        "one-large",
+        "negative-large",
+        "all-large",
+        "object",
+        "bool",
+        "text",
+        "ragged",
+        "vector",
+        "no-width",
+    ],
 )
 def test_rows_that_cannot_be_used_are_named_on_every_way_in(fitted, kind, x, message):
     for name, call in ways_in(kind, fitted, x).items():
         with pytest.raises(UserError, match=message):
             pytest.fail(f"{name} took it: {call()}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor"),
+    [(kind, factor) for kind in CONFIGS for factor in (2.0**-30, 2.0**-23, 2.0**20, 2.0**30)]
+    # These factors round every number, which 150 steps of an RQ-VAE make more of.
+    + [(kind, factor) for kind in CONFIGS if "rqvae" not in kind for factor in (1e-7, 1e6)],
+)
+def test_the_unit_of_the_embeddings_changes_no_id(fitted, kind, factor):
+    scaled = (X * factor).astype(np.float32)
+    books = codebooks.fit(KEY, scaled, CONFIGS[kind])
+    codes = codebooks.encode(fitted[kind], X)
+    np.testing.assert_array_equal(codebooks.encode(books, scaled), codes)
+    np.testing.assert_allclose(
+        codebooks.decode(books, codes) / factor, codebooks.decode(fitted[kind], codes), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_numbers_whose_squares_vanish_are_refused(kind):
+    with pytest.raises(UserError, match=r"the largest number of the embeddings is \d.*e-20, and squares vanish below"):
+        codebooks.fit(KEY, X * np.float32(1e-20), CONFIGS[kind])
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -120,7 +165,7 @@ def test_a_row_is_named_by_its_place_among_all(fitted, monkeypatch):
     with pytest.raises(UserError, match=r"row 21 of the embeddings holds NaN or infinity \(2 such rows\)"):
         codebooks.encode(fitted["residual-fsq"], x)
     monkeypatch.setattr(rows, "CHECKED_AT_ONCE", 8)
-    assert rows.not_finite(x).tolist() == [21, 30] and rows.not_finite(x[:21]).tolist() == []
+    assert rows.unusable(x).tolist() == [21, 30] and rows.unusable(x[:21]).tolist() == []
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -148,7 +148,8 @@ def _wanted(prices: jax.Array, sizes: jax.Array, least: int, most: int) -> jax.A
 def _up_to_zero(prices: jax.Array, change: jax.Array) -> jax.Array:
     """Changed prices, but none beyond zero: there the other bound begins to count."""
     moved = prices + change
-    return jnp.where(moved * prices < 0, 0, moved)
+    # By signs, as products of small prices vanish.
+    return jnp.where(jnp.sign(moved) * jnp.sign(prices) < 0, 0, moved)
 
 
 def bounds(rows: int, k: int, slack: float) -> tuple[int, int]:

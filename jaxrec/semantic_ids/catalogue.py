@@ -17,7 +17,7 @@ import pyarrow as pa
 from jaxrec.config import UserError
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.collisions import Resolved, describe, resolve, squared_errors
-from jaxrec.semantic_ids.rows import check_width, not_finite, to_matrix
+from jaxrec.semantic_ids.rows import check_width, complaint, to_matrix, unusable
 from jaxrec.semantic_ids.space import as_strings
 from jaxrec.semantic_ids.vectors import keep_own
 from jaxrec.semantic_ids.versions import BOOKS, Changes, IdTable, begin_locked, commit, locked
@@ -162,8 +162,9 @@ def check_items(item_ids: Sequence[str], embeddings: np.ndarray, width: int) -> 
     x = np.asarray(to_matrix(embeddings))
     if len(x) != len(item_ids):
         raise UserError(f"{len(x)} embeddings do not fit {len(item_ids)} items: give one embedding an item")
-    for row in not_finite(x)[:1]:
-        raise UserError(f"the embedding of item_id {item_ids[row]!r} (row {row}) holds NaN or infinity: mend it first")
+    for row in unusable(x)[:1]:
+        what, mend = complaint(x[row])
+        raise UserError(f"the embedding of item_id {item_ids[row]!r} (row {row}) holds {what}: {mend}")
     check_width(x, width)
     return x
 

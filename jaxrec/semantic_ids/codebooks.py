@@ -26,7 +26,7 @@ from jaxrec.semantic_ids import fsq, opq, residual, rqvae
 from jaxrec.semantic_ids.fsq import Fsq, FsqConfig
 from jaxrec.semantic_ids.opq import Opq, OpqConfig
 from jaxrec.semantic_ids.residual import Residual, ResidualConfig
-from jaxrec.semantic_ids.rows import check_enough, check_rows, check_width, not_finite, to_matrix
+from jaxrec.semantic_ids.rows import check_enough, check_rows, check_scale, check_width, to_matrix, unusable
 from jaxrec.semantic_ids.rqvae import RqVae, RqVaeConfig
 
 MODULES = {
@@ -75,11 +75,12 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: SemanticIdConfig = Se
     """Fit every level to embeddings x f32 [I, D].
 
     Raises:
-      UserError: no level, or what the quantizers refuse: fewer rows than codes, a row with NaN or infinity, sizes that
-        do not fit the width.
+      UserError: no level, numbers too large or too small to be squared, or what the quantizers refuse: fewer rows than
+        codes, a row with NaN or infinity, sizes that do not fit the width.
     """
     x = to_matrix(x)  # The quantizers look for NaN.
     check(config, x.shape)
+    check_scale(x)
     hierarchy_key, remainder_key = jax.random.split(key)
     hierarchy = remainder = None
     if config.hierarchy is not None:
@@ -119,7 +120,7 @@ def encode(codebooks: Codebooks, x: np.ndarray | jax.Array) -> np.ndarray:
     check_width(x, codebooks.width)
     codes = [np.zeros((0, len(codebooks.sizes)), np.int32)]
     for rows in _blocks(x):
-        if len(not_finite(rows)):
+        if len(unusable(rows)):
             check_rows(x, 0)  # Which names the row among all of them.
         codes.append(_encode_block(codebooks, rows))
     return np.concatenate(codes)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
 from jaxrec.run import progress
-from jaxrec.semantic_ids.rows import not_finite
+from jaxrec.semantic_ids.rows import LARGEST, complaint, unusable
 
 BLOCK_ROWS = 1 << 16
 BUFFER_BYTES = 1 << 20
@@ -345,10 +345,11 @@ def _vectors(column: pa.Array, ids: pa.Array, path: Path, start: int, width: int
 
 
 def _check_finite(x: np.ndarray, path: Path, start: int, ids: pa.Array | None = None) -> None:
-    for row in not_finite(x)[:1]:
-        place = np.flatnonzero(~np.isfinite(x[row]))[0]
+    for row in unusable(x)[:1]:
+        place = np.flatnonzero(~(np.abs(x[row]) <= LARGEST))[0]
         name = "" if ids is None else f" (item_id {ids[row].as_py()!r}, column 'embedding')"
-        raise UserError(f"{path}: number {place} of row {start + row}{name} is NaN or infinity: mend it first")
+        what, mend = ("NaN or infinity", "mend it first") if not np.isfinite(x[row]).all() else complaint(x[row])
+        raise UserError(f"{path}: number {place} of row {start + row}{name} is {what}: {mend}")
 
 
 def _even(blocks: Iterable[Block], rows: int) -> Iterator[Block]:

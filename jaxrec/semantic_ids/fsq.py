@@ -71,16 +71,40 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: FsqConfig = FsqConfig
     check(config, x.shape)
     levels = config.levels
     init_key, order_key = jax.random.split(key)
+    # In units of the data, so that `learning_rate` and `balance` mean the same whatever its scale.
+    scale, variance = scale_and_variance(x)
+    x = x / scale
     params = init(init_key, np.asarray(x), config)
     optimiser = optax.adam(optax.cosine_decay_schedule(config.learning_rate, max(config.steps, 1)))
     state = params, optimiser.init(params)
-    # Errors are measured in units of the data, so that `balance` means the same whatever its scale.
-    variance = jnp.var(x, axis=0).sum()
-    variance = jnp.where(variance > 0, variance, 1.0)
     for start in track(range(0, config.steps, STEPS_PER_CALL), "Fitting the FSQ level"):
         steps = jnp.arange(start, min(start + STEPS_PER_CALL, config.steps))
         state = _train(config, state, x, variance, jax.vmap(partial(jax.random.fold_in, order_key))(steps))
-    return Fsq(state[0], levels)
+    return Fsq(rescaled(state[0], scale), levels)
+
+
+def scale_and_variance(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The root mean squared distance of rows x f32 [I, D] to their mean, f32 [], and what its square is of x over it.
+
+    The second is 1 up to rounding. Of rows that are the same up to rounding, their largest number (1 for zeros), and 1.
+    """
+    # As in `rqvae.centre_and_scale`: squares of large numbers overflow, those of small ones vanish.
+    largest = jnp.abs(x).max()
+    largest = jnp.where(largest > 0, largest, 1.0)
+    spread = jnp.sqrt(jnp.var(x / largest, axis=0).sum())
+    scale = jnp.where(spread > 1e-6, spread * largest, largest)
+    variance = jnp.var(x / scale, axis=0).sum()
+    return scale, jnp.where(spread > 1e-6, variance, 1.0)
+
+
+def rescaled(params: dict, scale: jax.Array) -> dict:
+    """Parameters for rows that are `scale` times as large."""
+    back = params["back_linear"]
+    return params | {
+        "unit": params["unit"] * scale,
+        "linear": params["linear"] | {"kernel": params["linear"]["kernel"] / scale},
+        "back_linear": {"kernel": back["kernel"] * scale, "bias": back["bias"] * scale},
+    }
 
 
 def check(config: FsqConfig, shape: tuple[int, ...]) -> None:
