@@ -304,6 +304,22 @@ def test_a_transposed_tensor_is_refused(folder):
     refused(T5, copy, FIRST, "[16, 24]", "[24, 16]")
 
 
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "tensor"), [(T5, "encoder.block.0.layer.0.SelfAttention.q.weight"), (QWEN2, "model.norm.weight")]
+)
+def test_not_a_number_is_refused_and_named(folder, name, tensor, kind):
+    copy = folder(name)
+    for poison in (np.nan, np.inf):
+
+        def spoil(tensors, poison=poison):
+            tensors[tensor] = tensors[tensor].astype(kind)
+            tensors[tensor].flat[-1] = poison
+
+        edit_tensors(copy, spoil)
+        refused(name, copy, "model.safetensors", f"tensor {tensor} holds NaN or infinity: copy the model anew")
+
+
 def test_integers_are_refused(folder):
     copy = folder(T5)
     edit_tensors(copy, lambda tensors: tensors.update({FIRST: tensors[FIRST].astype(np.int32)}))

@@ -102,6 +102,15 @@ def test_bad_input_is_named(hierarchy, fitted, tmp_path):
             codebooks.load(tmp_path / path)
 
 
+def test_codebooks_with_nan_are_refused(tmp_path):
+    path, centroids = tmp_path / "codebooks.safetensors", jnp.zeros((3, 2))
+    codebooks.save(
+        codebooks.Codebooks(Residual((centroids, centroids.at[1, 0].set(jnp.nan)), (None, None)), None), path
+    )
+    with pytest.raises(UserError, match=r"codebooks.safetensors: hierarchy/centroids/1 holds NaN or infinity: run the"):
+        codebooks.load(path)
+
+
 @pytest.mark.parametrize("levels", [(2, 2, 2), (3,), (8, 5, 4)])
 def test_digits_and_codes_are_one_to_one(levels):
     codes = np.arange(np.prod(levels))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_encoder import make_encoder
 
 from jaxrec.config import UserError
@@ -111,6 +112,7 @@ def test_errors_name_the_mend(tmp_path):
         ("config.json", b"{}", "not a BERT configuration"),
         ("config.json", None, "not supported"),
         ("config.json", "wider", "differ"),
+        ("model.safetensors", None, r"model\.safetensors: embeddings.LayerNorm.bias holds NaN or infinity: copy the"),
     ],
 )
 def test_a_damaged_folder_is_refused(tmp_path, file, content, message):
@@ -122,6 +124,10 @@ def test_a_damaged_folder_is_refused(tmp_path, file, content, message):
     (tmp_path / file).unlink()
     if isinstance(content, bytes):
         (tmp_path / file).write_bytes(content)
+    elif file == "model.safetensors":
+        tensors = load_file(folder / file)
+        tensors["embeddings.LayerNorm.bias"][5] = np.nan
+        save_file(tensors, tmp_path / file)
     else:
         (tmp_path / file).write_text(json.dumps(raw | changed[content]))
     with pytest.raises(UserError, match=message):

@@ -106,6 +106,26 @@ def test_damage_that_the_checksums_miss_falls_back_too(folder, capsys):
     assert "step 3 is damaged" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("poison", [np.nan, -np.inf])
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_not_a_number_is_refused_and_named(tmp_path, part, poison):
+    checkpoint.save(tmp_path, 1, state_of(1), {})
+    state = state_of(2)
+    kernel = state.params["layer"]["kernel"].at[3, 2].set(poison)
+    damaged = {"layer": {"kernel": kernel, "bias": state.params["layer"]["bias"]}}
+    state = state.replace(params=damaged) if part == "params" else state.replace(opt_state=({"mu": damaged}, ()))
+    checkpoint.save(tmp_path, 2, state, {})
+    message = rf"00000002: {part}/.*layer/kernel holds NaN or infinity: the training diverged"
+    with pytest.raises(UserError, match=message):
+        checkpoint.restore(tmp_path, state_of(0))
+    if part == "params":
+        with pytest.raises(UserError, match=message):
+            checkpoint.load_parts(tmp_path, "params", "extra")
+    assert checkpoint.load_parts(tmp_path, "extra")["extra"]["router"].tolist() == [1, 1, 1]
+    shutil.rmtree(tmp_path / "00000002")
+    assert same(checkpoint.restore(tmp_path, state_of(0))[0], state_of(1))
+
+
 def test_a_save_that_was_cut_off_is_ignored_and_removed(folder):
     (folder / "00000003" / "manifest.json").unlink()
     assert checkpoint.restore(folder, state_of(0))[2] == 2

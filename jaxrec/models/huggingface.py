@@ -26,6 +26,7 @@ from safetensors.numpy import save
 from jaxrec.config import UserError
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
+from jaxrec.nn.finite import check_finite
 from jaxrec.text.cache import write_files
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -73,8 +74,8 @@ def load_t5(folder: str | Path) -> tuple[EncoderDecoderConfig, dict]:
     """The configuration and the parameters (float32) of a T5 in a folder, for `EncoderDecoder`.
 
     Raises:
-      UserError: a file is missing or damaged, it is another architecture, a tensor is missing, unknown or of a wrong
-        shape.
+      UserError: a file is missing or damaged, it is another architecture, a tensor is missing, unknown, of a wrong
+        shape, or holds NaN or infinity.
     """
     folder = Path(folder)
     raw = _read_config(folder, "t5")
@@ -414,10 +415,14 @@ class _Tensors:
     def read(self, plan: list[Parameter], twins: dict[str, str]) -> dict:
         """The parameters of a plan; `twins` are tensors that may be there as copies of others.
 
-        Everything is checked before anything is read.
+        Everything but their content is checked before anything is read.
         """
         self._check(plan, twins)
-        flat = {entry.path: entry.read(self.get(entry.name)) for entry in plan}
+        flat = {}
+        for entry in plan:
+            tensor = self.get(entry.name)
+            check_finite({f"tensor {entry.name}": tensor}, self.path(entry.name), "copy the model anew")
+            flat[entry.path] = entry.read(tensor)
         return unflatten_dict(flat, sep="/")
 
     def _check(self, plan: list[Parameter], twins: dict[str, str]) -> None:

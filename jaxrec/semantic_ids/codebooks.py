@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxrec.config import UserError
+from jaxrec.nn.finite import check_finite
 from jaxrec.semantic_ids import fsq, opq, residual, rqvae
 from jaxrec.semantic_ids.fsq import Fsq, FsqConfig
 from jaxrec.semantic_ids.opq import Opq, OpqConfig
@@ -167,14 +168,16 @@ def save(codebooks: Codebooks, path: Path) -> None:
 
 
 def load(path: Path) -> Codebooks:
-    """Read what `save` wrote; UserError when the file is missing or is something else."""
+    """Read what `save` wrote; UserError when the file is missing, is something else, or holds NaN or infinity."""
     try:
         with safe_open(path, "np") as file:
             outline = json.loads((file.metadata() or {})["codebooks"])
             parts = {name: part and _restore(part, file) for name, part in outline.items()}
-        return Codebooks(**parts)
+        found = Codebooks(**parts)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} holds no codebooks ({error}): run the tokenize phase again") from error
+    check_finite(found, path, "run the tokenize phase again")
+    return found
 
 
 def _outline(part: Any, name: str, tensors: dict[str, np.ndarray]) -> dict:

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError
+from jaxrec.nn.finite import check_finite
 from jaxrec.run import read_json, write_json
 from jaxrec.semantic_ids.files import open_items
 from jaxrec.semantic_ids.vectors import OWN, read_own, write_own
@@ -53,6 +54,7 @@ from jaxrec.text.scenarios import (
 
 TEXT, ALIGNMENT, ENCODER = "text.json", "alignment.safetensors", "encoder"
 TOWER = "item_tower.safetensors"
+MEND = "run the tokenize phase again"
 
 
 def finetune_items(tables: Path, folder: Path, text_config: EncoderConfig, config: FinetuneConfig, seed: int) -> Path:
@@ -162,7 +164,9 @@ def with_products(folder: Path, own: np.ndarray, items: pa.Table) -> np.ndarray:
     if live.any():
         if not (folder / TOWER).is_file():
             raise UserError(f"{folder} holds no {TOWER}: the run had no live streams to learn from; train it with some")
-        inputs[live] = encode_items(unflatten_dict(load_file(folder / TOWER), sep="."), inputs[live])
+        tower = load_file(folder / TOWER)
+        check_finite(tower, folder / TOWER, MEND)
+        inputs[live] = encode_items(unflatten_dict(tower, sep="."), inputs[live])
     return inputs
 
 
@@ -209,6 +213,7 @@ def aligned(folder: Path, text: np.ndarray, item_ids: Sequence[str] = ()) -> np.
         raise UserError(
             f"{path} holds no alignment ({error}): give the embeddings that the codebooks encode"
         ) from error
+    check_finite(params, path, MEND)
     if text.shape[1] != width:
         raise UserError(
             f"the text embeddings are {text.shape[1]} wide, but the alignment of {path} takes {width}: "

@@ -22,6 +22,7 @@ from safetensors.numpy import save as save_safetensors
 from tokenizers import Tokenizer
 
 from jaxrec.config import UserError
+from jaxrec.nn.finite import check_finite
 from jaxrec.nn.vectors import unit
 from jaxrec.run import track
 from jaxrec.text.cache import EmbeddingCache, default_cache_dir, write_files
@@ -212,7 +213,8 @@ def load_encoder(model: str = PACKAGE) -> TextEncoder:
     config = read_config(folder / CONFIG_FILE)
     tokenizer_json = (folder / TOKENIZER_FILE).read_bytes()
     try:
-        params = from_huggingface(load_safetensors(raw), config.num_hidden_layers)
+        tensors = load_safetensors(raw)
+        params = from_huggingface(tensors, config.num_hidden_layers)
         shapes = jax.tree.map(np.shape, params)
         expected = jax.eval_shape(
             Bert(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
@@ -224,6 +226,7 @@ def load_encoder(model: str = PACKAGE) -> TextEncoder:
         raise UserError(f"{folder / WEIGHTS_FILE} has no tensor {error}: it is not a BERT encoder") from error
     except Exception as error:  # the Rust readers of both formats raise plain Exception subclasses
         raise UserError(f"the text encoder in {folder} cannot be read: {error}") from error
+    check_finite(tensors, folder / WEIGHTS_FILE, "copy the encoder anew")
     return TextEncoder(config, jax.device_put(params), tokenizer, _fingerprint(digest, tokenizer_json, config))
 
 

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError, fingerprint
 from jaxrec.losses.contrastive import margin_rank, pair_loss, relevance_regression
+from jaxrec.nn.finite import check_finite
 from jaxrec.run import read_json, writing
 from jaxrec.text import align
 from jaxrec.text.encoder import (
@@ -205,7 +206,9 @@ def load_projection(folder: Path) -> dict:
     path = Path(folder) / PROJECTION_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no {PROJECTION_FILE}: save an alignment with trains='projection' there")
-    return unflatten_dict(load_file(path), sep=".")
+    flat = load_file(path)
+    check_finite(flat, path, "run the alignment again")
+    return unflatten_dict(flat, sep=".")
 
 
 def represent(bert: BertConfig | None, params: dict, inputs: dict) -> jax.Array:

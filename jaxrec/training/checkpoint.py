@@ -19,9 +19,14 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxrec.config import UserError
+from jaxrec.nn.finite import check_finite
 from jaxrec.run import console, disk_full, read_json, write_json
 
 MANIFEST = "manifest.json"
+DIVERGED = (
+    "the training diverged; train into another --run with a lower learning rate, or delete that folder to go on from "
+    "the checkpoint before it"
+)
 BEST = "best"
 """The folder, inside a stage's, with the parameters that did best in its evaluations."""
 
@@ -65,7 +70,8 @@ def restore(folder: Path, like: Any, parts: Sequence[str] = ()) -> tuple[Any, di
       (state, notes, step), or None where there is no checkpoint.
 
     Raises:
-      UserError: there are checkpoints, and none can be read; or the newest holds other shapes than `like`.
+      UserError: there are checkpoints, and none can be read; or the newest holds other shapes than `like`, or NaN or
+        infinity, which a training that diverged has saved.
     """
     reasons = []
     for step in reversed(steps(folder)):
@@ -76,6 +82,8 @@ def restore(folder: Path, like: Any, parts: Sequence[str] = ()) -> tuple[Any, di
                 with _quiet():
                     _check_shapes(path, like)
                     state = _read(path, like, parts)
+                # No damage: the files are what was saved, and the checkpoint before them leads to the same.
+                check_finite(state, path, DIVERGED)
             except UserError:
                 raise
             except Exception as error:
