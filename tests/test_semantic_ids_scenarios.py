@@ -247,9 +247,9 @@ def test_a_model_is_refused_the_embeddings_of_another_list_of_items(made, tmp_pa
     first, *others = items["item_id"].to_pylist()
     catalogue.remove(made_run.semantic_ids, [first])
     catalogue.append(made_run.semantic_ids, ["new"], embeddings[:1])
-    publish(made_run.semantic_ids)
     columns = items.set_column(items.column_names.index("item_id"), "item_id", pa.array([*others, "new"]))
     pq.write_table(columns, made_run.tables / "items.parquet")
+    publish(made_run.semantic_ids)
     with pytest.raises(UserError, match=r"embeddings.safetensors has the embeddings of another list of items"):
         assemble(made_run, mall)
 

@@ -15,9 +15,10 @@ from serving_run import ITEMS, NextInLine, write_run
 
 from jaxrec.config import UserError
 from jaxrec.data.features import FeatureConfig
-from jaxrec.semantic_ids import Codebooks, codebooks, write_codes
+from jaxrec.semantic_ids import Codebooks, codebooks, commands, write_codes
 from jaxrec.semantic_ids.catalogue import append
 from jaxrec.semantic_ids.residual import Residual
+from jaxrec.semantic_ids.versions import current_number, publish, trained_space
 from jaxrec.serving.retriever import NOTHING_ALLOWED, Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
@@ -58,6 +59,26 @@ def real(tmp_path, recommender) -> Retriever:
     items = {"item_id": IDS, "title": IDS, "count": popularity, "color": colors, "price": np.arange(COUNT) / 2}
     pq.write_table(pa.table(items), path / "tables" / "items.parquet")
     return Retriever(path, recommender)
+
+
+def write_ids(retriever) -> Codebooks:
+    """The semantic_ids folder of a run, as far as appending and publishing need it."""
+    folder, space = retriever.run.semantic_ids, retriever.recommender.space
+    folder.mkdir()
+    generator = np.random.default_rng(1)
+    levels = tuple(jnp.asarray(10.0 ** -level * generator.normal(size=(size, 6)), jnp.float32)
+                   for level, size in enumerate(space.codebook_sizes))  # fmt: skip
+    books = Codebooks(Residual(levels, (None,) * 3), None)
+    codebooks.save(books, folder / "codebooks.safetensors")
+    write_codes(folder / "codes.parquet", IDS, space)
+    (folder / "quality.json").write_text("{}")
+    return books
+
+
+def write_items(path, books, codes, **columns):
+    """A file of items whose IDs are to be these codes."""
+    pq.write_table(pa.table({**columns, "embedding": list(codebooks.decode(books, np.array(codes)))}), path)
+    return path
 
 
 HISTORY = [{"item_id": "i4"}, {"item_id": "i7"}]
@@ -167,15 +188,8 @@ def test_new_items_are_recommended_and_read_in_histories(real):
 
 def test_new_items_come_with_the_ids_that_append_gave_them(real):
     """Codes by the run's codebooks, and without an embedding of its own what these say that the ID stands for."""
-    folder, space = real.run.semantic_ids, real.recommender.space
-    folder.mkdir()
-    generator = np.random.default_rng(1)
-    levels = tuple(jnp.asarray(10.0 ** -level * generator.normal(size=(size, 6)), jnp.float32)
-                   for level, size in enumerate(space.codebook_sizes))  # fmt: skip
-    books = Codebooks(Residual(levels, (None,) * 3), None)
-    codebooks.save(books, folder / "codebooks.safetensors")
-    write_codes(folder / "codes.parquet", IDS, space)
-    (folder / "quality.json").write_text("{}")
+    folder = real.run.semantic_ids
+    books = write_ids(real)
     stands_for = codebooks.decode(books, np.array([[3, 2, 1], [1, 0, 0]]))
     append(folder, ["n0", "n1"], stands_for)
     table = pa.table({"item_id": ["n1", "n0"], "title": ["One", "Zero"]})
@@ -190,6 +204,76 @@ def test_new_items_come_with_the_ids_that_append_gave_them(real):
     np.testing.assert_array_equal(version.embeddings[2:], given)
     with pytest.raises(UserError, match="no active item_id 'n3'"):
         real.add(pa.table({"item_id": ["n3"]}))
+
+
+def test_a_restart_knows_what_was_published(real, tmp_path):
+    """Items that came, with their titles and attributes; that left; that have another ID; and back to the first."""
+    folder, books = real.run.semantic_ids, write_ids(real)
+    before = ask(real, history=HISTORY, k=20)
+
+    def restarted() -> Retriever:
+        return Retriever(real.run.path, real.recommender)
+
+    columns = {
+        "title": ["One", "Zero"],
+        "color": ["red", None],
+        "price": [99, 98],
+        "count": [1e6, None],
+        "more": [1, 2],
+    }
+    new = write_items(tmp_path / "new.parquet", books, [[1, 0, 0], [3, 2, 1]], item_id=["n1", "n0"], **columns)
+    commands.append(folder, new)
+    assert ids(ask(restarted(), history=HISTORY, k=20)) == ids(before), "not published yet"
+    commands.rollback(folder, 2, publish=True)
+    later = restarted()
+    assert later.catalogue.current.codes[COUNT:].tolist() == [[1, 0, 0], [3, 2, 1]]
+    expensive = ask(later, history=HISTORY, filter={"price": {"min": 50}}).items
+    assert {item.item_id: item.title for item in expensive} == {"n1": "One", "n0": "Zero"}
+    assert (
+        ids(ask(later, user_id="stranger", k=1)) == ["n1"] and ask(later, history=[{"item_id": "n0"}]).ignored is None
+    )
+    # As if they had come while it served.
+    real.add(pq.read_table(new, columns=["item_id", "title", "color", "price"]), popularity=[1e6, 0])
+    alive, anew = (ask(each, history=[{"item_id": "n1"}, *HISTORY], k=22).items for each in (real, later))
+    assert [each.item_id for each in alive] == [each.item_id for each in anew]
+    np.testing.assert_allclose([each.score for each in alive], [each.score for each in anew], atol=1e-6)
+
+    pq.write_table(pa.table({"item_id": ["i4", "n0"]}), tmp_path / "gone.parquet")
+    commands.remove(folder, tmp_path / "gone.parquet", publish=True)
+    moved = write_items(tmp_path / "moved.parquet", books, [[0, 1, 0]], item_id=["i5"])
+    commands.reencode(folder, moved, publish=True)
+    later = restarted()
+    answer = ask(later, history=HISTORY, k=22)
+    assert set(ids(answer)) == {*IDS, "n1"} - {"i4"} and answer.ignored is None, "what left is history all the same"
+    assert later.catalogue.current.codes[5].tolist() == [0, 1, 0]
+    np.testing.assert_array_equal(trained_space(folder, IDS).codes, real.recommender.space.codes)
+
+    commands.rollback(folder, 1, publish=True)
+    again = ask(restarted(), history=HISTORY, k=20)
+    assert again == before
+
+
+def test_nothing_is_published_that_a_restart_could_not_serve(real, tmp_path):
+    folder, books = real.run.semantic_ids, write_ids(real)
+    append(folder, ["n0"], codebooks.decode(books, np.array([[3, 2, 1]])))
+    published = (folder / "codes.parquet").read_bytes()
+    one = write_items(tmp_path / "one.parquet", books, [[1, 0, 0]], item_id=["n1"], title=["One"])
+    unknown = (
+        r"item_id 'n0' is in neither .*items.parquet nor .*later_items.parquet \(1 such items\): append it once more"
+    )
+    for change in (lambda: commands.append(folder, one, publish=True), lambda: publish(folder)):
+        with pytest.raises(UserError, match=unknown):
+            change()
+    bad = write_items(tmp_path / "bad.parquet", books, [[1, 0, 0]], item_id=["n1"], price=["dear"])
+    with pytest.raises(
+        UserError, match=r"bad.parquet: column 'price' is string, but the run's items.parquet has double"
+    ):
+        commands.append(folder, bad, publish=True)
+    assert current_number(folder) == 2 and (folder / "codes.parquet").read_bytes() == published
+    both = write_items(tmp_path / "both.parquet", books, [[1, 0, 0]] * 2, item_id=["n1", "n0"], title=["One", "Zero"])
+    commands.append(folder, both, publish=True)
+    answer = ask(Retriever(real.run.path, real.recommender), history=HISTORY, allowed=["n0", "n1"])
+    assert {item.item_id: item.title for item in answer.items} == {"n1": "One", "n0": "Zero"}
 
 
 def test_swaps_while_many_threads_ask(real):

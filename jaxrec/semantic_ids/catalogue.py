@@ -17,6 +17,7 @@ import pyarrow as pa
 from jaxrec.config import UserError
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.collisions import Resolved, describe, resolve, squared_errors
+from jaxrec.semantic_ids.later import keep_rows
 from jaxrec.semantic_ids.rows import check_width, complaint, to_matrix, unusable
 from jaxrec.semantic_ids.space import as_strings
 from jaxrec.semantic_ids.vectors import keep_own
@@ -29,6 +30,7 @@ def append(
     embeddings: np.ndarray,
     popularity: np.ndarray | None = None,
     own: np.ndarray | None = None,
+    rows: pa.Table | None = None,
 ) -> dict:
     """Give new items their IDs, under the policy for collisions that the first items had.
 
@@ -37,6 +39,7 @@ def append(
         counted as `known`; one that had left comes back with the ID it had.
       popularity: [n], which of the new items come first; None: in their order.
       own: f32 [n, D'], with scenarios: the items' own embeddings, kept for those that sell them (`vectors.keep_own`).
+      rows: [n], in a run: the items in the columns of its items.parquet, kept for who serves them (`later.keep_rows`).
     Returns:
       `version` (the current one when there is nothing new), `added`, `returned`, `known`; `collisions` where there are
       new items.
@@ -50,18 +53,20 @@ def append(
         x = check_items(item_ids, embeddings, books.width)
         check_popularity(popularity, len(item_ids))
         table = begin_locked(folder)
-        rows = table.rows(item_ids)
-        new = np.flatnonzero(rows < 0)
-        back = rows[rows >= 0][~table.active[rows[rows >= 0]]]
-        counts = {"added": len(new), "returned": len(back), "known": len(rows) - len(new) - len(back)}
+        places = table.rows(item_ids)
+        new = np.flatnonzero(places < 0)
+        back = places[places >= 0][~table.active[places[places >= 0]]]
+        counts = {"added": len(new), "returned": len(back), "known": len(places) - len(new) - len(back)}
         encoded, codes, report = table.encoded[:0], table.codes[:0], {}
         if len(new):
             encoded = codebooks.encode(books, x[new])
             first = None if popularity is None else np.asarray(popularity)[new]
             resolved = resolve(encoded, books.sizes, table.collisions, x[new], books, first, table.codes)
             codes, report = resolved.codes, _told(resolved)
-        # Before the version: killed in between, no item is there without its own embedding.
+        # Before the version: killed in between, no item is there without its own embedding or its row.
         _keep(folder, item_ids, own)
+        if rows is not None:
+            keep_rows(folder, rows)
         if len(new) or len(back):
             errors = squared_errors(books, encoded, x[new])
             changes = _changes(table, back, True, [item_ids[row] for row in new], codes, encoded)

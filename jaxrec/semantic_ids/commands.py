@@ -1,7 +1,8 @@
 """The living catalogue on the command line: each function reads files, changes the versions and prints what it did.
 
 Items come as a parquet file, or a folder of them, with columns `item_id` and `embedding` (a list of numbers), for
-`remove` `item_id` alone, and optionally `count`, the popularity that decides who comes first under an ID.
+`remove` `item_id` alone, and optionally `count`, the popularity that decides who comes first under an ID. In a run,
+`append` also keeps those columns that the run's items.parquet has, such as `title`, for who serves the items.
 """
 
 import json
@@ -19,6 +20,7 @@ from jaxrec.run import console
 from jaxrec.semantic_ids import catalogue, files, versions
 from jaxrec.semantic_ids.drift import drift, drift_table
 from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts, has_scenarios, with_products
+from jaxrec.semantic_ids.later import items_of_run, read_rows
 from jaxrec.semantic_ids.vectors import EMBEDDINGS
 
 
@@ -29,9 +31,13 @@ def append(folder: Positional[Path], items: Positional[Path], text: bool = False
       folder: the semantic_ids folder of a run.
       items: parquet with item_id, embedding, and optionally count.
       text: the file has `text`, or as `embedding` those of the text encoder: embed the items as the run did its own.
-      publish: replace codes.parquet too; the run's items.parquet has to list the same items.
+      publish: replace codes.parquet too. In a run, serve.py answers with the items from its next start on; the file
+        then has their title, and what else the run's items.parquet has.
     """
-    made = catalogue.append(folder, *(read_text_items(folder, items) if text else read_items(items)))
+    rows = read_rows(folder, items)
+    if publish:
+        versions.check_publishable(folder, () if rows is None else rows["item_id"])
+    made = catalogue.append(folder, *(read_text_items(folder, items) if text else read_items(items)), rows=rows)
     said = [f"{made[name]:,} {word}" for name, word in (("added", "new"), ("returned", "came back")) if made[name]]
     if made["known"]:
         said.append(f"{made['known']:,} were there and keep their IDs")
@@ -44,6 +50,8 @@ def append(folder: Positional[Path], items: Positional[Path], text: bool = False
 
 def remove(folder: Positional[Path], items: Positional[Path], publish: bool = False) -> None:
     """Takes the items of a parquet file (item_id) out of the catalogue; they keep their IDs for when they come back."""
+    if publish:
+        versions.check_publishable(folder)
     made = catalogue.remove(folder, read_ids(items))
     gone = f", {made['known']:,} had left before" if made["known"] else ""
     console.print(f"Version {made['version']}: {made['removed']:,} items left{gone}.")
@@ -53,6 +61,8 @@ def remove(folder: Positional[Path], items: Positional[Path], publish: bool = Fa
 
 def reencode(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
     """Encodes items anew whose embeddings changed and prints the share of codes that changed; arguments as `append`."""
+    if publish:
+        versions.check_publishable(folder)
     made = catalogue.reencode(folder, *(read_text_items(folder, items) if text else read_items(items)))
     levels = ", ".join(f"{share:.1%}" for share in made["changed_codes"])
     console.print(
@@ -66,6 +76,8 @@ def reencode(folder: Positional[Path], items: Positional[Path], text: bool = Fal
 
 def rollback(folder: Positional[Path], version: Positional[int], publish: bool = False) -> None:
     """Makes another version the current one."""
+    if publish:
+        versions.check_publishable(folder, version=version)
     record = versions.roll_back(folder, version)
     console.print(f"Version {version} of {record['time']} counts now, with {record['figures']['items']:,} items.")
     if publish:
@@ -161,7 +173,13 @@ def _texts(path: Path, table: pa.Table) -> list[str]:
 
 def _publish(folder: Path) -> None:
     console.print(f"{versions.publish(folder)} holds these IDs now.", markup=False)
-    if (folder / EMBEDDINGS).exists() and versions.current_number(folder) > 1:
+    if items_of_run(folder):
+        console.print(
+            "serve.py answers with these items from its next start on. The model stays the one that was trained; to "
+            "train on them, tokenize into a new run.",
+            markup=False,
+        )
+    elif (folder / EMBEDDINGS).exists() and versions.current_number(folder) > 1:
         console.print(
             f"{EMBEDDINGS} stays as it was tokenized: a model of this run would see it beside the new IDs; tokenize "
             "into a new run to train on them.",

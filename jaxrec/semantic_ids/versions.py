@@ -12,8 +12,8 @@ led to it. An item keeps its row for good: one that left the catalogue is marked
 back with it. A version is written under another name, fsynced and renamed, and only then does `current.json` name it:
 killed at any moment, either the old version counts or the new one, and both are whole.
 
-`codes.parquet` of the run is not touched until `publish` replaces it, since the run's other tables have to know the
-items in it.
+`codes.parquet` of the run is not touched until `publish` replaces it. A model of the run goes on with the IDs that it
+was trained on (`trained_space`), and who serves it brings its catalogue to what was published.
 """
 
 import fcntl
@@ -33,6 +33,7 @@ from jaxrec.config import UserError, fingerprint, from_json, to_json
 from jaxrec.run import fault_point, read_json, sync, write_json, writing
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.collisions import CollisionConfig, squared_errors
+from jaxrec.semantic_ids.later import check_known
 from jaxrec.semantic_ids.quality import collisions, independent_coding_rate, prefix_use
 from jaxrec.semantic_ids.space import ItemIds, SemanticIdSpace, as_strings, read_codes, rows_in, write_codes
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
@@ -210,21 +211,50 @@ def roll_back(folder: Path, version: int) -> dict:
 def publish(folder: Path, version: int | None = None) -> Path:
     """Replace codes.parquet by the active items of a version (by default the current one), in one step.
 
-    The run's items.parquet must list the same items by then: `read_codes` refuses any others. embeddings.safetensors
-    stays as it was tokenized: a model of the run is refused it where the list of items is another, and sees the old
-    embeddings of items that were encoded anew.
+    embeddings.safetensors stays as it was tokenized: a model of the run is refused it where the list of items is
+    another, and sees the old embeddings of items that were encoded anew.
+
+    Raises:
+      UserError: what `read_version` refuses, or a run has no row of an item (`later.check_known`).
     """
     folder = Path(folder)
     path = folder / CODES
     partial = path.with_name(f".{path.name}.partial")
     with locked(folder), writing(folder):
         table = read_version(folder, version)
+        check_known(folder, table.active_ids)
         write_codes(partial, table.active_ids, table.space())
         sync(partial)
         fault_point("partial:publish")
         partial.rename(path)
         sync(folder)
     return path
+
+
+def check_publishable(folder: Path, coming: ItemIds = (), version: int | None = None) -> None:
+    """UserError when `publish` would refuse a version (by default the current one) although rows of `coming` came."""
+    folder = Path(folder)
+    ids = read_version(folder, version).active_ids if version or numbers(folder) else first_ids(folder)
+    check_known(folder, ids.filter(pa.array(rows_in(ids, as_strings(coming)) < 0)))
+
+
+def trained_version(folder: Path) -> int | None:
+    """The version whose IDs a model of the run was trained on, whatever was published since; None without versions."""
+    return 1 if 1 in numbers(folder) else None
+
+
+def trained_space(folder: Path, item_ids: ItemIds, popularity: np.ndarray | None = None) -> SemanticIdSpace:
+    """The IDs that a model of a run was trained on, of the items [I] of its tables and in their order.
+
+    Those of codes.parquet, until a later version was published there.
+
+    Raises:
+      UserError: as `space.read_codes`, or a file of the first version is damaged.
+    """
+    folder = Path(folder)
+    if trained_version(folder) and as_strings(item_ids).to_pylist() == first_ids(folder).to_pylist():
+        return read_version(folder, 1).space(item_ids, popularity)
+    return read_codes(folder / CODES, item_ids, popularity)
 
 
 def commit(

@@ -1,6 +1,7 @@
 """The retriever: a run directory that answers requests.
 
-It knows the catalogue and everything each user did up to the end of the log (the test sessions are history by now).
+It knows the catalogue, with what was published since the training (`python -m jaxrec.semantic_ids append --publish`),
+and everything each user did up to the end of the log (the test sessions are history by now).
 Whoever it knows nothing about gets the most popular items, marked as such.
 
 The catalogue may change while it serves (`Retriever.catalogue`, `Retriever.add`): every call of `answer` works with the
@@ -26,7 +27,9 @@ from jaxrec.evaluation.baselines import Recommender
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, read_json
 from jaxrec.semantic_ids import codebooks
-from jaxrec.semantic_ids.versions import BOOKS, read_version
+from jaxrec.semantic_ids.later import check_known, read_later
+from jaxrec.semantic_ids.space import read_codes, rows_in
+from jaxrec.semantic_ids.versions import BOOKS, CODES, read_version, trained_version
 from jaxrec.serving.schema import MAX_K, Answer, Event, Item, Request
 
 BATCH_SIZES = (1, 8, 64)
@@ -44,7 +47,8 @@ class Retriever:
         """Loads the run; `recommender` replaces the trained model, for tests and for baselines.
 
         Raises:
-          UserError: there is no run at `run_path`, or it is not finished, or its system is not known.
+          UserError: there is no run at `run_path`, or it is not finished, or its system is not known, or an item was
+            published that the run has no row of.
         """
         self.run, config = Run.load(Path(run_path))
         self.system = str(config.get("system"))
@@ -63,6 +67,8 @@ class Retriever:
         self.recommender = recommender or self._load_recommender(config)
         self._lock = threading.Lock()
         self.catalogue = self._live(items)
+        if getattr(self.recommender, "space", None) is not None:
+            self._take_published(items)
 
     def _live(self, items: pa.Table) -> LiveCatalogue:
         """The catalogue of the run as its first version."""
@@ -74,6 +80,30 @@ class Retriever:
             return LiveCatalogue(items, rows, (max(len(items), 1) + SPARE,), popularity=counts)
         model = self.recommender if hasattr(self.recommender, "serve_version") else None
         return LiveCatalogue(items, space.codes, space.codebook_sizes, popularity=counts, model=model)
+
+    def _take_published(self, items: pa.Table) -> None:
+        """Brings the catalogue to what was published after the training: items that came, left or were encoded anew."""
+        folder = self.run.semantic_ids
+        if not (folder / CODES).is_file() or trained_version(folder) is None:
+            return
+        ids = pq.read_table(folder / CODES, columns=["item_id"])["item_id"].cast(pa.string()).combine_chunks()
+        check_known(folder, ids)
+        space, rows = read_codes(folder / CODES, ids), rows_in(ids, items["item_id"])
+        came = np.flatnonzero(rows < 0)
+        if len(came):
+            table = read_later(folder)
+            table = table.take(pa.array(rows_in(ids.take(pa.array(came)), table["item_id"])))
+            books, codes = codebooks.load(folder / BOOKS), space.codes[came]
+            self.catalogue.add(
+                table.select(items.column_names),
+                codes,
+                popularity=table["count"].fill_null(0).to_numpy(),
+                embeddings=codebooks.decode(books, codes[:, : len(books.sizes)]),
+            )
+        version = self.catalogue.current
+        rows = np.array([version.row(item) for item in ids.to_pylist()])
+        if len(rows) < len(version) or not np.array_equal(version.codes[rows], space.codes):
+            self.catalogue.swap(pa.table({"item_id": ids}), space.codes, popularity=version.popularity[rows])
 
     def add(
         self,

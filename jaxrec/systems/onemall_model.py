@@ -25,8 +25,9 @@ from jaxrec.models.context import Catalogue, Context, Features, Sequence
 from jaxrec.models.cross_decoder import CrossDecoder
 from jaxrec.models.prior import Prior, build_prior
 from jaxrec.run import Run
-from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
+from jaxrec.semantic_ids.space import SemanticIdSpace
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
+from jaxrec.semantic_ids.versions import trained_space
 from jaxrec.systems.recommender import filled_up, with_later_embeddings
 from jaxrec.training.sharding import init_sharded, shapes_of
 
@@ -171,7 +172,7 @@ def assemble(run: Run, config: "OneMallConfig") -> Assembly:
     items = pq.read_table(run.tables / "items.parquet")
     counts = items["count"].to_numpy()
     item_ids = items["item_id"].to_pylist()
-    space = read_codes(run.semantic_ids / "codes.parquet", item_ids, counts)
+    space = trained_space(run.semantic_ids, item_ids, counts)
     attributes, sizes = attribute_indices(items, config.attributes)
     lately = read_popularity(run.tables, len(items), config.data.target_behaviors, config.popularity)
     # One event more for everybody, so that an item nobody took in training has a finite log-probability.

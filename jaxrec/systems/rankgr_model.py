@@ -21,8 +21,9 @@ from jaxrec.models.huggingface import load_qwen2
 from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig
 from jaxrec.run import Run, read_json, write_json
-from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
+from jaxrec.semantic_ids.space import SemanticIdSpace
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
+from jaxrec.semantic_ids.versions import trained_space
 from jaxrec.systems.recommender import filled_up, with_later_embeddings, with_later_prior
 from jaxrec.training.sharding import init_sharded, shapes_of
 
@@ -183,7 +184,7 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
     items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
     counts = items["count"].to_numpy()
     item_ids = items["item_id"].to_pylist()
-    space = read_codes(run.semantic_ids / "codes.parquet", item_ids, counts)
+    space = trained_space(run.semantic_ids, item_ids, counts)
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
     levels = behavior_levels(config.objective.levels, behaviors)

@@ -21,8 +21,9 @@ from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.vocabulary import Levels, to_tokens
 from jaxrec.nn.vectors import principal_axes
 from jaxrec.run import Run
-from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes
+from jaxrec.semantic_ids.space import SemanticIdSpace
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
+from jaxrec.semantic_ids.versions import trained_space
 from jaxrec.systems.recommender import filled_up, with_later_prior
 from jaxrec.training.sharding import init_sharded
 
@@ -157,7 +158,7 @@ def assemble(run: Run, config: "TigerConfig") -> TigerAssembly:
     """
     items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
     counts, item_ids = items["count"].to_numpy(), items["item_id"].to_pylist()
-    space = read_codes(run.semantic_ids / "codes.parquet", item_ids, counts)
+    space = trained_space(run.semantic_ids, item_ids, counts)
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
     others = config.users + (len(counts) if config.own_tokens else 0)
