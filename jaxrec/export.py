@@ -43,7 +43,9 @@ from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
+from jaxrec.semantic_ids.versions import trained_version
 from jaxrec.systems import SYSTEMS
+from jaxrec.systems.sequential import NAMES
 
 FORMAT = 1
 MANIFEST, ITEMS = "manifest.json", "items.jsonl"
@@ -89,7 +91,8 @@ def export_run(run_path: Path, to: Path, config: ExportConfig | None = None) -> 
     """Exports a trained run into the new folder `to`, whole or not at all; returns the manifest.
 
     Raises:
-      UserError: there is no trained run at `run_path`, its system is not known, `to` exists or can't be written.
+      UserError: there is no trained run at `run_path`, its system is not known or has no semantic IDs, `to` exists or
+        can't be written.
     """
     run, values = Run.load(Path(run_path))
     system = str(values.get("system"))
@@ -97,9 +100,15 @@ def export_run(run_path: Path, to: Path, config: ExportConfig | None = None) -> 
         raise UserError(f"{run.config_file}: unknown system {system!r}; known are {', '.join(SYSTEMS)}")
     _check_target(Path(to))
     recommender = SYSTEMS[system].load_recommender(run)
+    if not hasattr(recommender, "retrieve"):
+        exported = ", ".join(name for name in SYSTEMS if name not in NAMES)
+        raise UserError(
+            f"{run.path} is a run of {system}, which scores all items and has no semantic IDs: only systems that "
+            f"generate IDs are exported ({exported}); answer with serve.py instead"
+        )
     item_ids = pq.read_table(run.tables / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
-    current = run.semantic_ids / "versions" / "current.json"
-    version = read_json(current).get("version") if current.exists() else None
+    # What was appended or published since is not in the artefact.
+    version = trained_version(run.semantic_ids)
     about = {"system": system, "run": fingerprint(values), "catalogue_version": version}
     return write_artefact(recommender, item_ids, to, config, about)
 

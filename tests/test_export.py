@@ -35,6 +35,7 @@ from jaxrec import export
 from jaxrec.config import UserError, fingerprint
 from jaxrec.export import ExportConfig, write_artefact
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
+from jaxrec.systems.sequential_recommender import SequentialRecommender
 
 ROOT = Path(__file__).parent.parent
 BATCHES = (1, 3, 8)
@@ -296,7 +297,8 @@ def test_whole_or_not_at_all(recommender, folder, tmp_path, monkeypatch):
 def test_a_run_is_exported_with_its_ids_and_the_version_of_its_catalogue(recommender, tmp_path, monkeypatch):
     run = tmp_path / "run"
     (run / "tables").mkdir(parents=True)
-    (run / "semantic_ids" / "versions").mkdir(parents=True)
+    for number in range(1, 8):
+        (run / "semantic_ids" / "versions" / f"{number:06d}").mkdir(parents=True)
     pq.write_table(pa.table({"item_id": IDS}), run / "tables" / "items.parquet")
     (run / "config.json").write_text('{"system": "here"}')
     (run / "semantic_ids" / "versions" / "current.json").write_text('{"version": 7}')
@@ -304,10 +306,22 @@ def test_a_run_is_exported_with_its_ids_and_the_version_of_its_catalogue(recomme
         export.export_run(run, tmp_path / "artefact")
     monkeypatch.setitem(export.SYSTEMS, "here", SimpleNamespace(load_recommender=lambda _: recommender))
     manifest = export.export_run(run, tmp_path / "artefact", CONFIG)
-    assert manifest["system"] == "here" and manifest["catalogue_version"] == 7
+    assert manifest["system"] == "here"
+    assert manifest["catalogue_version"] == 1, "the model's own, whatever came since"
     assert export.load(tmp_path / "artefact").item_ids == IDS
     with pytest.raises(UserError, match="is there already"):
         export.export_run(run, tmp_path / "artefact", CONFIG)
+
+
+def test_a_run_without_semantic_ids_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"system": "sasrec_ce"}')
+    model = SequentialRecommender(None, {})
+    monkeypatch.setitem(export.SYSTEMS, "sasrec_ce", SimpleNamespace(load_recommender=lambda _: model))
+    with pytest.raises(
+        UserError, match=r"is a run of sasrec_ce, which .* \(onemall, rankgr, tiger, forge\); answer with"
+    ):
+        export.export_run(tmp_path, tmp_path / "artefact", CONFIG)
+    assert not (tmp_path / "artefact").exists()
 
 
 @pytest.mark.parametrize(
