@@ -309,7 +309,7 @@ def onemall_share(width: int, repeats: int) -> None:
     config = demo_config(width=width, hidden=2 * width)
     step = TrainingStep(config)
     variables = jax.eval_shape(lambda: step.assembly.init(config.seed))
-    flops = step_flops(exact_loss(step.assembly, config), variables)(step.batch)
+    flops = step_flops(exact_loss(step.assembly, config), variables)(step.batch).count
     x = jnp.ones((DOT_SIZE, DOT_SIZE), jnp.float32)
     dot = jax.jit(jnp.dot)
     ours, product = best_of([step, lambda: dot(x, x)], repeats)

@@ -35,9 +35,10 @@ from jaxrec.systems import rankgr
 from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig, _weights
 from jaxrec.systems.rankgr_model import assemble, behavior_levels, with_pretrained
-from jaxrec.systems.rankgr_training import draw_targets, losses, mean_loss, pack, rank_from, rank_loss
+from jaxrec.systems.rankgr_training import counted_loss, draw_targets, losses, mean_loss, pack, rank_from, rank_loss
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.training import checkpoint
+from jaxrec.training.flops import Flops, step_flops
 
 ROOT = Path(__file__).parent.parent
 STAGE = "stages/train"
@@ -111,6 +112,17 @@ def test_no_array_of_all_items_is_a_constant_of_the_training_step():
     assert not [shape for shape in constant_shapes(loss, *given) if ITEMS in shape]
     bound = jax.make_jaxpr(lambda: loss(*given))().consts
     assert [array.shape for array in bound if ITEMS in np.shape(array)]
+
+
+def test_flops_of_the_softmax_over_items_are_counted_with_all_targets_at_once():
+    model = dataclasses.replace(MODEL, rank=dataclasses.replace(MODEL.rank, loss="softmax"))
+    config, batch = dataclasses.replace(CONFIG, model=model), make_batch()
+    assembly, variables = make_assembly(model), make_variables(model)
+    chunked = step_flops(bound_loss(mean_loss, assembly, config), variables)(batch)
+    whole = step_flops(counted_loss(assembly, config), variables)(batch)
+    targets = pack(assembly, config, batch)["item"].size
+    assert whole == Flops(chunked.count + 3 * 2 * targets * ITEMS * MODEL.backbone.width)
+    assert not chunked.exact
 
 
 # All weights of Eq. 17 other than 1, and the head of the headline result.

@@ -26,12 +26,15 @@ from jaxrec.systems.sequential_training import (
     Binary,
     FullSoftmax,
     SampledSoftmax,
+    at_once,
+    bound_loss,
     hidden_places,
     loss,
     next_places,
     unseen_items,
 )
 from jaxrec.training import checkpoint
+from jaxrec.training.flops import Flops, step_flops
 from jaxrec.training.log import TIMING_FIELDS
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +169,18 @@ def test_the_full_softmax_of_a_batch_is_that_of_every_prefix():
             )
             expected -= jax.nn.log_softmax(state @ table.T)[0, batch["item"][row, seen]]
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_flops_of_the_full_softmax_are_counted_with_all_targets_at_once():
+    batch = batch_of([4, 2, 6], 6) | {"where": np.ones(3, bool)}
+    chunked, whole = (
+        step_flops(bound_loss(ASSEMBLY, each), {"params": PARAMS})(batch)
+        for each in (FullSoftmax(rows=4), at_once(FullSoftmax(rows=4, label_smoothing=0.1)))
+    )
+    # three times, as for the gradients: states [3 * 5, D] against the table [I, D]
+    assert whole == Flops(chunked.count + 3 * 2 * 15 * ITEMS * SIZES["width"])
+    assert not chunked.exact
+    assert at_once(SampledSoftmax()) == SampledSoftmax()
 
 
 def test_with_many_draws_the_sampled_softmax_is_the_full_one():

@@ -17,6 +17,7 @@ import pytest
 
 from jaxrec.config import UserError
 from jaxrec.training import checkpoint
+from jaxrec.training.flops import Flops
 from jaxrec.training.log import TIMING_FIELDS, measure_peak
 from jaxrec.training.loop import LoopConfig, TrainState, fit
 
@@ -347,6 +348,20 @@ def test_speed_and_share_of_the_peak_are_logged(tmp_path):
     assert list((tmp_path / "tensorboard" / "pretrain").glob("events.*"))
     # Between an old phone and the largest machines.
     assert 1e9 < measure_peak() < 1e19
+
+
+def test_a_share_of_uncounted_products_says_so_once(tmp_path, capsys):
+    logged = []
+
+    def flops(batch) -> Flops:
+        return Flops(1e6, exact=batch["x"].shape == (4, 4))
+
+    train(tmp_path, LoopConfig(steps=6, log_every=1), flops_per_step=flops, on_log=logged.append)
+    # Every second batch isn't counted whole.
+    assert [line.get("peak_share_exact") for line in logged] == 3 * [None, False]
+    assert all(line["peak_share"] >= 0 for line in logged)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("only the data decide how often it is run: they are not counted") == 1
 
 
 def test_on_two_devices_stopped_and_resumed(on_devices, tmp_path):

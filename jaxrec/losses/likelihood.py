@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+ROWS = 256
+"""targets of a chunk of `full_softmax`"""
+
 
 def next_token(log_probs: jax.Array, where: jax.Array) -> jax.Array:
     """Negative log-likelihood of each target: the sum of its tokens' -log p.
@@ -68,7 +71,7 @@ def full_softmax(
     *,
     where: jax.Array,
     label_smoothing: float = 0.0,
-    rows: int = 256,
+    rows: int = ROWS,
 ) -> jax.Array:
     """-log softmax of each target's item among all items, without the logits of all targets ever being there at once.
 

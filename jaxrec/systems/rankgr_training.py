@@ -5,6 +5,7 @@ itself after those before them (Eq. 2), and drawn pseudo-exposures.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,13 @@ from jaxrec.config import UserError
 from jaxrec.data import leveled_sessions
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import batches, cut_index
-from jaxrec.losses.likelihood import full_softmax, next_token
+from jaxrec.losses.likelihood import ROWS, full_softmax, next_token
 from jaxrec.losses.preference import has_preference, ldpo
 from jaxrec.models.rankgr import RankContext
 from jaxrec.systems.generative import bound_loss, train_model
 from jaxrec.systems.rankgr_model import RankGRAssembly, RankGRCatalogue, write_backbone
 from jaxrec.training.loop import TrainState
+from jaxrec.training.step import Loss
 
 if TYPE_CHECKING:
     from jaxrec.systems.rankgr import RankGRRunConfig
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 def train(assembly: RankGRAssembly, config: "RankGRRunConfig", folder: Path, metrics_path: Path) -> TrainState:
     """As `jaxrec.systems.generative.train_model`."""
     write_backbone(folder, assembly.model.config)
-    loss = bound_loss(mean_loss, assembly, config)
-    return train_model(assembly, config, loss, training_batches(assembly, config), folder, metrics_path)
+    loss, batches = bound_loss(mean_loss, assembly, config), training_batches(assembly, config)
+    return train_model(assembly, config, loss, batches, folder, metrics_path, counted=counted_loss(assembly, config))
 
 
 def mean_loss(
@@ -42,16 +44,22 @@ def mean_loss(
     extra: dict,
     batch: dict,
     key: jax.Array,
+    rows: int = ROWS,
 ):
-    """As `jaxrec.training.step.Loss` (Eq. 17); a batch is what `training_batches` yields.
+    """As `jaxrec.training.step.Loss` (Eq. 17); a batch is what `training_batches` yields, rows as of `full_softmax`.
 
     All terms are divided by the weight of the batch's next-token targets, the paper's by users.
     """
     objective = config.objective
-    sums, count, notes = losses(assembly, config, catalogue, {"params": params}, batch, key)
+    sums, count, notes = losses(assembly, config, catalogue, {"params": params}, batch, key, rows)
     total = sums["next_token"] + objective.alpha * sums["ldpo"] + objective.rank_weight * sums["rank"]
     metrics = {name: (value, count) for name, value in (sums | {"loss": total}).items()} | notes
     return total / jnp.where(count > 0, count, 1), (metrics, extra)
+
+
+def counted_loss(assembly: RankGRAssembly, config: "RankGRRunConfig") -> Loss:
+    """`mean_loss` as its FLOPs are counted: how many chunks `full_softmax` has, only the data decide."""
+    return bound_loss(partial(mean_loss, rows=0), assembly, config)
 
 
 def losses(
@@ -61,6 +69,7 @@ def losses(
     variables: dict,
     batch: dict,
     key: jax.Array,
+    rows: int = ROWS,
 ):
     """(sums over the batch of each loss of Eq. 17, the weight of the first's targets, what is counted on the way)."""
     model, objective, rngs = assembly.model, config.objective, {"dropout": key}
@@ -85,7 +94,7 @@ def losses(
         vectors = model.apply(variables, table, method="item_vectors")
         flat, items = query.reshape(-1, query.shape[-1]), targets["item"].reshape(-1)
         sums["rank"] = full_softmax(
-            flat, vectors, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing
+            flat, vectors, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing, rows=rows
         ).sum()
     elif loss == "bce":
         # Dropout draws from the key itself.

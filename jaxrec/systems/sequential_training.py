@@ -1,7 +1,7 @@
 """Training an item-level sequence model on whole histories: every place that a model may learn from, in one pass."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from jaxrec.systems.comparison import draw
 from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, disjoint_windows
 from jaxrec.training.loop import TrainState
 from jaxrec.training.minimise import minimise
+from jaxrec.training.step import Loss
 
 if TYPE_CHECKING:
     from jaxrec.systems.sequential import SequentialConfig
@@ -74,9 +75,19 @@ Objective = FullSoftmax | SampledSoftmax | Binary
 def train(assembly: SequentialAssembly, config: "SequentialConfig", folder: Path, metrics_path: Path) -> TrainState:
     """As `jaxrec.training.minimise.minimise`, with the ranking of the validation split on the way."""
     evaluate = validation(assembly, config) if config.training.evaluate_every else None
-    objective = Partial(partial(mean_loss, assembly, config.objective), assembly.facts)
+    objective, counted = (bound_loss(assembly, each) for each in (config.objective, at_once(config.objective)))
     batches = training_batches(assembly, config)
-    return minimise(objective, assembly.init, batches, config, folder, metrics_path, evaluate=evaluate)
+    return minimise(objective, assembly.init, batches, config, folder, metrics_path, evaluate=evaluate, counted=counted)
+
+
+def bound_loss(assembly: SequentialAssembly, objective: Objective) -> Loss:
+    """`mean_loss` of a training."""
+    return Partial(partial(mean_loss, assembly, objective), assembly.facts)
+
+
+def at_once(objective: Objective) -> Objective:
+    """The objective as its FLOPs are counted: how many chunks there are to work through, only the data decide."""
+    return replace(objective, rows=0) if isinstance(objective, FullSoftmax) else objective
 
 
 def mean_loss(

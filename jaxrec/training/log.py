@@ -14,8 +14,16 @@ import jax
 import jax.numpy as jnp
 import tensorboardX
 
-TIMING_FIELDS = ("seconds", "targets_per_second", "peak_share")
+from jaxrec.run import console
+from jaxrec.training.flops import Flops
+
+TIMING_FIELDS = ("seconds", "targets_per_second", "peak_share", "peak_share_exact")
 """The fields of a line that differ from one training to its repetition."""
+
+PARTIAL = (
+    "The loss has matrix products in a loop or a branch of which only the data decide how often it is run: "
+    "they are not counted, so that the share of the machine's peak is in truth higher than logged."
+)
 
 
 @functools.cache
@@ -38,15 +46,22 @@ def measure_peak() -> float:
 class Meter:
     """Turns sums into a log line; keeps the time."""
 
-    def __init__(self, flops_per_step: float | Callable[[Any], float] | None):
+    def __init__(self, flops_per_step: float | Callable[[Any], float | Flops] | None):
         self.flops_per_step = flops_per_step
         self.peak = measure_peak() if flops_per_step else None
         self.started = self.since = time.perf_counter()
-        self.flops = 0.0
+        self.flops, self.exact, self.told = 0.0, True, False
 
     def add(self, batch: Any) -> None:
-        if self.flops_per_step:
-            self.flops += self.flops_per_step(batch) if callable(self.flops_per_step) else self.flops_per_step
+        """Counts a step's FLOPs; says so, once, where they aren't all of them."""
+        if not self.flops_per_step:
+            return
+        flops = self.flops_per_step(batch) if callable(self.flops_per_step) else self.flops_per_step
+        flops = flops if isinstance(flops, Flops) else Flops(flops)
+        if not (flops.exact or self.told):
+            console.print(PARTIAL)
+            self.told = True
+        self.flops, self.exact = self.flops + flops.count, self.exact and flops.exact
 
     def read(self, sums: dict[str, list[float]], step: int) -> dict[str, Any]:
         now = time.perf_counter()
@@ -55,8 +70,10 @@ class Meter:
         line = {"step": step, **shown, "targets_per_second": round(sums["loss"][1] / seconds, 1)}
         if self.peak:
             line["peak_share"] = round(self.flops / seconds / self.peak, 4)
+            if not self.exact:
+                line["peak_share_exact"] = False
         line["seconds"] = round(now - self.started, 3)
-        self.since, self.flops = now, 0.0
+        self.since, self.flops, self.exact = now, 0.0, True
         return line
 
     @contextmanager

@@ -26,6 +26,7 @@ from jax.tree_util import Partial
 from jaxrec.config import UserError, check_least
 from jaxrec.run import console, fault_point, progress
 from jaxrec.training import checkpoint
+from jaxrec.training.flops import Flops
 from jaxrec.training.log import Log, Meter
 from jaxrec.training.prefetch import BatchIterator, Prefetch
 from jaxrec.training.sharding import place, shard_batch, use_mesh
@@ -115,7 +116,7 @@ def fit(
     metrics_path: Path,
     stage: str = "train",
     mesh: Mesh | None = None,
-    flops_per_step: float | Callable[[Any], float] | None = None,
+    flops_per_step: float | Callable[[Any], float | Flops] | None = None,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Any:
@@ -129,7 +130,8 @@ def fit(
       folder: where the checkpoints of this stage are.
       metrics_path: the file that gets a JSON line per log and evaluation; a folder `tensorboard` is made beside it.
       stage: the name of this training in metrics.jsonl.
-      flops_per_step: model FLOPs of a step, or a function of the batch; for the share of the machine's peak.
+      flops_per_step: model FLOPs of a step, or a function of the batch; for the share of the machine's peak, which is
+        said to be higher in truth where they are not exact.
       evaluate: called every `config.evaluation_steps` and at the end with the state; its values are logged under
         "valid/", after a line of the training so far. `config.monitor` is one of them; no values at all, where there is
         nobody to measure, decide nothing.
