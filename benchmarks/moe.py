@@ -1,4 +1,4 @@
-"""24 experts, 2 for each token, cost at most twice a dense feed-forward of the same active size.
+"""What 24 experts, 2 for each token, cost against a dense feed-forward of the same active size.
 
     python benchmarks/moe.py [--quick]
 
