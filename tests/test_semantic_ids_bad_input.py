@@ -229,10 +229,10 @@ def test_ids_of_another_version_than_the_tables_are_refused(fitted, tmp_path):
     command.fit(command.FitConfig(path, tmp_path / "ids", CONFIGS["residual"]))
     append(tmp_path / "ids", ["new"], X[:1] + 1)
     publish(tmp_path / "ids")
-    with pytest.raises(UserError, match=r"'new' \(row 40\) is not in items.parquet .*: tokenize these tables again"):
+    with pytest.raises(UserError, match=r"'new' \(row 40\) is not in items.parquet .*: give these tables IDs of"):
         read_codes(tmp_path / "ids" / "codes.parquet", ids)
     publish(tmp_path / "ids", 1)
-    with pytest.raises(UserError, match=r"'new' of items.parquet has no row: tokenize these tables again"):
+    with pytest.raises(UserError, match=r"'new' of items.parquet has no row: give these tables IDs of"):
         read_codes(tmp_path / "ids" / "codes.parquet", [*ids, "new"])
     with pytest.raises(UserError, match="version 1 of the semantic IDs has no active item_id 'new'"):
         read_version(tmp_path / "ids", 1).space([*ids, "new"])

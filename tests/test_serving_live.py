@@ -253,7 +253,7 @@ def test_a_restart_knows_what_was_published(real, tmp_path):
     assert again == before
 
 
-def test_nothing_is_published_that_a_restart_could_not_serve(real, tmp_path):
+def test_nothing_is_published_that_a_restart_could_not_serve(real, tmp_path, capsys):
     folder, books = real.run.semantic_ids, write_ids(real)
     append(folder, ["n0"], codebooks.decode(books, np.array([[3, 2, 1]])))
     published = (folder / "codes.parquet").read_bytes()
@@ -274,6 +274,9 @@ def test_nothing_is_published_that_a_restart_could_not_serve(real, tmp_path):
     commands.append(folder, both, publish=True)
     answer = ask(Retriever(real.run.path, real.recommender), history=HISTORY, allowed=["n0", "n1"])
     assert {item.item_id: item.title for item in answer.items} == {"n1": "One", "n0": "Zero"}
+    assert "no title" not in capsys.readouterr().out
+    commands.append(folder, write_items(tmp_path / "untitled.parquet", books, [[0, 0, 0]], item_id=["n2"]))
+    assert "1 of these items have no title" in capsys.readouterr().out
 
 
 def test_swaps_while_many_threads_ask(real):

@@ -42,6 +42,8 @@ def append(folder: Positional[Path], items: Positional[Path], text: bool = False
     if made["known"]:
         said.append(f"{made['known']:,} were there and keep their IDs")
     console.print(f"Version {made['version']}: {', '.join(said)}.")
+    if rows is not None and "title" in rows.column_names and (untitled := rows["title"].null_count):
+        console.print(f"{untitled:,} of these items have no title: serve.py shows them without one.")
     if made["added"]:
         console.print(f"Collisions: {made['collisions']['text']}.", markup=False)
     if publish:

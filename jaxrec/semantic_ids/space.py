@@ -14,6 +14,7 @@ from jaxrec.config import UserError
 from jaxrec.semantic_ids.files import check_distinct
 
 SIZES_KEY = b"codebook_sizes"
+NEW_IDS = "give these tables IDs of their own with train.py, in a new --run"
 ItemIds = Sequence[str] | pa.Array | pa.ChunkedArray
 
 
@@ -189,11 +190,9 @@ def _rows_of(path: Path, listed: pa.ChunkedArray, item_ids: pa.Array | pa.Chunke
     if len(unknown):
         raise UserError(
             f"{path}: item_id {listed[unknown[0]].as_py()!r} (row {unknown[0]}) is not in items.parquet "
-            f"({len(unknown)} such items): tokenize these tables again"
+            f"({len(unknown)} such items): {NEW_IDS}"
         )
     rows = rows_in(item_ids, listed)
     for row in np.flatnonzero(rows < 0)[:1]:
-        raise UserError(
-            f"{path}: item_id {item_ids[row].as_py()!r} of items.parquet has no row: tokenize these tables again"
-        )
+        raise UserError(f"{path}: item_id {item_ids[row].as_py()!r} of items.parquet has no row: {NEW_IDS}")
     return rows

@@ -33,7 +33,7 @@ from jaxrec.config import UserError, fingerprint, from_json, to_json
 from jaxrec.run import fault_point, read_json, sync, write_json, writing
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.collisions import CollisionConfig, squared_errors
-from jaxrec.semantic_ids.later import check_known
+from jaxrec.semantic_ids.later import check_known, items_of_run
 from jaxrec.semantic_ids.quality import collisions, independent_coding_rate, prefix_use
 from jaxrec.semantic_ids.space import ItemIds, SemanticIdSpace, as_strings, read_codes, rows_in, write_codes
 from jaxrec.semantic_ids.vectors import EMBEDDINGS, read_embeddings
@@ -234,6 +234,8 @@ def publish(folder: Path, version: int | None = None) -> Path:
 def check_publishable(folder: Path, coming: ItemIds = (), version: int | None = None) -> None:
     """UserError when `publish` would refuse a version (by default the current one) although rows of `coming` came."""
     folder = Path(folder)
+    if items_of_run(folder) is None:
+        return
     ids = read_version(folder, version).active_ids if version or numbers(folder) else first_ids(folder)
     check_known(folder, ids.filter(pa.array(rows_in(ids, as_strings(coming)) < 0)))
 
