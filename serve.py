@@ -35,6 +35,10 @@ class Arguments:
     """with --requests: lines that are sorted into batches together; default: 4096"""
     http: str | None = None
     """HOST:PORT to serve on instead, such as 127.0.0.1:8080"""
+    max_waiting: int | None = None
+    """with --http: requests that may wait for their answer, more get status 503; default: 64"""
+    max_body: float | None = None
+    """with --http: MiB that the body of a request may have; default: 16"""
 
 
 def main(arguments: Arguments) -> None:
@@ -44,25 +48,31 @@ def main(arguments: Arguments) -> None:
         raise UserError("--requests and --out go together; give both")
     if arguments.http is not None and (arguments.restart or arguments.batch_size or arguments.window):
         raise UserError("--restart, --batch-size and --window are for --requests; leave them out with --http")
+    if arguments.http is None and (arguments.max_waiting is not None or arguments.max_body is not None):
+        raise UserError("--max-waiting and --max-body are for --http; leave them out with --requests")
+    if arguments.max_waiting is not None and arguments.max_waiting < 1:
+        raise UserError(f"--max-waiting {arguments.max_waiting}: give a number of 1 or more")
+    if arguments.max_body is not None and not 0 < arguments.max_body < 1 << 20:
+        raise UserError(f"--max-body {arguments.max_body}: give MiB above 0, such as 16")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: give a number of 1 or more")
     # Imported here: --help and a wrong command line should not wait for JAX.
     from jaxrec.programs import keep_compiled_programs
     from jaxrec.serving.batch import WINDOW_LINES, answer_file
-    from jaxrec.serving.http import parse_address, serve
+    from jaxrec.serving.http import Limits, parse_address, serve
     from jaxrec.serving.retriever import Retriever
 
     keep_compiled_programs()
     if arguments.http is not None:
         parse_address(arguments.http)
-        retriever = Retriever(arguments.run)
-        retriever.warm_up()
-        serve(retriever, arguments.http)
+        limits = Limits()
+        if arguments.max_waiting is not None:
+            limits = dataclasses.replace(limits, waiting=arguments.max_waiting)
+        if arguments.max_body is not None:
+            limits = dataclasses.replace(limits, body=max(1, int(arguments.max_body * 2**20)))
+        serve(Retriever(arguments.run), arguments.http, limits)
         return
-    retriever = Retriever(arguments.run)
-    if arguments.batch_size is not None:
-        config = dataclasses.replace(retriever.recommender.config, batch_size=arguments.batch_size)
-        retriever.recommender.config = config
+    retriever = Retriever(arguments.run, batch_size=arguments.batch_size)
     window = WINDOW_LINES if arguments.window is None else arguments.window
     summary = answer_file(retriever, arguments.requests, arguments.out, restart=arguments.restart, window_lines=window)
     resumed = f" ({summary.resumed:,} before this run was stopped)" if summary.resumed else ""

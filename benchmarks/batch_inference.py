@@ -5,7 +5,7 @@
 Without --run a synthetic mall is trained for a few steps in a temporary folder (--quick: one layer): how good the
 answers are doesn't matter here, how long they take does. Requests are users of the run in a seeded order, every fourth
 with a history of its own in the request. Both peers go through the same retriever: the first pads each request to a
-whole batch, as the run is configured; the second has a batch size of 1. `parts` gives the milliseconds of 1,000 lines,
+whole batch; the second pads nothing, as the server does. `parts` gives the milliseconds of 1,000 lines,
 each part alone: what is not `model` is on the host, beside the device or in its way. `peak memory` is the process's,
 after all lines and after a tenth of them.
 """
@@ -28,7 +28,7 @@ from shared.timing import parser, report
 from jaxrec.config import load_config
 from jaxrec.run import Run, console, report_user_errors, track
 from jaxrec.serving.batch import answer_file
-from jaxrec.serving.retriever import DEPTHS, Retriever
+from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request, parse_request
 from jaxrec.systems import onemall
 
@@ -55,10 +55,11 @@ def main() -> None:
             seconds = timed(answer)
         memory = peak_memory(), memory
         some = [parse_request(line) for line in requests.read_bytes().splitlines()[:alone]]
+        config = retriever.recommender.config
+        retriever.sizes = (config.batch_size,)
         padded = 1e6 * time_alone(retriever, some) / alone
         parts = time_parts(retriever, requests, min(lines, 2_000))
-        config = retriever.recommender.config
-        retriever.recommender.config = dataclasses.replace(config, batch_size=1)
+        retriever.sizes = (1,)
         single = 1e6 * time_alone(retriever, some) / alone
     items = len(retriever.catalogue.current)
     case = f"{lines} lines, batches of {config.batch_size}, {config.beam_width} beams, {items} items"
@@ -137,11 +138,11 @@ def time_parts(retriever: Retriever, path: Path, count: int) -> dict[str, float]
     known = [each for each in found if len(each["item"])]
     batches: list = []
     features = timed(lambda: batches.extend(model._batches(known)))
-    width = max(model.config.beam_width, DEPTHS[0])
+    depth = retriever.depth(Request.model_fields["k"].default)
 
     def search() -> None:
         for _, arrays in batches:
-            jax.block_until_ready(model._search(model.served, arrays, None, width, DEPTHS[0]))
+            jax.block_until_ready(model._search(model.served, arrays, None, model.width(depth), depth))
 
     search()
     device = timed(search)

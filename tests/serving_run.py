@@ -1,10 +1,13 @@
-"""A tiny run directory and recommender for the serving tests."""
+"""A tiny run directory, a recommender and awkward requests for the serving tests."""
 
 import json
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from hypothesis import strategies as st
+
+from jaxrec.serving.schema import Event, Request
 
 ITEMS = ["a", "b", "c", "d", "e"]
 COUNTS = [3, 9, 9, 1, 0]
@@ -54,3 +57,32 @@ def write_run(path):
     statistics = {"behaviors": ["exposure", "purchase", "coupon"], "target_behaviors": ["purchase", "coupon"]}
     (tables / "statistics.json").write_text(json.dumps(statistics))
     return path
+
+
+LEAVES = [
+    *("null", "true", "-0.0", "NaN", "-Infinity", "1e999", "17", '"17"', '""', '"a"', '"shoes"', '"u1"', "{}", "[]"),
+    *(
+        '"\\ud800"',
+        '"\\udc00\\ud800"',
+        '"\\u0000"',
+        "1" + "0" * 400,
+        "-1" + "0" * 400,
+        "9" * 5000,
+        "[" * 300 + "]" * 300,
+    ),
+]
+FIELDS = [*Request.model_fields, *Event.model_fields, "category", "price", "in_stock", "tags", "min", "max", "\\ud800"]
+
+
+def texts_of_objects(values: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    pairs = st.lists(st.tuples(st.sampled_from(FIELDS), values), max_size=4)
+    return pairs.map(lambda pairs: "{" + ",".join(f'"{name}":{value}' for name, value in pairs) + "}")
+
+
+VALUES = st.recursive(
+    st.sampled_from(LEAVES) | st.text(max_size=3).map(json.dumps) | st.integers().map(str),
+    lambda inner: st.lists(inner, max_size=3).map(lambda parts: f"[{','.join(parts)}]") | texts_of_objects(inner),
+    max_leaves=6,
+)
+LINES = st.binary(max_size=40) | VALUES.map(str.encode) | texts_of_objects(VALUES).map(str.encode)
+"""Any bytes; any JSON and nearly JSON; objects with the names of requests and values that are awkward."""

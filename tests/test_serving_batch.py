@@ -16,7 +16,9 @@ import onemall_parts as parts
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from serving_run import NextInLine, write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_run import LINES, NextInLine, write_run
 
 from jaxrec.config import UserError
 from jaxrec.serving import batch
@@ -53,6 +55,37 @@ def test_lines_are_answered_in_order_and_bad_ones_in_their_place(tmp_path, retri
     assert answers[3]["source"] == "popular" and answers[3]["items"][0]["item_id"] == "b"
     assert answers[6]["items"][0]["item_id"] == "c" and answers[6]["ignored"] == ["zz"]
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines=st.lists(LINES.map(lambda line: line.replace(b"\n", b" ")), max_size=6))
+def test_any_bytes_are_a_file_of_requests(fuzzed, lines):
+    """What no line can be is the end of the others."""
+    good = b'{"user_id": "u1", "k": 1}'
+    (fuzzed / "in.jsonl").write_bytes(b"\n".join([good, *lines, good]))
+    summary = answer_file(Retriever(fuzzed / "run", NextInLine()), fuzzed / "in.jsonl", fuzzed / "out.jsonl")
+    answers = [json.loads(line) for line in (fuzzed / "out.jsonl").read_bytes().splitlines()]
+    assert len(answers) == len(lines) + 2 == summary.answered + summary.bad
+    assert answers[0] == answers[-1] and answers[0]["items"][0]["item_id"] == "d"
+    assert all(("items" in answer) != ("error" in answer and answer["line"] > 1) for answer in answers)
+    assert not any("the log says why" in answer.get("error", "") for answer in answers)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzzed")
+    write_run(folder / "run")
+    return folder
+
+
+def test_a_fault_of_ours_costs_one_line(tmp_path, retriever, monkeypatch, caplog):
+    parse = batch.parse_request
+    monkeypatch.setattr(batch, "parse_request", lambda line: 1 / 0 if b"u2" in line else parse(line))
+    (tmp_path / "in.jsonl").write_text('{"user_id": "u2"}\n{"user_id": "u1"}\n')
+    assert answer_file(retriever, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == Summary(1, 0, 1)
+    first = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert first == {"line": 1, "error": "this line can't be read: ZeroDivisionError; the log says why"}
+    assert "division by zero" in caplog.text
 
 
 def test_many_windows_give_what_one_request_at_a_time_gives(tmp_path, retriever):
@@ -101,6 +134,12 @@ def test_a_full_disk_keeps_the_earlier_answers(tmp_path, retriever):
         (["nowhere", "--requests", "a"], "error: --requests and --out go together; give both"),
         (["nowhere", "--http", ":80", "--restart"], "error: --restart, --batch-size and --window are for --requests"),
         (["nowhere", "--requests", "a", "--out", "b", "--batch-size", "0"], "error: --batch-size 0: give a number"),
+        (
+            ["nowhere", "--requests", "a", "--out", "b", "--max-body", "2"],
+            "error: --max-waiting and --max-body are for",
+        ),
+        (["nowhere", "--http", ":80", "--max-waiting", "0"], "error: --max-waiting 0: give a number of 1 or more"),
+        (["nowhere", "--http", ":80", "--max-body", "0"], "error: --max-body 0.0: give MiB above 0, such as 16"),
         (["nowhere", "--http", "localhost"], "error: --http localhost: give HOST:PORT"),
     ],
 )
@@ -204,6 +243,8 @@ def compilations():
 
 def test_nothing_recompiles_after_the_first_window_of_every_shape(model, whole, tmp_path, compilations):
     retriever = Retriever(whole / "run", model)
+    answer_file(retriever, whole / "in.jsonl", tmp_path / "out.jsonl", window_lines=1)  # batches of one
+    compilations.clear()
     for window in (WINDOW, 7, 64):  # other windows, other rests: the same shapes
         answer_file(retriever, whole / "in.jsonl", tmp_path / "out.jsonl", window_lines=window)
         write_requests(tmp_path / "more.jsonl", 61)

@@ -1,19 +1,27 @@
 """The JSON API: through the test client, and once over a real socket."""
 
+import asyncio
 import json
+import re
 import socket
 import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from urllib.parse import quote
 
+import httpx
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from serving_run import NextInLine, write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_run import LINES, NextInLine, write_run
 
 from jaxrec.config import UserError
-from jaxrec.serving.http import create_app, listen, parse_address
+from jaxrec.serving import http
+from jaxrec.serving.http import THREADS, Limits, bind, create_app, parse_address, serve
 from jaxrec.serving.retriever import Retriever
 
 
@@ -75,11 +83,125 @@ def test_errors_are_one_sentence(client, body, status, error):
     assert (answer.status_code, answer.json()) == (status, {"error": error})
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    body=LINES,
+    method=st.sampled_from(["POST", "POST", "POST", "GET", "PUT", "DELETE", "PATCH"]),
+    path=st.sampled_from(["/recommend", "/recommend", "/recommend", "/healthz", "/readyz"])
+    | st.text(max_size=5).map(quote),
+    kind=st.sampled_from(["application/json", "text/plain", "multipart/form-data", "\xff"]),
+)
+def test_no_bytes_are_the_servers_fault(fuzzed, body, method, path, kind):
+    """Never a status of 500 or more (the client raises what the server does), and one shape of errors."""
+    answer = fuzzed.request(
+        method, "/" + path.lstrip("/"), content=body, headers={"content-type": kind.encode("latin-1")}
+    )
+    assert answer.status_code < 500
+    if answer.status_code >= 400:
+        assert list(answer.json()) == ["error"] and answer.json()["error"]
+        assert "the log says why" not in answer.json()["error"]
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    retriever = Retriever(write_run(tmp_path_factory.mktemp("fuzzed") / "run"), NextInLine())
+    retriever.warm_up()
+    return TestClient(create_app(retriever))
+
+
+def test_what_is_not_there_is_refused_in_the_same_shape(client):
+    answer = client.get("/recomend")
+    assert (answer.status_code, answer.json()) == (404, {"error": "there is no /recomend; /docs lists what there is"})
+    answer = client.get("/recommend")
+    assert (answer.status_code, answer.json()) == (405, {"error": "/recommend takes POST, not GET"})
+    assert answer.headers["allow"] == "POST"
+
+
+def test_a_failure_has_the_same_shape(retriever, monkeypatch):
+    monkeypatch.setattr(retriever.recommender, "recommend", lambda *_: 1 / 0)
+    client = TestClient(create_app(retriever), raise_server_exceptions=False)
+    answer = client.post("/recommend", json={"user_id": "u1"})
+    error = {"error": "the server failed (ZeroDivisionError); its log says why"}
+    assert (answer.status_code, answer.json()) == (500, error)
+
+
+def test_a_body_that_is_too_long(retriever):
+    client = TestClient(create_app(retriever, Limits(body=100)))
+    longest = b'{"user_id": "u1"}'.ljust(100)
+    assert client.post("/recommend", content=longest).status_code == 200
+    for body in (longest + b" ", iter([longest, b" "]), b" " * 10_000):  # of a length that is told before, or not
+        answer = client.post("/recommend", content=body)
+        error = {"error": "the body has more than 100 bytes; send less at a time"}
+        assert (answer.status_code, answer.json()) == (413, error)
+
+
+def test_a_body_that_does_not_come(retriever):
+    limits = Limits(body_seconds=0.05)
+
+    async def stalled():
+        yield b'{"user_id":'
+        await asyncio.sleep(60)
+
+    async def ask():
+        transport = httpx.ASGITransport(create_app(retriever, limits))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/recommend", content=stalled())
+
+    answer = asyncio.run(ask())
+    error = {"error": "the body took more than 0.05 seconds to arrive"}
+    assert (answer.status_code, answer.json()) == (408, error)
+
+
+def test_ready_when_warm(retriever, client):
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"error": "programs are not compiled yet"})
+    retriever.warm_up()
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+
+
+def test_a_full_queue_turns_away_and_the_server_stays_alive(retriever):
+    """More requests wait in the model than there are threads: liveness is told at once, more requests are refused."""
+    retriever.warm_up()
+    recommend, go_on = retriever.recommender.recommend, threading.Event()
+
+    def paused(*arguments):
+        assert go_on.wait(60)
+        return recommend(*arguments)
+
+    retriever.recommender.recommend = paused
+    waiting = THREADS + 2
+    body = {"user_id": "u1", "k": 1}
+    with (
+        serving(create_app(retriever, Limits(waiting=waiting))) as url,
+        ThreadPoolExecutor(waiting) as pool,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        answers = [pool.submit(httpx.post, f"{url}/recommend", json=body, timeout=60) for _ in range(waiting)]
+        until = time.monotonic() + 30
+        while client.get("/readyz").status_code == 200 and time.monotonic() < until:
+            time.sleep(0.01)
+        answer = client.post("/recommend", json=body)
+        error = {"error": f"{waiting} requests are waiting already; try again in a second"}
+        assert (answer.status_code, answer.json()) == (503, error) and answer.headers["retry-after"] == "1"
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/healthz").json()["status"] == "ok"
+        assert not any(answer.done() for answer in answers)
+        go_on.set()
+        assert [answer.result().status_code for answer in answers] == [200] * waiting
+        assert client.get("/readyz").status_code == 200
+        assert client.post("/recommend", json=body).json()["items"][0]["item_id"] == "d"
+
+
 def test_health_and_documentation(client):
     assert client.get("/healthz").json() == {"status": "ok", "system": "none", "items": 5, "users": 3, "version": 1}
     api = client.get("/openapi.json").json()
     assert {"/recommend", "/healthz"} <= set(api["paths"])
-    assert api["components"]["schemas"]["Request"]["examples"][0] == {"user_id": "123", "k": 10}
+    schemas = api["components"]["schemas"]
+    assert schemas["Request"]["examples"][0] == {"user_id": "123", "k": 10}
+    assert {"Request", "Event", "Answer", "Item", "Problem"} <= set(schemas)
+    assert set(re.findall(r"#/components/schemas/(\w+)", json.dumps(api))) <= set(schemas)
+    assert "requestBody" in api["paths"]["/recommend"]["post"]
     assert client.get("/docs").status_code == 200
 
 
@@ -101,21 +223,62 @@ def test_only_one_request_at_a_time_is_in_the_model(retriever, client):
     assert answers == [200] * 16 and most == 1
 
 
-def test_a_real_server_on_a_free_port(retriever):
-    with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(create_app(retriever), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+@contextmanager
+def serving(app):
+    """The address of a real server on a free port."""
+    with bind("127.0.0.1", 0) as bound:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}/recommend"
-            body = json.dumps({"history": [{"item_id": "a"}], "k": 2}).encode()
-            request = urllib.request.Request(url, body, {"content-type": "application/json"})
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                assert [item["item_id"] for item in json.load(answer)["items"]] == ["b", "c"]
+            until = time.monotonic() + 30
+            while not server.started and time.monotonic() < until:
+                time.sleep(0.005)
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(20)
     assert not thread.is_alive()
+
+
+def test_a_real_server_on_a_free_port(retriever):
+    with serving(create_app(retriever)) as url:
+        body = json.dumps({"history": [{"item_id": "a"}], "k": 2}).encode()
+        request = urllib.request.Request(f"{url}/recommend", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            assert [item["item_id"] for item in json.load(answer)["items"]] == ["b", "c"]
+
+
+def test_the_port_opens_when_everything_is_compiled(retriever, monkeypatch):
+    held, servers, said, answers = [], [], [], []
+    warm_up, run = retriever.warm_up, uvicorn.Server.run
+
+    def hold(*address):
+        held.append(bind(*address))
+        return held[0]
+
+    def closed():
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(held[0].getsockname(), 5)
+        assert not said
+        warm_up()
+
+    def ask_and_end(note):
+        """The server's note comes when it can be asked."""
+        said.append(note)
+
+        def ask():
+            answers.append(httpx.get(re.search(r"http://[\d.:]+", note)[0] + "/readyz", timeout=20).status_code)
+            servers[0].should_exit = True
+
+        threading.Thread(target=ask).start()
+
+    monkeypatch.setattr(http, "bind", hold)
+    monkeypatch.setattr(retriever, "warm_up", closed)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: (servers.append(server), run(server, sockets)))
+    monkeypatch.setattr(http.console, "print", ask_and_end)
+    serve(retriever, "127.0.0.1:0")
+    assert len(said) == 1 and answers == [200]
 
 
 def test_addresses():
@@ -129,4 +292,4 @@ def test_addresses():
 
 def test_a_port_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(UserError, match="can't be listened on"):
-        listen("127.0.0.1", other.getsockname()[1])
+        bind("127.0.0.1", other.getsockname()[1])

@@ -4,16 +4,23 @@ import json
 import shutil
 
 import pytest
-from serving_run import NextInLine, write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_run import LINES, NextInLine, write_run
 
 from jaxrec.config import UserError
-from jaxrec.serving.retriever import BATCH_SIZES, Retriever
-from jaxrec.serving.schema import Request, parse_request
+from jaxrec.serving.retriever import AT_ONCE, Retriever, batch_sizes
+from jaxrec.serving.schema import HALF, Answer, Request, parse_request
 
 
 @pytest.fixture
 def retriever(tmp_path):
     return Retriever(write_run(tmp_path / "run"), NextInLine())
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    return Retriever(write_run(tmp_path_factory.mktemp("fuzzed") / "run"), NextInLine())
 
 
 def ask(retriever, **request):
@@ -101,8 +108,32 @@ def test_answers_keep_the_order_of_mixed_requests_and_shapes_stay_few(retriever)
     answers = retriever.answer(requests)
     assert [(answer.source, ids(answer)[0]) for answer in answers] == expected
     assert all(len(answer.items) <= request.k for answer, request in zip(answers, requests, strict=True))
-    assert {size for size, _, _ in retriever.recommender.calls} <= set(BATCH_SIZES)
+    # Nobody but the model pads: it gets each request once.
+    assert sum(size for size, _, _ in retriever.recommender.calls) == sum(number % 7 != 0 for number in range(150))
+    assert max(size for size, _, _ in retriever.recommender.calls) <= AT_ONCE
     assert {k for _, k, _ in retriever.recommender.calls} == {5, 10, 50, 100}, "all 5 items where some are left out"
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(1, (1,)), (4, (1, 4)), (8, (1, 8)), (32, (1, 8, 32)), (100, (1, 8, 32, 100)), (256, (1, 8, 32, 128, 256))],
+)
+def test_few_sizes_up_to_the_largest_batch(most, sizes):
+    assert batch_sizes(most) == sizes
+
+
+def test_a_fault_of_ours_fails_its_request_alone(retriever, monkeypatch, caplog):
+    history = retriever.history
+
+    def faulty(request, version):
+        if request.user_id == "u2":
+            raise ZeroDivisionError("no fault of the user")
+        return history(request, version)
+
+    monkeypatch.setattr(retriever, "history", faulty)
+    answers = retriever.answer([Request(user_id=user) for user in ("u1", "u2", "u1")])
+    assert str(answers[1]) == "this request can't be answered: ZeroDivisionError; the log says why"
+    assert answers[0] == answers[2] and ids(answers[0])[0] == "d" and "no fault of the user" in caplog.text
 
 
 def test_an_unknown_behavior_fails_its_request_alone(retriever):
@@ -148,6 +179,30 @@ def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
             '{"history": [{"item_id": "a"}, {"item_id": "b", "timestamp": 1700000000000}]}',
             "history[1].timestamp is 1700000000000, which looks like milliseconds; give seconds since 1970",
         ),
+        ('{"user_id": "1", "now": "17"}', 'now should be a valid integer, not "17"'),
+        ('{"user_id": "1", "now": true}', "now should be a valid integer, not true"),
+        (
+            '{"history": [{"item_id": "a", "timestamp": 17.0}]}',
+            "history[0].timestamp should be a valid integer, not 17.0",
+        ),
+        (
+            f'{{"user_id": "1", "filter": {{"price": {{"min": 1{"0" * 400}}}}}}}',
+            "filter.price.min has a number beyond 1.8e+308: give a smaller one",
+        ),
+        (
+            f'{{"user_id": "1", "filter": {{"price": -1{"0" * 400}}}}}',
+            "filter.price has a number beyond 1.8e+308: give a smaller one",
+        ),
+        (
+            f'{{"user_id": "1", "k": {"9" * 5000}}}',
+            "this is no JSON that can be read: a number has thousands of digits",
+        ),
+        ('{"history": [{"item_id": "\\ud800"}]}', f"history[0].item_id {HALF}"),
+        ('{"user_id": "1", "filter": {"\\udfff": 3}}', f"filter.\\udfff {HALF}"),
+        ('{"user_id": "1", "filter": {"category": ["shoes", "\\ud800"]}}', f"filter.category[1] {HALF}"),
+        ('{"user_id": "1", "\\ud800": 1}', f"\\ud800 {HALF}"),
+        (b'{"user_id": "\xed\xa0\x80"}', f"user_id {HALF}"),
+        (f'{{"user_id": "1", "k": {"[" * 900}{"]" * 900}}}', "this is no JSON: nested too deeply"),
         (
             '{"history": [{"item_id": "a"}, {"item_id": "b", "timestamp": 17}]}',
             "some events of the history have a timestamp and some have none; give it for all or none",
@@ -160,15 +215,40 @@ def test_one_sentence_for_every_bad_request(line, message):
     assert str(error.value) == message
 
 
+@settings(max_examples=250, deadline=None)
+@given(line=LINES)
+def test_any_line_is_a_request_or_one_printable_sentence(line):
+    try:
+        request = parse_request(line)
+    except UserError as error:
+        assert 0 < len(str(error).encode()) < 2000 and "\n" not in str(error)
+    else:
+        assert parse_request(request.model_dump_json(exclude_none=True)) == request
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    filters=st.dictionaries(
+        st.sampled_from(["category", "price", "in_stock", "tags", "count", "title", "item_id", "none"]),
+        st.sampled_from([True, "red", "", 0, -1, 2**63, -(2**70), 10**300, 1e300, 0.5, [], [1, 2**64], ["red", ""],
+                         {"min": 2**70}, {"max": -1e300}, {"min": None}, {"min": -(10**308), "max": 10**308}]),
+        min_size=1, max_size=3,
+    )
+)  # fmt: skip
+def test_any_filter_is_answered_or_refused_in_a_sentence(fuzzed, filters):
+    (answer,) = fuzzed.answer([Request(user_id="stranger", filter=filters)])
+    assert isinstance(answer, UserError | Answer)
+    assert "the log says why" not in str(answer)
+
+
 @pytest.mark.parametrize(
     "line",
     [
         '{"user_id": "1", "user_id": "2", "k": 3}',
         '{"history": [{"item_id": "é", "timestamp": 17, "behavior": null}], "exclude_seen": true, "now": 20}',
-        '{"history": [{"item_id": "\\ud800"}]}',
         '\ufeff{"user_id": "1"}'.encode("utf-16-le"),
     ],
 )
 def test_a_good_request_is_what_json_says(line):
-    """Whichever of the two parsers takes it; the last two are for the second one."""
+    """Whichever of the two parsers takes it; the last one is for the second."""
     assert parse_request(line) == Request.model_validate(json.loads(line))

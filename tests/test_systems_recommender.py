@@ -117,6 +117,35 @@ def test_who_else_is_in_the_batch_does_not_matter(recommender, everything):
     assert shuffled.tolist() == items[order].tolist()
 
 
+def test_the_size_of_a_batch_makes_no_difference(recommender, everything, monkeypatch):
+    """Of six and four histories, one a bucket, those of sizes 1 and 2 are in three and two batches of two."""
+    rows, search = [], recommender._search
+    monkeypatch.setattr(recommender, "_search", lambda *of: (rows.append(len(of[1]["user"])), search(*of))[1])
+    items, scores = recommender.recommend(HISTORIES, ITEMS, sizes=(1, 2))
+    assert rows == [2] * 5
+    np.testing.assert_array_equal(items, everything[0])
+    np.testing.assert_allclose(scores, everything[1], atol=2e-5)
+    items, scores = recommender.recommend(HISTORIES[:1], ITEMS, exclude_seen=True, sizes=(1, 2))
+    assert rows[5:] == [1]
+    expected, _ = recommender.recommend(HISTORIES[:1], ITEMS, exclude_seen=True)
+    np.testing.assert_array_equal(items, expected)
+    assert rows[6:] == [4], "by default there is one size"
+
+
+def test_a_history_for_every_length(recommender):
+    features = recommender.feature_config
+    assert [longest(history) for history in recommender.every_length()] == list(features.buckets)
+    # Of the weak behavior 2 events are read: only the other one fills the longer bucket.
+    short = dataclasses.replace(features, history_lengths=(2, 6))
+    parts = recommender.assembly, recommender.variables
+    assert [longest(history) for history in GenerativeRecommender(*parts, short, DecodingConfig()).every_length()] == [
+        *features.buckets
+    ]
+    # No history falls into a bucket beyond what is read.
+    unread = dataclasses.replace(features, history_lengths=(3,), past_length=3)
+    assert len(GenerativeRecommender(*parts, unread, DecodingConfig()).every_length()) == 1
+
+
 def test_nobody_asks(recommender):
     items, scores = recommender.recommend([], ITEMS)
     assert items.shape == scores.shape == (0, ITEMS)

@@ -20,7 +20,7 @@ from jaxrec.config import UserError, load_config
 from jaxrec.evaluation.metrics import METRICS
 from jaxrec.models.sequential import Bert4RecConfig, ItemFacts, SasRecConfig, SequentialModel
 from jaxrec.run import Run
-from jaxrec.systems import SYSTEMS, sequential
+from jaxrec.systems import SYSTEMS, sequential, sequential_recommender
 from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, disjoint_windows
 from jaxrec.systems.sequential_training import (
     Binary,
@@ -214,6 +214,24 @@ def test_of_a_long_history_the_latest_events_count():
         np.testing.assert_array_equal(mine, same)
     unseen, _ = MODEL.recommend([long], 12, exclude_seen=True)
     assert sorted(unseen[0][unseen[0] >= 0].tolist()) == [3, 4, 10, 11]
+
+
+def test_few_histories_are_padded_to_few_sizes(monkeypatch):
+    rows, rank = [], sequential_recommender._rank
+    monkeypatch.setattr(sequential_recommender, "_rank", lambda *of: (rows.append(len(of[3]["length"])), rank(*of))[1])
+    histories = [history([row % ITEMS, 3, (5 * row) % ITEMS]) for row in range(130)]
+    alone = [MODEL.recommend([each], 4)[0][0] for each in histories[:9]]
+    assert rows == [1] * 9
+    for count, sizes in ((2, [8]), (9, [32]), (130, [128, 128])):
+        rows.clear()
+        items, _ = MODEL.recommend(histories[:count], 4)
+        assert rows == sizes
+        np.testing.assert_array_equal(items[:9], alone[:count])
+
+
+def test_a_history_for_every_length():
+    histories = Histories.of(MODEL.every_length(), WANTED)
+    assert histories.lengths.tolist() == list(ASSEMBLY.lengths)
 
 
 def test_other_behaviors_are_not_read_and_strangers_get_what_is_popular():

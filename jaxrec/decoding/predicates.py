@@ -8,6 +8,7 @@ A column that holds lists of words matches if any of them does.
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,18 +86,18 @@ def _between(column: str, bounds: Mapping) -> Between:
 def _kind(column: str, value: Any) -> str:
     if isinstance(value, bool | np.bool_):
         return "boolean"
-    if isinstance(value, int | float | np.integer | np.floating) and _is_finite(value):
+    if isinstance(value, int | float | np.integer | np.floating) and _is_finite(column, value):
         return "number"
     if isinstance(value, str):
         return "text"
     raise UserError(f"filter.{column} has the value {_shown(value)}: give text, numbers, true or false")
 
 
-def _is_finite(value: float) -> bool:
+def _is_finite(column: str, value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # A whole number that is too large to be compared with floating-point ones.
-        return False
+    except OverflowError as error:  # an integer beyond all floats
+        raise UserError(f"filter.{column} has a number beyond {sys.float_info.max:.2}: give a smaller one") from error
 
 
 def _shown(value: Any) -> str:

@@ -15,6 +15,7 @@ noted, `noted:<lines>` after that.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ WINDOW_LINES, WINDOW_BYTES, WINDOW_ITEMS = 4096, 1 << 24, 1 << 17
 """A window ends when it has so many lines, bytes, or items asked for."""
 MAX_LINE = 1 << 26
 CHUNK = 1 << 20
+LOG = logging.getLogger(__name__)
 BEGIN_AGAIN = "give --restart to begin again, or another --out"
 
 
@@ -203,6 +205,9 @@ def _parse(line: bytes, file: BinaryIO) -> Request | UserError:
         return parse_request(line)
     except UserError as error:
         return error
+    except Exception as error:  # a fault of this code, which must not end a file of millions
+        LOG.exception("a line was refused")
+        return UserError(f"this line can't be read: {type(error).__name__}; the log says why")
 
 
 def _survey(requests: Path) -> tuple[int, str]:

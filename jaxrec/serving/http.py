@@ -1,20 +1,51 @@
-"""The JSON API: POST /recommend, GET /healthz, and the OpenAPI pages at /docs."""
+"""The JSON API: POST /recommend, GET /healthz and /readyz, and the OpenAPI pages at /docs.
 
+Whatever is refused is answered with {"error": one sentence}. The event loop only takes requests in; a few threads parse
+and answer them, so that /healthz never waits for the model.
+"""
+
+import asyncio
 import ipaddress
 import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from jaxrec.config import UserError
 from jaxrec.run import console
 from jaxrec.serving.retriever import Retriever
-from jaxrec.serving.schema import Answer, Request, explain
+from jaxrec.serving.schema import Answer, NoJsonError, Request, parse_request
+
+THREADS = 4
+"""Threads that answer: while one is in the model the others parse, look up histories and write."""
+RETRY_AFTER = "1"
+"""Seconds after which a client that was turned away may try again."""
+DRAINED = 4
+"""A body that is too long is read up to this many times the limit, so that its sender gets to read the answer."""
+SCHEMAS = "#/components/schemas/"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes in at most."""
+
+    waiting: int = 64
+    """requests that are answered or wait for it; more are turned away with status 503"""
+    body: int = 16 << 20
+    """bytes of a body; a history of 100,000 events has about 8 MB"""
+    body_seconds: float = 30.0
+    """for the whole body to arrive"""
 
 
 class Problem(BaseModel):
@@ -35,51 +66,158 @@ class Health(BaseModel):
     """of the catalogue"""
 
 
-def create_app(retriever: Retriever) -> FastAPI:
-    """The application around a retriever. Requests run in threads; the retriever lets one at a time into the model."""
-    app = FastAPI(title="jaxrec", description="Generative retrieval: what is this shopper likely to take next?")
-    problems: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (400, 422)}
+class Ready(BaseModel):
+    """Requests are answered at once."""
 
-    @app.post("/recommend", responses=problems, response_model_exclude_none=True)
-    def recommend(request: Request) -> Answer:
+    status: str
+
+
+class Queue:
+    """Counts the requests inside, up to a limit; of the event loop alone."""
+
+    def __init__(self, limit: int):
+        self.limit, self.inside = limit, 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the next one is turned away."""
+        return self.inside >= self.limit
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Raises HTTPException 503 if there is none."""
+        if self.full:
+            message = f"{self.limit} requests are waiting already; try again in a second"
+            raise HTTPException(503, message, {"Retry-After": RETRY_AFTER})
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+
+def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
+    """The application around a retriever, which lets one request at a time into the model."""
+    app = FastAPI(title="jaxrec", description="Generative retrieval: what is this shopper likely to take next?")
+    limits = limits or Limits()
+    queue, threads = Queue(limits.waiting), ThreadPoolExecutor(THREADS, thread_name_prefix="requests")
+    problems: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (400, 408, 413, 422, 503)}
+    body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}Request"}}}}
+
+    @app.post("/recommend", response_model=Answer, responses=problems, openapi_extra={"requestBody": body})
+    async def recommend(http: HttpRequest) -> Response:
         """Items for a known user or for a history given in the request, best first."""
-        (answer,) = retriever.answer([request])
-        if isinstance(answer, UserError):
-            raise HTTPException(422, str(answer))
-        return answer
+        with queue.place():
+            text = await read_body(http, limits)
+            return await asyncio.get_running_loop().run_in_executor(threads, answer_body, retriever, text)
 
     @app.get("/healthz")
-    def healthz() -> Health:
-        """Whether the server is up, and what it serves."""
+    async def healthz() -> Health:
+        """Whether the server is up, and what it serves; never waits for the model."""
         version = retriever.catalogue.current
         sizes = {"items": len(version.popular), "users": len(retriever.user_index)}
         return Health(status="ok", system=retriever.system, version=version.number, **sizes)
 
-    @app.exception_handler(RequestValidationError)
-    def invalid(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        errors = list(error.errors())
-        return JSONResponse({"error": explain(errors)}, 400 if errors[0]["type"] == "json_invalid" else 422)
+    @app.get("/readyz", responses={503: {"model": Problem}})
+    async def readyz() -> Ready:
+        """Whether the next request is answered at once: everything is compiled, and the queue has room."""
+        if not retriever.ready:
+            raise HTTPException(503, "programs are not compiled yet", {"Retry-After": RETRY_AFTER})
+        with queue.place():
+            return Ready(status="ready")
 
     @app.exception_handler(HTTPException)
-    def refused(_: HttpRequest, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": error.detail}, error.status_code)
+    async def refused(http: HttpRequest, error: HTTPException) -> JSONResponse:
+        sentences = {
+            404: f"there is no {http.url.path[:100]}; /docs lists what there is",
+            405: f"{http.url.path} takes {(error.headers or {}).get('Allow')}, not {http.method[:20]}",
+        }
+        return JSONResponse({"error": sentences.get(error.status_code, error.detail)}, error.status_code, error.headers)
 
+    @app.exception_handler(Exception)
+    async def failed(_: HttpRequest, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": f"the server failed ({type(error).__name__}); its log says why"}, 500)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            described = {"title": app.title, "version": app.version, "description": app.description}
+            app.openapi_schema = get_openapi(routes=app.routes, **described)
+            request = Request.model_json_schema(ref_template=SCHEMAS + "{model}")
+            parts = request.pop("$defs")
+            app.openapi_schema["components"]["schemas"] |= {**parts, "Request": request}
+        return app.openapi_schema
+
+    app.openapi = openapi
     return app
 
 
-def serve(retriever: Retriever, address: str) -> None:
-    """Serves until interrupted.
+async def read_body(http: HttpRequest, limits: Limits) -> bytes:
+    """The body of a request.
+
+    Raises:
+      HTTPException: it is too long or too slow, or the client is gone.
+    """
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in http.stream():
+                size += len(chunk)
+                if size <= limits.body:
+                    chunks.append(chunk)
+                elif size > DRAINED * limits.body:
+                    break
+    except TimeoutError as error:
+        message = f"the body took more than {limits.body_seconds:g} seconds to arrive"
+        raise HTTPException(408, message, {"Connection": "close"}) from error
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the connection was closed before the body was complete") from error
+    if size > limits.body:
+        message = f"the body has more than {limits.body:,} bytes; send less at a time"
+        raise HTTPException(413, message, {"Connection": "close"})
+    return b"".join(chunks)
+
+
+def answer_body(retriever: Retriever, body: bytes) -> Response:
+    """The response to a body: an answer, or what is wrong with the request."""
+    try:
+        if not body:
+            raise UserError("the request has no body")
+        (answer,) = retriever.answer([parse_request(body)])
+        if isinstance(answer, UserError):
+            raise answer
+    except UserError as error:
+        return JSONResponse({"error": str(error)}, 400 if isinstance(error, NoJsonError) else 422)
+    return Response(answer.to_json(), media_type="application/json")
+
+
+def serve(retriever: Retriever, address: str, limits: Limits | None = None) -> None:
+    """Warms the retriever up, then opens the port and serves until interrupted.
 
     Raises:
       UserError: `address` is no HOST:PORT, or can't be listened on.
     """
     host, port = parse_address(address)
-    with listen(host, port) as listener:
+    with bind(host, port) as bound:
+        if not retriever.ready:
+            retriever.warm_up()
         shown = f"[{host}]" if ":" in host else host
-        console.print(f"serving on http://{shown}:{listener.getsockname()[1]}, API at /docs; Ctrl-C ends it")
+        notes = [f"serving on http://{shown}:{bound.getsockname()[1]}, API at /docs; Ctrl-C ends it"]
         if not _is_loopback(host):
-            console.print("this address is open to other machines, and nobody has to log in")
-        uvicorn.Server(uvicorn.Config(create_app(retriever), log_level="warning")).run(sockets=[listener])
+            notes.append("this address is open to other machines, and nobody has to log in")
+        _Server(uvicorn.Config(create_app(retriever, limits), log_level="warning"), notes).run(sockets=[bound])
+
+
+class _Server(uvicorn.Server):
+    """Prints notes when it has begun to take requests."""
+
+    def __init__(self, config: uvicorn.Config, notes: list[str]):
+        super().__init__(config)
+        self.notes = notes
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for note in self.notes if self.started else ():
+            console.print(note)
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -94,17 +232,24 @@ def parse_address(address: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; made before uvicorn starts, which would end the process where the port is taken.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that holds an address and doesn't listen yet: nobody can connect until the server starts.
 
     Raises:
       UserError: the host is unknown, or the port is taken or not allowed.
     """
     try:
-        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(place[:2], family=family, backlog=2048)
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(place)
+        except OSError:
+            bound.close()
+            raise
     except OSError as error:
         raise UserError(f"--http {host}:{port} can't be listened on: {error.strerror}; give another address") from error
+    return bound
 
 
 def _is_loopback(host: str) -> bool:

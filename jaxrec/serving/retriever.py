@@ -8,6 +8,9 @@ The catalogue may change while it serves (`Retriever.catalogue`, `Retriever.add`
 one version that was current when it began.
 """
 
+import dataclasses
+import itertools
+import logging
 import threading
 from collections.abc import Sequence
 from itertools import groupby
@@ -20,35 +23,51 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
-from jaxrec.decoding.filters import Allowed
+from jaxrec.decoding.filters import LISTED, Allowed
 from jaxrec.decoding.live import LiveCatalogue
 from jaxrec.decoding.version import Predicate, Version
 from jaxrec.evaluation.baselines import Recommender
 from jaxrec.evaluation.cases import History
-from jaxrec.run import Run, read_json
+from jaxrec.run import Run, read_json, track
 from jaxrec.semantic_ids import codebooks
 from jaxrec.semantic_ids.later import check_known, read_later
 from jaxrec.semantic_ids.space import read_codes, rows_in
 from jaxrec.semantic_ids.versions import BOOKS, CODES, read_version, trained_version
 from jaxrec.serving.schema import MAX_K, Answer, Event, Item, Request
 
-BATCH_SIZES = (1, 8, 64)
+LOG = logging.getLogger(__name__)
 SPARE = 1 << 16
 """New items that a recommender without semantic IDs has room for."""
 NOTHING_ALLOWED = "the filters of this request allow no item of the catalogue"
 DEPTHS = (10, 50, 100, MAX_K)
-"""Batches are padded to one of these sizes, and ranked to one of these depths, so that nothing recompiles."""
+"""The model ranks to one of these depths: a program is compiled for each at most."""
+AT_ONCE = 64
+"""Requests that the model is given in a call, so that rankings of a whole catalogue stay few."""
+LIST_SIZES = tuple(LISTED**power + 1 for power in range(1, 20))
+"""One more than what lists of blocked items are padded to."""
+
+
+def batch_sizes(most: int) -> tuple[int, ...]:
+    """What batches are padded to: 1, 8, 32, 128 ... below `most`, and `most`."""
+    return (*itertools.takewhile(lambda size: size < most, (1, *(8 * 4**step for step in range(30)))), most)
 
 
 class Retriever:
-    """Answers requests, many at once; safe to call from several threads."""
+    """Answers requests, many at once; safe to call from several threads.
 
-    def __init__(self, run_path: Path, recommender: Recommender | None = None):
+    Attributes:
+      sizes: what batches of the model are padded to; None for a model that pads by itself.
+      ready: whether `warm_up` was called.
+    """
+
+    def __init__(self, run_path: Path, recommender: Recommender | None = None, *, batch_size: int | None = None):
         """Loads the run; `recommender` replaces the trained model, for tests and for baselines.
+
+        `batch_size` replaces the run's `decoding.batch_size`.
 
         Raises:
           UserError: there is no run at `run_path`, or it is not finished, or its system is not known, or an item was
-            published that the run has no row of.
+            published that the run has no row of; a batch size for a model without one.
         """
         self.run, config = Run.load(Path(run_path))
         self.system = str(config.get("system"))
@@ -65,10 +84,22 @@ class Retriever:
         self.answer_time = bool(statistics.get("answer_time", True))
         self._read_events(len(users))
         self.recommender = recommender or self._load_recommender(config)
+        self.sizes = self._sizes(batch_size)
+        self.ready = False
         self._lock = threading.Lock()
         self.catalogue = self._live(items)
         if getattr(self.recommender, "space", None) is not None:
             self._take_published(items)
+
+    def _sizes(self, batch_size: int | None) -> tuple[int, ...] | None:
+        config = getattr(self.recommender, "config", None)
+        if config is None:
+            if batch_size is not None:
+                raise UserError(f"--batch-size is for models with semantic IDs, not for {self.system}; leave it out")
+            return None
+        if batch_size is not None:
+            self.recommender.config = config = dataclasses.replace(config, batch_size=batch_size)
+        return batch_sizes(config.batch_size)
 
     def _live(self, items: pa.Table) -> LiveCatalogue:
         """The catalogue of the run as its first version."""
@@ -155,7 +186,7 @@ class Retriever:
     def answer(
         self,
         requests: Sequence[Request],
-        at_once: int = BATCH_SIZES[-1],
+        at_once: int = AT_ONCE,
         *,
         within: Sequence[Predicate | np.ndarray | None] | None = None,
     ) -> list[Answer | UserError]:
@@ -177,6 +208,10 @@ class Retriever:
             except UserError as error:
                 answers[row] = error
                 continue
+            except Exception as error:  # a fault of this code, which must not cost the other requests their answers
+                LOG.exception("a request was refused")
+                answers[row] = UserError(f"this request can't be answered: {type(error).__name__}; the log says why")
+                continue
             if allowed[row] is not None and not allowed[row].count:
                 source = "model" if len(history["item"]) else "popular"
                 answers[row] = Answer(items=[], source=source, ignored=ignored[row] or None, note=NOTHING_ALLOWED)
@@ -188,7 +223,7 @@ class Retriever:
 
         def call(pair: tuple[int, History]) -> tuple[bool, int]:
             row = pair[0]
-            return allowed[row] is not None, next(depth for depth in DEPTHS if depth >= requests[row].k)
+            return allowed[row] is not None, self.depth(requests[row].k)
 
         # Searches with filters and without, and of different depths, are different calls of the model.
         known.sort(key=call)
@@ -201,6 +236,12 @@ class Retriever:
                 for row, items, scores in zip(rows, *ranked, strict=True):
                     answers[row] = self._answer(version, items[: requests[row].k], scores, "model", ignored[row])
         return answers
+
+    def depth(self, k: int) -> int:
+        """The depth that k items are ranked to: of the DEPTHS that need the same beams the largest, as one program."""
+        first, *deeper = (depth for depth in DEPTHS if depth >= k)
+        width = getattr(self.recommender, "width", None)
+        return first if width is None else max([first, *(depth for depth in deeper if width(depth) == width(first))])
 
     def history(self, request: Request, version: Version | None = None) -> tuple[History, list[str]]:
         """(what the request's user did, item ids that are not in the catalogue); an empty history if nothing is known.
@@ -268,16 +309,13 @@ class Retriever:
     def _recommend(
         self, version: Version, histories: list[History], depth: int, allowed: list[Allowed] | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The model, one call at a time, on a batch padded to one of BATCH_SIZES unless it is larger than all."""
-        size = next((size for size in BATCH_SIZES if size >= len(histories)), len(histories))
-        histories, count = histories + histories[-1:] * (size - len(histories)), len(histories)
+        """The model, one call at a time; it pads histories of one length to a batch, and nobody else does."""
         if version.served is None:
-            items, scores = self._rank_and_drop(version, histories, depth, allowed)
-        else:
-            filters = None if allowed is None else allowed + allowed[-1:] * (size - count)
-            with self._lock:
-                items, scores = self.recommender.recommend(histories, depth, allowed=filters, served=version.served)
-        return items[:count], scores[:count]
+            return self._rank_and_drop(version, histories, depth, allowed)
+        with self._lock:
+            return self.recommender.recommend(
+                histories, depth, allowed=allowed, served=version.served, sizes=self.sizes
+            )
 
     def _rank_and_drop(
         self, version: Version, histories: list[History], depth: int, allowed: list[Allowed] | None
@@ -308,15 +346,29 @@ class Retriever:
         ]
         return Answer(items=listed, source=source, ignored=ignored or None)
 
-    def warm_up(self) -> None:
-        """Compiles what a single request of the default depth needs, with a filter and without, so that the first user
-        need not wait for it.
+    def warm_up(self, sizes: Sequence[int] = (1,)) -> None:
+        """Runs every program that `sizes` requests at a time can need, smallest first: whoever asks need not wait.
+
+        There is one for each size, each length bucket of histories, each depth, with filters and without. Whatever is
+        not in the cache of compiled programs (`jaxrec.programs`) is compiled.
         """
-        popular = self.catalogue.current.most_popular(1)
-        for item in popular:
-            asked = {"history": [{"item_id": self.catalogue.current.items["item_id"][int(item)].as_py()}]}
+        version = self.catalogue.current
+        lengths = self.recommender.every_length() if hasattr(self.recommender, "every_length") else []
+        depths = sorted({self.depth(depth) for depth in DEPTHS})
+        everything = version.order.allowed()
+        calls = itertools.product(depths, sizes, lengths, (None, everything))
+        for depth, size, history, allowed in track(list(calls), "compile"):
+            self._recommend(version, [history] * size, depth, None if allowed is None else [allowed] * size)
+        # Accelerators pad lists of blocked items as well; the rest of an answer is warm after the first one.
+        for history in lengths[:1]:
+            for listed in itertools.takewhile(lambda count: count < len(version.popular), LIST_SIZES):
+                blocked = version.order.allowed(blocked=version.popular[:listed])
+                self._recommend(version, [history], depths[0], [blocked])
+        for item in version.most_popular(1):
+            asked = {"history": [{"item_id": version.items["item_id"][int(item)].as_py()}]}
             for more in ({}, {"exclude_seen": True}):
                 self.answer([Request.model_validate(asked | more)])
+        self.ready = True
 
 
 def _is_empty(predicate: Any) -> bool:

@@ -1,9 +1,18 @@
 """Requests and answers: what a line of a request file, or the body of a POST, may say."""
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from jaxrec.config import UserError
 from jaxrec.decoding.predicates import parse_where
@@ -12,8 +21,22 @@ MAX_K = 500
 MAX_HISTORY = 100_000
 MAX_LISTED = 10_000
 """Item ids that a request may block or allow; what is more is a filter."""
+MAX_TEXT = 10_000
+"""Characters of an id or a name."""
+MAX_SENTENCE = 500
+"""Characters of an error, which may quote what a request holds."""
+HALF = "holds half a character (a lone surrogate); give whole ones"
+NESTED = "this is no JSON: nested too deeply"
 MILLISECONDS = 100_000_000_000
 """Seconds reach this in the year 5138; a larger time is in milliseconds."""
+
+# The length is what has pydantic read the text as Unicode: without it a lone surrogate would pass.
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+Seconds = Annotated[int, Field(ge=0, lt=MILLISECONDS, strict=True)]
+
+
+class NoJsonError(UserError):
+    """The text of a request can't be parsed."""
 
 
 class Event(BaseModel):
@@ -21,9 +44,9 @@ class Event(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    item_id: str = Field(description="An item of the catalogue that the run was trained on.")
-    behavior: str | None = Field(None, description="Default: the weakest behavior that counts as a target.")
-    timestamp: Annotated[int, Field(ge=0, lt=MILLISECONDS)] | None = Field(
+    item_id: Text = Field(description="An item of the catalogue that the run was trained on.")
+    behavior: Text | None = Field(None, description="Default: the weakest behavior that counts as a target.")
+    timestamp: Seconds | None = Field(
         None, description="Seconds since 1970; events of one timestamp are one session. Give it for all or for none."
     )
 
@@ -46,7 +69,7 @@ class Request(BaseModel):
         },
     )
 
-    user_id: str | None = Field(None, description="A user of the run; one that it does not know gets popular items.")
+    user_id: Text | None = Field(None, description="A user of the run; one that it does not know gets popular items.")
     history: Annotated[list[Event], Field(max_length=MAX_HISTORY)] | None = None
     k: int = Field(10, ge=1, le=MAX_K, strict=True, description="The most items wanted.")
     exclude_seen: bool = Field(False, strict=True, description="Leave out what the user already had.")
@@ -55,13 +78,13 @@ class Request(BaseModel):
         description="Columns of the items table that have to match, all of them: a value, a list of values, or bounds "
         '{"min": 5, "max": 20}, which are included. A missing value never matches.',
     )
-    blocked: Annotated[list[str], Field(max_length=MAX_LISTED)] | None = Field(
+    blocked: Annotated[list[Text], Field(max_length=MAX_LISTED)] | None = Field(
         None, description="Item ids that are left out."
     )
-    allowed: Annotated[list[str], Field(max_length=MAX_LISTED)] | None = Field(
+    allowed: Annotated[list[Text], Field(max_length=MAX_LISTED)] | None = Field(
         None, description="The only item ids that may come; an empty list allows none."
     )
-    now: Annotated[int, Field(ge=0, lt=MILLISECONDS)] | None = Field(
+    now: Seconds | None = Field(
         None, description="When the user asks, in seconds since 1970. Default: the end of the log."
     )
 
@@ -107,46 +130,90 @@ def parse_request(line: str | bytes) -> Request:
     """A request from its JSON text.
 
     Raises:
+      NoJsonError: it can't be parsed.
       UserError: one sentence: what is wrong with it, and where.
     """
     try:
         return Request.model_validate_json(line)  # several times as fast as what follows, which can explain
-    except ValidationError:
+    except (ValidationError, RecursionError):
         pass
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise UserError("this is no UTF-8 text") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"this is no JSON: {getattr(error, 'msg', 'nested too deeply')}") from error
+    value = _load_json(line)
     if not isinstance(value, dict):
         raise UserError('a request is a JSON object such as {"user_id": "123"}')
     try:
+        if (path := _half_character(value)) is not None:
+            raise UserError(_printable(f"{_place(path)} {HALF}"))
         return Request.model_validate(value)
     except ValidationError as error:
-        raise UserError(explain(error.errors())) from error
+        raise UserError(_printable(_explain(error.errors()[0]))) from error
+    except RecursionError as error:
+        raise NoJsonError(NESTED) from error
 
 
-def explain(errors: list[dict[str, Any]]) -> str:
-    """The first of pydantic's errors as one sentence that names the field."""
-    first = errors[0]
-    path = [part for part in first["loc"] if part != "body"]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-    match first["type"]:
-        case "json_invalid":
-            return f"this is no JSON: {first.get('ctx', {}).get('error', first['msg'])}"
-        case "model_attributes_type" if not where:
-            return 'a request is a JSON object such as {"user_id": "123"}'
+def _load_json(line: str | bytes) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise NoJsonError("this is no UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise NoJsonError(f"this is no JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise NoJsonError(NESTED) from error
+    except ValueError as error:  # Python's limit on the digits of integers
+        raise NoJsonError("this is no JSON that can be read: a number has thousands of digits") from error
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One of pydantic's errors as one sentence that names the field."""
+    path = error["loc"]
+    where = _place(path)
+    match error["type"]:
         case "extra_forbidden":
             known = ", ".join((Event if path[0] == "history" else Request).model_fields)
             return f"unknown field {where}; known are {known}"
-        case "missing" if where:
-            return f"{where} is missing"
         case "missing":
-            return "the request has no body"
+            return f"{where} is missing"
         case "value_error":
-            return str(first["ctx"]["error"])
+            return str(error["ctx"]["error"])
+        case "string_unicode":
+            return f"{where} {HALF}"
         case "less_than" if path[-1] in ("timestamp", "now"):
-            return f"{where} is {first['input']}, which looks like milliseconds; give seconds since 1970"
-    message = first["msg"].removeprefix("Input ")
-    return f"{where} {message}, not {json.dumps(first['input'], default=str)[:60]}"
+            return f"{where} is {_shown(error['input'])}, which looks like milliseconds; give seconds since 1970"
+    return f"{where} {error['msg'].removeprefix('Input ')}, not {_shown(error['input'])}"
+
+
+def _place(path: Sequence[str | int]) -> str:
+    """`history[0].item_id`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:100]}" for part in path).lstrip(".")
+
+
+def _half_character(value: Any) -> tuple[str | int, ...] | None:
+    """The path to the first text or name with a lone surrogate in JSON values."""
+    if isinstance(value, str):
+        return None if _is_unicode(value) else ()
+    if isinstance(value, dict) and (halves := [(name,) for name in value if not _is_unicode(name)]):
+        return halves[0]
+    parts = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    found = ((name, _half_character(part)) for name, part in parts)
+    return next(((name, *path) for name, path in found if path is not None), None)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)[:60]
+    except (RecursionError, ValueError):
+        return f"this {type(value).__name__}"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(sentence: str) -> str:
+    """A sentence that can be sent as UTF-8, whatever it quotes, and is not long."""
+    sentence = sentence.encode("utf-8", "backslashreplace").decode()
+    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:MAX_SENTENCE]}..."

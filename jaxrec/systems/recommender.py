@@ -36,7 +36,7 @@ class DecodingConfig:
     beam_width: int = 64
     """beams; where more items are asked for, as many beams as items"""
     batch_size: int = 32
-    """histories that are decoded together"""
+    """histories that are decoded together, at most"""
     beam_widths: tuple[int, ...] = ()
     """beams of every level (RankGR: 500, 1400) in place of `beam_width`; never more than there are prefixes. Where more
     items are asked for, the last level has as many"""
@@ -155,12 +155,14 @@ class GenerativeRecommender:
         *,
         allowed: Sequence[Allowed] | None = None,
         served: dict | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best items of each history: items int32 [B, k] (-1 = none) and log-probabilities float32 [B, k].
 
         `exclude_seen` leaves out the target items of the history. Items that share an ID share its score and stand in
         falling popularity. `allowed` says which items each history may get, in the order of the trie of `served`, which
-        is that of a version of a live catalogue (`serve_version`) or by default of the trained one.
+        is that of a version of a live catalogue (`serve_version`) or by default of the trained one. Batches are padded
+        to one of `sizes`, which rise; by default to `config.batch_size`, for which the fewest programs are compiled.
         """
         served = self.served if served is None else served
         if exclude_seen:
@@ -170,8 +172,8 @@ class GenerativeRecommender:
         width = self.width(k)
 
         def searches():
-            for rows, arrays in self._batches(histories):
-                few = None if allowed is None else self._stack([allowed[row] for row in rows])
+            for rows, arrays in self._batches(histories, sizes):
+                few = None if allowed is None else _stack([allowed[row] for row in rows], _batch_size(arrays))
                 self._note(arrays, few, width, k)
                 yield rows, self._search(served, arrays, few, width, k)
 
@@ -206,17 +208,31 @@ class GenerativeRecommender:
             return (*before, max(last, k))
         return max(self.config.beam_width, k)
 
-    def _batches(self, histories: list[History]):
-        """Yields (rows, stacked features): histories of one length bucket, filled up to the batch size."""
+    def every_length(self) -> list[History]:
+        """A history for each of the length buckets that histories can fall into."""
+        found: dict[int, History] = {}
+        for length in self.feature_config.buckets:
+            for behavior in range(len(self.assembly.behaviors)):
+                history = repeated_item(length, behavior)
+                found.setdefault(self.feature_config.bucket_of(history, length), history)
+        return [found[bucket] for bucket in sorted(found)]
+
+    def _batches(self, histories: list[History], sizes: Sequence[int] | None = None):
+        """Yields (rows, stacked features): histories of one length bucket, padded to the smallest of `sizes`.
+
+        Where there are more than the largest, all batches have that size.
+        """
+        sizes = sizes or (self.config.batch_size,)
         ends = [int(history["session"][-1]) + 1 if len(history["session"]) else 0 for history in histories]
         pairs = list(zip(histories, ends, strict=True))
         buckets = np.array([self.feature_config.bucket_of(history, end) for history, end in pairs])
         for bucket in np.unique(buckets):
             group = np.flatnonzero(buckets == bucket)
-            for start in range(0, len(group), self.config.batch_size):
-                rows = group[start : start + self.config.batch_size]
+            size = next((size for size in sizes if size >= len(group)), sizes[-1])
+            for start in range(0, len(group), size):
+                rows = group[start : start + size]
                 cuts = [self._cut(*pairs[row]) for row in rows]
-                filled = [cuts[index % len(cuts)] for index in range(self.config.batch_size)]
+                filled = [cuts[index % len(cuts)] for index in range(size)]
                 yield rows, {name: np.stack([arrays[name] for arrays in filled]) for name in cuts[0]}
 
     def _cut(self, history: History, end: int) -> dict:
@@ -228,10 +244,6 @@ class GenerativeRecommender:
         """What each user doesn't have yet."""
         seen = (history["item"][self.assembly.wanted[history["behavior"]]] for history in histories)
         return [self.order.allowed(blocked=items) for items in seen]
-
-    def _stack(self, requests: list[Allowed]) -> ItemFilter:
-        """The filter of a batch, filled up to the batch size."""
-        return stack([requests[row % len(requests)] for row in range(self.config.batch_size)])
 
     def _note(self, arrays: dict, item_filter: ItemFilter | None, width: int | tuple, k: int) -> None:
         """Remembers which shapes were asked for, so that `warm_up` can ask for them again."""
@@ -297,7 +309,7 @@ class GenerativeRecommender:
     def warm_up(self, served: dict) -> None:
         """Runs every search that was asked for so far once, on arrays of zeros: whoever asks next need not wait."""
         for (_, filtered, width, k), arrays in list(self._signatures.items()):
-            few = self._stack([ItemOrder(served["trie"]).allowed()]) if filtered else None
+            few = _stack([ItemOrder(served["trie"]).allowed()], _batch_size(arrays)) if filtered else None
             jax.block_until_ready(self._search(served, arrays, few, width, k))
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -322,6 +334,22 @@ class GenerativeRecommender:
 
 def _batch_size(arrays: dict[str, jax.Array]) -> int:
     return next(iter(arrays.values())).shape[0]
+
+
+def repeated_item(length: int, behavior: int) -> History:
+    """The history of somebody who met item 0 in each of `length` sessions."""
+    return {
+        "item": np.zeros(length, np.int32),
+        "behavior": np.full(length, behavior, np.int8),
+        "timestamp": np.zeros(length, np.int64),
+        "session": np.arange(length, dtype=np.int32),
+        "now": np.int64(0),
+    }
+
+
+def _stack(requests: list[Allowed], size: int) -> ItemFilter:
+    """The filter of a batch, padded to `size` requests."""
+    return stack([requests[row % len(requests)] for row in range(size)])
 
 
 def filled_up(values: np.ndarray, rows: int) -> jax.Array:

@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from jaxrec.decoding.top import top
 from jaxrec.evaluation.cases import History
 from jaxrec.models.sequential import ItemFacts, SequentialModel
+from jaxrec.systems.recommender import repeated_item
 from jaxrec.training.sharding import init_sharded, shapes_of
 
-ROWS = 128
-"""Histories that are ranked together."""
+SIZES = 1, 8, 32, 128
+"""Histories are ranked in batches of the last size; fewer of them are padded to one of the others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +139,10 @@ class SequentialRecommender:
         longest = assembly.lengths[-1]
         # Histories of about one length together; the last batch is filled up with copies of its first.
         order = np.argsort(histories.lengths, kind="stable")
-        for begin in range(0, len(order), ROWS):
-            rows = order[begin : begin + ROWS]
-            filled = np.concatenate([rows, np.full(ROWS - len(rows), rows[0])])
+        batch = next((size for size in SIZES if size >= len(order)), SIZES[-1])
+        for begin in range(0, len(order), batch):
+            rows = order[begin : begin + batch]
+            filled = np.concatenate([rows, np.full(batch - len(rows), rows[0])])
             most = min(histories.lengths[rows].max(), longest)
             size = next(length for length in assembly.lengths if length >= most)
             arrays = histories.take(filled, size + 1, size)
@@ -151,6 +153,11 @@ class SequentialRecommender:
             best = np.where(np.isfinite(values), best, -1)
             items[rows, :found], scores[rows, :found] = best[: len(rows)], values[: len(rows)]
         return items, scores
+
+    def every_length(self) -> list[History]:
+        """A history for each length that histories are padded to."""
+        behavior = self.assembly.target_behaviors[0]
+        return [repeated_item(length, behavior) for length in self.assembly.lengths]
 
     def with_params(self, params: Any) -> "SequentialRecommender":
         """The same with other parameters, such as those of a training that goes on; nothing is compiled again."""
