@@ -1,8 +1,13 @@
 """Serving a catalogue that changes: filters in requests, new items, and swaps while many threads ask."""
 
+import copy
+import dataclasses
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -15,6 +20,8 @@ from serving_run import ITEMS, NextInLine, write_run
 
 from jaxrec.config import UserError
 from jaxrec.data.features import FeatureConfig
+from jaxrec.decoding.live import LiveCatalogue
+from jaxrec.decoding.version import Version
 from jaxrec.semantic_ids import Codebooks, codebooks, commands, write_codes
 from jaxrec.semantic_ids.catalogue import append
 from jaxrec.semantic_ids.residual import Residual
@@ -24,6 +31,7 @@ from jaxrec.serving.schema import Request
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 IDS = [f"i{row}" for row in range(COUNT)]
+FEATURES = FeatureConfig(history_lengths=(4,), past_length=4, targets=4, buckets=(4,))
 COLORS = ["red", "blue", "green", None]
 
 
@@ -46,19 +54,22 @@ def retriever(tmp_path) -> Retriever:
 @pytest.fixture(scope="module")
 def recommender() -> GenerativeRecommender:
     assembly = make_assembly(MODEL)
-    features = FeatureConfig(history_lengths=(4,), past_length=4, targets=4, buckets=(4,))
-    return GenerativeRecommender(assembly, make_variables(assembly), features, DecodingConfig(24, 4))
+    return GenerativeRecommender(assembly, make_variables(assembly), FEATURES, DecodingConfig(24, 4))
 
 
 @pytest.fixture
 def real(tmp_path, recommender) -> Retriever:
     """A run of twenty items with the tiny OneMall; behaviors are those of its parts."""
-    path = write_run(tmp_path / "run")
-    popularity = recommender.space.popularity
+    return Retriever(write_mall_run(tmp_path), recommender)
+
+
+def write_mall_run(folder) -> Path:
+    path = write_run(folder / "run")
+    popularity = make_assembly(MODEL).space.popularity
     colors = [COLORS[row % 4] for row in range(COUNT)]
     items = {"item_id": IDS, "title": IDS, "count": popularity, "color": colors, "price": np.arange(COUNT) / 2}
     pq.write_table(pa.table(items), path / "tables" / "items.parquet")
-    return Retriever(path, recommender)
+    return path
 
 
 def write_ids(retriever) -> Codebooks:
@@ -172,6 +183,47 @@ def test_a_mixed_batch_of_a_real_model_is_answered_as_each_alone(real):
         assert ids(real.answer([request])[0]) == ids(answer)
 
 
+def test_a_batch_is_padded_once(real, monkeypatch):
+    """A request is decoded alone; more of them together, in the smallest batch that holds them."""
+    sizes, search = [], real.recommender._search
+    monkeypatch.setattr(
+        real.recommender,
+        "_search",
+        lambda *of: (sizes.append({len(x) for x in jax.tree.leaves(of[1:3])}), search(*of))[1],
+    )
+    for count, expected in ((1, [{1}]), (2, [{4}]), (4, [{4}]), (5, [{4}, {4}])):
+        for more in ({}, {"blocked": ["i1"]}):
+            requests = [Request(history=HISTORY, k=10, **more)] * count
+            answers = real.answer(requests)
+            assert sizes == expected
+            assert [ids(answer) for answer in answers] == [ids(answers[0])] * count
+            sizes.clear()
+
+
+def test_after_the_warm_up_no_request_compiles(tmp_path, recommender):
+    """Any depth, history length, filter."""
+    parts = recommender.assembly, recommender.variables, dataclasses.replace(FEATURES, buckets=(2, 4))
+    retriever = Retriever(write_mall_run(tmp_path), GenerativeRecommender(*parts, DecodingConfig(100, 4)))
+    assert not retriever.ready
+    retriever.warm_up()
+    assert retriever.ready
+    with count_compilations() as compiled:
+        for k in (1, 10, 11, 50, 51, 100, 101, 500):
+            for length in (1, 4):
+                for more in ({}, {"exclude_seen": True}, {"blocked": IDS[4:18]}, {"filter": {"color": "red"}}):
+                    answer = ask(retriever, history=[{"item_id": f"i{row}"} for row in range(length)], k=k, **more)
+                    assert answer.source == "model" and answer.items
+    assert compiled == []
+
+
+def test_one_program_for_depths_of_the_same_beams(real):
+    assert [real.depth(k) for k in (1, 10, 11, 50, 51, 500)] == [10, 10, 50, 50, 100, 500], "24 beams"
+    real.recommender = GenerativeRecommender(
+        *(real.recommender.assembly, real.recommender.variables, real.recommender.feature_config, DecodingConfig(64, 4))
+    )
+    assert [real.depth(k) for k in (1, 10, 11, 50, 51, 500)] == [50, 50, 50, 50, 100, 500], "64 beams"
+
+
 def test_new_items_are_recommended_and_read_in_histories(real):
     new = pa.table({"item_id": ["n0"], "title": ["New"], "color": ["red"], "price": [99.0]})
     real.add(new, codes=[[3, 2, 1]], popularity=[4], embeddings=np.zeros((1, 6)))
@@ -279,6 +331,55 @@ def test_nothing_is_published_that_a_restart_could_not_serve(real, tmp_path, cap
     assert "1 of these items have no title" in capsys.readouterr().out
 
 
+def answered_by(retriever: Retriever, version: Version, requests: list[Request]) -> list[str]:
+    """The whole answers, as JSON, of a catalogue that is nothing but this version."""
+    alone = copy.copy(retriever)
+    alone.catalogue = SimpleNamespace(current=version)
+    return [alone.answer([request])[0].to_json() for request in requests]
+
+
+def everything_else(live: LiveCatalogue) -> Version:
+    """Swaps to a catalogue with other titles, colors, IDs and popularity, without i19 and with n0."""
+    items = live.current.items
+    names = [*IDS[:19], "n0"]
+    table = pa.table({"item_id": names, "title": [f"New {name}" for name in names], "color": ["red"] * 20,
+                      "price": np.arange(20.0), "count": items["count"]})  # fmt: skip
+    codes = np.roll(live.current.codes, 3, axis=0)
+    return live.swap(table, codes, popularity=np.arange(20.0), embeddings=np.zeros((20, 6)))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", ["history", "_allowed", "_recommend", "_answer"])
+def test_a_version_that_comes_during_a_request_is_not_seen_by_it(real, monkeypatch, step, when):
+    """A request is stopped at each of its steps, and everything is swapped meanwhile."""
+    requests = [
+        Request(history=HISTORY, k=10), Request(history=HISTORY, k=10, filter={"color": ["red", "blue"]}),
+        Request(history=[*HISTORY, {"item_id": "n0"}], exclude_seen=True, blocked=["i3", "n0"]),
+        Request(user_id="stranger", k=10), Request(user_id="stranger", filter={"price": {"min": 3}}),
+    ]  # fmt: skip
+    live, original, stopped = real.catalogue, getattr(real, step), 0
+    first = live.current
+    old, new = answered_by(real, first, requests), answered_by(real, everything_else(live), requests)
+    assert not set(old) & set(new)
+
+    def stop(*arguments):
+        nonlocal stopped
+        stopped += 1
+        if when == "before":
+            everything_else(live)
+        result = original(*arguments)
+        if when == "after":
+            everything_else(live)
+        return result
+
+    monkeypatch.setattr(real, step, stop)
+    for request, whole in zip(requests, old, strict=True):
+        live.current = first
+        (answer,) = real.answer([request])
+        assert answer.to_json() == whole
+    assert stopped >= 3
+
+
 def test_swaps_while_many_threads_ask(real):
     """No request fails, mixes versions, or waits for a compilation."""
     new = pa.table({"item_id": ["n0", "n1"], "title": ["N", "N"], "color": ["red", "red"], "price": [1.0, 2.0]})
@@ -302,12 +403,7 @@ def test_swaps_while_many_threads_ask(real):
             if isinstance(answer, UserError) or not answer.items:
                 failures.append(answer)
                 continue
-            # Every version in between was current during the request.
-            between = [each for each in history if before.number <= each.number <= after.number] + [before, after]
-            wholes = [set(np.array(each.items["item_id"])[each.active]) for each in between]
-            if not any(set(ids(answer)) <= whole for whole in wholes):
-                failures.append((before.number, after.number, ids(answer)))
-            answered.append((before.number, after.number))
+            answered.append((request, before.number, after.number, answer.to_json()))
 
     prepared()
     history = [live.current]
@@ -322,7 +418,8 @@ def test_swaps_while_many_threads_ask(real):
             elif change == 1:
                 version = live.restore([IDS[(turn - 1) % COUNT], "i19"])
             elif change == 2:
-                version = live.update(pa.table({"item_id": ["i2", "i5"], "color": ["blue", COLORS[turn % 3]]}))
+                changed = {"color": ["blue", COLORS[turn % 3]], "title": [f"Title {turn}"] * 2}
+                version = live.update(pa.table({"item_id": ["i2", "i5"], **changed}))
             else:
                 version = live.reorder(["i4"], [turn])
             history.append(version)
@@ -335,4 +432,10 @@ def test_swaps_while_many_threads_ask(real):
             thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
     assert failures == [] and compiled == []
-    assert len(history) == 25 and len(answered) >= 48 and len({before for before, _ in answered}) > 10
+    assert len(history) == 25 and len(answered) >= 48 and len({before for _, before, _, _ in answered}) > 10
+    # Whole answers, each of one of the versions that were current during the request.
+    whole = {each.number: answered_by(real, each, requests) for each in history}
+    assert len({tuple(each) for each in whole.values()}) > 10
+    for request, before, after, answer in answered:
+        place = next(place for place, each in enumerate(requests) if each is request)
+        assert answer in [whole[number][place] for number in whole if before <= number <= after]
