@@ -117,9 +117,11 @@ def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
       SystemExit: `--help`, or a value of the wrong type (reported by tyro).
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    usage = "usage: train.py CONFIG --run DIR [--FIELD VALUE ...], such as train.py configs/onemall.py --run runs/a"
+    usage = "usage: train.py CONFIG --run DIR [--replace] [--FIELD VALUE ...]"
+    usage = f"{usage}, such as train.py configs/onemall.py --run runs/a"
     if not args or args[0] in ("-h", "--help"):
         print(f"{usage}\n\ntrain.py CONFIG --help lists the fields of a configuration.")
+        print("--replace: train anew where DIR holds a training of other data or another configuration.")
         raise SystemExit(0 if args else 2)
     if args[0].startswith("-"):
         raise UserError(f"the configuration file comes first, not {args[0]!r}; {usage}")
@@ -202,18 +204,6 @@ def field_keys(config: Any, prefix: str = "") -> Iterator[str]:
         return
     for name, value in children.items():
         yield from field_keys(value, f"{prefix}.{name}" if prefix else name)
-
-
-def places(config: Any, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted key of every field of a configuration that says where something lies, not what it is."""
-    if not dataclasses.is_dataclass(config):
-        return
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        key, value = f"{prefix}.{field.name}" if prefix else field.name, getattr(config, field.name)
-        if isinstance(value, Path) or hints[field.name] is Path:
-            yield key
-        yield from places(value, key)
 
 
 def _nearest_file(path: Path) -> str:

@@ -8,9 +8,14 @@
 A phase writes into `<name>.partial`, which is fsynced and renamed to `<name>` when complete: a folder without the
 suffix is always whole. A stage keeps its own checkpoints, so it works in its final folder and is marked when done.
 
+A training is never lost by accident: where a phase or stage would be made anew and a training depends on it, the run
+is refused. With `Run.open(..., replace=True)` what changed is made beside the old, in `next/`, and takes its place when
+the new training is finished. Until then the old one is served; `Run.check_trained` tells whether there is one.
+
 Fault injection, for the tests: with JAXREC_KILL_AT=<point> in the environment the process kills itself (SIGKILL) at
 that point. Points: `phase:<name>` before the work of a phase or stage, `partial:<name>` after it and before the rename
-(or the mark of a stage), `done:<name>` after that, and `step:<n>` when training step n is finished.
+(or the mark of a stage), `done:<name>` after that, `step:<n>` when training step n is finished, and `swap:<name>`
+when what was made beside the old has taken its place.
 """
 
 import errno
@@ -31,11 +36,22 @@ from typing import Any, TextIO, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxrec.config import UserError, differences, fingerprint, places, to_json
+from jaxrec.config import UserError, differences, fingerprint, to_json
 
 Item = TypeVar("Item")
 
 console = Console(highlight=False, soft_wrap=True)
+
+TRAINING = "stages/train"
+"""The stage whose result is served; the run's configuration and everything it was made from belong to it."""
+EVALUATION = "evaluation"
+"""The phase that measures the training; it may be made anew at any time."""
+NEXT = "next"
+"""The folder of what is made beside the old."""
+MANIFEST = "manifest.json"
+"""The file in a checkpoint's folder that says that the checkpoint is whole."""
+RESULTS = ("evaluation.json", "examples_shown.json", "report.html")
+"""What the run directory shows of its evaluation."""
 
 _OPENING = threading.Lock()
 _HELD: weakref.WeakValueDictionary[tuple[int, int], TextIO] = weakref.WeakValueDictionary()
@@ -47,22 +63,45 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.tables = self.path / "tables"
-        self.semantic_ids = self.path / "semantic_ids"
-        self.examples = self.path / "examples"
         self.stages = self.path / "stages"
-        self.export = self.path / "export"
         self.config_file = self.path / "config.json"
-        self.metrics_file = self.path / "metrics.jsonl"
         self._lock = None
+        self._replace = False
+        self._config: dict[str, Any] | None = None  # of this process; config.json may still be another one's
+        self._made: dict[str, str] = {}  # the inputs of every phase and stage, as this process found or made them
+        self._beside: list[str] = []  # those of them that are in `next/`
+
+    @property
+    def tables(self) -> Path:
+        return self.place("tables")
+
+    @property
+    def semantic_ids(self) -> Path:
+        return self.place("semantic_ids")
+
+    @property
+    def examples(self) -> Path:
+        return self.place("examples")
+
+    @property
+    def metrics_file(self) -> Path:
+        return (self.path / NEXT if TRAINING in self._beside else self.path) / "metrics.jsonl"
+
+    def place(self, name: str) -> Path:
+        """The folder of a phase or stage; while it is made beside the old one, the new one's."""
+        return (self.path / NEXT if name in self._beside else self.path) / name
 
     @classmethod
-    def open(cls, path: Path, config: Any) -> "Run":
-        """Creates the run directory, or opens the one of the same configuration, for this process alone.
+    def open(cls, path: Path, config: Any, replace: bool = False) -> "Run":
+        """Creates the run directory, or opens it, for this process alone.
+
+        Another configuration than that of the run there is taken over when nothing of its training is lost.
+
+        Args:
+          replace: a training that no longer fits the configuration or the data is replaced, once the new is finished.
 
         Raises:
-          UserError: it holds a run of another configuration (but for places, such as `data.path`, which may change),
-            is used by another process, or can't be written.
+          UserError: it is used by another process, or can't be written.
         """
         run = cls(path)
         try:
@@ -70,12 +109,10 @@ class Run:
         except OSError as error:
             raise UserError(f"the run directory {run.path} can't be created: {error.strerror}") from error
         run._take_lock()
-        wanted = to_json(config)
-        if run.config_file.exists():
-            _check_same_config(run, wanted, set(places(config)))
-        else:
-            with writing(run.path):
-                write_json(run.config_file, wanted)
+        run._replace, run._config = replace, to_json(config)
+        # A training stays beside the configuration that it was made with.
+        if not _has_work(run.path / TRAINING):
+            run._take_config()
         return run
 
     @classmethod
@@ -102,13 +139,22 @@ class Run:
           A fingerprint of the result, for the `inputs` of the next phase.
 
         Raises:
-          UserError: the disk is full. Nothing half written is left.
+          UserError: the disk is full, nothing half written is left; or a training depends on what is there, which was
+            made from other inputs.
         """
         folder, partial = self.path / name, self.path / f"{name}.partial"
         result = fingerprint(name, inputs)
-        if _marked(folder, inputs):
+        self._made[name] = inputs
+        if self._find(name, inputs):
             shutil.rmtree(partial, ignore_errors=True)
             return result
+        if name == EVALUATION:
+            self._drop_results()
+        elif folder.exists() and self._made_of(name):
+            self._check_replaceable(name)
+            self._beside.append(name)
+            folder = self.place(name)
+            folder.parent.mkdir(exist_ok=True)
         fault_point(f"phase:{name}")
         _remove(partial)
         try:
@@ -128,26 +174,107 @@ class Run:
         return result
 
     def stage(self, name: str, inputs: str, make: Callable[[Path], None]) -> str:
-        """Like `phase`, for work that goes on from its own checkpoints: `make` gets the final folder, as it was left.
+        """Like `phase`, for work that goes on from its own checkpoints: `make` gets the folder as it was left.
 
-        A folder that was begun from other inputs is emptied first.
+        A folder without checkpoints that was begun from other inputs is emptied first.
+
+        Raises:
+          UserError: as `phase`; or the folder holds checkpoints or a result of other inputs.
         """
-        folder = self.path / name
         result = fingerprint(name, inputs)
-        if _marked(folder, inputs):
-            return result
-        fault_point(f"phase:{name}")
+        self._made[name] = inputs
+        if not self._find(name, inputs):
+            if not _begun(self.path / name, inputs) and _has_work(self.path / name):
+                self._check_replaceable(name)
+                self._beside.append(name)
+            elif name == TRAINING:
+                self._drop_results()
+                self._take_config()
+            fault_point(f"phase:{name}")
+            self._work(self.place(name), name, inputs, make)
+        if name == TRAINING:
+            self._swap()
+        return result
+
+    def check_trained(self) -> None:
+        """Whether the training is finished, and of the tables and IDs that are there.
+
+        Raises:
+          UserError: it isn't.
+        """
+        mark, mend = self.path / TRAINING / "fingerprint.json", f"run train.py again with --run {self.path}"
+        if not mark.exists():
+            raise UserError(f"{self.path} holds no finished training; {mend}")
+        for name, inputs in _made_from(self.path / TRAINING).items():
+            if not _marked(self.path / name, inputs):
+                raise UserError(f"{self.path / name} is not what the training there was made from; {mend}")
+
+    def _work(self, folder: Path, name: str, inputs: str, make: Callable[[Path], None]) -> None:
+        """Begins a stage in `folder`, noting all that it is made from, or goes on with it."""
         with writing(folder):
-            begun = folder / "begun.json"
-            if not begun.exists() or read_json(begun).get("inputs") != inputs:
+            if not _begun(folder, inputs):
                 _remove(folder)
                 folder.mkdir(parents=True)
-                write_json(begun, {"inputs": inputs})
+                made = {other: of for other, of in self._made.items() if other != name}
+                write_json(folder / "begun.json", {"inputs": inputs, "made": made})
             make(folder)
             fault_point(f"partial:{name}")
             write_json(folder / "fingerprint.json", {"inputs": inputs})
         fault_point(f"done:{name}")
-        return result
+
+    def _find(self, name: str, inputs: str) -> bool:
+        """Whether a phase or stage is made from these inputs, in its place or beside it."""
+        if _marked(self.path / name, inputs):
+            return True
+        if _marked(self.path / NEXT / name, inputs):
+            self._beside.append(name)
+            return True
+        return False
+
+    def _made_of(self, name: str) -> bool:
+        """Whether a stage with a result or a checkpoint was made from what a phase made."""
+        stages = (begun.parent for begun in self.stages.glob("*/begun.json"))
+        return any(_has_work(stage) and name in _made_from(stage, (name,)) for stage in stages)
+
+    def _check_replaceable(self, name: str) -> None:
+        if self._replace:
+            return
+        there = read_json(self.config_file) if self.config_file.exists() else {}
+        changed = [f"{key} ({old!r} there, {new!r} now)" for key, old, new in differences(there, self._config or there)]
+        what = f"{self.path} holds a training, and the data that {self.path / name} was made from have changed"
+        if changed:
+            what = f"{self.path} holds a run of another configuration: {', '.join(changed)}"
+        raise UserError(f"{what}; give another --run, or --replace to have that training replaced by a new one")
+
+    def _swap(self) -> None:
+        """Puts all that was made beside the old in its place, now that the training is finished.
+
+        Killed in between, the run is served by nobody, and goes on here.
+        """
+        if TRAINING in self._beside:
+            self._drop_results()
+            (self.path / TRAINING / "fingerprint.json").unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "tensorboard"):
+                _replace(self.path / NEXT / name, self.path / name)
+        self._take_config()
+        for name in self._beside:
+            _replace(self.path / NEXT / name, self.path / name)
+            fault_point(f"swap:{name}")
+        if self._beside:
+            self._beside = []
+            _remove(self.path / NEXT)
+
+    def _take_config(self) -> None:
+        """Has this process's configuration in config.json."""
+        if self._config is not None and not (self.config_file.exists() and read_json(self.config_file) == self._config):
+            with writing(self.path):
+                write_json(self.config_file, self._config)
+
+    def _drop_results(self) -> None:
+        """Removes what an evaluation left: nobody may read it beside another training."""
+        for name in RESULTS:
+            (self.path / name).unlink(missing_ok=True)
+        _remove(self.path / EVALUATION)
 
     def _take_lock(self) -> None:
         """Holds the directory for this process until its last `Run` of it is gone, or it ends, however it ends."""
@@ -341,18 +468,29 @@ class PlainProgress:
         console.print(f"{task.description}: {', '.join(parts)}", markup=False)
 
 
-def _check_same_config(run: Run, wanted: dict[str, Any], places: set[str]) -> None:
-    """Places may differ, since the fingerprints of phases know the data by its content; the new ones are kept."""
-    different = list(differences(read_json(run.config_file), wanted))
-    changed = [f"{key} ({old!r} there, {new!r} now)" for key, old, new in different if key not in places]
-    if changed:
-        raise UserError(
-            f"{run.path} holds a run of another configuration: {', '.join(changed)}; "
-            f"give another --run, or delete the folder {run.path}"
-        )
-    if different:
-        with writing(run.path):
-            write_json(run.config_file, wanted)
+def _begun(folder: Path, inputs: str) -> bool:
+    begun = folder / "begun.json"
+    return begun.exists() and read_json(begun).get("inputs") == inputs
+
+
+def _has_work(folder: Path) -> bool:
+    """Whether a stage's folder holds a result or a checkpoint."""
+    marks = (folder / "fingerprint.json", *folder.glob(f"*/{MANIFEST}"), *folder.glob(f"*/*/{MANIFEST}"))
+    return any(mark.exists() for mark in marks)
+
+
+def _made_from(folder: Path, unknown: Iterable[str] = ()) -> dict[str, str]:
+    """The inputs of all phases and stages that a stage was made from, by name; `unknown` of an earlier version's."""
+    return read_json(folder / "begun.json").get("made", dict.fromkeys(unknown, ""))
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Puts a file or folder in the place of another; nothing where there is no new one."""
+    if new.is_dir():
+        _remove(old)
+    if new.exists():
+        new.rename(old)
+        sync(old.parent)
 
 
 def _marked(folder: Path, inputs: str) -> bool:

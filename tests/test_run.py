@@ -1,6 +1,7 @@
 """The run directory: skipping, killing, locking, full disks; progress without a terminal."""
 
 import errno
+import functools
 import gc
 import json
 import os
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from serving_run import write_run
 
 from jaxrec import run as run_module
 from jaxrec.config import UserError
 from jaxrec.data.sources import Folder
 from jaxrec.run import PlainProgress, Run, read_json, report_user_errors, track, write_json
+from jaxrec.serving.retriever import Retriever
 
 CONFIG = {"system": "onemall", "model": {"width": 8}}
 
@@ -140,17 +143,172 @@ def test_a_stage_finds_what_it_left_unless_its_inputs_changed(tmp_path):
     found = []
     run.stage("stages/a", "x", lambda folder: found.append((folder / "checkpoint").exists()))
     run.stage("stages/a", "x", lambda folder: found.append("again"))
-    run.stage("stages/a", "y", lambda folder: found.append((folder / "checkpoint").exists()))
+    assert found == [True]
+    # Begun, and no checkpoint yet: nothing is lost.
+    with pytest.raises(SystemExit):
+        run.stage("stages/b", "x", stop)
+    run.stage("stages/b", "y", lambda folder: found.append((folder / "checkpoint").exists()))
     assert found == [True, False]
 
 
-def test_another_configuration_is_refused(tmp_path):
-    Run.open(tmp_path, CONFIG)
-    Run.open(tmp_path, CONFIG)
-    with pytest.raises(UserError) as error:
-        Run.open(tmp_path, {"system": "onemall", "model": {"width": 9}})
-    assert "model.width (8 there, 9 now)" in str(error.value)
-    assert "another --run, or delete the folder" in str(error.value)
+# A run of one phase, a training and its evaluation; the training stops after its first checkpoint if that is asked for.
+TRAINS = """
+import json, sys
+from pathlib import Path
+from jaxrec.config import fingerprint
+from jaxrec.run import Run
+
+def go(path, data="d", width=8, users=5, replace=False, stop=False):
+    config = {"system": "onemall", "model": {"width": width}, "evaluation": {"users": users}}
+    run = Run.open(path, config, replace)
+    tables = run.phase("tables", data, lambda folder: (folder / "items.txt").write_text(data))
+    trained = run.stage("stages/train", fingerprint(tables, width), lambda folder: train(run, folder, width, stop))
+    run.phase("evaluation", fingerprint(trained, users), lambda folder: evaluate(run, folder, users))
+    (run.path / "evaluation.json").write_text((run.path / "evaluation" / "evaluation.json").read_text())
+
+def train(run, folder, width, stop):
+    state = folder / "00000001"
+    with run.metrics_file.open("a") as log:
+        log.write("going on " if state.exists() else "beginning ")
+    state.mkdir(exist_ok=True)
+    (state / "manifest.json").write_text("{}")
+    if stop:
+        raise SystemExit(130)
+    (folder / "model.txt").write_text(f"{(run.tables / 'items.txt').read_text()} {width}")
+
+def evaluate(run, folder, users):
+    run.check_trained()
+    (folder / "evaluation.json").write_text((run.path / "stages/train/model.txt").read_text() + f" {users}")
+
+if __name__ == "__main__":
+    go(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+"""
+trains: dict = {"__name__": "trains"}
+exec(TRAINS, trains)
+go = trains["go"]
+
+
+def stop_after_a_checkpoint(path: Path, **changed) -> None:
+    with pytest.raises(SystemExit):
+        go(path, stop=True, **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"data": "e"}, "holds a training, and the data that .*/tables was made from have changed"),
+        ({"width": 9}, r"holds a run of another configuration: model\.width \(8 there, 9 now\)"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_training_is_not_lost_to_other_data_or_another_configuration(tmp_path, changed, named, finished):
+    go(tmp_path) if finished else stop_after_a_checkpoint(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=f"{named}; give another --run, or --replace"):
+        go(tmp_path, **changed)
+    assert files(tmp_path) == before
+    go(tmp_path)
+    assert (tmp_path / "evaluation.json").read_text() == "d 8 5"
+    assert (tmp_path / "metrics.jsonl").read_text() == ("beginning " if finished else "beginning going on ")
+
+
+def test_another_evaluation_needs_no_other_training(tmp_path):
+    go(tmp_path)
+    go(tmp_path, users=6)
+    assert (tmp_path / "evaluation.json").read_text() == "d 8 6"
+    assert (tmp_path / "metrics.jsonl").read_text() == "beginning "
+    assert Run.load(tmp_path)[1]["evaluation"] == {"users": 6}
+
+
+def test_the_old_training_stays_until_the_one_that_replaces_it_is_finished(tmp_path):
+    go(tmp_path)
+    before = files(tmp_path)
+    for changed in ({"data": "e"}, {"data": "e", "width": 9}):
+        stop_after_a_checkpoint(tmp_path, replace=True, **changed)
+        assert {name: text for name, text in files(tmp_path).items() if not name.startswith("next/")} == before
+        Run(tmp_path).check_trained()
+    go(tmp_path, data="e", width=9, replace=True)
+    go(tmp_path / "fresh", data="e", width=9)
+    assert (tmp_path / "metrics.jsonl").read_text() == "beginning beginning going on "
+    for folder in (tmp_path, tmp_path / "fresh"):
+        (folder / "metrics.jsonl").unlink()
+    fresh = files(tmp_path / "fresh")
+    assert {name: text for name, text in files(tmp_path).items() if not name.startswith("fresh/")} == fresh
+    # And it is a training like any other.
+    with pytest.raises(UserError, match="--replace"):
+        go(tmp_path)
+
+
+def test_killed_while_it_is_replaced_it_is_the_old_run_or_none_and_goes_on(tmp_path):
+    def command(folder: Path, kill_at: str = "") -> int:
+        environment = {**os.environ, "JAXREC_KILL_AT": kill_at, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        arguments = [str(folder), json.dumps({"data": "e", "width": 9, "replace": True})]
+        return subprocess.run([sys.executable, "-c", TRAINS, *arguments], env=environment, check=False).returncode
+
+    go(tmp_path / "fresh", data="e", width=9)
+    (tmp_path / "fresh" / "metrics.jsonl").unlink()
+    for point in ("done:tables", "partial:stages/train", "done:stages/train", "swap:tables", "swap:stages/train"):
+        folder = tmp_path / point.replace("/", "_").replace(":", "_")
+        go(folder)
+        assert command(folder, point) == -signal.SIGKILL, point
+        if point.startswith("swap:tables"):
+            with pytest.raises(UserError, match=r"holds no finished training; run train\.py again"):
+                Run(folder).check_trained()
+            assert not (folder / "evaluation.json").exists()
+        else:
+            Run(folder).check_trained()
+            model = "e 9" if point == "swap:stages/train" else "d 8"
+            assert (folder / "stages" / "train" / "model.txt").read_text() == model
+            assert (folder / "evaluation.json").exists() == (model == "d 8")
+        assert command(folder) == 0
+        (folder / "metrics.jsonl").unlink()
+        assert files(folder) == files(tmp_path / "fresh"), point
+
+
+def test_only_a_finished_training_on_what_is_there_counts(tmp_path):
+    with pytest.raises(UserError, match="holds no finished training"):
+        Run(tmp_path).check_trained()
+    stop_after_a_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="holds no finished training"):
+        Run(tmp_path).check_trained()
+    go(tmp_path)
+    Run(tmp_path).check_trained()
+    mark = tmp_path / "tables" / "fingerprint.json"
+    write_json(mark, {"inputs": "others"})
+    with pytest.raises(UserError, match="tables is not what the training there was made from"):
+        Run(tmp_path).check_trained()
+    # A run of before it was noted what a training was made from.
+    begun = tmp_path / "stages" / "train" / "begun.json"
+    write_json(begun, {"inputs": json.loads(begun.read_text())["inputs"]})
+    Run(tmp_path).check_trained()
+
+
+@pytest.mark.parametrize("system", ["onemall", "sasrec"])
+def test_an_unfinished_training_is_not_served(tmp_path, system):
+    path = write_run(tmp_path / "run")
+    write_json(path / "config.json", {"system": system})
+    state = path / "stages" / "train" / "00000001"
+    state.mkdir(parents=True)
+    write_json(state / "manifest.json", {})
+    with pytest.raises(UserError, match=r"run holds no finished training; run train\.py again with --run"):
+        Retriever(path)
+
+
+def test_a_first_command_that_failed_is_no_hindrance(tmp_path):
+    """Neither where it failed before anything was made, nor between the tables and the first checkpoint."""
+
+    def fail(folder: Path) -> None:
+        raise UserError("there is no such folder")
+
+    with pytest.raises(UserError, match="no such folder"):
+        Run.open(tmp_path, {"system": "onemall", "data": "wrong"}).phase("tables", "wrong", fail)
+    run = Run.open(tmp_path, {"system": "onemall", "model": {"width": -1}})
+    run.phase("tables", "d", count_calls([], "tables"))
+    with pytest.raises(UserError, match="no such folder"):
+        run.stage("stages/train", "wrong width", fail)
+    go(tmp_path, data="e")
+    assert (tmp_path / "evaluation.json").read_text() == "e 8 5"
+    assert Run.load(tmp_path)[1]["model"] == {"width": 8}
 
 
 @dataclass(frozen=True)
@@ -159,14 +317,32 @@ class FolderRun:
     system: str = "onemall"
 
 
-def test_a_run_goes_on_when_its_data_were_moved_and_remembers_the_new_place(tmp_path):
-    Run.open(tmp_path, FolderRun(Folder(Path("old"))))
-    for path in (Path("new"), "newer"):
-        run = Run.open(tmp_path, FolderRun(Folder(path)))
-        assert read_json(run.config_file)["data"]["path"] == str(path)
-    with pytest.raises(UserError, match=r"another configuration: data\.session_gap_seconds \(1800 there, 60 now\);"):
-        Run.open(tmp_path, FolderRun(Folder(Path("third"), session_gap_seconds=60)))
-    assert read_json(run.config_file)["data"]["path"] == "newer"
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_goes_on_when_its_data_were_moved_and_remembers_the_new_place(tmp_path, finished):
+    """The fingerprint of data is that of their content."""
+
+    def train(path: str, made: list[str], stop: bool = False) -> Run:
+        run = Run.open(tmp_path, FolderRun(Folder(Path(path))))
+        tables = run.phase("tables", "content", count_calls(made, "tables"))
+        run.stage("stages/train", tables, functools.partial(checkpointed, stop))
+        return run
+
+    def checkpointed(stop: bool, folder: Path) -> None:
+        (folder / "00000001").mkdir(exist_ok=True)
+        write_json(folder / "00000001" / "manifest.json", {})
+        if stop:
+            raise SystemExit(130)
+
+    made: list[str] = []
+    if finished:
+        train("old", made)
+    else:
+        with pytest.raises(SystemExit):
+            train("old", made, stop=True)
+    for path in ("new", "newer"):
+        run = train(path, made)
+        assert read_json(run.config_file)["data"]["path"] == path and made == ["tables"]
+        run.check_trained()
 
 
 def test_load_reads_what_open_wrote(tmp_path):

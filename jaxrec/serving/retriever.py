@@ -181,6 +181,7 @@ class Retriever:
 
         if self.system not in SYSTEMS:
             raise UserError(f"{self.run.config_file}: unknown system {self.system!r}; known are {', '.join(SYSTEMS)}")
+        self.run.check_trained()
         return SYSTEMS[self.system].load_recommender(self.run)
 
     def answer(

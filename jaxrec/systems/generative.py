@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from jaxrec.config import check_least, fingerprint
 from jaxrec.data.prepare import PrepareConfig
 from jaxrec.data.sources import AnySource
-from jaxrec.run import Run
+from jaxrec.run import TRAINING, Run
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
@@ -36,7 +36,7 @@ from jaxrec.training.prefetch import BatchIterator
 from jaxrec.training.sharding import MeshConfig
 from jaxrec.training.step import Loss
 
-STAGE = "stages/train"
+STAGE = TRAINING
 """The folder of a run with the checkpoints of its training."""
 
 
@@ -143,8 +143,9 @@ def load_trained(run: Run, assembly: Assembly, config: GenerativeRunConfig) -> G
     """The trained model of a run, in its best state where it was measured on the way, ready to recommend.
 
     Raises:
-      UserError: the run is not trained yet, or no checkpoint of it can be read.
+      UserError: the run is not trained yet, or on other data than are there, or no checkpoint of it can be read.
     """
+    run.check_trained()
     trained = checkpoint.load_best(run.path / STAGE, "params", "extra")
     variables = {"params": trained["params"], **trained["extra"]}
     return GenerativeRecommender(assembly, variables, config.features, config.decoding)

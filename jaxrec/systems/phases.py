@@ -39,7 +39,7 @@ def prepare_with_ids(run: Run, config: Any) -> tuple[str, str]:
             config.text,
             *id_configs,
             config.seed,
-            tuned=run.path / ALIGNMENT / "tuned",
+            tuned=run.place(ALIGNMENT) / "tuned",
             scenarios=config.scenarios,
         ),
     )
@@ -58,7 +58,7 @@ def prepare_with_embeddings(run: Run, config: Any) -> tuple[str, str]:
         "embeddings",
         fingerprint(tables, *encoder, config.align, config.seed),
         lambda folder: embed(
-            run.tables, folder, config.text, config.align, config.seed, tuned=run.path / ALIGNMENT / "tuned"
+            run.tables, folder, config.text, config.align, config.seed, tuned=run.place(ALIGNMENT) / "tuned"
         ),
     )
     return embeddings, prepare_examples(run, config, tables)

@@ -121,7 +121,7 @@ def assemble(run: Run, config: SequentialConfig) -> SequentialAssembly:
     # One event more for everybody, so that an item nobody took in training has a finite log-probability.
     log_q = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)
     if config.model.embeddings:
-        embeddings = jnp.asarray(read_embeddings(run.path / "embeddings" / EMBEDDINGS, items["item_id"].to_pylist()))
+        embeddings = jnp.asarray(read_embeddings(run.place("embeddings") / EMBEDDINGS, items["item_id"].to_pylist()))
     told = tells_answer_time(config.data, config.prepare)
     model = SequentialModel(config.model, len(counts), config.lengths[-1], told)
     wanted = np.isin(config.data.behaviors, config.data.target_behaviors)
@@ -132,8 +132,9 @@ def load_recommender(run: Run) -> SequentialRecommender:
     """The trained model of a run, in its best state, ready to recommend.
 
     Raises:
-      UserError: the run is not trained yet, or no checkpoint of it can be read.
+      UserError: the run is not trained yet, or on other data than are there, or no checkpoint of it can be read.
     """
+    run.check_trained()
     config = from_json(SequentialConfig, Run.load(run.path)[1])
     params = checkpoint.load_best(run.path / STAGE, "params")["params"]
     return SequentialRecommender(assemble(run, config), params)

@@ -20,9 +20,8 @@ import orbax.checkpoint as ocp
 
 from jaxrec.config import UserError
 from jaxrec.nn.finite import check_finite
-from jaxrec.run import console, disk_full, read_json, write_json
+from jaxrec.run import MANIFEST, console, disk_full, read_json, write_json
 
-MANIFEST = "manifest.json"
 DIVERGED = (
     "the training diverged; train into another --run with a lower learning rate, or delete that folder to go on from "
     "the checkpoint before it"
