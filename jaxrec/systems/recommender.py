@@ -5,7 +5,7 @@ generative system is searched, measured, served live and exported by the same co
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -124,6 +124,9 @@ class GenerativeRecommender:
                 )
         self._variables = variables
         self._signatures: dict[tuple, dict[str, np.ndarray]] = {}
+        # Of this recommender: compiled functions of the class, with `self` static, would keep every one of them alive.
+        self._search = jax.jit(self.retrieve, static_argnames=("width", "k"))
+        self._measure = jax.jit(self._accuracies)
 
     @functools.cached_property
     def served(self) -> dict:
@@ -251,15 +254,6 @@ class GenerativeRecommender:
         key = (shapes, item_filter is not None, width, k)
         if key not in self._signatures:
             self._signatures[key] = {name: np.zeros_like(array) for name, array in arrays.items()}
-
-    # Compiled for this recommender: a function of the class, with `self` static, would keep every one of them alive.
-    @functools.cached_property
-    def _search(self) -> Callable:
-        return jax.jit(self.retrieve, static_argnames=("width", "k"))
-
-    @functools.cached_property
-    def _measure(self) -> Callable:
-        return jax.jit(self._accuracies)
 
     def retrieve(
         self,
