@@ -4,7 +4,7 @@
     python serve.py runs/demo --http 127.0.0.1:8080
 
 A request is a JSON object: {"user_id": "123"} for a user of the run, or {"history": [{"item_id": "7"}]} for anybody
-else; with "k" (default 10) and "exclude_seen" if wanted.
+else; with "k" (default 10) and "exclude_history" if wanted.
 """
 
 import dataclasses

@@ -25,13 +25,13 @@ class NextInLine:
     def __init__(self):
         self.calls = []
 
-    def recommend(self, histories, k, exclude_seen=False):
-        self.calls.append((len(histories), k, exclude_seen))
+    def recommend(self, histories, k, exclude_history=False):
+        self.calls.append((len(histories), k, exclude_history))
         self.histories = histories
         items = np.full((len(histories), k), -1, np.int32)
         for row, history in enumerate(histories):
             after = [(int(history["item"][-1]) + step) % len(ITEMS) for step in range(1, len(ITEMS) + 1)]
-            kept = [item for item in after if not (exclude_seen and item in history["item"])][:k]
+            kept = [item for item in after if not (exclude_history and item in history["item"])][:k]
             items[row, : len(kept)] = kept
         return items, -np.tile(np.arange(k, dtype=np.float32), (len(histories), 1))
 

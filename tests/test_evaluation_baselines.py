@@ -63,7 +63,7 @@ def test_personal_frequency_then_recency_then_popularity(baselines):
 
 def test_excluding_what_was_seen_leaves_out_and_pads(baselines):
     for model in baselines.values():
-        items, scores = model.recommend([history([0, 2], [0]), history([4], behavior=0)], 7, exclude_seen=True)
+        items, scores = model.recommend([history([0, 2], [0]), history([4], behavior=0)], 7, exclude_history=True)
         assert set(items[0, :4]) == {1, 3, 4, 5} and items[0, 4:].tolist() == [-1] * 3
         assert np.isneginf(scores[0, 4:]).all() and np.isfinite(scores[0, :4]).all()
         assert set(items[1, :6]) == set(range(6)), "an item that was only exposed is not excluded"

@@ -25,11 +25,11 @@ class Fixed:
         self.ranking = ranking
         self.batches = []
 
-    def recommend(self, histories, k, exclude_seen=False):
+    def recommend(self, histories, k, exclude_history=False):
         self.batches.append(len(histories))
         items = np.full((len(histories), k), -1, np.int32)
         for row, history in enumerate(histories):
-            kept = [item for item in self.ranking if not (exclude_seen and item in history["item"])][:k]
+            kept = [item for item in self.ranking if not (exclude_history and item in history["item"])][:k]
             items[row, : len(kept)] = kept
         return items, np.zeros(items.shape, np.float32)
 

@@ -90,7 +90,7 @@ def test_a_fault_of_ours_costs_one_line(tmp_path, retriever, monkeypatch, caplog
 
 def test_many_windows_give_what_one_request_at_a_time_gives(tmp_path, retriever):
     requests = [
-        {"history": [{"item_id": "abcde"[n % 5]}], "k": 1 + n % 4, "exclude_seen": n % 2 == 0} for n in range(37)
+        {"history": [{"item_id": "abcde"[n % 5]}], "k": 1 + n % 4, "exclude_history": n % 2 == 0} for n in range(37)
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
     answer_file(retriever, tmp_path / "in.jsonl", tmp_path / "out.jsonl", window_lines=8)
@@ -179,10 +179,10 @@ def make_model() -> GenerativeRecommender:
 
 
 def write_requests(path: Path, count: int) -> Path:
-    """Users, inline histories, strangers and bad lines; of both depths and length buckets, `exclude_seen` or not."""
+    """Users, inline histories, strangers and bad lines; of both depths and length buckets, `exclude_history` or not."""
     lines = []
     for number in range(count):
-        request: dict = {"k": (3, 12)[number // 3 % 2], "exclude_seen": number % 4 == 1}
+        request: dict = {"k": (3, 12)[number // 3 % 2], "exclude_history": number % 4 == 1}
         match number % 7:
             case 0:
                 request["history"] = [{"item_id": f"i{(number + step) % 20}"} for step in range(number % 9)]

@@ -63,7 +63,7 @@ def test_filters_over_http(client):
         ('{"history": [{"item": "a"}]}', 422, "history[0].item_id is missing"),
         ("{}", 422, "give either user_id or history"),
         ('{"user_id": "u1", "event": 3}', 422,
-         "unknown field event; known are user_id, history, k, exclude_seen, filter, blocked, allowed, now"),
+         "unknown field event; known are user_id, history, k, exclude_history, filter, blocked, allowed, now"),
         ('{"user_id": "u1", "filter": {"price": {"min": 3, "max": 1}}}', 422,
          "filter.price has min 3 above max 1: no item can match"),
         ('{"user_id": "u1", "filter": {"price": NaN}}', 422,

@@ -105,8 +105,8 @@ HISTORY = [{"item_id": "i4"}, {"item_id": "i7"}]
         ({"blocked": ["c", "zz", "c"]}, ["d", "e", "a", "b"]),
         ({"allowed": ["b", "d", "zz"]}, ["d", "b"]),
         ({"allowed": ["b", "d"], "blocked": ["d"]}, ["b"]),
-        ({"exclude_seen": True}, ["c", "d", "e", "a"]),
-        ({"exclude_seen": True, "filter": {"category": ["bags", "hats"]}}, ["e"]),
+        ({"exclude_history": True}, ["c", "d", "e", "a"]),
+        ({"exclude_history": True, "filter": {"category": ["bags", "hats"]}}, ["e"]),
     ],
 )
 def test_a_request_gets_what_it_asks_for(retriever, request_, expected):
@@ -115,7 +115,7 @@ def test_a_request_gets_what_it_asks_for(retriever, request_, expected):
     assert answer.ignored == (["zz"] if "zz" in str(request_) else None)
     by_popularity = [item for item in "bcade" if item in expected or ("b" not in expected and item == "b")]
     popular = ask(retriever, user_id="stranger", **request_)
-    if "exclude_seen" not in request_:
+    if "exclude_history" not in request_:
         assert popular.source == "popular" and ids(popular) == [item for item in by_popularity if item in expected]
 
 
@@ -162,7 +162,7 @@ def test_removed_items_stay_in_histories(retriever):
 
 def test_a_mixed_batch_of_a_real_model_is_answered_as_each_alone(real):
     more = [
-        {}, {"filter": {"color": "red"}}, {"blocked": ["i1", "i1", "i2"]}, {"exclude_seen": True},
+        {}, {"filter": {"color": "red"}}, {"blocked": ["i1", "i1", "i2"]}, {"exclude_history": True},
         {"allowed": IDS[3:9], "filter": {"price": {"min": 2}}}, {"filter": {"color": ["blue", "red"]}, "k": 20},
     ]  # fmt: skip
     requests = [Request(history=HISTORY, k=each.pop("k", 5), **each) for each in more]
@@ -210,7 +210,7 @@ def test_after_the_warm_up_no_request_compiles(tmp_path, recommender):
     with count_compilations() as compiled:
         for k in (1, 10, 11, 50, 51, 100, 101, 500):
             for length in (1, 4):
-                for more in ({}, {"exclude_seen": True}, {"blocked": IDS[4:18]}, {"filter": {"color": "red"}}):
+                for more in ({}, {"exclude_history": True}, {"blocked": IDS[4:18]}, {"filter": {"color": "red"}}):
                     answer = ask(retriever, history=[{"item_id": f"i{row}"} for row in range(length)], k=k, **more)
                     assert answer.source == "model" and answer.items
     assert compiled == []
@@ -354,7 +354,7 @@ def test_a_version_that_comes_during_a_request_is_not_seen_by_it(real, monkeypat
     """A request is stopped at each of its steps, and everything is swapped meanwhile."""
     requests = [
         Request(history=HISTORY, k=10), Request(history=HISTORY, k=10, filter={"color": ["red", "blue"]}),
-        Request(history=[*HISTORY, {"item_id": "n0"}], exclude_seen=True, blocked=["i3", "n0"]),
+        Request(history=[*HISTORY, {"item_id": "n0"}], exclude_history=True, blocked=["i3", "n0"]),
         Request(user_id="stranger", k=10), Request(user_id="stranger", filter={"price": {"min": 3}}),
     ]  # fmt: skip
     live, original, stopped = real.catalogue, getattr(real, step), 0
@@ -385,7 +385,7 @@ def test_swaps_while_many_threads_ask(real):
     new = pa.table({"item_id": ["n0", "n1"], "title": ["N", "N"], "color": ["red", "red"], "price": [1.0, 2.0]})
     requests = [
         Request(history=HISTORY, k=10), Request(history=HISTORY, k=10, filter={"color": ["red", "blue"]}),
-        Request(history=HISTORY[:1], k=10, exclude_seen=True, blocked=["i3"]), Request(user_id="stranger", k=10),
+        Request(history=HISTORY[:1], k=10, exclude_history=True, blocked=["i3"]), Request(user_id="stranger", k=10),
     ]  # fmt: skip
     live, stop, failures, answered = real.catalogue, threading.Event(), [], []
 

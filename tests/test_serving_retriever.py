@@ -87,10 +87,16 @@ def test_a_model_trained_without_the_answers_time_is_not_told_when_it_is_asked(t
     assert "now" not in retriever.recommender.histories[0]
 
 
-def test_exclude_seen_leaves_out_what_was_taken_and_short_rankings_stay_short(retriever):
-    answer = ask(retriever, user_id="u1", exclude_seen=True)
+def test_exclude_history_leaves_out_what_was_taken_and_short_rankings_stay_short(retriever):
+    answer = ask(retriever, user_id="u1", exclude_history=True)
     assert ids(answer) == ["d", "e", "a"], "a was only shown to u1"
     assert answer.note is None
+
+
+def test_exclude_history_was_exclude_seen():
+    assert parse_request('{"user_id": "u1", "exclude_seen": true}') == Request(user_id="u1", exclude_history=True)
+    with pytest.raises(UserError, match=r"known are .* exclude_history"):
+        parse_request('{"user_id": "u1", "exclude": true}')
 
 
 def test_answers_keep_the_order_of_mixed_requests_and_shapes_stay_few(retriever):
@@ -102,7 +108,7 @@ def test_answers_keep_the_order_of_mixed_requests_and_shapes_stay_few(retriever)
         else:
             start = number % 5
             requests.append(
-                Request(history=[{"item_id": "abcde"[start]}], k=1 + number % 90, exclude_seen=number % 3 == 0)
+                Request(history=[{"item_id": "abcde"[start]}], k=1 + number % 90, exclude_history=number % 3 == 0)
             )
             expected.append(("model", "abcde"[(start + 1) % 5]))
     answers = retriever.answer(requests)
@@ -168,7 +174,7 @@ def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
         ('{"user_id": "1", "k": "7"}', 'k should be a valid integer, not "7"'),
         (
             '{"user_id": "1", "topk": 3}',
-            "unknown field topk; known are user_id, history, k, exclude_seen, filter, blocked, allowed, now",
+            "unknown field topk; known are user_id, history, k, exclude_history, filter, blocked, allowed, now",
         ),
         ('{"history": [{"item": "a"}]}', "history[0].item_id is missing"),
         (
@@ -245,7 +251,7 @@ def test_any_filter_is_answered_or_refused_in_a_sentence(fuzzed, filters):
     "line",
     [
         '{"user_id": "1", "user_id": "2", "k": 3}',
-        '{"history": [{"item_id": "é", "timestamp": 17, "behavior": null}], "exclude_seen": true, "now": 20}',
+        '{"history": [{"item_id": "é", "timestamp": 17, "behavior": null}], "exclude_history": true, "now": 20}',
         '\ufeff{"user_id": "1"}'.encode("utf-16-le"),
     ],
 )

@@ -262,7 +262,9 @@ def test_serving_a_file_of_requests(folder, tmp_path):
     requests = [
         json.dumps({"user_id": items["user"], "k": 5}),
         '{"user_id": ',
-        json.dumps({"history": [{"item_id": "i003"}, {"item_id": "i007"}, {"item_id": "gone"}], "exclude_seen": True}),
+        json.dumps(
+            {"history": [{"item_id": "i003"}, {"item_id": "i007"}, {"item_id": "gone"}], "exclude_history": True}
+        ),
         json.dumps({"user_id": "a stranger", "k": 3}),
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(requests) + "\n")

@@ -96,8 +96,8 @@ def test_it_ranks_as_an_exhaustive_search_does(recommender, everything, log_prob
     assert len({tuple(row) for row in items.tolist()}) == len(HISTORIES)
 
 
-def test_exclude_seen_leaves_out_exactly_what_was_bought(recommender, log_probs):
-    items, scores = recommender.recommend([HISTORIES[row] for row in LONG], ITEMS, exclude_seen=True)
+def test_exclude_history_leaves_out_exactly_what_was_bought(recommender, log_probs):
+    items, scores = recommender.recommend([HISTORIES[row] for row in LONG], ITEMS, exclude_history=True)
     for place, row in enumerate(LONG):
         bought = seen(HISTORIES[row])
         expected = [item for item in ranking(recommender.assembly.space, log_probs[row]) if item not in bought]

@@ -212,7 +212,7 @@ def test_of_a_long_history_the_latest_events_count():
     latest = {name: value[4:] if np.ndim(value) else value for name, value in long.items()}
     for mine, same in zip(MODEL.recommend([long], 12), MODEL.recommend([latest], 12), strict=True):
         np.testing.assert_array_equal(mine, same)
-    unseen, _ = MODEL.recommend([long], 12, exclude_seen=True)
+    unseen, _ = MODEL.recommend([long], 12, exclude_history=True)
     assert sorted(unseen[0][unseen[0] >= 0].tolist()) == [3, 4, 10, 11]
 
 

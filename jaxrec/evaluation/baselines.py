@@ -22,7 +22,9 @@ USERS_AT_ONCE = 256
 class Recommender(Protocol):
     """Anything that ranks items for histories: a generative model, a baseline, a test's stub."""
 
-    def recommend(self, histories: list[History], k: int, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def recommend(
+        self, histories: list[History], k: int, exclude_history: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """items int32 [B, k] (-1 = none), scores f32 [B, k] (falling, -inf = none)."""
         ...
 
@@ -83,8 +85,8 @@ class Popularity:
     def fit(cls, log: Log, num_items: int, target_behaviors: Sequence[int]) -> "Popularity":
         return cls(np.bincount(log.item, minlength=num_items), tuple(target_behaviors))
 
-    def recommend(self, histories, k, exclude_seen=False):
-        return _recommend(self, histories, k, exclude_seen, self.scores)
+    def recommend(self, histories, k, exclude_history=False):
+        return _recommend(self, histories, k, exclude_history, self.scores)
 
     def scores(self, log: Log) -> np.ndarray:
         return np.broadcast_to(self.counts.astype(np.float32), (log.num_users, len(self.counts)))
@@ -97,8 +99,8 @@ class RecentPopularity:
     popularity: Popularity
     by_week: PopularityByPeriod
 
-    def recommend(self, histories, k, exclude_seen=False):
-        return _recommend(self.popularity, histories, k, exclude_seen, self.scores)
+    def recommend(self, histories, k, exclude_history=False):
+        return _recommend(self.popularity, histories, k, exclude_history, self.scores)
 
     def scores(self, log: Log) -> np.ndarray:
         return self.by_week.weights[self.by_week.period(log.day)].astype(np.float32)
@@ -110,8 +112,8 @@ class PersonalFrequency:
 
     popularity: Popularity
 
-    def recommend(self, histories, k, exclude_seen=False):
-        return _recommend(self.popularity, histories, k, exclude_seen, self.scores)
+    def recommend(self, histories, k, exclude_history=False):
+        return _recommend(self.popularity, histories, k, exclude_history, self.scores)
 
     def scores(self, log: Log) -> np.ndarray:
         """count + (last session that held it, from 1) / (sessions + 1): recency only ever breaks ties."""
@@ -146,8 +148,8 @@ class Markov:
         times = np.asarray(followed.sum(0)).ravel()
         return cls(popularity, (sparse.diags_array(1.0 / np.maximum(times, 1)) @ pairs).tocsr().astype(np.float32))
 
-    def recommend(self, histories, k, exclude_seen=False):
-        return _recommend(self.popularity, histories, k, exclude_seen, self.scores)
+    def recommend(self, histories, k, exclude_history=False):
+        return _recommend(self.popularity, histories, k, exclude_history, self.scores)
 
     def scores(self, log: Log) -> np.ndarray:
         last = np.full(log.num_users, -1)
@@ -187,8 +189,8 @@ class ItemKNN:
         similarity.eliminate_zeros()
         return cls(popularity, similarity)
 
-    def recommend(self, histories, k, exclude_seen=False):
-        return _recommend(self.popularity, histories, k, exclude_seen, self.scores)
+    def recommend(self, histories, k, exclude_history=False):
+        return _recommend(self.popularity, histories, k, exclude_history, self.scores)
 
     def scores(self, log: Log) -> np.ndarray:
         seen = _basket_matrix(log.user, log.item, (log.num_users, len(self.popularity.counts)))
@@ -236,14 +238,14 @@ def best_items(scores: np.ndarray, order: np.ndarray, k: int, excluded: np.ndarr
     return items, values
 
 
-def _recommend(popularity: Popularity, histories: list[History], k: int, exclude_seen: bool, scores):
+def _recommend(popularity: Popularity, histories: list[History], k: int, exclude_history: bool, scores):
     """`scores(log)` for a few users at a time, cut to the best k."""
     items, values = np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
     parts = [(items, values)]
     for start in range(0, len(histories), USERS_AT_ONCE):
         log = Log.of(histories[start : start + USERS_AT_ONCE], popularity.target_behaviors)
         excluded = None
-        if exclude_seen:
+        if exclude_history:
             excluded = np.zeros((log.num_users, len(popularity.counts)), bool)
             excluded[log.user, log.item] = True
         parts.append(best_items(scores(log), popularity.order, k, excluded))

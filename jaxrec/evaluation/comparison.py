@@ -67,7 +67,7 @@ def evaluate(
 def _evaluate_batch(model: Recommender, batch: Cases, cutoffs: Sequence[int]) -> dict[str, dict]:
     depth = max(cutoffs)
     full, _ = model.recommend(batch.histories, depth)
-    unseen, _ = model.recommend(batch.histories, depth, exclude_seen=True)
+    unseen, _ = model.recommend(batch.histories, depth, exclude_history=True)
     return {
         "all": ranking_metrics(full, batch.targets, batch.where, cutoffs),
         "new": ranking_metrics(unseen, batch.targets, batch.new, cutoffs),

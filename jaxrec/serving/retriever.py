@@ -277,7 +277,7 @@ class Retriever:
         only = None
         if request.allowed is not None:
             only = [row for row in map(version.row, request.allowed) if row is not None]
-        if request.exclude_seen:
+        if request.exclude_history:
             blocked.extend(history["item"][np.isin(history["behavior"], self.target_behaviors)].tolist())
         masks = [version.mask(each) for each in (request.filter, within) if each is not None and not _is_empty(each)]
         if not (masks or blocked or only is not None):
@@ -367,7 +367,7 @@ class Retriever:
                 self._recommend(version, [history], depths[0], [blocked])
         for item in version.most_popular(1):
             asked = {"history": [{"item_id": version.items["item_id"][int(item)].as_py()}]}
-            for more in ({}, {"exclude_seen": True}):
+            for more in ({}, {"exclude_history": True}):
                 self.answer([Request.model_validate(asked | more)])
         self.ready = True
 

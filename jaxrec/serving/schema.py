@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -59,7 +60,7 @@ class Request(BaseModel):
         json_schema_extra={
             "examples": [
                 {"user_id": "123", "k": 10},
-                {"history": [{"item_id": "1003037"}, {"item_id": "1007082"}], "k": 5, "exclude_seen": True},
+                {"history": [{"item_id": "1003037"}, {"item_id": "1007082"}], "k": 5, "exclude_history": True},
                 {
                     "user_id": "123",
                     "filter": {"category": ["shoes", "bags"], "price": {"min": 5, "max": 20}, "in_stock": True},
@@ -72,7 +73,12 @@ class Request(BaseModel):
     user_id: Text | None = Field(None, description="A user of the run; one that it does not know gets popular items.")
     history: Annotated[list[Event], Field(max_length=MAX_HISTORY)] | None = None
     k: int = Field(10, ge=1, le=MAX_K, strict=True, description="The most items wanted.")
-    exclude_seen: bool = Field(False, strict=True, description="Leave out what the user already had.")
+    exclude_history: bool = Field(
+        False,
+        strict=True,
+        description="Leave out what the user already had. Its earlier name, exclude_seen, is accepted too.",
+        validation_alias=AliasChoices("exclude_history", "exclude_seen"),
+    )
     filter: dict[str, Any] | None = Field(
         None,
         description="Columns of the items table that have to match, all of them: a value, a list of values, or bounds "

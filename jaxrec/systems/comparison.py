@@ -44,6 +44,9 @@ class EvaluationConfig:
     """seed of that draw, and of shuffled ties"""
     cutoffs: tuple[int, ...] = CUTOFFS
     """places that are measured; the deepest is the length of every ranking"""
+    exclude_history: bool = False
+    """of a validation: what the user had is left out of the ranking and of the targets, as in the rows `new`; the final
+    evaluation always measures both ways"""
     baselines: bool = True
     """measure popularity, Markov and the others too"""
     shown_users: int = 8

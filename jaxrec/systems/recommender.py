@@ -154,7 +154,7 @@ class GenerativeRecommender:
         self,
         histories: list[History],
         k: int,
-        exclude_seen: bool = False,
+        exclude_history: bool = False,
         *,
         allowed: Sequence[Allowed] | None = None,
         served: dict | None = None,
@@ -162,13 +162,13 @@ class GenerativeRecommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best items of each history: items int32 [B, k] (-1 = none) and log-probabilities float32 [B, k].
 
-        `exclude_seen` leaves out the target items of the history. Items that share an ID share its score and stand in
+        `exclude_history` leaves out the history's target items. Items that share an ID share its score and stand in
         falling popularity. `allowed` says which items each history may get, in the order of the trie of `served`, which
         is that of a version of a live catalogue (`serve_version`) or by default of the trained one. Batches are padded
         to one of `sizes`, which rise; by default to `config.batch_size`, for which the fewest programs are compiled.
         """
         served = self.served if served is None else served
-        if exclude_seen:
+        if exclude_history:
             allowed = self._unseen(histories)
         items = np.full((len(histories), k), -1, np.int32)
         scores = np.full((len(histories), k), -np.inf, np.float32)

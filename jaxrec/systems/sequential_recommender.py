@@ -123,15 +123,17 @@ class SequentialRecommender:
     def __init__(self, assembly: SequentialAssembly, params: Any):
         self.assembly, self.params = assembly, params
 
-    def recommend(self, histories: list[History], k: int, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def recommend(
+        self, histories: list[History], k: int, exclude_history: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k best items of each history: items int32 [B, k] (-1 = none) and scores float32 [B, k] (-inf = none).
 
         Of a history longer than the model reads, the latest events count. Without any event of a target behavior it
-        gets the most popular items. `exclude_seen` leaves out all items of the history.
+        gets the most popular items. `exclude_history` leaves out all items of the history.
         """
-        return self.rank(Histories.of(histories, self.assembly.wanted), k, exclude_seen)
+        return self.rank(Histories.of(histories, self.assembly.wanted), k, exclude_history)
 
-    def rank(self, histories: Histories, k: int, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def rank(self, histories: Histories, k: int, exclude_history: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """As `recommend`, of flat histories."""
         assembly, found = self.assembly, min(k, self.assembly.model.items)
         items = np.full((len(histories), k), -1, np.int32)
@@ -146,7 +148,7 @@ class SequentialRecommender:
             most = min(histories.lengths[rows].max(), longest)
             size = next(length for length in assembly.lengths if length >= most)
             arrays = histories.take(filled, size + 1, size)
-            seen = _seen(histories, filled, assembly.model.items) if exclude_seen else None
+            seen = _seen(histories, filled, assembly.model.items) if exclude_history else None
             best, values = jax.device_get(_rank(assembly.model, self.params, assembly.facts, arrays, seen, found))
             if np.isnan(values).any():
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")

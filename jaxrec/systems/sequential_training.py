@@ -14,12 +14,12 @@ from jax.tree_util import Partial
 from jaxrec.config import UserError, check_least, check_shares
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import Features, array_batches, merge_small
-from jaxrec.evaluation import make_cases, ranking_metrics
-from jaxrec.evaluation.metrics import mean
+from jaxrec.evaluation import make_cases
 from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
 from jaxrec.models.sequential import Bert4RecConfig, ItemFacts
 from jaxrec.systems.comparison import draw
 from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, disjoint_windows
+from jaxrec.systems.validation import CUTOFFS, validation_metrics
 from jaxrec.training.loop import TrainState
 from jaxrec.training.minimise import minimise
 from jaxrec.training.step import Loss
@@ -218,14 +218,16 @@ def training_batches(assembly: SequentialAssembly, config: "SequentialConfig") -
 
 
 def validation(assembly: SequentialAssembly, config: "SequentialConfig") -> Callable[[TrainState], dict[str, float]]:
-    """A function of the state: metrics of the validation targets, ranked among all items."""
-    split = config.validation.split
-    cases = make_cases(Records(assembly.examples, split), assembly.target_behaviors, split)
-    cases = draw(cases, config.validation)
+    """A function of the state: as `jaxrec.systems.validation.make_validation`, of items ranked by their scores."""
+    rule = config.validation
+    cases = draw(make_cases(Records(assembly.examples, rule.split), assembly.target_behaviors, rule.split), rule)
     histories = Histories.of(cases.histories, assembly.wanted)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        ranked, _ = SequentialRecommender(assembly, state.params).rank(histories, 10)
-        return {name: mean(pair) for name, pair in ranking_metrics(ranked, cases.targets, cases.where, (10,)).items()}
+        if not len(cases):
+            return {}
+        model = SequentialRecommender(assembly, state.params)
+        ranked, _ = model.rank(histories, max(CUTOFFS), rule.exclude_history)
+        return validation_metrics(ranked, cases, rule)
 
     return evaluate

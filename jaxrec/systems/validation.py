@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from jaxrec.data.examples import Records
 from jaxrec.decoding.trie import build_trie
-from jaxrec.evaluation import make_cases, ranking_metrics
+from jaxrec.evaluation import Cases, make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
 from jaxrec.run import console
 from jaxrec.systems.comparison import EvaluationConfig, draw
@@ -18,11 +20,11 @@ CUTOFFS = (5, 10)
 def make_validation(
     assembly: Assembly, features: Reader, decoding: DecodingConfig, config: EvaluationConfig
 ) -> Callable[[TrainState], dict[str, float]]:
-    """evaluate(state) -> {"recall@10": ..., "ndcg@10": ..., ...} of the full ranking, for `jaxrec.training.loop.fit`.
+    """evaluate(state) -> {"recall@10": ..., "ndcg@10": ..., ...}, for `jaxrec.training.loop.fit`.
 
-    The same users every time: `config.max_users` of the split `config.split`, drawn by the seed. Their histories end
-    before that split, of which training sees nothing. Where nobody has a session in it, {}. Nothing is read before the
-    first call.
+    All items are ranked, those of the history too unless `config.exclude_history`. The same users every time:
+    `config.max_users` of the split `config.split`, drawn by the seed. Their histories end before that split, of which
+    training sees nothing. Where nobody has a session in it, {}. Nothing is read before the first call.
     """
     made: dict[str, Any] = {}
 
@@ -38,8 +40,13 @@ def make_validation(
             return {}
         served = {**assembly.serve({"params": state.params, **state.extra}), "trie": made["trie"]}
         cases = made["cases"]
-        ranked, _ = made["model"].recommend(cases.histories, max(CUTOFFS), served=served)
-        found = ranking_metrics(ranked, cases.targets, cases.where, CUTOFFS)
-        return {name: mean(pair) for name, pair in found.items()}
+        ranked, _ = made["model"].recommend(cases.histories, max(CUTOFFS), config.exclude_history, served=served)
+        return validation_metrics(ranked, cases, config)
 
     return measure
+
+
+def validation_metrics(ranked: np.ndarray, cases: Cases, config: EvaluationConfig) -> dict[str, float]:
+    """The metrics of rankings int32 [U, k] of all cases, which left the history out if `config.exclude_history`."""
+    where = cases.new if config.exclude_history else cases.where
+    return {name: mean(pair) for name, pair in ranking_metrics(ranked, cases.targets, where, CUTOFFS).items()}
