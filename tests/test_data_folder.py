@@ -185,7 +185,11 @@ FAULTS = {
         changed(ITEMS, 2, product_ids=["p1", "p9"]),
         "column 'product_ids', row 3: there is no item 'p9'",
     ),
-    "product_ids no list": ("items", [{**row, "product_ids": 7} for row in ITEMS], "column 'product_ids': holds int64"),
+    "product_ids no list": (
+        "items",
+        [{**row, "product_ids": 7} for row in ITEMS],
+        "'product_ids', row 1: there is no item '7'",
+    ),
     "embedding widths": (
         "items",
         [{**row, "embedding": [1.0] * (2 if n == 1 else 3)} for n, row in enumerate(ITEMS)],
@@ -196,7 +200,11 @@ FAULTS = {
         changed([{**row, "embedding": [1.0]} for row in ITEMS], 2, embedding=None),
         "'embedding', row 3",
     ),
-    "embedding of words": ("items", [{**row, "embedding": ["a"]} for row in ITEMS], "'embedding': holds array<string>"),
+    "embedding of words": (
+        "items",
+        [{**row, "embedding": ["a"]} for row in ITEMS],
+        "'embedding', row 1: holds something else than numbers",
+    ),
     "feedback": ("queries", changed(QUERIES, 0, feedback="liked"), "queries.jsonl, column 'feedback', row 1: 'liked'"),
     "query column": ("queries", without(QUERIES, "query"), "queries.jsonl: the column 'query' is missing"),
 }

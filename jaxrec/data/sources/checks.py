@@ -1,5 +1,6 @@
 """Checks of a user's table: conditions evaluated together in one pass, and the message for the first bad row."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -12,7 +13,13 @@ import ibis.expr.datatypes as dt
 from jaxrec.config import UserError
 
 # Unix seconds stay below this until the year 5138; milliseconds passed it in 1973.
-_MILLISECONDS = 10**11
+_LAST = 10**11
+_THIS_CENTURY = 978_307_200
+_NUMBER = r"^\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$"
+_DATE = r"^(19|20)[0-9]{2}(0[1-9]|1[0-2])(0[1-9]|[12][0-9]|3[01])(([01][0-9]|2[0-3])([0-5][0-9]([0-5][0-9])?)?)?$"
+_DATE_DIGITS = "is a date without separators; write it as 2024-05-31 or 2024-05-31 18:00:00, or as Unix seconds"
+
+FLOAT_ID = "is a floating-point number; write ids as text or whole numbers"
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,14 @@ def refuse(path: Path, table: ibis.Table, checks: Sequence[Check]) -> None:
         if flags[f"bad_{n}"]:
             row = table.filter(check.bad).order_by("_row").limit(1).select("_row", value=table[check.column])
             first: dict[str, Any] = row.to_pyarrow().to_pylist()[0]
-            shown = str(first["value"]) if isinstance(first["value"], Decimal) else repr(first["value"])
-            value = f"{shown} " if check.show else ""
+            value = f"{_shown(first['value'])} " if check.show else ""
             raise UserError(f"{path}, column {check.column!r}, row {first['_row']}: {value}{check.mend}")
+
+
+def _shown(value: Any) -> str:
+    """A value as a message quotes it: numbers without quotes, also those of a file of texts."""
+    number = isinstance(value, Decimal) or (isinstance(value, str) and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value))
+    return str(value) if number else repr(value)
 
 
 def as_text(column: ibis.Value) -> ibis.expr.types.StringValue:
@@ -52,12 +64,27 @@ def as_text(column: ibis.Value) -> ibis.expr.types.StringValue:
     return column.cast("string").nullif("")
 
 
+def check_words(path: Path, table: ibis.Table, texts: Sequence[str], ids: Sequence[str]) -> None:
+    """Texts and ids are of types that have one way of being written; ids are no floating-point numbers.
+
+    12.0 and '12' would be two users, and 123456789012 is 1.23456789012e+11.
+
+    Raises:
+      UserError: a column isn't; those that the table doesn't have are passed over.
+    """
+    for name in (name for name in (*ids, *texts) if name in table.columns):
+        kind = table[name].type()
+        inner = kind.value_type if kind.is_array() and name == "product_ids" else kind
+        if name in ids and (inner.is_floating() or (inner.is_decimal() and inner.scale)):
+            first = table.filter(table[name].notnull()).order_by("_row").limit(1)
+            for row in first.select("_row", value=table[name].cast("string")).to_pyarrow().to_pylist():
+                raise UserError(f"{path}, column {name!r}, row {row['_row']}: {row['value']} {FLOAT_ID}")
+        if inner.is_binary() or inner.is_nested():
+            raise UserError(f"{path}, column {name!r}: holds {kind}; write it as text")
+
+
 def not_null(table: ibis.Table, column: str) -> list[Check]:
-    """Ids and titles have a value, and ids are no floating-point numbers (12.0 and '12' would be two users)."""
-    if table[column].type().is_floating():
-        return [
-            Check(column, table[column].notnull(), "is a floating-point number; write ids as text or whole numbers")
-        ]
+    """Ids and titles have a value."""
     return [Check(column, as_text(table[column]).isnull(), "is empty; fill it in or leave the row out", show=False)]
 
 
@@ -68,28 +95,60 @@ def choice(table: ibis.Table, column: str, allowed: Sequence[str], mend: str) ->
 
 
 def as_number(table: ibis.Table, column: str) -> Typed:
-    """A column of finite numbers or nulls as float64."""
-    text = as_text(table[column])
-    number = text.try_cast("float64")
-    bad = text.notnull() & (number.isnull() | number.isnan() | number.isinf())
-    return Typed(number, [Check(column, bad, "is no number; write it with a decimal point and without a currency")])
+    """A column of finite numbers or nulls as float64; NaN is null, as where it stands for a missing number."""
+    value = table[column]
+    if value.type().is_floating():
+        number = ibis.ifelse(value.isnan(), None, value.cast("float64"))
+        bad = number.isinf()
+    else:
+        text = as_text(value)
+        number = ibis.ifelse(text.re_search(_NUMBER), text, None).try_cast("float64")
+        bad = text.notnull() & (number.isnull() | number.isinf())
+    mend = "is no number; write it with a decimal point and without a currency, or leave it empty"
+    return Typed(number, [Check(column, bad, mend)])
 
 
 def as_seconds(table: ibis.Table, column: str) -> Typed:
     """A column of Unix seconds, or of timestamps (UTC where no zone is given), as int64 seconds."""
     value = table[column]
+    compact: list[Check] = []
     if value.type().is_timestamp() or value.type().is_date():
         seconds = value.cast("timestamp").epoch_seconds().cast("int64")
-    elif value.type().is_integer():
-        seconds = value.cast("int64")
+        written = ibis.literal(True)
     else:
         text = as_text(value)
         # DuckDB reads '1.5' as the integer 2, and '2024' as no time; only digits are seconds.
-        whole = ibis.ifelse(text.re_search(r"^-?[0-9]+(\.0)?$"), text, ibis.null("string")).try_cast("int64")
-        zoned = text.try_cast(dt.Timestamp(timezone="UTC"))
-        seconds = whole.coalesce(zoned.epoch_seconds().cast("int64"))
+        digits = ibis.ifelse(text.re_search(r"^-?[0-9]+(\.0)?$"), text.re_replace(r"\.0$", ""), None)
+        # It reads 'epoch' and 'infinity' as times too.
+        written = text.re_search(r"^[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}([ T]|$)")
+        zoned = ibis.ifelse(written, text, None).try_cast(dt.Timestamp(timezone="UTC"))
+        seconds = digits.try_cast("int64").coalesce(zoned.epoch_seconds().cast("int64"))
+        compact = [Check(column, _are_dates(table, digits), _DATE_DIGITS)]
+    large = ~written & (seconds > _LAST)
+    far = "is after the year 5138, which is no time of an event; leave the row out, or write the time"
     return Typed(seconds, [
+        *compact,
         Check(column, seconds.isnull(), "is no time; write whole Unix seconds, or a time as 2024-05-31 18:00:00"),
-        Check(column, seconds > _MILLISECONDS, "is in milliseconds; divide by 1000, times are in Unix seconds"),
-        Check(column, seconds < 0, "is before 1970; write Unix seconds"),
+        *(Check(column, large & (seconds <= _LAST * 10 ** (power + 3)) & (seconds > _LAST * 10**power),
+                f"is in {unit}; divide by {10 ** (power + 3):,}, times are in Unix seconds")
+          for power, unit in ((0, "milliseconds"), (3, "microseconds"))),
+        Check(column, large, "is in nanoseconds; divide by 1,000,000,000, times are in Unix seconds"),
+        Check(column, written & (seconds > _LAST), far),
+        Check(column, seconds < 0, "is before 1970; write Unix seconds, or a time as 2024-05-31 18:00:00"),
     ])  # fmt: skip
+
+
+def _are_dates(table: ibis.Table, digits: ibis.expr.types.StringValue) -> ibis.expr.types.BooleanValue:
+    """Where whole numbers are dates without separators, such as 20240531 or 20240531180000.
+
+    As seconds, eight digits are a day of 1970, and ten one of 2033 to 2036. A log whose times count from its own
+    beginning may pass through some of them, but not through them alone, and not beside times of this century.
+    """
+    dates = digits.re_search(_DATE)
+    longer = digits.length() > 10
+    seconds = digits.try_cast("int64")
+    facts = table.aggregate(
+        others=(digits.notnull() & ~dates).any(), latest=ibis.ifelse(dates, None, seconds).max()
+    ).to_pyarrow().to_pylist()[0]  # fmt: skip
+    short = not facts["others"] or (facts["latest"] or 0) >= _THIS_CENTURY
+    return dates & (longer | ibis.literal(short))

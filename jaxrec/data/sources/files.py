@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,34 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from error
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of a JSON-lines file; blank lines are passed over.
+class Whole(str):
+    """A JSON number without fraction and exponent, as it is written."""
+
+    __slots__ = ()
+
+
+class Real(str):
+    """A JSON number with fraction or exponent, as it is written."""
+
+    __slots__ = ()
+
+
+def as_written(line: str) -> Any:
+    """The value of a JSON text, with `Whole` and `Real` for its numbers. NaN, Python's missing number, is None.
+
+    Raises:
+      ValueError: this is no JSON.
+    """
+    return _AS_WRITTEN.decode(line)
+
+
+def written(value: Any) -> str | None:
+    """A JSON value that `as_written` gave as text; that of an object or a list is its JSON."""
+    return value if value is None or isinstance(value, str) else _json(value)
+
+
+def json_lines(path: Path, decode: Callable[[str], Any] = json.loads) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) of a JSON-lines file; blank lines are passed over. `decode` reads a line.
 
     Raises:
       UserError: a line is no JSON object.
@@ -52,8 +78,11 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in text_lines(path):
         if not line.strip():
             continue
+        if line.lstrip().startswith("["):
+            mend = "write one JSON object a line, without brackets around them or commas between them"
+            raise UserError(f"{path}, line {number}: a JSON list; {mend}")
         try:
-            row = json.loads(line)
+            row = decode(line)
         except (ValueError, RecursionError) as error:  # also of numbers and nesting that Python refuses
             message = getattr(error, "msg", error)
             raise UserError(
@@ -62,3 +91,22 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: a JSON {type(row).__name__}; write one JSON object a line")
         yield number, row
+
+
+def _constant(name: str) -> None:
+    if name != "NaN":
+        raise ValueError(f"{name} is no number of JSON")
+
+
+_AS_WRITTEN = json.JSONDecoder(parse_int=Whole, parse_float=Real, parse_constant=_constant)
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, Whole | Real):
+        return value
+    if isinstance(value, dict):
+        pairs = zip(map(_json, value), map(_json, value.values()), strict=True)
+        return "{" + ", ".join(map(": ".join, pairs)) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_json, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)

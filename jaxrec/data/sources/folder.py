@@ -6,26 +6,42 @@ Each file is parquet, CSV or JSONL. Columns (a star marks what must be there):
     events   user_id* item_id* timestamp* behavior*, session_id, scenario, query, watch_seconds
     queries  user_id* timestamp* prefix* query* feedback*
 
-In CSV, product_ids are separated by `|`. Rows are numbered from 1 in messages, a header not counted.
+In CSV, product_ids are separated by `|`. Ids and texts are taken as they are written (`jaxrec.data.sources.formats`).
+Rows are numbered from 1 in messages, a header not counted; in JSONL the row is the line.
 """
 
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import ibis
 from ibis import _
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
-from jaxrec.data.sources.checks import Check, as_number, as_seconds, as_text, choice, not_null, refuse
+from jaxrec.data.sources.checks import Check, as_number, as_seconds, as_text, check_words, choice, not_null, refuse
 from jaxrec.data.sources.files import digest
+from jaxrec.data.sources.formats import SUFFIXES, Wanted, read_file
 from jaxrec.data.tables import RawTables, Split, connect, count_rows, store
+from jaxrec.run import console
 
 SCENARIOS = ("product_card", "short_video", "live_stream")
 FEEDBACK = ("order", "item_click", "click", "show", "not_show", "random")
-SUFFIXES = ("parquet", "csv", "jsonl")
+
+ITEMS = Wanted(
+    ("item_id", "title", "category", "brand", "price", "text", "scenario", "product_ids", "embedding"),
+    required=("item_id", "title"),
+    ids=("item_id", "product_ids"),
+    vectors=("embedding",),
+    further=True,
+)
+EVENTS = Wanted(
+    ("user_id", "item_id", "timestamp", "behavior", "session_id", "scenario", "query", "watch_seconds"),
+    required=("user_id", "item_id", "timestamp", "behavior"),
+    ids=("user_id", "item_id", "session_id"),
+)
+_OF_QUERIES = ("user_id", "timestamp", "prefix", "query", "feedback")
+QUERIES = Wanted(_OF_QUERIES, required=_OF_QUERIES, ids=("user_id",))
 
 
 @dataclass(frozen=True)
@@ -72,11 +88,13 @@ class Folder:
 
     def _events(self, engine: BaseBackend, folder: Path, items: ibis.Table) -> tuple[ibis.Table, int]:
         """The events of known items, and how many of unknown items there were."""
-        path, table = _read(engine, folder, "events", ("user_id", "item_id", "timestamp", "behavior"))
+        path, table = _read(engine, folder, "events", EVENTS)
+        check_words(path, table, ("behavior", "scenario", "query"), EVENTS.ids)
+        seconds = as_seconds(table, "timestamp")
         refuse(path, table, [
             *not_null(table, "user_id"),
             *not_null(table, "item_id"),
-            *as_seconds(table, "timestamp").checks,
+            *seconds.checks,
             *choice(table, "behavior", self.behaviors, "rename it, or list all in the source's `behaviors`"),
             *(choice(table, "scenario", SCENARIOS, "use one of these") if "scenario" in table.columns else []),
             *(as_number(table, "watch_seconds").checks if "watch_seconds" in table.columns else []),
@@ -86,10 +104,8 @@ class Folder:
         if "watch_seconds" in table.columns:
             columns["watch_seconds"] = as_number(table, "watch_seconds").value
         session = as_text(table.session_id) if "session_id" in table.columns else ibis.null("string")
-        typed = table.select(
-            **columns, timestamp=as_seconds(table, "timestamp").value, session_id=session, _row=table._row
-        )
-        typed = store(engine, typed)
+        typed = table.select(**columns, timestamp=seconds.value, session_id=session, _row=table._row)
+        typed = store(engine, typed, instead_of=table)
         strangers = typed.anti_join(items, "item_id")
         unknown, size = count_rows(strangers), count_rows(typed)
         if 2 * unknown > size:
@@ -113,7 +129,11 @@ def _with_sessions(events: ibis.Table, gap: int) -> ibis.Table:
 
 
 def _items(engine: BaseBackend, folder: Path) -> ibis.Table:
-    path, table = _read(engine, folder, "items", ("item_id", "title"))
+    path, table = _read(engine, folder, "items", ITEMS)
+    for name in table.columns:
+        if name.lower() in _MADE:
+            raise UserError(f"{path}: the column {name!r} has the name of {_MADE[name.lower()]}; rename it")
+    check_words(path, table, ("title", "category", "brand", "text", "scenario"), ITEMS.ids)
     copies = ibis.row_number().over(group_by=as_text(table.item_id), order_by=table._row)
     table = store(engine, table.mutate(_copy=copies))
     checks = [*not_null(table, "item_id"), Check("item_id", table._copy > 0, "occurs twice; give every item one row")]
@@ -142,6 +162,10 @@ def _items(engine: BaseBackend, folder: Path) -> ibis.Table:
     return store(
         engine, table.select(**{name: columns[name] for name in order}, **{name: table[name] for name in further})
     )
+
+
+_MADE = {"count": "a column that preparation makes, the purchases of an item in training"}
+"""Columns of the prepared items that no file can bring."""
 
 
 def _product_ids(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.expr.types.ArrayValue:
@@ -184,12 +208,14 @@ def _embedding(path: Path, table: ibis.Table) -> ibis.expr.types.ArrayValue:
 
 
 def _queries(engine: BaseBackend, folder: Path) -> ibis.Table:
-    names = ("user_id", "timestamp", "prefix", "query", "feedback")
-    path, table = _read(engine, folder, "queries", names)
-    checks = [*not_null(table, "user_id"), *as_seconds(table, "timestamp").checks, *not_null(table, "query")]
+    names = QUERIES.names
+    path, table = _read(engine, folder, "queries", QUERIES)
+    check_words(path, table, ("prefix", "query", "feedback"), QUERIES.ids)
+    seconds = as_seconds(table, "timestamp")
+    checks = [*not_null(table, "user_id"), *seconds.checks, *not_null(table, "query")]
     refuse(path, table, [*checks, *choice(table, "feedback", FEEDBACK, "use one of these")])
     columns = {name: as_text(table[name]) for name in names if name != "timestamp"}
-    return store(engine, table.select(**columns, timestamp=as_seconds(table, "timestamp").value).select(*names))
+    return store(engine, table.select(**columns, timestamp=seconds.value).select(*names))
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -200,35 +226,44 @@ def _find(folder: Path, name: str) -> Path | None:
     return found[0] if found else None
 
 
-def _read(engine: BaseBackend, folder: Path, name: str, required: tuple[str, ...]) -> tuple[Path, ibis.Table]:
-    """A file as a table with a column `_row`, numbered from 1.
+def _read(engine: BaseBackend, folder: Path, name: str, wanted: Wanted) -> tuple[Path, ibis.Table]:
+    """A file as a table with a column `_row`, numbered from 1; prints what each column was taken for.
 
     Raises:
-      UserError: it is missing, empty or lacks a column.
+      UserError: it is missing, empty or lacks a column, or what `read_file` refuses.
     """
     path = _find(folder, name)
     if path is None:
         raise UserError(
             f"{folder} has no {name}.parquet, {name}.csv or {name}.jsonl; "
-            f"add one with the columns {', '.join(required)}"
+            f"add one with the columns {', '.join(wanted.required)}"
         )
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty; it needs the columns {', '.join(required)}")
-    readers = {
-        ".parquet": lambda: engine.read_parquet(path),
-        ".csv": lambda: engine.read_csv(path, all_varchar=True, header=True, sep=","),
-        ".jsonl": lambda: engine.read_json(path, format="newline_delimited", sample_size=-1),
-    }
-    try:
-        table = readers[path.suffix]()
-        table = store(engine, table.mutate(_row=ibis.row_number() + 1))
-    except duckdb.Error as error:
-        raise UserError(f"{path} can't be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
-    for column in required:
+    table, unused = read_file(engine, path, wanted)
+    names = [column for column in table.columns if column != "_row"] + unused
+    for column in wanted.required:
         if column not in table.columns:
-            near = difflib.get_close_matches(column, table.columns, n=1, cutoff=0.5)
-            hint = f"rename {near[0]!r}" if near else f"it has {', '.join(c for c in table.columns if c != '_row')}"
+            near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
+            hint = f"rename {near[0]!r}" if near else f"it has {', '.join(names)}"
             raise UserError(f"{path}: the column {column!r} is missing; {hint}")
     if count_rows(table) == 0:
         raise UserError(f"{path} has no rows; it needs at least one")
+    console.print(f"{path.name}: {_described(table, wanted, unused)}", markup=False)
     return path, table
+
+
+def _described(table: ibis.Table, wanted: Wanted, unused: list[str]) -> str:
+    """What the columns of a file were taken for, in one line."""
+    groups: dict[str, list[str]] = {}
+    for name in (name for name in table.columns if name != "_row"):
+        kind = table[name].type()
+        if kind.is_array() or name == "product_ids":
+            what = "lists"
+        elif name == "timestamp":
+            what = "times"
+        elif name in ("price", "watch_seconds") or (kind.is_numeric() and name not in wanted.names):
+            what = "numbers"
+        else:
+            what = "true or false" if kind.is_boolean() else "text"
+        groups.setdefault(what, []).append(name)
+    groups |= {"not used": [name or "a column without a name" for name in unused]} if unused else {}
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items())

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from jaxrec.config import UserError, fingerprint
-from jaxrec.data.sources.files import digest, json_lines, require, text_lines
+from jaxrec.data.sources.checks import FLOAT_ID
+from jaxrec.data.sources.files import Real, Whole, as_written, digest, json_lines, require, text_lines, written
 from jaxrec.data.tables import RawTables, Split, connect, store
 
 
@@ -122,44 +123,53 @@ def _sequences(path: Path, known: set[str]) -> Iterator[tuple[int, str, list[str
 def _items(path: Path) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in ("item_id", "title", "text", "category", "brand")}
     lines: dict[str, int] = {}
-    for number, row in json_lines(path):
+    for number, row in json_lines(path, as_written):
         for name in ("id", "title"):
             if row.get(name) is None:
                 raise UserError(
                     f"{path}, line {number}: the field {name!r} is missing; every item needs an id and a title"
                 )
-        item = str(row["id"])
+        item = _identifier(row["id"], f"{path}, line {number}: 'id'")
         if item in lines:
             raise UserError(
                 f"{path}, line {number}: item {item} was already in line {lines[item]}; give every item one line"
             )
         lines[item] = number
         paths = _category_paths(row.get("categories"), f"{path}, line {number}")
-        title = str(row["title"]).strip() or f"Item {item}"
+        title = written(row["title"]).strip() or f"Item {item}"
         words = list(dict.fromkeys(name for names in paths for name in names))
         columns["item_id"].append(item)
         columns["title"].append(title)
         columns["text"].append(f"{title}. {', '.join(words)}" if words else title)
         columns["category"].append(paths[0][-1] if paths and paths[0] else "")
-        columns["brand"].append(str(row.get("brand") or ""))
+        columns["brand"].append(written(row.get("brand")) or "")
     if not lines:
         raise UserError(f"{path} is empty; write one JSON object an item")
     size = len(columns["item_id"])
     return pa.table({**columns, "price": pa.nulls(size, pa.float64())})
 
 
+def _identifier(value: Any, place: str) -> str:
+    """A user or an item as it is written."""
+    if isinstance(value, float | Real):
+        raise UserError(f"{place} {value} {FLOAT_ID}")
+    if isinstance(value, dict | list):
+        raise UserError(f"{place} is a {type(value).__name__}; write ids as text or whole numbers")
+    return written(value)
+
+
 def _category_paths(value: Any, place: str) -> list[list[str]]:
     """Categories as a list of paths; a flat list is one path, a string a path of one name."""
-    value = [] if value is None else [value] if isinstance(value, str) else value
+    number = isinstance(value, Whole | Real)
+    value = [] if value is None else [value] if isinstance(value, str) and not number else value
     if not isinstance(value, list):
-        raise UserError(
-            f"{place}: 'categories' is a {type(value).__name__}; write a list of names, or a list of such lists"
-        )
+        kind = "number" if number else type(value).__name__
+        raise UserError(f"{place}: 'categories' is a {kind}; write a list of names, or a list of such lists")
     if all(isinstance(name, str) for name in value):
         value = [value] if value else []
     if not all(isinstance(names, list) for names in value):
         raise UserError(f"{place}: 'categories' mixes names and lists; write a list of names, or a list of such lists")
-    return [[str(name) for name in names] for names in value]
+    return [[written(name) or "" for name in names] for names in value]
 
 
 def _times(path: Path) -> dict[str, list[int | None]]:
@@ -179,7 +189,7 @@ def _times(path: Path) -> dict[str, list[int | None]]:
                 raise UserError(
                     f"{path}, line {number}: the time {value} is in milliseconds; divide by 1000 to get Unix seconds"
                 )
-        if (user := str(row["u"])) in times:
+        if (user := _identifier(row["u"], f"{path}, line {number}: 'u'")) in times:
             raise UserError(f"{path}, line {number}: user {user} was there before; write one line a user")
         times[user] = values
     return times

@@ -1,0 +1,361 @@
+"""A user's parquet, CSV or JSONL file as a table: every record of it, and every value as it is written.
+
+Nothing is guessed. CSV: fields are quoted by `"`, which is doubled inside quotes; there are no comments and no escapes.
+The header decides whether commas, tabs or semicolons separate fields. CSV and JSONL are UTF-8, with or without a byte
+order mark. Identifiers and texts are strings, also where JSON has numbers: `007`, `1.0`, `1e5` and `true` stay so.
+"""
+
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import ibis
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from ibis.backends import BaseBackend
+
+from jaxrec.config import UserError
+from jaxrec.data.sources.checks import FLOAT_ID
+from jaxrec.data.sources.files import Real, Whole, as_written, json_lines, written
+from jaxrec.data.tables import store
+
+SUFFIXES = ("parquet", "csv", "jsonl")
+DELIMITERS = (",", "\t", ";")
+
+WHOLE = r"^-?(0|[1-9][0-9]*)$"
+NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
+"""Of JSON. `007` and `+1` are no numbers: they are codes, whose zeros and signs count."""
+
+_CHUNK_ROWS = 1 << 14
+_LONGEST_FIELD = 1 << 24
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of a file."""
+
+    names: tuple[str, ...]
+    """Columns that jaxrec knows. Upper and lower case are the same in their names."""
+    required: tuple[str, ...]
+    """Those of them that must be there."""
+    ids: tuple[str, ...] = ()
+    """Those of them that hold identifiers, or lists of identifiers."""
+    vectors: tuple[str, ...] = ()
+    """Those of them that hold lists of numbers."""
+    further: bool = False
+    """Whether other columns are read too. Those whose names begin with `_` never are."""
+
+
+def read_file(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Table, list[str]]:
+    """A file as a table, with its rows numbered in `_row`, and the names of the columns that are left out.
+
+    Rows count from 1, without the header; in JSONL the row is the line. Columns of CSV are strings, of JSONL strings,
+    lists of strings or vectors; further ones that hold numbers or booleans alone are of that type. Parquet keeps its
+    types. An empty field of CSV is null.
+
+    Raises:
+      UserError: the file can't be read, a row doesn't fit the header, two columns have one name, or an identifier is a
+        floating-point number in JSON.
+    """
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; it needs the columns {', '.join(wanted.required)}")
+    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    return readers[path.suffix](engine, path, wanted)
+
+
+def _places(path: Path, names: Sequence[str], wanted: Wanted) -> dict[str, str]:
+    """The columns that are read, from their names in the file to those in the table."""
+    known, places, taken = {name.lower(): name for name in wanted.names}, {}, {}
+    for name in names:
+        stripped = name.strip()
+        place = known.get(stripped.lower(), stripped if wanted.further else "")
+        if not place or place.startswith("_"):
+            continue
+        # DuckDB doesn't tell upper from lower case in names.
+        if (other := taken.setdefault(place.lower(), name)) != name or name in places:
+            both = f"{other!r} and {name!r}" if other != name else f"two columns {name!r}"
+            raise UserError(f"{path} has {both}, which are one name; rename one of them")
+        places[name] = place
+    return places
+
+
+# ---- parquet ---------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Table, list[str]]:
+    try:
+        schema = pq.read_schema(path)
+        # Old writers don't mark texts as such; binary columns that jaxrec doesn't know may be anything.
+        unmarked = {field.name for field in schema if pa.types.is_binary(field.type)}
+        places = _places(path, schema.names, wanted)
+        places = {name: place for name, place in places.items() if place in wanted.names or name not in unmarked}
+        table = engine.read_parquet(path, binary_as_string=True)
+        columns = {place: table[name] for name, place in places.items()}
+        table = store(engine, table.select(**columns, _row=ibis.row_number() + 1))
+    except (duckdb.Error, pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} can't be read as parquet: {str(error).splitlines()[0]}") from error
+    return table, [name for name in schema.names if name not in places]
+
+
+# ---- CSV -------------------------------------------------------------------------------------------------------------
+
+
+def _read_csv(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Table, list[str]]:
+    _check_encoding(path)
+    delimiter, header = _header(path, wanted)
+    places = _places(path, header, wanted)
+    growing, row = _Growing(engine), 1
+    with _records(path, delimiter) as records:
+        next(record for record in records if record)
+        while chunk := _chunk(path, records, delimiter, len(header)):
+            columns = dict(zip(header, zip(*chunk, strict=True), strict=True))
+            rows = range(row, row + len(chunk))
+            texts = {place: _strings(path, name, columns[name], rows) for name, place in places.items()}
+            growing.add({place: pc.if_else(pc.equal(text, ""), None, text) for place, text in texts.items()}, rows)
+            row += len(chunk)
+    table = growing.table(places.values())
+    further = [place for place in places.values() if place not in wanted.names]
+    return _with_numbers(table, further), [name for name in header if name not in places]
+
+
+def _header(path: Path, wanted: Wanted) -> tuple[str, list[str]]:
+    """The delimiter whose header has the most known columns, then the most columns, and that header."""
+    known, headers = {name.lower() for name in wanted.names}, {}
+    for delimiter in DELIMITERS:
+        try:
+            with _records(path, delimiter) as records:
+                headers[delimiter] = next((record for record in records if record), [])
+        except csv.Error:
+            continue
+    if len(headers) < len(DELIMITERS) and all(len(header) <= 1 for header in headers.values()):
+        raise UserError(f'{path}, line 1: a quote in the header is not closed; write `"` inside quotes twice')
+    found = {mark: (sum(name.strip().lower() in known for name in each), len(each)) for mark, each in headers.items()}
+    delimiter = max(headers, key=lambda mark: found[mark])
+    if not headers[delimiter]:
+        raise UserError(f"{path} is empty; it needs the columns {', '.join(wanted.required)}")
+    if len(headers[delimiter]) == 1:
+        raise UserError(f"{path}: the header is one column; separate columns by commas, tabs or semicolons")
+    _strings(path, "header", headers[delimiter], [0] * len(headers[delimiter]))
+    return delimiter, headers[delimiter]
+
+
+@contextmanager
+def _records(path: Path, delimiter: str) -> Iterator[Any]:
+    """A reader of the records of a CSV file; a blank line is an empty record. Bytes that are no UTF-8 are escaped."""
+    longest = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            yield csv.reader(file, delimiter=delimiter, strict=True)
+    finally:
+        csv.field_size_limit(longest)
+
+
+def _chunk(path: Path, records: Iterator[list[str]], delimiter: str, width: int) -> list[list[str]]:
+    """The next records, without blank lines; none at the end."""
+    chunk: list[list[str]] = []
+    try:
+        while not chunk and (taken := list(islice(records, _CHUNK_ROWS))):
+            widths = set(map(len, taken))
+            if widths - {0, width}:
+                _explain(path, delimiter, width)
+            chunk = [record for record in taken if record] if 0 in widths else taken
+    except csv.Error as error:
+        _explain(path, delimiter, width)
+        raise UserError(f"{path} can't be read as csv: {error}") from error
+    return chunk
+
+
+def _explain(path: Path, delimiter: str, width: int) -> None:
+    """Raises UserError for the first record that is malformed, or whose fields the header doesn't have."""
+    mark = {",": "comma", "\t": "tab", ";": "semicolon"}[delimiter]
+    with _records(path, delimiter) as records:
+        row, line = -1, 1
+        while True:
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                where = f"{path}, row {row + 1} (line {line})"
+                if "expected after" in str(error):
+                    raise UserError(f'{where}: text follows a closing quote; write `"` inside quotes twice') from error
+                raise UserError(f"{where}: a quote is opened and not closed; close it, or write it twice") from error
+            row += bool(record)
+            if row > 0 and record and len(record) != width:
+                what = f"has {len(record)} field{'s' * (len(record) != 1)}, the header {width}"
+                mend = f"fill it up with {mark}s" if len(record) < width else f"quote the field that holds a {mark}"
+                raise UserError(f"{path}, row {row} (line {line}): {what}; {mend}")
+            line = records.line_num + 1
+
+
+# ---- JSONL -----------------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Table, list[str]]:
+    _check_encoding(path)
+    growing, columns = _Growing(engine), _JsonColumns(path, wanted)
+    lines = json_lines(path, as_written)
+    while chunk := list(islice(lines, _CHUNK_ROWS)):
+        rows, records = zip(*chunk, strict=True)
+        growing.add(columns.arrays(records, rows), rows)
+    if not columns.names:
+        raise UserError(f"{path} has no rows; it needs the columns {', '.join(wanted.required)}")
+    table = growing.table(columns.places.values())
+    further = {place: columns.kinds.get(place, set()) for place in columns.places.values() if place not in wanted.names}
+    table = table.mutate(**{place: table[place].cast("boolean") for place, kinds in further.items() if kinds == {bool}})
+    numbers = [place for place, kinds in further.items() if kinds and kinds <= {Whole, Real}]
+    return _with_numbers(table, numbers), [name for name in columns.names if name not in columns.places]
+
+
+class _JsonColumns:
+    """The columns of JSON objects as arrays, chunk by chunk, and which types of values each held so far."""
+
+    def __init__(self, path: Path, wanted: Wanted):
+        self.path, self.wanted = path, wanted
+        self.names: list[str] = []
+        self.places: dict[str, str] = {}
+        self.kinds: dict[str, set[type]] = {}
+
+    def arrays(self, records: Sequence[dict[str, Any]], rows: Sequence[int]) -> dict[str, pa.Array]:
+        """The columns of some objects; those that hold nothing but nulls are left out."""
+        here = dict.fromkeys(chain.from_iterable(records))
+        if new := [name for name in here if name not in self.names]:
+            self.names += new
+            self.places = _places(self.path, self.names, self.wanted)
+        columns = {}
+        for name in here:
+            values = [record.get(name) for record in records]
+            if name in self.places and any(value is not None for value in values):
+                columns[self.places[name]] = self._array(self.places[name], values, rows)
+        return columns
+
+    def _array(self, name: str, values: list[Any], rows: Sequence[int]) -> pa.Array:
+        kinds, new = self.kinds.setdefault(name, set()), set(map(type, values)) - {type(None)}
+        lists = name in self.wanted.vectors or list in kinds
+        if not kinds:
+            lists |= isinstance(next(value for value in values if value is not None), list)
+        if new != {list} if lists else list in new:
+            what = "no list" if lists else "a list"
+            message = f"holds {what}; give all rows a list, or none"
+            self._refuse(name, values, rows, lambda value: isinstance(value, list) != lists, message)
+        kinds |= new
+        if name in self.wanted.vectors:
+            self._refuse(name, values, rows, _is_no_vector, "holds something else than numbers; write lists of numbers")
+            return pa.array([value and [None if x is None else float(x) for x in value] for value in values])
+        if name in self.wanted.ids and not kinds <= {str, Whole}:
+            self._refuse(name, values, rows, _holds_real, FLOAT_ID)
+            self._refuse(
+                name, values, rows, lambda value: isinstance(value, dict), "holds an object; write ids as text"
+            )
+        if lists:
+            values = [value and [written(each) for each in value] for value in values]
+        elif not kinds <= {str, Whole, Real}:
+            values = [written(value) for value in values]
+        return _strings(self.path, name, values, rows, lists=lists)
+
+    def _refuse(
+        self, name: str, values: list[Any], rows: Sequence[int], bad: Callable[[Any], bool], message: str
+    ) -> None:
+        for row, value in zip(rows, values, strict=True):
+            if value is not None and bad(value):
+                shown = f"{value if isinstance(value, str) else written(value)} " if message is FLOAT_ID else ""
+                raise UserError(f"{self.path}, column {name!r}, row {row}: {shown}{message}")
+
+
+def _is_no_vector(value: Any) -> bool:
+    return not isinstance(value, list) or not set(map(type, value)) <= {Whole, Real, type(None)}
+
+
+def _holds_real(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, list) and any(isinstance(each, Real) for each in value))
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def _check_encoding(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(1024)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in start[:4]):
+        raise UserError(f"{path}, row 1: this is UTF-16; save the file as UTF-8")
+
+
+def _strings(path: Path, name: str, values: Sequence[Any], rows: Sequence[int], *, lists: bool = False) -> pa.Array:
+    """Texts, or lists of texts, as an array; UserError for the first that UTF-8 can't hold."""
+    kind = pa.list_(pa.string()) if lists else pa.string()
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:
+        pass
+    for row, value in zip(rows, values, strict=True):
+        try:
+            pa.array([value], kind)
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            # Python escapes a byte that is no UTF-8 as the code 0xdc00 + byte.
+            what = f"the byte 0x{code - 0xDC00:02x}" if path.suffix == ".csv" else f"half a character, \\u{code:04x},"
+            raise UserError(
+                f"{path}, column {name!r}, row {row}: {what} is no UTF-8; save the file as UTF-8"
+            ) from error
+    raise AssertionError("an array of its parts' type can be made of them")
+
+
+def _with_numbers(table: ibis.Table, names: Sequence[str]) -> ibis.Table:
+    """Text columns that hold nothing but numbers, and nulls, as int64 or float64; the others stay text."""
+    if not names:
+        return table
+    tests = {}
+    for place, name in enumerate(names):
+        text, whole = table[name], table[name].try_cast("int64").notnull()
+        filled = text.notnull().any()
+        tests[f"whole_{place}"] = (text.isnull() | (text.re_search(WHOLE) & whole)).all() & filled
+        # Whole numbers beyond 64 bits are codes, of which a float would lose digits.
+        number = text.re_search(NUMBER) & (whole | ~text.re_search(WHOLE))
+        tests[f"real_{place}"] = (text.isnull() | (number & ~text.try_cast("float64").isinf())).all() & filled
+    found = table.aggregate(**tests).to_pyarrow().to_pylist()[0]
+    types = {name: "float64" for place, name in enumerate(names) if found[f"real_{place}"]}
+    types |= {name: "int64" for place, name in enumerate(names) if found[f"whole_{place}"]}
+    return table.mutate(**{name: table[name].cast(kind) for name, kind in types.items()})
+
+
+class _Growing:
+    """A table in the engine that is made of chunks. Later chunks may have further columns, null in those before."""
+
+    def __init__(self, engine: BaseBackend):
+        self.engine, self.name = engine, ""
+        self.columns: list[str] = []
+
+    def add(self, arrays: dict[str, pa.Array], rows: Sequence[int]) -> None:
+        """Rows by the names of their columns, with their numbers."""
+        chunk = pa.table({**arrays, "_row": pa.array(rows, pa.int64())})
+        if not self.name:
+            self.name = store(self.engine, chunk).op().name
+            self.columns = chunk.column_names
+            return
+        for name in chunk.column_names:
+            if name not in self.columns:
+                self._widen(name, chunk[name].type)
+        self.engine.con.register("chunk", chunk)
+        self.engine.con.execute(f"INSERT INTO {self.name} BY NAME SELECT * FROM chunk")
+        self.engine.con.unregister("chunk")
+
+    def table(self, names: Iterable[str]) -> ibis.Table:
+        """All rows; a column of `names` that no chunk had is null."""
+        if not self.name:
+            self.add({}, [])
+        for name in names:
+            if name not in self.columns:
+                self._widen(name, pa.string())
+        return self.engine.table(self.name)
+
+    def _widen(self, name: str, kind: pa.DataType) -> None:
+        types = {pa.string(): "VARCHAR", pa.list_(pa.string()): "VARCHAR[]", pa.list_(pa.float64()): "DOUBLE[]"}
+        quoted = name.replace('"', '""')
+        self.engine.raw_sql(f'ALTER TABLE {self.name} ADD COLUMN "{quoted}" {types[kind]}')
+        self.columns.append(name)
