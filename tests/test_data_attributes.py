@@ -41,6 +41,21 @@ def test_a_missing_number_is_zero_and_few_values_share_few_buckets():
     assert 0 < cheap == cheap_too < dear < sizes[0]
 
 
+def test_nan_is_missing_as_null_is():
+    """It has the index 0, and moves no edge of the buckets, in the items and in those that come later."""
+    prices = np.random.default_rng(0).normal(size=40)
+    with_nan = pa.table({"price": pa.array(np.where(np.arange(40) % 4 == 0, np.nan, prices))})
+    with_null = pa.table({"price": pa.array(prices, mask=np.arange(40) % 4 == 0)})
+    indices, sizes = attribute_indices(with_null, ["price"])
+    found, found_sizes = attribute_indices(with_nan, ["price"])
+    np.testing.assert_array_equal(found, indices)
+    assert found_sizes == sizes and (found[::4] == 0).all() and found.max() == PRICE_STEPS
+    np.testing.assert_array_equal(later_attribute_indices(with_null, ["price"], with_nan), indices)
+    np.testing.assert_array_equal(later_attribute_indices(with_nan, ["price"], with_null), indices)
+    nothing = pa.table({"price": [np.nan, np.nan]})
+    assert attribute_indices(nothing, ["price"])[1] == (1,)
+
+
 def test_nothing_known():
     nothing = pa.table({"price": pa.array([None, None], pa.float64()), "brand": pa.array([None, None], pa.string())})
     indices, sizes = attribute_indices(nothing, ["price", "brand"])

@@ -12,9 +12,10 @@ PRICE_STEPS = 16  # quantile buckets of a numeric attribute
 
 
 def attribute_indices(items: pa.Table, columns: Sequence[str]) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The attributes of every item: int32 [I, A] and the number of values of each; 0 stands for a missing value.
+    """The attributes of every item: int32 [I, A] and the number of values of each.
 
-    Words are numbered in alphabetical order; numbers are cut into 16 buckets of equal count.
+    0 stands for a missing value: null, or NaN. Words are numbered in alphabetical order. Numbers are cut into 16
+    buckets of equal count.
 
     Raises:
       UserError: a column is missing or holds neither words nor numbers.
@@ -37,15 +38,15 @@ def later_attribute_indices(items: pa.Table, columns: Sequence[str], later: pa.T
 
 def _indices(name: str, known: pa.Array, column: pa.Array) -> np.ndarray:
     """The indices of a column in the numbering that `known` gives."""
-    present = column.is_valid().to_numpy(zero_copy_only=False)
     if pa.types.is_integer(known.type) or pa.types.is_floating(known.type):
-        edges, values = _numbers(known)[known.is_valid().to_numpy(zero_copy_only=False)], _numbers(column)
+        edges, values = _numbers(known), _numbers(column)
+        edges, present = edges[~np.isnan(edges)], ~np.isnan(values)
         edges = np.unique(np.quantile(edges, np.linspace(0, 1, PRICE_STEPS + 1)[1:-1])) if len(edges) else []
         index = 1 + np.searchsorted(edges, values, side="right")
     elif pa.types.is_string(known.type) or pa.types.is_large_string(known.type):
         words = pc.drop_null(pc.unique(known)).sort()
         found = pc.index_in(column.cast(known.type), words)
-        present &= found.is_valid().to_numpy(zero_copy_only=False)
+        present = found.is_valid().to_numpy(zero_copy_only=False)
         index = 1 + found.fill_null(0).to_numpy(zero_copy_only=False)
     else:
         raise UserError(
@@ -55,4 +56,6 @@ def _indices(name: str, known: pa.Array, column: pa.Array) -> np.ndarray:
 
 
 def _numbers(column: pa.Array) -> np.ndarray:
-    return np.nan_to_num(column.cast(pa.float64()).fill_null(0).to_numpy(zero_copy_only=False))
+    """f64, finite, or NaN where there is no number."""
+    values = column.cast(pa.float64()).fill_null(np.nan).to_numpy(zero_copy_only=False)
+    return np.nan_to_num(values, nan=np.nan)
