@@ -167,6 +167,11 @@ def test_processes_share_each_batch():
         make(process_count=3)
 
 
+def test_a_log_in_which_nobody_has_a_history():
+    with pytest.raises(UserError, match=r"no session can be trained on: .* an earlier event of the same user"):
+        array_batches(lambda rows: {}, np.zeros(0, np.int64), batch_size=8)
+
+
 def test_too_few_cuts(capsys):
     with pytest.raises(UserError, match="50 cuts give no batch of 64"):
         make(batch_size=64)

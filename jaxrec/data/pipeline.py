@@ -148,6 +148,11 @@ def _iterate(
         )
     if not len(plan):
         count = len(plan.groups)
+        if not count:
+            raise UserError(
+                "no session can be trained on: a training example is a session that holds a predicted behavior and has "
+                "an earlier event of the same user; users of one session have none, so use a longer log"
+            )
         raise UserError(f"{count} cuts give no batch of {plan.batch_size}; make batch_size smaller or use more data")
     source = _Batches(make, plan, epochs, process_index, process_count)
     # No threads inside grain: the training loop makes batches ahead of time itself.
