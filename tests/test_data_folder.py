@@ -160,6 +160,62 @@ FAULTS = {
         "column 'timestamp', row 4: .*yesterday.* is no time",
     ),
     "no time": ("events", changed(EVENTS, 3, timestamp=None), "column 'timestamp', row 4: None is no time"),
+    "microseconds": (
+        "events",
+        changed(EVENTS, 3, timestamp=T * 10**6),
+        "row 4: .* is in microseconds; divide by 1,000,0",
+    ),
+    "nanoseconds": (
+        "events",
+        changed(EVENTS, 3, timestamp=T * 10**9),
+        "row 4: .* is in nanoseconds; divide by 1,000,000",
+    ),
+    "beyond 64 bits": (
+        "events",
+        changed(EVENTS, 3, timestamp=2**63),
+        "row 4: 9223372036854775808 is no time; write whole",
+    ),
+    "a date in digits": (
+        "events",
+        [{**row, "timestamp": 20240531 + n} for n, row in enumerate(EVENTS[:1])],
+        "row 1: 20240531 is a date without separators; write it as 2024-05-31",
+    ),
+    "a date in digits among seconds": (
+        "events",
+        changed(EVENTS, 2, timestamp=20240531),
+        "row 3: 20240531 is a date without separators",
+    ),
+    "date and time in digits": (
+        "events",
+        changed(EVENTS, 2, timestamp="20240531180000"),
+        "row 3: .* without separators",
+    ),
+    "day before month": (
+        "events",
+        changed(EVENTS, 2, timestamp="01-02-2024"),
+        "row 3: '01-02-2024' is no time; write whol",
+    ),
+    "the end of time": (
+        "events",
+        changed(EVENTS, 2, timestamp="9999-12-31"),
+        "row 3: '9999-12-31' is after the year 5138, which is no time of an event",
+    ),
+    "infinity": ("events", changed(EVENTS, 2, timestamp="infinity"), "row 3: 'infinity' is no time"),
+    "a count": (
+        "items",
+        [{**row, "Count": 3} for row in ITEMS],
+        "items.jsonl: the column 'Count' has the name of a column",
+    ),
+    "float sessions": (
+        "events",
+        [{**row, "session_id": 1.0} for row in EVENTS],
+        "'session_id', row 1: 1.0 is a floating",
+    ),
+    "an item of floats": (
+        "items",
+        [{**row, "product_ids": [1.5]} for row in ITEMS],
+        "'product_ids', row 1: .1.5. is a flo",
+    ),
     "a negative time": ("events", changed(EVENTS, 3, timestamp=-5), "row 4: -5 is before 1970"),
     "mostly unknown items": (
         "events",
@@ -235,6 +291,81 @@ def test_faults_of_csv_and_parquet(folder):
     write(folder, "events", [{**row, "timestamp": float(row["timestamp"]) + 0.5} for row in EVENTS], "parquet")
     with pytest.raises(UserError, match=r"events.parquet, column 'timestamp', row 1"):
         Folder(folder).load()
+
+
+def test_faults_of_parquet_types(folder):
+    def refused(name, column, values, message):
+        rows = {"items": ITEMS, "events": EVENTS}[name]
+        for old in folder.glob(f"{name}.*"):
+            old.unlink()
+        table = pa.Table.from_pylist(rows)
+        if column in table.column_names:
+            table = table.drop_columns(column)
+        pq.write_table(table.append_column(column, values), folder / f"{name}.parquet")
+        with pytest.raises(UserError, match=message):
+            Folder(folder).load()
+
+    times = pa.array([2**64 - 1] * 5, pa.uint64())
+    refused(
+        "events", "timestamp", times, r"'timestamp', row 1: 18446744073709551615 is no time; write whole Unix seconds"
+    )
+    refused(
+        "events", "timestamp", pa.array([20240531] * 5), r"'timestamp', row 1: 20240531 is a date without separators"
+    )
+    late = pa.array([253402214400] * 5, pa.timestamp("s"))
+    refused("events", "timestamp", late, r"'timestamp', row 1: .*9999, 12, 31.* is after the year 5138")
+    floats = pa.array([None, 123456789012.0, 1.0, 1.0, 1.0])
+    refused(
+        "events", "session_id", floats, r"'session_id', row 2: 123456789012.0 is a floating-point number; write ids"
+    )
+    refused(
+        "events", "user_id", floats.cast(pa.decimal128(20, 2)), r"'user_id', row 2: 123456789012.00 is a floating-poi"
+    )
+    write(folder, "events", EVENTS)
+    refused("items", "item_id", pa.array([1.0, 2.0, 3.0]), r"'item_id', row 1: 1.0 is a floating-point number")
+    refused(
+        "items", "product_ids", pa.array([[1.0], [], []]), r"'product_ids', row 1: \[1.0\] is a floating-point number"
+    )
+    refused("items", "brand", pa.array([["a"], [], []]), r"column 'brand': holds array<string>; write it as text")
+    refused(
+        "items", "count", pa.array([1, 2, 3]), r"items.parquet: the column 'count' has the name of a column that prep"
+    )
+    refused(
+        "items", "TITLE", pa.array(["a", "b", "c"]), r"has 'title' and 'TITLE', which are one name; rename one of them"
+    )
+
+
+def test_a_log_that_counts_from_its_own_beginning_may_pass_through_what_looks_like_dates(folder):
+    times = [0, 20240531, 20240599]
+    write(folder, "events", [{**EVENTS[n], "timestamp": time} for n, time in enumerate(times)], "csv")
+    assert sorted(Folder(folder).load().events.timestamp.to_pyarrow().to_pylist()) == times
+
+
+def test_names_of_columns_in_any_case_and_what_they_were_taken_for(folder, capsys):
+    """A missing number is missing as null, empty or NaN, of a price as of a further attribute."""
+    rows = [
+        {"Item_ID": "p1", "TITLE": "a", "Price": "1.5", "Brand": "A", "Category": "C", "Text": "t", "Stock": "3",
+         "ean": "007", "_note": "x"},
+        {"Item_ID": "p2", "TITLE": "b", "Price": "", "Brand": "", "Category": "", "Text": "", "Stock": "", "ean": "8",
+         "_note": ""},
+    ]  # fmt: skip
+    write(folder, "items", rows, "csv")
+    write(folder, "events", [{**row, "device": "mobile"} for row in EVENTS[:3]], "csv")
+    items = Folder(folder).load().items.order_by("item_id").to_pyarrow().to_pylist()
+    assert items == [
+        {"item_id": "p1", "title": "a", "text": "t", "category": "C", "brand": "A", "price": 1.5,
+         "Stock": 3, "ean": "007"},
+        {"item_id": "p2", "title": "b", "text": "b", "category": "", "brand": "", "price": None,
+         "Stock": None, "ean": "8"},
+    ]  # fmt: skip
+    said = " ".join(capsys.readouterr().out.split())
+    assert "items.csv: text: item_id, title, brand, category, text, ean; numbers: price, Stock; not used: _note" in said
+    assert "events.csv: text: user_id, item_id, behavior; times: timestamp; not used: device" in said
+    prices = pa.array([float("nan"), None, 2.5])
+    table = pa.table({"item_id": ["a", "p1", "p2"], "title": ["x", "y", "z"], "price": prices})
+    (folder / "items.csv").unlink()
+    pq.write_table(table, folder / "items.parquet")
+    assert Folder(folder).load().items.order_by("item_id").price.to_pyarrow().to_pylist() == [None, None, 2.5]
 
 
 def test_faults_of_the_folder_and_its_configuration(folder):
