@@ -243,7 +243,8 @@ def compilations():
 
 def test_nothing_recompiles_after_the_first_window_of_every_shape(model, whole, tmp_path, compilations):
     retriever = Retriever(whole / "run", model)
-    answer_file(retriever, whole / "in.jsonl", tmp_path / "out.jsonl", window_lines=1)  # batches of one
+    for window in (1, 100):  # batches of one, and of as many as there can be
+        answer_file(retriever, whole / "in.jsonl", tmp_path / "out.jsonl", window_lines=window)
     compilations.clear()
     for window in (WINDOW, 7, 64):  # other windows, other rests: the same shapes
         answer_file(retriever, whole / "in.jsonl", tmp_path / "out.jsonl", window_lines=window)
