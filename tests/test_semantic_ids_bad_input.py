@@ -1,6 +1,7 @@
 """Embeddings that are broken, few, all the same or of another type: every quantizer, and every way in."""
 
 import sys
+from decimal import Decimal
 
 import jax
 import ml_dtypes
@@ -23,6 +24,7 @@ from jaxrec.semantic_ids import (
 )
 from jaxrec.semantic_ids import __main__ as command
 from jaxrec.semantic_ids.catalogue import append
+from jaxrec.semantic_ids.commands import read_ids, read_items
 from jaxrec.semantic_ids.versions import publish, read_version
 
 KEY = jax.random.key(0)
@@ -305,3 +307,23 @@ def test_the_command_line_takes_the_same_rows_and_other_numbers(tmp_path, monkey
     codes = read_codes(tmp_path / "ids" / "codes.parquet", list("abcdefgh")).codes
     _, first, of_row = np.unique(embeddings, axis=0, return_index=True, return_inverse=True)
     np.testing.assert_array_equal(codes, codes[first][of_row.ravel()])
+
+
+@pytest.mark.parametrize(
+    "ids", [[1.0, 2.0], [None, 123456789012.0], [Decimal("1.50"), Decimal("2.00")], np.array([1, 2], np.float32)]
+)
+def test_floating_point_numbers_are_no_ids(tmp_path, ids):
+    """123456789012.0 would be the item 1.23456789012e+11."""
+    pq.write_table(pa.table({"item_id": ids, "embedding": [[1.0], [2.0]]}), tmp_path / "items.parquet")
+    for read in (read_items, read_ids):
+        with pytest.raises(
+            UserError, match=r"items.parquet: column 'item_id' holds floating-point numbers .*: write ids"
+        ):
+            read(tmp_path / "items.parquet")
+
+
+def test_whole_numbers_are_ids_as_they_are_written(tmp_path):
+    ids = pa.array([2**63, 123456789012], pa.uint64())
+    pq.write_table(pa.table({"item_id": ids, "embedding": [[1.0], [2.0]]}), tmp_path / "items.parquet")
+    assert read_ids(tmp_path / "items.parquet") == ["9223372036854775808", "123456789012"]
+    assert read_items(tmp_path / "items.parquet")[0] == ["9223372036854775808", "123456789012"]

@@ -250,8 +250,13 @@ def counts_of(table: pa.Table | pa.RecordBatch, path: Path, start: int = 0) -> n
 def check_ids(column: pa.Array | pa.ChunkedArray, path: Path, start: int = 0) -> pa.Array | pa.ChunkedArray:
     """A column item_id as strings [n]; UserError when it is no text, or one is missing or empty.
 
-    Rows are counted from `start`.
+    Rows are counted from `start`. Whole numbers are texts too; a floating-point number has no text that is its own.
     """
+    kind = column.type
+    if pa.types.is_floating(kind) or (pa.types.is_decimal(kind) and kind.scale):
+        first = next((value for value in column.to_pylist() if value is not None), None)
+        mend = "write ids as strings or whole numbers"
+        raise UserError(f"{path}: column 'item_id' holds floating-point numbers ({kind}, such as {first!r}): {mend}")
     try:
         ids = column.cast(pa.string())
         ids.validate(full=True)
