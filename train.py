@@ -20,6 +20,8 @@ def main() -> None:
     if config.system not in SYSTEMS:
         known = ", ".join(SYSTEMS)
         raise UserError(f"configuration key 'system': there is no {config.system!r}; it is one of {known}")
+    # Before the run directory is made: a configuration that is in it can't be changed any more.
+    config.check()
     keep_compiled_programs()
     # Libraries announce what they will change one day; nobody who trains can act on it.
     warnings.filterwarnings("ignore", category=DeprecationWarning)

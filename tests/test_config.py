@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 
+import train
 from jaxrec.config import UserError, differences, fingerprint, from_json, load_config, parse_cli, to_json
 from jaxrec.models import sequential
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
@@ -18,6 +19,7 @@ from jaxrec.systems.sequential import SequentialConfig
 from jaxrec.systems.sequential_training import FullSoftmax, SampledSoftmax
 from jaxrec.training.optim import OptimConfig
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 CONFIG_FILE = '''
 import dataclasses
 from pathlib import Path
@@ -259,3 +261,33 @@ def test_numbers_that_make_no_sense_are_named(make, words):
     with pytest.raises(UserError) as error:
         make()
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "message"),
+    [
+        *((file, "--optim.warmup 50 --training.steps 50", r"'optim.warmup' is 50, as long as the training of 50; make")
+          for file in ("mall.py", "mall_tiger.py", "mall_rankgr.py", "mall_sequential.py")),
+        ("mall.py", "--align FinetuneConfig --align.training.steps 20", r"'align.optim.warmup' is 20, as long"),
+        ("mall_tiger.py", "--training.evaluate-every 5 --training.monitor ndcg", r"'ndcg' is not evaluated; .*ndcg@10"),
+        ("mall_sequential.py", "--training.evaluate-every 5 --training.monitor mrr@5", r"'mrr@5' is not evaluated"),
+        ("mall_rankgr.py", "--features.weakest 9", r"'features.weakest' is 9, so that histories would hold nothing"),
+        ("mall_rankgr.py", "--objective.levels 0 1", r"'objective.levels' is \(0, 1\); give one level from 0 for each"),
+        ("mall_rankgr.py", "--objective.rank-from 9", r"'objective.rank_from' is 9; levels go from 0 to 3"),
+        ("mall_rankgr.py", "--objective.level-weights 1 2", r"'objective.level_weights' is .* each of 4 levels"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_found_before_a_run_is_made(tmp_path, monkeypatch, file, flags, message):
+    """Else the run directory would keep the configuration, and the mended one be refused as another's."""
+    path, run = Path(__file__).parent / file, tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train.py", str(path), "--run", str(run), *flags.split()])
+    with pytest.raises(UserError, match=message):
+        train.main()
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.py")), ids=lambda path: path.stem
+)
+def test_published_configurations_contradict_nothing(path):
+    load_config(path).check()

@@ -20,7 +20,7 @@ from jaxrec.models.rankgr import RankGRConfig
 from jaxrec.run import Run, read_json, write_json
 from jaxrec.systems import rankgr_training
 from jaxrec.systems.generative import STAGE, GenerativeRunConfig, load_trained, run_phases
-from jaxrec.systems.rankgr_model import assemble
+from jaxrec.systems.rankgr_model import assemble, checked_levels
 from jaxrec.systems.recommender import GenerativeRecommender
 from jaxrec.training.loop import TrainState
 
@@ -76,6 +76,11 @@ class RankGRRunConfig(GenerativeRunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_least(self, "", min_history=0, sessions_per_user=0)
+
+    def check(self) -> None:
+        """As `jaxrec.systems.generative.GenerativeRunConfig.check`."""
+        super().check()
+        checked_levels(self)
 
     # The weights themselves count, wherever they lie.
     before_training: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.before_training, "pretrained")

@@ -187,8 +187,8 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
     space = trained_space(run.semantic_ids, item_ids, counts)
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
-    levels = behavior_levels(config.objective.levels, behaviors)
-    _check(config, space, behaviors, int(levels[-1]))
+    levels = checked_levels(config)
+    _check(config, space)
     backbone, pretrained = config.model.backbone, None
     known = None if folder is None else folder / BACKBONE
     if known is not None and known.exists():
@@ -204,7 +204,15 @@ def assemble(run: Run, config: "RankGRRunConfig", folder: Path | None = None) ->
     return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained, embeddings, prior)
 
 
-def _check(config: "RankGRRunConfig", space: SemanticIdSpace, behaviors: tuple[str, ...], highest: int) -> None:
+def checked_levels(config: "RankGRRunConfig") -> np.ndarray:
+    """The level of each behavior of the source, int [behaviors].
+
+    Raises:
+      UserError: `features` or `objective` ask for behaviors or levels that there aren't.
+    """
+    behaviors = tuple(config.data.behaviors)
+    levels = behavior_levels(config.objective.levels, behaviors)
+    highest, weights = int(levels[-1]), config.objective.level_weights
     if config.features.weakest >= len(behaviors):
         raise UserError(
             f"configuration key 'features.weakest' is {config.features.weakest}, so that histories would hold nothing; "
@@ -214,6 +222,14 @@ def _check(config: "RankGRRunConfig", space: SemanticIdSpace, behaviors: tuple[s
         raise UserError(
             f"configuration key 'objective.rank_from' is {config.objective.rank_from}; levels go from 0 to {highest}"
         )
+    if weights and (len(weights) != highest + 1 or min(weights) < 0):
+        raise UserError(
+            f"configuration key 'objective.level_weights' is {weights}; give 0 or more for each of {highest + 1} levels"
+        )
+    return levels
+
+
+def _check(config: "RankGRRunConfig", space: SemanticIdSpace) -> None:
     # Only where it matters: the distinct IDs of a large catalogue take their time.
     if config.model.rank.loss == "softmax" and (shared := len(space.codes) - len(space.ids)):
         raise UserError(

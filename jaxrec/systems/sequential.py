@@ -15,6 +15,7 @@ from jaxrec.config import check_least, fingerprint, from_json
 from jaxrec.data.padding import check_buckets
 from jaxrec.data.prepare import PrepareConfig, tells_answer_time
 from jaxrec.data.sources import AnySource
+from jaxrec.evaluation.metrics import METRICS
 from jaxrec.models.sequential import (
     Bert4RecConfig,
     CaserConfig,
@@ -34,6 +35,7 @@ from jaxrec.systems.generative import STAGE
 from jaxrec.systems.phases import prepare_examples, prepare_tables, prepare_with_embeddings
 from jaxrec.systems.sequential_recommender import SequentialAssembly, SequentialRecommender
 from jaxrec.systems.sequential_training import FullSoftmax, Objective
+from jaxrec.systems.validation import CUTOFFS
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
@@ -87,6 +89,11 @@ class SequentialConfig:
         check_buckets(self.lengths, "lengths")
         check_least(self, "", seed=0, batch_size=1)
         self.validation.check_validation()
+
+    def check(self) -> None:
+        """As `jaxrec.systems.generative.GenerativeRunConfig.check`."""
+        self.optim.check_steps(self.training.steps)
+        self.training.check_monitor(f"{name}@{cutoff}" for name in METRICS for cutoff in CUTOFFS)
 
 
 def train(run: Run, config: SequentialConfig) -> None:

@@ -85,6 +85,18 @@ class LoopConfig:
         every = self.evaluate_every
         return max(1, round(every * self.steps)) if 0 < every < 1 else int(every)
 
+    def check_monitor(self, names: Iterable[str]) -> None:
+        """Whether `monitor` is one of the values that are evaluated, if any are.
+
+        Raises:
+          UserError: it isn't.
+        """
+        known = list(names)
+        if self.evaluate_every and self.monitor not in known:
+            raise UserError(
+                f"configuration key 'training.monitor': {self.monitor!r} is not evaluated; there are {', '.join(known)}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
@@ -224,9 +236,7 @@ def _gave_up(watch: Watch, config: LoopConfig) -> bool:
 
 
 def _monitored(values: dict[str, float], config: LoopConfig) -> float:
-    if config.monitor not in values:
-        known = ", ".join(values)
-        raise UserError(f"configuration key 'training.monitor': {config.monitor!r} is not evaluated; there are {known}")
+    config.check_monitor(values)
     return float(values[config.monitor])
 
 

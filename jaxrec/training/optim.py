@@ -41,6 +41,18 @@ class OptimConfig:
         check_least(self, "optim", **dict.fromkeys(least, 0))
         check_shares(self, "optim", "b1", "b2")
 
+    def check_steps(self, steps: int, place: str = "optim") -> None:
+        """Whether the warm-up ends before a training of so many steps; `place` is where the key of this begins.
+
+        Raises:
+          UserError: it doesn't.
+        """
+        if self.warmup >= steps:
+            raise UserError(
+                f"configuration key '{place}.warmup' is {self.warmup}, as long as the training of {steps}; "
+                "make it shorter"
+            )
+
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     """The learning rate as a function of the step, for a training of `steps` steps.
@@ -48,10 +60,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     Raises:
       UserError: the warm-up is longer than the training.
     """
-    if config.warmup >= steps:
-        raise UserError(
-            f"configuration key 'optim.warmup' is {config.warmup}, as long as the training of {steps}; make it shorter"
-        )
+    config.check_steps(steps)
     rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
     if config.schedule == "constant":
         rest = optax.constant_schedule(config.learning_rate)
