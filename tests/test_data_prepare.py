@@ -13,7 +13,7 @@ from jaxrec.data.cleaning import KCore, drop_repeats, k_core
 from jaxrec.data.pairs import PairConfig
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.splits import TimeSplit
-from jaxrec.data.tables import RawTables, Tables, connect, mix, store
+from jaxrec.data.tables import RawTables, Tables, connect, machine_memory, mix, spilling_into, store
 
 NAMES = ("user_id", "item_id", "timestamp", "behavior", "session_id")
 
@@ -294,6 +294,70 @@ def test_types_of_the_files(tmp_path):
 def test_a_folder_without_tables_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no prepared tables"):
         Tables.read(tmp_path)
+
+
+def setting(engine, name):
+    return engine.con.execute(f"SELECT current_setting('{name}')").fetchall()[0][0]
+
+
+def test_what_exceeds_the_memory_goes_into_the_prepared_folder_and_not_where_one_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXREC_DUCKDB_MEMORY", "40MB")
+    (tmp_path / "tables").mkdir()
+    with spilling_into(tmp_path / "tables" / ".duckdb"):
+        engine = connect()
+        engine.raw_sql("SET threads = 1")
+        engine.raw_sql("CREATE TABLE large AS SELECT md5(i::VARCHAR) AS text FROM range(2000000) AS t(i)")
+        assert list((tmp_path / "tables" / ".duckdb").iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["tables"]
+
+    seen = []
+
+    @dataclass(frozen=True)
+    class Spied(Rows):
+        def load(self):
+            raw = super().load()
+            seen.append(setting(raw.engine, "temp_directory"))
+            return raw
+
+    prepare(Spied((("a", "i1", 10, "buy", "s1"),)), PrepareConfig(), tmp_path / "tables")
+    assert seen == [str(tmp_path / "tables" / ".duckdb")]
+    assert not setting(connect(), "temp_directory").startswith((str(tmp_path), ".tmp"))
+
+
+def test_memory_of_the_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrec.data.tables.machine_memory", lambda: 6 * 2**30)
+    assert setting(connect(), "memory_limit") == "3.0 GiB"
+    monkeypatch.setenv("JAXREC_DUCKDB_MEMORY", "2GiB")
+    assert setting(connect(), "memory_limit") == "2.0 GiB"
+    for wrong in ("lots", "0GB", "-1GB", "8", "1GB'; DROP"):
+        monkeypatch.setenv("JAXREC_DUCKDB_MEMORY", wrong)
+        with pytest.raises(UserError, match=r"JAXREC_DUCKDB_MEMORY is .*; give a size such as 8GB"):
+            connect()
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("", {}, None),
+        ("0::/\n", {"memory.max": "max"}, None),
+        ("0::/\n", {"memory.max": "3000000"}, 3_000_000),
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "2000000", "memory.max": "9000000"}, 2_000_000),
+        ("3:cpu:/x\n2:cpuset,memory:/docker/1\n", {"memory/memory.limit_in_bytes": "5000000"}, 5_000_000),
+        ("3:cpu:/x\n", {"x/memory.max": "1", "memory/memory.limit_in_bytes": "1"}, None),
+        ("2:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+    ],
+)
+def test_the_limits_of_a_container_count(tmp_path, groups, limits, expected):
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(groups)
+    for name, limit in limits.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{limit}\n")
+    machine = machine_memory(tmp_path / "nothing")
+    assert machine > 10_000_000
+    assert machine_memory(tmp_path) == (expected or machine)
 
 
 def test_mix_equals_python_integers():

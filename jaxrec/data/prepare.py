@@ -14,7 +14,7 @@ from jaxrec.config import UserError
 from jaxrec.data.cleaning import KCore, drop_repeats, k_core
 from jaxrec.data.pairs import PairConfig, build_pairs
 from jaxrec.data.splits import TimeSplit, assign_splits, number_sessions
-from jaxrec.data.tables import RawTables, Source, count_rows, store, write_table
+from jaxrec.data.tables import RawTables, Source, count_rows, spilling_into, store, write_table
 from jaxrec.run import progress
 
 
@@ -48,7 +48,7 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
     Raises:
       UserError: the source can't be read, or nothing is left of it.
     """
-    with progress() as bars:
+    with spilling_into(folder / ".duckdb"), progress() as bars:
         task = bars.add_task(f"Preparing {type(source).__name__}: reading", total=5)
         raw = source.load()
         engine, dropped = raw.engine, dict(raw.dropped)

@@ -13,8 +13,14 @@ writes the folder that `Tables` reads:
 """
 
 import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -106,12 +112,56 @@ class Tables:
 
 
 def connect() -> BaseBackend:
-    """A fresh embedded DuckDB. Results don't depend on its threads: wherever order matters, it is explicit."""
+    """A fresh embedded DuckDB. Results don't depend on its threads: wherever order matters, it is explicit.
+
+    What is larger than its memory goes into the folder of `spilling_into`, else of the system's temporary files. The
+    memory is $JAXREC_DUCKDB_MEMORY, such as 8GB, or half of the machine's.
+
+    Raises:
+      UserError: $JAXREC_DUCKDB_MEMORY is no size.
+    """
+    memory = os.environ.get("JAXREC_DUCKDB_MEMORY") or f"{machine_memory() // 2 // 2**20}MiB"
+    if not re.fullmatch(r"[1-9][0-9]*(\.[0-9]+)? ?[KMGT]i?B", memory):
+        raise UserError(f"the environment variable JAXREC_DUCKDB_MEMORY is {memory!r}; give a size such as 8GB")
+    spill = _SPILL.get() or Path(tempfile.gettempdir()) / f"jaxrec-duckdb-{uuid.uuid4().hex}"
     engine = ibis.duckdb.connect()
     engine.raw_sql("SET TimeZone = 'UTC'")
-    engine.raw_sql("SET memory_limit = '1500MB'")
+    engine.raw_sql(f"SET memory_limit = '{memory}'")
+    engine.con.execute("SET temp_directory = ?", [str(spill.absolute())])
     engine.raw_sql("SET enable_progress_bar = false")
     return engine
+
+
+_SPILL: ContextVar[Path | None] = ContextVar("spill", default=None)
+
+
+@contextmanager
+def spilling_into(folder: Path) -> Iterator[None]:
+    """Engines that are connected inside keep in `folder` what exceeds their memory; it is removed at the end."""
+    token = _SPILL.set(folder)
+    try:
+        yield
+    finally:
+        _SPILL.reset(token)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's where that has a smaller limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # Version 1 has a tree for every controller, version 2 one for all. The limits of all groups above count too.
+        mount, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            limit = root / "sys/fs/cgroup" / mount / folder / name
+            if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+                limits.append(int(text))
+    return min(limits)
 
 
 def store(engine: BaseBackend, table: ibis.Table | pa.Table, instead_of: ibis.Table | None = None) -> ibis.Table:
