@@ -261,6 +261,24 @@ def test_nan_and_infinity_are_reported_for_their_request_alone(constrained, leve
     assert not np.isnan(result.log_probs).any()
 
 
+@pytest.mark.parametrize("constrained", [True, False])
+def test_logits_are_refused_where_their_values_are_known(constrained):
+    trie, model = build_trie(random_codes(19, 60), SIZES), ToyModel(20, batch=3)
+    eager = functools.partial(decode.__wrapped__, trie=trie, allowed=None, beam_width=100, constrained=constrained)
+    plain = model.search(trie, 100, constrained=constrained)
+    np.testing.assert_array_equal(eager(model.tables).codes, plain.codes)
+    model.tables[2][:, 1] -= 3  # Some of the probability may be missing, as of codes that are never said.
+    assert eager(model.tables).valid.all(1).tolist() == plain.valid.all(1).tolist()
+    model.tables[1][1] += 3
+    with pytest.raises(
+        UserError, match=r"logits at level 1, whose exponentials sum to e\^3 and not to 1: give log-prob"
+    ):
+        eager(model.tables)
+    model.tables[0] = np.full((3, SIZES[0]), -0.5, np.float32)
+    with pytest.raises(UserError, match=r"logits at level 0, whose exponentials sum to e\^0.886"):
+        eager(model.tables)
+
+
 @pytest.mark.parametrize("beam_width", [5, 120])
 @pytest.mark.parametrize("filtered", [False, True])
 def test_unconstrained_search_ranks_all_codes_and_marks_those_that_exist(beam_width, filtered):

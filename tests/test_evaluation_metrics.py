@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrec.config import UserError
 from jaxrec.evaluation.metrics import add, hit_matrix, id_accuracy, mean, ranking_metrics, validity_rate
 
 
@@ -111,6 +112,26 @@ def test_validity_rate_of_the_beams_asked_for():
     valid = np.array([[True, False], [True, True]])
     assert validity_rate(valid) == (3, 4)
     assert validity_rate(valid, np.array([[True, True], [True, False]])) == (2, 3)
+
+
+def test_arrays_of_other_users_are_refused():
+    ranked, targets, where = np.array([[1, 2], [3, 4]]), np.array([[1], [4]]), np.ones((2, 1), bool)
+    for bad in (
+        (ranked, targets[:1], where[:1]), (ranked[:1], targets, where), (ranked, targets, where[:1]),
+        (ranked, targets, np.ones((2, 2), bool)), (ranked[0], targets, where), (ranked, targets[:, 0], where[:, 0]),
+    ):  # fmt: skip
+        with pytest.raises(
+            UserError, match=r"ranked \[.*\], targets \[.*\] and where \[.*\] do not fit: give rankings"
+        ):
+            ranking_metrics(*bad)
+    codes, log_probs = np.zeros((2, 3, 2), int), [np.zeros((2, 3, 4)), np.zeros((2, 3, 5))]
+    for bad in ((log_probs, codes, np.ones((1, 3), bool)), ([log_probs[0], log_probs[1][:1]], codes, np.ones((2, 3)))):
+        with pytest.raises(
+            UserError, match=r"codes \[2, 3, 2\] and where \[.*\] do not fit log_probs of \[\[2, 3, 4\], "
+        ):
+            id_accuracy(*bad)
+    with pytest.raises(UserError, match=r"where \[1, 3\] is not shaped like valid \[2, 3\]"):
+        validity_rate(np.ones((2, 3), bool), np.ones((1, 3), bool))
 
 
 def test_an_independent_library_agrees():

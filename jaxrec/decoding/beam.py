@@ -101,7 +101,9 @@ def beam_search(
 
     Args:
         extend: `(tokens int32 [B, W] | None, cache, level) -> (log_probs [B, W, K], cache)`, normalised over the
-            level's codebook. At level 0 tokens is None and W = 1. Beams without a valid prefix get token 0.
+            level's codebook (`jax.nn.log_softmax`). Logits would be added up as they are, and compare prefixes wrongly;
+            under `jax.jit`, where values are not known, nothing can say so. At level 0 tokens is None and W = 1. Beams
+            without a valid prefix get token 0.
         cache: pytree of arrays [B, W, ...], at first [B, 1, ...]; re-ordered as beams are chosen.
         batch: B.
         beam_width: W, or one width for each level; the last is the number of results.
@@ -119,7 +121,7 @@ def beam_search(
 
     Raises:
         UserError: widths below 1 or not one a level, `candidates` below them or without `rescore`, `allowed`, log_probs
-            or scores of a wrong shape.
+            or scores of a wrong shape; outside `jax.jit` also logits in place of log-probabilities.
     """
     if trie.eos is not None:
         raise UserError("the trie holds texts: use text_search, which knows where they end.")

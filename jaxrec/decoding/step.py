@@ -23,6 +23,9 @@ from jaxrec.decoding.filters import ItemFilter, build_filter
 from jaxrec.decoding.top import top
 from jaxrec.decoding.trie import WORD, Trie
 
+ROUNDING = 0.1
+"""How far above 0 the logarithm of a sum of probabilities may be: bfloat16 rounds them."""
+
 Extend = Callable[[jax.Array | None, Any, int], tuple[jax.Array, Any]]
 Located = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -93,7 +96,22 @@ def extended(extend: Extend, beams: Beams, cache: Any, level: int, size: int | N
     expected = (*beams.log_probs.shape, log_probs.shape[-1] if size is None else size)
     if log_probs.shape != expected:
         raise UserError(f"extend gave log_probs {log_probs.shape} at level {level}: expected [B, W, K] = {expected}.")
-    return log_probs.astype(jnp.float32), cache
+    log_probs = log_probs.astype(jnp.float32)
+    # Under `jit` there are no values to look at, and to normalise once more would cost a pass over all of them.
+    if not isinstance(log_probs, jax.core.Tracer):
+        _check_normalised(log_probs, level)
+    return log_probs, cache
+
+
+def _check_normalised(log_probs: jax.Array, level: int) -> None:
+    """UserError for logits. Less than all of the probability may be there, as where a model never says some codes."""
+    totals = jax.nn.logsumexp(log_probs, axis=-1)
+    largest = float(jnp.max(jnp.where(totals < jnp.inf, totals, -jnp.inf), initial=-jnp.inf))
+    if largest > ROUNDING:
+        raise UserError(
+            f"extend gave logits at level {level}, whose exponentials sum to e^{largest:.3g} and not to 1: give "
+            "log-probabilities, jax.nn.log_softmax of them."
+        )
 
 
 def reorder(cache: Any, parents: jax.Array) -> Any:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxrec.config import UserError
+
 CUTOFFS = (5, 10, 50, 100, 500)
 METRICS = ("recall", "hr", "ndcg", "mrr")
 
@@ -25,7 +27,15 @@ def hit_matrix(ranked: np.ndarray, targets: np.ndarray, where: np.ndarray) -> np
     """bool [U, k]: the positions of `ranked` int32 [U, k] that hold a target of int32 [U, L] where `where` bool [U, L].
 
     An item that a ranking repeats hits once, at its first position; -1 never hits.
+
+    Raises:
+      UserError: these are not of the same users, or `where` is not shaped like `targets`.
     """
+    if np.ndim(ranked) != 2 or np.ndim(targets) != 2 or len(ranked) != len(targets) or where.shape != targets.shape:
+        raise UserError(
+            f"ranked {list(np.shape(ranked))}, targets {list(np.shape(targets))} and where {list(np.shape(where))} do "
+            "not fit: give rankings [users, k], and targets and where [users, L] with a row for each of these users"
+        )
     hits = np.zeros(ranked.shape, bool)
     for target, keep in zip(targets.T, where.T, strict=True):
         hits |= (ranked == target[:, None]) & keep[:, None]
@@ -71,7 +81,8 @@ def ranking_metrics(
     """All metrics of METRICS at all cutoffs, e.g. `{"recall@10": (sum over users, number of users), ...}`.
 
     `ranked` int32 [U, k] with -1 = none, `targets` int32 [U, L] distinct within a row, `where` bool [U, L]. A user
-    without a target (an all-masked row) counts 0 of 0. A cutoff beyond k sees the k that there are.
+    without a target (an all-masked row) counts 0 of 0. A cutoff beyond k sees the k that there are. UserError as for
+    `hit_matrix`.
     """
     hits = hit_matrix(ranked, targets, where)
     num_targets = where.sum(1)
@@ -97,7 +108,16 @@ def id_accuracy(log_probs: Sequence, codes, where) -> dict[str, tuple]:
 
     `log_probs`: one [..., K_m] array a level (logits will do), each computed given the true codes of the levels
     before; `codes` int32 [..., M]; `where` bool [...]. Works on numpy and on traced jax arrays alike.
+
+    Raises:
+      UserError: the leading dimensions are not the same.
     """
+    for shape in (where.shape, *(scores.shape[:-1] for scores in log_probs)):
+        if shape != codes.shape[:-1]:
+            raise UserError(
+                f"codes {list(codes.shape)} and where {list(where.shape)} do not fit log_probs of "
+                f"{[list(scores.shape) for scores in log_probs]}: give all of them the same dimensions but for the last"
+            )
     return {
         f"acc_sid{level + 1}": (((scores.argmax(-1) == codes[..., level]) & where).sum(), where.sum())
         for level, scores in enumerate(log_probs)
@@ -105,7 +125,12 @@ def id_accuracy(log_probs: Sequence, codes, where) -> dict[str, tuple]:
 
 
 def validity_rate(valid, where=None) -> tuple:
-    """(sum, count) of the generated IDs that name an item: `valid` bool [B, W], of those where `where` bool [B, W]."""
+    """(sum, count) of the generated IDs that name an item: `valid` bool [B, W], of those where `where` bool [B, W].
+
+    UserError where the two are of different shapes.
+    """
     if where is None:
         return valid.sum(), valid.size
+    if where.shape != valid.shape:
+        raise UserError(f"where {list(where.shape)} is not shaped like valid {list(valid.shape)}: give one value an ID")
     return (valid & where).sum(), where.sum()
