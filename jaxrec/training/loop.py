@@ -212,7 +212,7 @@ def fit(
                 raise SystemExit(130)
             if last:
                 break
-    if _gave_up(watch, config):
+    if _gave_up(watch, config) and step < config.steps:
         message = (
             f"stopped after step {step}: nothing better than {config.monitor} {watch.best:.4f} of step {watch.step}"
         )
