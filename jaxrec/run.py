@@ -64,32 +64,27 @@ class Run:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.stages = self.path / "stages"
+        self.export = self.path / "export"
         self.config_file = self.path / "config.json"
         self._lock = None
         self._replace = False
         self._config: dict[str, Any] | None = None  # of this process; config.json may still be another one's
         self._made: dict[str, str] = {}  # the inputs of every phase and stage, as this process found or made them
         self._beside: list[str] = []  # those of them that are in `next/`
-
-    @property
-    def tables(self) -> Path:
-        return self.place("tables")
-
-    @property
-    def semantic_ids(self) -> Path:
-        return self.place("semantic_ids")
-
-    @property
-    def examples(self) -> Path:
-        return self.place("examples")
-
-    @property
-    def metrics_file(self) -> Path:
-        return (self.path / NEXT if TRAINING in self._beside else self.path) / "metrics.jsonl"
+        self._set_places()
 
     def place(self, name: str) -> Path:
         """The folder of a phase or stage; while it is made beside the old one, the new one's."""
         return (self.path / NEXT if name in self._beside else self.path) / name
+
+    def _set_places(self) -> None:
+        self.tables, self.semantic_ids, self.examples = map(self.place, ("tables", "semantic_ids", "examples"))
+        self.metrics_file = self.place(TRAINING).parent.parent / "metrics.jsonl"
+
+    def _go_beside(self, name: str) -> None:
+        """From now on a phase or stage is that in `next/`."""
+        self._beside.append(name)
+        self._set_places()
 
     @classmethod
     def open(cls, path: Path, config: Any, replace: bool = False) -> "Run":
@@ -152,7 +147,7 @@ class Run:
             self._drop_results()
         elif folder.exists() and self._made_of(name):
             self._check_replaceable(name)
-            self._beside.append(name)
+            self._go_beside(name)
             folder = self.place(name)
             folder.parent.mkdir(exist_ok=True)
         fault_point(f"phase:{name}")
@@ -186,7 +181,7 @@ class Run:
         if not self._find(name, inputs):
             if not _begun(self.path / name, inputs) and _has_work(self.path / name):
                 self._check_replaceable(name)
-                self._beside.append(name)
+                self._go_beside(name)
             elif name == TRAINING:
                 self._drop_results()
                 self._take_config()
@@ -227,7 +222,7 @@ class Run:
         if _marked(self.path / name, inputs):
             return True
         if _marked(self.path / NEXT / name, inputs):
-            self._beside.append(name)
+            self._go_beside(name)
             return True
         return False
 
@@ -262,6 +257,7 @@ class Run:
             fault_point(f"swap:{name}")
         if self._beside:
             self._beside = []
+            self._set_places()
             _remove(self.path / NEXT)
 
     def _take_config(self) -> None:
