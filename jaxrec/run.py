@@ -29,7 +29,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -71,6 +71,7 @@ class Run:
         self._config: dict[str, Any] | None = None  # of this process; config.json may still be another one's
         self._made: dict[str, str] = {}  # the inputs of every phase and stage, as this process found or made them
         self._beside: list[str] = []  # those of them that are in `next/`
+        self._replacing: dict[str, Callable[[Path], AbstractContextManager]] = {}  # of phases that have one
         self._set_places()
 
     def place(self, name: str) -> Path:
@@ -122,30 +123,38 @@ class Run:
             raise UserError(f"{run.path} holds no run (no config.json); make one with train.py CONFIG --run {run.path}")
         return run, read_json(run.config_file)
 
-    def phase(self, name: str, inputs: str, make: Callable[[Path], None]) -> str:
+    def phase(
+        self,
+        name: str,
+        inputs: str,
+        make: Callable[[Path], None],
+        replacing: Callable[[Path], AbstractContextManager] = nullcontext,
+    ) -> str:
         """Makes the folder `name` unless it was made from the same inputs.
 
         Args:
           name: the folder inside the run directory.
           inputs: fingerprint of all that the result depends on.
           make: writes the files into the folder that it is given.
+          replacing: replacing(folder) is entered before the old folder is removed, at once or when the training that
+            was made beside it is finished; a UserError keeps it.
 
         Returns:
           A fingerprint of the result, for the `inputs` of the next phase.
 
         Raises:
           UserError: the disk is full, nothing half written is left; or a training depends on what is there, which was
-            made from other inputs.
+            made from other inputs; or what `replacing` refuses.
         """
         folder, partial = self.path / name, self.path / f"{name}.partial"
         result = fingerprint(name, inputs)
-        self._made[name] = inputs
+        self._made[name], self._replacing[name] = inputs, replacing
         if self._find(name, inputs):
             shutil.rmtree(partial, ignore_errors=True)
             return result
         if name == EVALUATION:
             self._drop_results()
-        elif folder.exists() and self._made_of(name):
+        elif self._made_of(name, inputs, unknown=(name,) if folder.exists() else ()):
             self._check_replaceable(name)
             self._go_beside(name)
             folder = self.place(name)
@@ -162,9 +171,10 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         fault_point(f"partial:{name}")
-        _remove(folder)
-        partial.rename(folder)
-        sync(folder.parent)
+        with replacing(folder):
+            _remove(folder)
+            partial.rename(folder)
+            sync(folder.parent)
         fault_point(f"done:{name}")
         return result
 
@@ -179,7 +189,8 @@ class Run:
         result = fingerprint(name, inputs)
         self._made[name] = inputs
         if not self._find(name, inputs):
-            if not _begun(self.path / name, inputs) and _has_work(self.path / name):
+            of_others = not _begun(self.path / name, inputs) and _has_work(self.path / name)
+            if of_others or self._made_of(name, inputs):
                 self._check_replaceable(name)
                 self._go_beside(name)
             elif name == TRAINING:
@@ -226,10 +237,13 @@ class Run:
             return True
         return False
 
-    def _made_of(self, name: str) -> bool:
-        """Whether a stage with a result or a checkpoint was made from what a phase made."""
+    def _made_of(self, name: str, inputs: str, unknown: Iterable[str] = ()) -> bool:
+        """Whether a stage with a result or a checkpoint was made from a phase or stage of other inputs than these.
+
+        Its folder may be missing: made anew from other inputs, it would not be what the stage was made from.
+        """
         stages = (begun.parent for begun in self.stages.glob("*/begun.json"))
-        return any(_has_work(stage) and name in _made_from(stage, (name,)) for stage in stages)
+        return any(_has_work(stage) and _made_from(stage, unknown).get(name, inputs) != inputs for stage in stages)
 
     def _check_replaceable(self, name: str) -> None:
         if self._replace:
@@ -245,7 +259,20 @@ class Run:
         """Puts all that was made beside the old in its place, now that the training is finished.
 
         Killed in between, the run is served by nobody, and goes on here.
+
+        Raises:
+          UserError: what `replacing` of a phase refuses; nothing is removed then.
         """
+        with ExitStack() as held:
+            for name in self._beside:
+                try:
+                    held.enter_context(self._replacing.get(name, nullcontext)(self.path / name))
+                except UserError as error:
+                    kept = f"what is to take its place is kept in {self.path / NEXT}, and the same command goes on"
+                    raise UserError(f"{error}; {kept}") from error
+            self._put_in_place()
+
+    def _put_in_place(self) -> None:
         if TRAINING in self._beside:
             self._drop_results()
             (self.path / TRAINING / "fingerprint.json").unlink(missing_ok=True)

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,6 +212,78 @@ def test_a_training_is_not_lost_to_other_data_or_another_configuration(tmp_path,
     go(tmp_path)
     assert (tmp_path / "evaluation.json").read_text() == "d 8 5"
     assert (tmp_path / "metrics.jsonl").read_text() == ("beginning " if finished else "beginning going on ")
+
+
+def test_what_a_training_was_made_from_is_not_made_of_other_inputs_where_it_is_missing(tmp_path):
+    go(tmp_path)
+    (tmp_path / "tables").rename(tmp_path / "moved")
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r"the data that .*/tables was made from have changed; give another --run"):
+        go(tmp_path, data="e")
+    assert files(tmp_path) == before
+    go(tmp_path)  # Of the same inputs it is what the training was made from.
+    Run(tmp_path).check_trained()
+    assert files(tmp_path / "tables") == files(tmp_path / "moved")
+    assert (tmp_path / "metrics.jsonl").read_text() == "beginning "
+
+
+def test_a_missing_stage_of_other_inputs_is_made_beside_the_training_that_was_made_from_it(tmp_path):
+    """As the fine-tuned text encoder, which was moved away."""
+
+    def train(align: str, replace: bool = False) -> None:
+        run = Run.open(tmp_path, CONFIG, replace)
+        aligned = run.stage("stages/alignment", align, count_calls(made, align))
+        run.stage("stages/train", aligned, count_calls(made, "train"))
+
+    made: list[str] = []
+    train("a")
+    (tmp_path / "stages" / "alignment").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="stages/alignment was made from have changed"):
+        train("b")
+    assert made == ["a", "train"] and not (tmp_path / "stages" / "alignment").exists()
+    train("b", replace=True)
+    assert made == ["a", "train", "b", "train"]
+    Run(tmp_path).check_trained()
+
+
+def test_what_came_while_the_new_training_ran_is_not_replaced(tmp_path):
+    """By neither way: beside a training, and in its place where no training depends on it."""
+
+    @contextmanager
+    def replacing(folder: Path):
+        if (folder / "later").exists():
+            raise UserError(f"move {folder} away")
+        yield
+
+    def train(data: str, trained: bool, during: Callable[[], None] = lambda: None) -> None:
+        def make(folder: Path) -> None:
+            calls.append(data)
+            during()
+
+        run = Run.open(tmp_path, {**CONFIG, "data": data}, replace=True)
+        tables = run.phase("tables", data, count_calls([], data) if trained else make, replacing)
+        if trained:
+            run.stage("stages/train", tables, make)
+
+    def append() -> None:
+        (tmp_path / "tables" / "later").write_text("an item")
+
+    calls: list[str] = []
+    train("a", trained=False)
+    with pytest.raises(UserError, match=r"move .*/tables away"):
+        train("b", trained=False, during=append)
+    (tmp_path / "tables" / "later").unlink()
+    train("a", trained=True)
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r"move .*/tables away; what is to take its place is kept in .*/next, and the"):
+        train("b", trained=True, during=append)
+    there = files(tmp_path)
+    assert {name: there.get(name) for name in before} == before and "tables/later" in there
+    Run(tmp_path).check_trained()
+    (tmp_path / "tables").rename(tmp_path / "moved")
+    train("b", trained=True)
+    assert calls == ["a", "b", "a", "b"] and (tmp_path / "tables" / "file").read_text() == "b"
+    Run(tmp_path).check_trained()
 
 
 def test_another_evaluation_needs_no_other_training(tmp_path):

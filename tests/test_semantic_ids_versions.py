@@ -357,6 +357,45 @@ def test_a_run_does_not_replace_ids_that_have_later_versions(tmp_path, monkeypat
     assert (made / "000002").exists()
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_items_that_are_appended_while_the_new_ids_are_made_are_not_replaced(tmp_path, monkeypatch, trained):
+    def make_ids(_, folder, *__, **___):
+        make_folder(folder / "made", line(0, 11))
+        for file in (folder / "made").iterdir():
+            file.rename(folder / file.name)
+
+    def write_examples(*_):
+        if not trained:
+            raise ExamplesWanted
+
+    monkeypatch.setattr(phases, "prepare", lambda *_: None)
+    monkeypatch.setattr(phases, "_encoder", lambda *_: ("encoder",))  # There are no tables to ask.
+    monkeypatch.setattr(phases, "tokenize", make_ids)
+    monkeypatch.setattr(phases, "write_examples", write_examples)
+    config, folder = load_config("tests/mall.py"), tmp_path / "semantic_ids"
+
+    def train(seed, during=lambda: None):
+        run = Run.open(tmp_path, replace(config, seed=seed), replace=True)
+        if trained:
+            ids, _ = phases.prepare_with_ids(run, replace(config, seed=seed))
+            run.stage("stages/train", ids, lambda _: during())
+            return
+        monkeypatch.setattr(phases, "tokenize", lambda *args, **rest: (make_ids(*args, **rest), during()))
+        with pytest.raises(ExamplesWanted):
+            phases.prepare_with_ids(run, replace(config, seed=seed))
+
+    train(0)
+    with locked(folder), pytest.raises(UserError, match="another process is changing"):
+        train(2)
+    kept = "what is to take its place is kept in .*/next" if trained else "away$"
+    with pytest.raises(UserError, match=rf"in its versions, which new IDs would replace.*{kept}"):
+        train(1, during=lambda: append(folder, ["x"], line(21)))
+    assert codes_of(folder)["x"] == (0, 2)
+    folder.rename(tmp_path / "moved")
+    train(1)
+    assert not list(folder.glob("versions/0*")) and codes_of(tmp_path / "moved")["x"] == (0, 2)
+
+
 def test_scenarios_count_only_where_they_are_chosen(tmp_path, monkeypatch):
     def stop(_, parts):
         raise ExamplesWanted(*parts)

@@ -20,7 +20,7 @@ import fcntl
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -355,6 +355,18 @@ def check_replaceable(folder: Path, inputs: str) -> None:
             f"what {folder} was made from has changed, but items were appended, removed or encoded anew in its "
             f"versions, which new IDs would replace: give another --run, or move {folder} away"
         )
+
+
+@contextmanager
+def replacing(folder: Path, inputs: str) -> Iterator[None]:
+    """Keeps the versions of a folder from changing while a run replaces it by IDs of these inputs.
+
+    Raises:
+      UserError: versions came since `check_replaceable` was asked, or another process is changing them.
+    """
+    with locked(folder) if (folder / BOOKS).is_file() else nullcontext():
+        check_replaceable(folder, inputs)
+        yield
 
 
 def check_number(folder: Path, version: int) -> None:

@@ -10,7 +10,7 @@ from jaxrec.data.prepare import prepare, tells_answer_time
 from jaxrec.run import Run
 from jaxrec.semantic_ids.embeddings import finetune_items
 from jaxrec.semantic_ids.tokenize import embed, tokenize
-from jaxrec.semantic_ids.versions import check_replaceable
+from jaxrec.semantic_ids.versions import check_replaceable, replacing
 from jaxrec.text.encoder import EncoderConfig, load_encoder
 from jaxrec.text.finetune import FinetuneConfig
 
@@ -42,6 +42,7 @@ def prepare_with_ids(run: Run, config: Any) -> tuple[str, str]:
             tuned=run.place(ALIGNMENT) / "tuned",
             scenarios=config.scenarios,
         ),
+        replacing=lambda folder: replacing(folder, id_inputs),
     )
     return ids, prepare_examples(run, config, tables)
 
