@@ -10,7 +10,8 @@ suffix is always whole. A stage keeps its own checkpoints, so it works in its fi
 
 A training is never lost by accident: where a phase or stage would be made anew and a training depends on it, the run
 is refused. With `Run.open(..., replace=True)` what changed is made beside the old, in `next/`, and takes its place when
-the new training is finished. Until then the old one is served; `Run.check_trained` tells whether there is one.
+the new training is finished. Until then the old one is served; `Run.check_trained` tells whether there is one. Going
+back to the old one gives the new one up: `next/` is removed.
 
 Fault injection, for the tests: with JAXREC_KILL_AT=<point> in the environment the process kills itself (SIGKILL) at
 that point. Points: `phase:<name>` before the work of a phase or stage, `partial:<name>` after it and before the rename
@@ -215,11 +216,39 @@ class Run:
             if not _marked(self.path / name, inputs):
                 raise UserError(f"{self.path / name} is not what the training there was made from; {mend}")
 
+    @contextmanager
+    def reading_trained(self) -> Iterator[None]:
+        """Around all that is read of the finished training and of what it was made from.
+
+        Raises:
+          UserError: as `check_trained`; or they were replaced meanwhile, so that what was read may be of two trainings.
+        """
+        mark = self.path / TRAINING / "fingerprint.json"
+
+        def training() -> bytes | None:
+            try:
+                return mark.read_bytes()
+            except FileNotFoundError:
+                return None
+
+        before, cause = training(), None
+        self.check_trained()
+        try:
+            yield
+        except Exception as error:
+            if training() == before:
+                raise
+            cause = error
+        if training() != before:
+            raise UserError(f"the training in {self.path} was replaced while it was read; start again") from cause
+
     def _work(self, folder: Path, name: str, inputs: str, make: Callable[[Path], None]) -> None:
         """Begins a stage in `folder`, noting all that it is made from, or goes on with it."""
         with writing(folder):
             if not _begun(folder, inputs):
                 _remove(folder)
+                if name == TRAINING:
+                    _remove(self.metrics_file.parent / "tensorboard")  # Its events are of a training that is gone.
                 folder.mkdir(parents=True)
                 made = {other: of for other, of in self._made.items() if other != name}
                 write_json(folder / "begun.json", {"inputs": inputs, "made": made})
@@ -282,10 +311,10 @@ class Run:
         for name in self._beside:
             _replace(self.path / NEXT / name, self.path / name)
             fault_point(f"swap:{name}")
-        if self._beside:
-            self._beside = []
-            self._set_places()
-            _remove(self.path / NEXT)
+        self._beside = []
+        self._set_places()
+        # Whatever is left there is of a training that was given up.
+        _remove(self.path / NEXT)
 
     def _take_config(self) -> None:
         """Has this process's configuration in config.json."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from serving_run import write_run
+from serving_run import NextInLine, write_run
 
 from jaxrec import run as run_module
 from jaxrec.config import UserError
@@ -313,6 +313,39 @@ def test_the_old_training_stays_until_the_one_that_replaces_it_is_finished(tmp_p
         go(tmp_path)
 
 
+def test_what_a_training_that_was_given_up_left_is_removed(tmp_path):
+    def train(width: int, stop: bool = False, replace: bool = True) -> Run:
+        def make(folder: Path) -> None:
+            events = run.metrics_file.parent / "tensorboard" / "train"
+            events.mkdir(parents=True, exist_ok=True)
+            (events / f"events.{width}").write_text("")
+            (folder / "00000001").mkdir(exist_ok=True)
+            (folder / "00000001" / "manifest.json").write_text("{}")
+            if stop:
+                raise SystemExit(130)
+
+        run = Run.open(tmp_path, {**CONFIG, "model": {"width": width}}, replace)
+        run.stage("stages/train", str(width), make)
+        return run
+
+    def events(folder: Path) -> list[str]:
+        return sorted(path.name for path in folder.glob("tensorboard/train/*"))
+
+    train(1)
+    for width in (2, 3):
+        with pytest.raises(SystemExit):
+            train(width, stop=True)
+        assert events(tmp_path / "next") == [f"events.{width}"]
+    train(1, replace=False)  # Back to the one that is there.
+    assert not (tmp_path / "next").exists() and events(tmp_path) == ["events.1"]
+    with pytest.raises(SystemExit):
+        train(2, stop=True)
+    with pytest.raises(SystemExit):
+        train(3, stop=True)
+    train(3)
+    assert not (tmp_path / "next").exists() and events(tmp_path) == ["events.3"]
+
+
 def test_killed_while_it_is_replaced_it_is_the_old_run_or_none_and_goes_on(tmp_path):
     def command(folder: Path, kill_at: str = "") -> int:
         environment = {**os.environ, "JAXREC_KILL_AT": kill_at, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -357,6 +390,24 @@ def test_only_a_finished_training_on_what_is_there_counts(tmp_path):
     Run(tmp_path).check_trained()
 
 
+@pytest.mark.parametrize("missing", [True, False])
+def test_what_is_read_while_the_training_is_replaced_is_not_taken_for_one(tmp_path, missing):
+    """Whether the other training shows by a file that is gone, or only by what it was made from."""
+    go(tmp_path)
+    run = Run(tmp_path)
+    with run.reading_trained():
+        pass
+    with pytest.raises(KeyError), run.reading_trained():  # Any other fault stays what it is.
+        raise KeyError
+    with pytest.raises(UserError, match="was replaced while it was read; start again"), run.reading_trained():
+        go(tmp_path, data="e", replace=True)
+        if missing:
+            raise FileNotFoundError
+    (tmp_path / "stages" / "train" / "fingerprint.json").unlink()
+    with pytest.raises(UserError, match="holds no finished training"), run.reading_trained():
+        pytest.fail("it was read")
+
+
 @pytest.mark.parametrize("system", ["onemall", "sasrec"])
 def test_an_unfinished_training_is_not_served(tmp_path, system):
     path = write_run(tmp_path / "run")
@@ -364,8 +415,28 @@ def test_an_unfinished_training_is_not_served(tmp_path, system):
     state = path / "stages" / "train" / "00000001"
     state.mkdir(parents=True)
     write_json(state / "manifest.json", {})
+    # Before anything of it is read.
+    (path / "tables" / "events.parquet").write_text("damaged")
     with pytest.raises(UserError, match=r"run holds no finished training; run train\.py again with --run"):
         Retriever(path)
+
+
+def test_a_start_while_the_training_is_replaced_is_refused(tmp_path, monkeypatch):
+    path = write_run(tmp_path / "run")
+
+    def train(config: str) -> None:
+        run = Run.open(path, {"system": config}, replace=True)
+        run.stage("stages/train", config, count_calls([], config))
+
+    def load(*_):
+        train("other")
+        return NextInLine()
+
+    train("none")
+    monkeypatch.setattr(Retriever, "_load_recommender", load)
+    with pytest.raises(UserError, match=r"the training in .*run was replaced while it was read; start again"):
+        Retriever(path)
+    assert Retriever(path).system == "other"
 
 
 def test_a_first_command_that_failed_is_no_hindrance(tmp_path):

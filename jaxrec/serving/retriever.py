@@ -13,6 +13,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,17 @@ class Retriever:
         `batch_size` replaces the run's `decoding.batch_size`.
 
         Raises:
-          UserError: there is no run at `run_path`, or it is not finished, or its system is not known, or an item was
-            published that the run has no row of; a batch size for a model without one.
+          UserError: there is no run at `run_path`, or it is not finished, or was replaced meanwhile, or its system is
+            not known, or an item was published that the run has no row of; a batch size for a model without one.
         """
-        self.run, config = Run.load(Path(run_path))
+        self.run, _ = Run.load(Path(run_path))
+        self.ready = False
+        self._lock = threading.Lock()
+        with self.run.reading_trained() if recommender is None else nullcontext():
+            self._read(recommender, batch_size)
+
+    def _read(self, recommender: Recommender | None, batch_size: int | None) -> None:
+        config = read_json(self.run.config_file)
         self.system = str(config.get("system"))
         for name in ("items.parquet", "users.parquet", "events.parquet", "statistics.json"):
             if not (self.run.tables / name).exists():
@@ -85,8 +93,6 @@ class Retriever:
         self._read_events(len(users))
         self.recommender = recommender or self._load_recommender(config)
         self.sizes = self._sizes(batch_size)
-        self.ready = False
-        self._lock = threading.Lock()
         self.catalogue = self._live(items)
         if getattr(self.recommender, "space", None) is not None:
             self._take_published(items)
@@ -181,7 +187,6 @@ class Retriever:
 
         if self.system not in SYSTEMS:
             raise UserError(f"{self.run.config_file}: unknown system {self.system!r}; known are {', '.join(SYSTEMS)}")
-        self.run.check_trained()
         return SYSTEMS[self.system].load_recommender(self.run)
 
     def answer(
