@@ -22,8 +22,9 @@ from jaxrec.config import UserError
 from jaxrec.data.features import FeatureConfig
 from jaxrec.decoding.live import LiveCatalogue
 from jaxrec.decoding.version import Version
-from jaxrec.semantic_ids import Codebooks, codebooks, commands, write_codes
+from jaxrec.semantic_ids import Codebooks, codebooks, commands, later, write_codes
 from jaxrec.semantic_ids.catalogue import append
+from jaxrec.semantic_ids.later import read_later
 from jaxrec.semantic_ids.residual import Residual
 from jaxrec.semantic_ids.versions import current_number, publish, trained_space
 from jaxrec.serving.retriever import NOTHING_ALLOWED, Retriever
@@ -329,6 +330,45 @@ def test_nothing_is_published_that_a_restart_could_not_serve(real, tmp_path, cap
     assert "no title" not in capsys.readouterr().out
     commands.append(folder, write_items(tmp_path / "untitled.parquet", books, [[0, 0, 0]], item_id=["n2"]))
     assert "1 of these items have no title" in capsys.readouterr().out
+
+
+def test_an_item_that_is_appended_again_keeps_what_the_file_does_not_tell(real, tmp_path, capsys):
+    folder, books = real.run.semantic_ids, write_ids(real)
+
+    def append_file(**columns):
+        codes = [[1, 0, 0], [3, 2, 1], [0, 0, 0]][: len(columns["item_id"])]
+        commands.append(folder, write_items(tmp_path / "new.parquet", books, codes, **columns), publish=True)
+
+    append_file(item_id=["n0", "n1"], title=["Zero", "One"], color=["red", "blue"], count=[3, 4])
+    append_file(item_id=["n1", "i3", "n2"], color=[None, "red", "green"], price=[7, 8, 9])
+    assert "1 of these items have no title" in capsys.readouterr().out
+    names = ["item_id", "title", "color", "price", "count"]
+    kept = {row["item_id"]: tuple(row[name] for name in names[1:]) for row in read_later(folder).to_pylist()}
+    assert kept == {"n0": ("Zero", "red", None, 3), "n1": ("One", None, 7, 4), "n2": (None, "green", 9, None)}
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_text_is_text_however_arrow_keeps_it(real, tmp_path, monkeypatch, kind):
+    folder, books = real.run.semantic_ids, write_ids(real)
+    path = write_items(tmp_path / "new.parquet", books, [[1, 0, 0]] * 2, item_id=["n0", "n1"])
+    table = pq.read_table(path).append_column("title", pa.array(["Zero", None]).cast(kind))
+    # As a later version of Arrow may read it, whatever this one makes of the file.
+    monkeypatch.setattr(later, "read_table", lambda *_: table)
+    commands.append(folder, path, publish=True)
+    assert read_later(folder)["title"].to_pylist() == ["Zero", None]
+
+
+def test_an_item_without_a_row_can_leave_what_is_published(real, tmp_path):
+    folder, books = real.run.semantic_ids, write_ids(real)
+    append(folder, ["n0", "n1"], codebooks.decode(books, np.array([[3, 2, 1], [1, 0, 0]])))
+    gone = tmp_path / "gone.parquet"
+    pq.write_table(pa.table({"item_id": ["n0"]}), gone)
+    with pytest.raises(UserError, match=r"item_id 'n1' is in neither .* \(1 such items\)"):
+        commands.remove(folder, gone, publish=True)
+    assert current_number(folder) == 2
+    pq.write_table(pa.table({"item_id": ["n0", "n1"]}), gone)
+    commands.remove(folder, gone, publish=True)
+    assert pq.read_table(folder / "codes.parquet")["item_id"].to_pylist() == IDS
 
 
 def answered_by(retriever: Retriever, version: Version, requests: list[Request]) -> list[str]:

@@ -39,7 +39,7 @@ def append(
         counted as `known`; one that had left comes back with the ID it had.
       popularity: [n], which of the new items come first; None: in their order.
       own: f32 [n, D'], with scenarios: the items' own embeddings, kept for those that sell them (`vectors.keep_own`).
-      rows: [n], in a run: the items in the columns of its items.parquet, kept for who serves them (`later.keep_rows`).
+      rows: [n], in a run: the items in columns of its items.parquet, kept for who serves them (`later.keep_rows`).
     Returns:
       `version` (the current one when there is nothing new), `added`, `returned`, `known`; `collisions` where there are
       new items.

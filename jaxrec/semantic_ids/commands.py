@@ -20,7 +20,7 @@ from jaxrec.run import console
 from jaxrec.semantic_ids import catalogue, files, versions
 from jaxrec.semantic_ids.drift import drift, drift_table
 from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts, has_scenarios, with_products
-from jaxrec.semantic_ids.later import items_of_run, read_rows
+from jaxrec.semantic_ids.later import count_untitled, is_text, items_of_run, read_rows
 from jaxrec.semantic_ids.vectors import EMBEDDINGS
 
 
@@ -42,7 +42,7 @@ def append(folder: Positional[Path], items: Positional[Path], text: bool = False
     if made["known"]:
         said.append(f"{made['known']:,} were there and keep their IDs")
     console.print(f"Version {made['version']}: {', '.join(said)}.")
-    if rows is not None and "title" in rows.column_names and (untitled := rows["title"].null_count):
+    if rows is not None and (untitled := count_untitled(folder, rows["item_id"])):
         console.print(f"{untitled:,} of these items have no title: serve.py shows them without one.")
     if made["added"]:
         console.print(f"Collisions: {made['collisions']['text']}.", markup=False)
@@ -52,9 +52,10 @@ def append(folder: Positional[Path], items: Positional[Path], text: bool = False
 
 def remove(folder: Positional[Path], items: Positional[Path], publish: bool = False) -> None:
     """Takes the items of a parquet file (item_id) out of the catalogue; they keep their IDs for when they come back."""
+    item_ids = read_ids(items)
     if publish:
-        versions.check_publishable(folder)
-    made = catalogue.remove(folder, read_ids(items))
+        versions.check_publishable(folder, item_ids)
+    made = catalogue.remove(folder, item_ids)
     gone = f", {made['known']:,} had left before" if made["known"] else ""
     console.print(f"Version {made['version']}: {made['removed']:,} items left{gone}.")
     if publish:
@@ -164,7 +165,7 @@ def read_ids(path: Path) -> list[str]:
 
 def _texts(path: Path, table: pa.Table) -> list[str]:
     column = table["text"]
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not is_text(column.type):
         raise UserError(f"{path}: column 'text' is {column.type}, but must be text")
     for row in np.flatnonzero(column.is_null().to_numpy())[:1]:
         raise UserError(

@@ -28,9 +28,9 @@ def items_of_run(folder: Path) -> Path | None:
 
 
 def read_rows(folder: Path, path: Path) -> pa.Table | None:
-    """The items of a parquet file, or of a folder of them, in the columns of the run; None where there is no run.
+    """The items of a parquet file, or of a folder of them, in those columns of the run that the file has.
 
-    Columns that the file lacks are missing values.
+    None where there is no run.
 
     Raises:
       UserError: a column is of another type than that of the run, or what `files.read_table` refuses.
@@ -39,24 +39,28 @@ def read_rows(folder: Path, path: Path) -> pa.Table | None:
         return None
     schema = pq.read_schema(there)
     table = read_table(path, ["item_id"], schema.names)
-    columns = [_cast(path, table, field) for field in schema]
-    return pa.table(columns, names=schema.names)
+    return pa.table({field.name: _cast(path, table, field) for field in schema if field.name in table.column_names})
 
 
 def keep_rows(folder: Path, rows: pa.Table) -> None:
     """Keep the rows of items that the run doesn't list, for who holds the lock of the versions; newer ones count.
 
+    Of an item that was kept before, the columns that `rows` lack stay as they were; of another they are missing values.
     The file is written whole or not at all. Fault point: `partial:later`, before the rename.
     """
     path, partial = Path(folder) / LATER, Path(folder) / f".{LATER}.partial"
-    listed = pq.read_table(items_of_run(folder), columns=["item_id"])["item_id"]
+    there = items_of_run(folder)
+    listed, schema = pq.read_table(there, columns=["item_id"])["item_id"], pq.read_schema(there)
     rows = rows.filter(pa.array(rows_in(rows["item_id"], listed) < 0))
     if not len(rows):
         return
-    if path.exists():
-        earlier = pq.read_table(path)
-        earlier = earlier.filter(pc.invert(pc.is_in(earlier["item_id"], rows["item_id"].combine_chunks())))
-        rows = pa.concat_tables([earlier.cast(rows.schema), rows])
+    schema = pa.schema([(field.name, field.type) for field in schema])
+    earlier = pq.read_table(path).cast(schema) if path.exists() else schema.empty_table()
+    places = rows_in(rows["item_id"], earlier["item_id"])
+    before = earlier.take(pa.array(places, mask=places < 0))
+    columns = [(rows if name in rows.column_names else before)[name] for name in schema.names]
+    others = earlier.filter(pc.invert(pc.is_in(earlier["item_id"], rows["item_id"].combine_chunks())))
+    rows = pa.concat_tables([others, pa.table(columns, names=schema.names).cast(schema)])
     with writing(path):
         pq.write_table(rows, partial)
         sync(partial)
@@ -87,13 +91,28 @@ def check_known(folder: Path, item_ids: ItemIds) -> None:
         )
 
 
+def count_untitled(folder: Path, item_ids: ItemIds) -> int:
+    """How many of these items have a row that came later, and no title in it."""
+    later = read_later(folder)
+    if later is None or "title" not in later.column_names:
+        return 0
+    return later.filter(pa.array(rows_in(later["item_id"], item_ids) >= 0))["title"].null_count
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text, however Arrow keeps it."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def _cast(path: Path, table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
-    if field.name not in table.column_names:
-        return pa.chunked_array([pa.nulls(len(table), field.type)], field.type)
     column = table[field.name]
     try:
-        if pa.types.is_string(column.type) != pa.types.is_string(field.type) and not pa.types.is_null(column.type):
+        if is_text(column.type) != is_text(field.type) and not pa.types.is_null(column.type):
             raise pa.ArrowInvalid("text is not converted")
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
         # A popularity may be any number.
         return column.cast(field.type, safe=field.name != "count")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -231,13 +231,16 @@ def publish(folder: Path, version: int | None = None) -> Path:
     return path
 
 
-def check_publishable(folder: Path, coming: ItemIds = (), version: int | None = None) -> None:
-    """UserError when `publish` would refuse a version (by default the current one) although rows of `coming` came."""
+def check_publishable(folder: Path, changing: ItemIds = (), version: int | None = None) -> None:
+    """UserError when `publish` would refuse a version (by default the current one).
+
+    Items of `changing` don't count: their rows are about to come, or they are about to leave.
+    """
     folder = Path(folder)
     if items_of_run(folder) is None:
         return
     ids = read_version(folder, version).active_ids if version or numbers(folder) else first_ids(folder)
-    check_known(folder, ids.filter(pa.array(rows_in(ids, as_strings(coming)) < 0)))
+    check_known(folder, ids.filter(pa.array(rows_in(ids, as_strings(changing)) < 0)))
 
 
 def trained_version(folder: Path) -> int | None:
