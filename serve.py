@@ -59,12 +59,12 @@ def main(arguments: Arguments) -> None:
     # Imported here: --help and a wrong command line should not wait for JAX.
     from jaxrec.programs import keep_compiled_programs
     from jaxrec.serving.batch import WINDOW_LINES, answer_file
-    from jaxrec.serving.http import Limits, parse_address, serve
+    from jaxrec.serving.http import Limits, bind, parse_address, serve
     from jaxrec.serving.retriever import Retriever
 
     keep_compiled_programs()
     if arguments.http is not None:
-        parse_address(arguments.http)
+        bind(*parse_address(arguments.http)).close()  # an address that can't be had is refused before the model loads
         limits = Limits()
         if arguments.max_waiting is not None:
             limits = dataclasses.replace(limits, waiting=arguments.max_waiting)

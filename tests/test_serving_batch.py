@@ -141,6 +141,7 @@ def test_a_full_disk_keeps_the_earlier_answers(tmp_path, retriever):
         (["nowhere", "--http", ":80", "--max-waiting", "0"], "error: --max-waiting 0: give a number of 1 or more"),
         (["nowhere", "--http", ":80", "--max-body", "0"], "error: --max-body 0.0: give MiB above 0, such as 16"),
         (["nowhere", "--http", "localhost"], "error: --http localhost: give HOST:PORT"),
+        (["nowhere", "--http", "a..b:80"], "error: --http a..b:80 can't be listened on: that is no host name"),
     ],
 )
 def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, arguments, message):

@@ -21,7 +21,7 @@ from serving_run import LINES, NextInLine, write_run
 
 from jaxrec.config import UserError
 from jaxrec.serving import http
-from jaxrec.serving.http import THREADS, Limits, bind, create_app, parse_address, serve
+from jaxrec.serving.http import THREADS, Limits, bind, create_app, listen, parse_address, serve
 from jaxrec.serving.retriever import Retriever
 
 
@@ -285,11 +285,56 @@ def test_addresses():
     assert parse_address("127.0.0.1:8080") == ("127.0.0.1", 8080)
     assert parse_address(":80") == ("127.0.0.1", 80) and parse_address("8080") == ("127.0.0.1", 8080)
     assert parse_address("[::1]:9") == ("::1", 9)
-    for wrong in ("localhost", "a:b", "a:99999", "", "a:-1"):
+    for wrong in ("localhost", "a:b", "a:99999", "", "a:-1", "a:" + "1" * 5000):
         with pytest.raises(UserError, match="give HOST:PORT"):
             parse_address(wrong)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".com", "."])
+def test_a_host_that_cannot_be(host):
+    with pytest.raises(UserError, match=re.escape(f"--http {host}:0 can't be listened on: ")):
+        bind(host, 0)
 
 
 def test_a_port_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(UserError, match="can't be listened on"):
         bind("127.0.0.1", other.getsockname()[1])
+
+
+def test_a_port_that_another_server_holds_while_it_warms_up():
+    with bind("127.0.0.1", 0) as first:
+        for _ in range(2):
+            with pytest.raises(UserError, match="can't be listened on: Address already in use; give another address"):
+                bind(*first.getsockname())
+        with pytest.raises(OSError), socket.create_server(first.getsockname()):
+            pass
+        listen(first, "HOST:PORT")
+        socket.create_connection(first.getsockname(), 5).close()
+
+
+def test_a_port_on_which_old_connections_linger():
+    with socket.create_server(("127.0.0.1", 0)) as before:
+        address = before.getsockname()
+        with socket.create_connection(address, 5) as client:
+            before.accept()[0].close()  # the side that closes first keeps the connection in TIME_WAIT
+            assert client.recv(1) == b""
+    with bind(*address) as bound:
+        listen(bound, "HOST:PORT")
+
+
+def test_a_port_that_is_lost_during_the_warm_up(retriever, monkeypatch):
+    held, others = [], []
+
+    def hold(*address):
+        held.append(bind(*address))
+        return held[0]
+
+    def lose():
+        held[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        others.append(socket.create_server(held[0].getsockname()))
+
+    monkeypatch.setattr(http, "bind", hold)
+    monkeypatch.setattr(retriever, "warm_up", lose)
+    with pytest.raises(UserError, match=r"--http .* can't be listened on: Address already in use"):
+        serve(retriever, "127.0.0.1:0")
+    others[0].close()

@@ -204,6 +204,7 @@ def serve(retriever: Retriever, address: str, limits: Limits | None = None) -> N
         notes = [f"serving on http://{shown}:{bound.getsockname()[1]}, API at /docs; Ctrl-C ends it"]
         if not _is_loopback(host):
             notes.append("this address is open to other machines, and nobody has to log in")
+        listen(bound, address)
         _Server(uvicorn.Config(create_app(retriever, limits), log_level="warning"), notes).run(sockets=[bound])
 
 
@@ -227,29 +228,55 @@ def parse_address(address: str) -> tuple[str, int]:
       UserError: there is no port, or it is no number up to 65535.
     """
     host, _, port = address.rpartition(":")
-    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
         raise UserError(f"--http {address}: give HOST:PORT with a port up to 65535, such as 127.0.0.1:8080")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds an address and doesn't listen yet: nobody can connect until the server starts.
+    """A socket that holds an address and doesn't listen yet: nobody can connect until `listen`, nor take the address.
 
     Raises:
-      UserError: the host is unknown, or the port is taken or not allowed.
+      UserError: the host is unknown or no host name, or the port is taken or not allowed.
     """
-    try:
+    with _refusing(f"{host}:{port}"):
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections may linger on the port
             bound.bind(place)
+            # Linux binds many sockets with this option to one address until one of them listens. So another that holds
+            # it shows when one listens for a moment, and this one keeps others out by giving the option up.
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(bound.getsockname())
+                probe.listen()
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         except OSError:
             bound.close()
             raise
-    except OSError as error:
-        raise UserError(f"--http {host}:{port} can't be listened on: {error.strerror}; give another address") from error
     return bound
+
+
+def listen(bound: socket.socket, address: str) -> None:
+    """Opens the port that `bind` holds.
+
+    Raises:
+      UserError: another socket listens there.
+    """
+    with _refusing(address):
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as in `bind`
+        bound.listen()
+
+
+@contextmanager
+def _refusing(address: str) -> Iterator[None]:
+    """Turns what the system says against an address into a UserError."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:  # UnicodeError: an empty label, or one of more than 63 characters
+        reason = "that is no host name" if isinstance(error, UnicodeError) else error.strerror
+        raise UserError(f"--http {address} can't be listened on: {reason}; give another address") from error
 
 
 def _is_loopback(host: str) -> bool:
