@@ -152,6 +152,51 @@ def test_a_body_that_does_not_come(retriever):
     assert (answer.status_code, answer.json()) == (408, error)
 
 
+def test_slow_senders_do_not_keep_fast_ones_out(retriever):
+    """Bodies on their way have a bound of their own; the queue is for those that are whole."""
+    retriever.warm_up()
+
+    async def main():
+        stalled, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+        async def slow():
+            yield b'{"user_id":'
+            stalled.release()
+            await go_on.wait()
+            yield b' "u1"}'
+
+        transport = httpx.ASGITransport(create_app(retriever, Limits(waiting=1, arriving=3)))
+        async with (
+            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+            asyncio.TaskGroup() as group,
+        ):
+
+            async def send():
+                sent = group.create_task(client.post("/recommend", content=slow()))
+                await asyncio.wait_for(stalled.acquire(), 30)
+                return sent
+
+            async def ask():
+                answer = await client.post("/recommend", json={"user_id": "u1"})
+                return answer, (await client.get("/readyz")).status_code
+
+            sent = [await send(), await send()]
+            answer, ready = await ask()
+            assert (answer.status_code, ready) == (200, 200)
+            sent.append(await send())
+            answer, ready = await ask()
+            error = {"error": "3 requests are arriving already; try again in a second"}
+            assert (answer.status_code, answer.json(), ready) == (503, error, 503)
+            assert answer.headers["retry-after"] == "1"
+            go_on.set()
+            statuses = [(await one).status_code for one in sent]
+            answer, ready = await ask()
+            assert (answer.status_code, ready) == (200, 200)
+        return statuses
+
+    assert 200 in asyncio.run(main())
+
+
 def test_ready_when_warm(retriever, client):
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"error": "programs are not compiled yet"})
@@ -335,6 +380,7 @@ def test_a_port_that_is_lost_during_the_warm_up(retriever, monkeypatch):
 
     monkeypatch.setattr(http, "bind", hold)
     monkeypatch.setattr(retriever, "warm_up", lose)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: pytest.fail("it serves"))
     with pytest.raises(UserError, match=r"--http .* can't be listened on: Address already in use"):
         serve(retriever, "127.0.0.1:0")
     others[0].close()

@@ -42,6 +42,8 @@ class Limits:
 
     waiting: int = 64
     """requests that are answered or wait for it; more are turned away with status 503"""
+    arriving: int = 256
+    """requests whose body is on its way, or `waiting` if that is more; more are turned away with status 503"""
     body: int = 16 << 20
     """bytes of a body; a history of 100,000 events has about 8 MB"""
     body_seconds: float = 30.0
@@ -75,20 +77,21 @@ class Ready(BaseModel):
 class Queue:
     """Counts the requests inside, up to a limit; of the event loop alone."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, state: str):
         self.limit, self.inside = limit, 0
+        self.state = state
+        """what those inside do"""
 
-    @property
-    def full(self) -> bool:
-        """Whether the next one is turned away."""
-        return self.inside >= self.limit
+    def check(self) -> None:
+        """Raises HTTPException 503 if there is no place."""
+        if self.inside >= self.limit:
+            message = f"{self.limit} requests are {self.state} already; try again in a second"
+            raise HTTPException(503, message, {"Retry-After": RETRY_AFTER})
 
     @contextmanager
     def place(self) -> Iterator[None]:
         """Raises HTTPException 503 if there is none."""
-        if self.full:
-            message = f"{self.limit} requests are waiting already; try again in a second"
-            raise HTTPException(503, message, {"Retry-After": RETRY_AFTER})
+        self.check()
         self.inside += 1
         try:
             yield
@@ -100,15 +103,18 @@ def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
     """The application around a retriever, which lets one request at a time into the model."""
     app = FastAPI(title="jaxrec", description="Generative retrieval: what is this shopper likely to take next?")
     limits = limits or Limits()
-    queue, threads = Queue(limits.waiting), ThreadPoolExecutor(THREADS, thread_name_prefix="requests")
+    queue, arriving = Queue(limits.waiting, "waiting"), Queue(max(limits.arriving, limits.waiting), "arriving")
+    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="requests")
     problems: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (400, 408, 413, 422, 503)}
     body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}Request"}}}}
 
     @app.post("/recommend", response_model=Answer, responses=problems, openapi_extra={"requestBody": body})
     async def recommend(http: HttpRequest) -> Response:
         """Items for a known user or for a history given in the request, best first."""
-        with queue.place():
+        queue.check()  # before a body is read in vain
+        with arriving.place():
             text = await read_body(http, limits)
+        with queue.place():
             return await asyncio.get_running_loop().run_in_executor(threads, answer_body, retriever, text)
 
     @app.get("/healthz")
@@ -120,11 +126,12 @@ def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
 
     @app.get("/readyz", responses={503: {"model": Problem}})
     async def readyz() -> Ready:
-        """Whether the next request is answered at once: everything is compiled, and the queue has room."""
+        """Whether the next request is answered at once: everything is compiled, and there is room for it."""
         if not retriever.ready:
             raise HTTPException(503, "programs are not compiled yet", {"Retry-After": RETRY_AFTER})
-        with queue.place():
-            return Ready(status="ready")
+        arriving.check()
+        queue.check()
+        return Ready(status="ready")
 
     @app.exception_handler(HTTPException)
     async def refused(http: HttpRequest, error: HTTPException) -> JSONResponse:
