@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,31 @@ def test_paths_that_can_not_work(tmp_path, retriever):
     with pytest.raises(UserError, match="there is no folder"):
         answer_file(retriever, tmp_path / "in.jsonl", tmp_path / "none" / "out.jsonl")
     assert (tmp_path / "in.jsonl").read_text() == '{"user_id": "u1"}\n'
+
+
+@pytest.mark.parametrize(
+    ("out", "folder", "message"),
+    [
+        ("out", "out", "out is a folder; give the path of a file in it"),
+        (".", ".", "is a folder; give the path of a file in it"),
+        ("out", "out.partial", "out.partial can't be written: Is a directory; give another --out"),
+        ("out", "out.partial.json", "out.partial.json is there and no file; give another --out"),
+        ("out", ".out.partial.json.partial", ".partial is there and no file; give another --out"),
+        ("o" * 300, ".", "can't be written: File name too long; give another --out"),
+        ("o" * 240, ".", "can't be written: File name too long; give another --out"),
+        ("pipe", ".", "--out pipe: pipe is there and no file; give another --out"),
+    ],
+)
+def test_answers_without_a_place_are_refused_before_the_first(tmp_path, retriever, monkeypatch, out, folder, message):
+    (tmp_path / "in.jsonl").write_text('{"user_id": "u1"}\n')
+    (tmp_path / folder).mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(retriever, "answer", lambda *_, **__: pytest.fail("it answers"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=re.escape(message)):
+        answer_file(retriever, tmp_path / "in.jsonl", Path(out))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_full_disk_keeps_the_earlier_answers(tmp_path, retriever):

@@ -94,13 +94,11 @@ def answer_file(
     """
     if window_lines < 1:
         raise UserError(f"--window {window_lines}: give a number of 1 or more")
+    partial, notes = _beside(out)
     total, digest = _survey(requests)
     if out.exists() and out.samefile(requests):
         raise UserError(f"--requests and --out are the same file, {out}; give another --out")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     origin = {"requests": digest, "run": _run_digest(retriever.run), "settings": _settings(retriever, window_lines)}
-    partial, notes = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
     with writing(out.parent), _open_locked(partial) as answers:
         position = Position() if restart else _resume(partial, notes, origin)
         hashed, resumed = _hash_of(answers, position.size), position.lines
@@ -230,11 +228,31 @@ def _survey(requests: Path) -> tuple[int, str]:
 # ---- going on --------------------------------------------------------------------------------------------------------
 
 
+def _beside(out: Path) -> tuple[Path, Path]:
+    """The partial answers to `out`, and their notes.
+
+    Raises:
+      UserError: `out` or the notes couldn't be written.
+    """
+    try:
+        if not out.parent.is_dir():
+            raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
+        if out.is_dir():
+            raise UserError(f"--out {out} is a folder; give the path of a file in it")
+        partial, notes = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
+        for path in (out, notes, notes.with_name(f".{notes.name}.partial")):  # the last: write_json
+            if path.exists() and not path.is_file():
+                raise UserError(f"--out {out}: {path} is there and no file; give another --out")
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"--out {out} can't be written: {error.strerror}; give another --out") from error
+    return partial, notes
+
+
 def _open_locked(partial: Path) -> BinaryIO:
     """The partial answers, for this process alone, as they were left."""
     try:
         file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-    except PermissionError as error:
+    except OSError as error:  # not allowed, a folder, a file system for reading only ...
         raise UserError(f"--out: {partial} can't be written: {error.strerror}; give another --out") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
