@@ -100,7 +100,7 @@ def main() -> None:
             if not args.quick:  # at once: the next model may take an hour
                 entry = {**made, "data": args.data.resolve().name, "seconds": seconds, "rows": measured}
                 kept = results.append("sequential", [entry])
-    counted = count_baselines(run, folder / "baselines.json", source, suffix)
+    counted = count_baselines(run, folder / "baselines.json", source, suffix, args.answer_time)
     if not args.quick:
         results.append("sequential", as_entries(counted, args.data.resolve().name))
     write_json(out, counted + rows)
@@ -223,9 +223,9 @@ def training_curve(run: Run) -> tuple[list[tuple[float, float]], float]:
     return points, round(before + last, 1)
 
 
-def count_baselines(run: Run, kept: Path, source: SequenceText, suffix: str) -> list[Row]:
-    """Rows of what is only counted, as stored and with shuffled ties; made once for a log."""
-    inputs = fingerprint(source.fingerprint(), suffix)
+def count_baselines(run: Run, kept: Path, source: SequenceText, suffix: str, answer_time: bool) -> list[Row]:
+    """Rows of what is only counted, as stored and with shuffled ties; made once for a log and what models are told."""
+    inputs = fingerprint(source.fingerprint(), suffix, answer_time)
     if kept.exists() and read_json(kept)["inputs"] == inputs:
         return read_json(kept)["rows"]
     items, rows = pq.read_metadata(run.tables / "items.parquet").num_rows, []
@@ -236,8 +236,9 @@ def count_baselines(run: Run, kept: Path, source: SequenceText, suffix: str) -> 
         seconds = round(time.perf_counter() - begun, 1)
         cases = make_cases(records, targets, split)
         found = evaluate(models, cases, split=split, cutoffs=CUTOFFS)
-        if not suffix:
-            found += evaluate_ties_shuffled(records, items, targets, split=split, cutoffs=CUTOFFS)
+        if not source.shuffle_ties:
+            shuffled = evaluate_ties_shuffled(records, items, targets, split=split, cutoffs=CUTOFFS)
+            found += [{**row, "model": f"{row['model']}{suffix}"} for row in shuffled]
         rows += [{"seed": 0, **row, "seconds": seconds} for row in found]
     write_json(kept, {"inputs": inputs, "rows": rows})
     return rows

@@ -121,6 +121,15 @@ def test_product_ids_and_embeddings(folder):
     assert Folder(folder).load().items.to_pyarrow()["product_ids"].to_pylist() == [["p1", "p2"]] * 3
 
 
+def test_the_width_of_embeddings_is_that_of_the_first_row_wherever_it_stands(folder):
+    rows = [json.dumps({**row, "embedding": [0.5, 1.0]}) for row in ITEMS]
+    (folder / "items.jsonl").write_text("\n" + "\n".join(rows))
+    assert Folder(folder).load().items.to_pyarrow()["embedding"].to_pylist() == [[0.5, 1.0]] * 3
+    (folder / "items.jsonl").write_text("\n".join(["", *rows[:2], json.dumps({**ITEMS[2], "embedding": [1.0]})]))
+    with pytest.raises(UserError, match="'embedding', row 4: has not the width 2 of row 2"):
+        Folder(folder).load()
+
+
 def changed(rows, place, **values):
     return [{**row, **values} if n == place else row for n, row in enumerate(rows)]
 

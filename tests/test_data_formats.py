@@ -234,3 +234,25 @@ def test_answers_carry_the_ids_of_the_file_byte_for_byte(tmp_path, suffix):
             assert answer.source == "model" and answer.ignored is None
             items = json.loads(answer.to_json())["items"]
             assert {(item["item_id"], item["title"]) for item in items} == set(zip(IDS, IDS[::-1], strict=True))
+
+
+@pytest.mark.parametrize("key", ["\\ud800", "a\\u0000b"])
+def test_names_that_no_column_can_have_are_refused(engine, tmp_path, key):
+    with pytest.raises(UserError, match="has a character that no name can have; rename it"):
+        read(engine, tmp_path / "items.jsonl", f'{{"item_id": "a", "title": "A", "{key}": 1}}')
+
+
+@pytest.mark.parametrize("values", [["[]", "[]"], ["[null]", "[]"], ["null", "null"], ["null"] * 4 + ["[]"]])
+def test_vectors_with_nothing_in_them_are_vectors(engine, tmp_path, small_chunks, values):
+    wanted = Wanted(("item_id", "embedding"), required=("item_id",), ids=("item_id",), vectors=("embedding",))
+    rows = [f'{{"item_id": "{row}", "embedding": {value}}}' for row, value in enumerate(values)]
+    (tmp_path / "items.jsonl").write_text("\n".join(rows))
+    table, _ = read_file(engine, tmp_path / "items.jsonl", wanted)
+    assert str(table.embedding.type()) == "array<float64>"
+    assert table.order_by("_row").embedding.to_pyarrow().to_pylist() == [json.loads(value) for value in values]
+
+
+def test_a_field_that_is_too_long_is_not_called_a_quote(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "_LONGEST_FIELD", 1 << 20)
+    with pytest.raises(UserError, match=r"row 1 .line 2.: a field has more than 1 MiB, or a quote is opened"):
+        read(engine, tmp_path / "items.csv", f"item_id,title\na,{'x' * (1 << 20)}x\n")

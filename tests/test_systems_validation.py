@@ -1,11 +1,17 @@
 """Validation metrics: of both ways to rank, by hand."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from jaxrec.config import UserError, load_config
 from jaxrec.evaluation import make_cases
 from jaxrec.systems.comparison import EvaluationConfig
-from jaxrec.systems.validation import validation_metrics
+from jaxrec.systems.validation import validation_cases, validation_metrics
+from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.training.optim import OptimConfig
 
 RECORD = {
     "user": np.int32(0),
@@ -23,3 +29,23 @@ def test_without_the_history_what_the_user_had_is_no_target(exclude_history, rec
     cases = make_cases([RECORD], (0,), "valid")
     config = EvaluationConfig(split="valid", exclude_history=exclude_history)
     assert validation_metrics(np.array([[3, 0, 4]]), cases, config)["recall@10"] == recall
+
+
+def test_nobody_to_measure_is_said(capsys):
+    train = {**RECORD, "split": np.zeros(4, np.int8)}
+    assert len(validation_cases([train], (0,), EvaluationConfig(split="valid"))) == 0
+    assert "no user has a session to validate on" in capsys.readouterr().out
+    assert len(validation_cases([RECORD], (0,), EvaluationConfig(split="valid"))) == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["mall_sequential", "mall_tiger"])
+def test_trainings_are_checked_before_any_work(name):
+    config = load_config(Path(__file__).parent / f"{name}.py")
+    config.check()
+    both = dataclasses.replace(config, evaluation=EvaluationConfig(exclude_history=True))
+    with pytest.raises(UserError, match=r"'evaluation.exclude_history': .* set it in validation"):
+        both.check()
+    slow = dataclasses.replace(config, align=FinetuneConfig(optim=OptimConfig(warmup=10**6)))
+    with pytest.raises(UserError, match=r"'align.optim.warmup' is 1000000"):
+        slow.check()

@@ -17,14 +17,13 @@ from jax.tree_util import Partial
 from jaxrec.config import check_least, fingerprint
 from jaxrec.data.prepare import PrepareConfig
 from jaxrec.data.sources import AnySource
-from jaxrec.evaluation.metrics import METRICS
 from jaxrec.run import TRAINING, Run
 from jaxrec.semantic_ids.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.collisions import CollisionConfig
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
 from jaxrec.systems.phases import prepare_with_ids
 from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender
-from jaxrec.systems.validation import CUTOFFS, make_validation
+from jaxrec.systems.validation import check_training, make_validation
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
@@ -89,15 +88,8 @@ class GenerativeRunConfig:
         self.validation.check_validation()
 
     def check(self) -> None:
-        """What only the whole configuration shows, before any work is done.
-
-        Raises:
-          UserError: parts of it contradict one another.
-        """
-        self.optim.check_steps(self.training.steps)
-        self.training.check_monitor(f"{name}@{cutoff}" for name in METRICS for cutoff in CUTOFFS)
-        if isinstance(self.align, FinetuneConfig):
-            self.align.optim.check_steps(self.align.training.steps, "align.optim")
+        """What only the whole configuration shows, as `jaxrec.systems.validation.check_training`."""
+        check_training(self)
 
     def training_inputs(self) -> dict[str, Any]:
         """What a training depends on beside tables and IDs; the final evaluation may change without a new one."""

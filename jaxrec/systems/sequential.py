@@ -15,7 +15,6 @@ from jaxrec.config import check_least, fingerprint, from_json
 from jaxrec.data.padding import check_buckets
 from jaxrec.data.prepare import PrepareConfig, tells_answer_time
 from jaxrec.data.sources import AnySource
-from jaxrec.evaluation.metrics import METRICS
 from jaxrec.models.sequential import (
     Bert4RecConfig,
     CaserConfig,
@@ -35,7 +34,7 @@ from jaxrec.systems.generative import STAGE
 from jaxrec.systems.phases import prepare_examples, prepare_tables, prepare_with_embeddings
 from jaxrec.systems.sequential_recommender import SequentialAssembly, SequentialRecommender
 from jaxrec.systems.sequential_training import FullSoftmax, Objective
-from jaxrec.systems.validation import CUTOFFS
+from jaxrec.systems.validation import check_training
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
@@ -91,9 +90,8 @@ class SequentialConfig:
         self.validation.check_validation()
 
     def check(self) -> None:
-        """As `jaxrec.systems.generative.GenerativeRunConfig.check`."""
-        self.optim.check_steps(self.training.steps)
-        self.training.check_monitor(f"{name}@{cutoff}" for name in METRICS for cutoff in CUTOFFS)
+        """What only the whole configuration shows, as `jaxrec.systems.validation.check_training`."""
+        check_training(self, alignment=self.model.embeddings)
 
 
 def train(run: Run, config: SequentialConfig) -> None:

@@ -14,12 +14,10 @@ from jax.tree_util import Partial
 from jaxrec.config import UserError, check_least, check_shares
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import Features, array_batches, merge_small
-from jaxrec.evaluation import make_cases
 from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
 from jaxrec.models.sequential import Bert4RecConfig, ItemFacts
-from jaxrec.systems.comparison import draw
 from jaxrec.systems.sequential_recommender import Histories, SequentialAssembly, SequentialRecommender, disjoint_windows
-from jaxrec.systems.validation import CUTOFFS, validation_metrics
+from jaxrec.systems.validation import CUTOFFS, validation_cases, validation_metrics
 from jaxrec.training.loop import TrainState
 from jaxrec.training.minimise import minimise
 from jaxrec.training.step import Loss
@@ -220,7 +218,7 @@ def training_batches(assembly: SequentialAssembly, config: "SequentialConfig") -
 def validation(assembly: SequentialAssembly, config: "SequentialConfig") -> Callable[[TrainState], dict[str, float]]:
     """A function of the state: as `jaxrec.systems.validation.make_validation`, of items ranked by their scores."""
     rule = config.validation
-    cases = draw(make_cases(Records(assembly.examples, rule.split), assembly.target_behaviors, rule.split), rule)
+    cases = validation_cases(Records(assembly.examples, rule.split), assembly.target_behaviors, rule)
     histories = Histories.of(cases.histories, assembly.wanted)
 
     def evaluate(state: TrainState) -> dict[str, float]:

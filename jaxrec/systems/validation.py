@@ -1,17 +1,19 @@
-"""Measuring a generative model while it is trained: the same beam search and metrics as at the end, on fewer users."""
+"""Measuring a model while it is trained: the same ranking and metrics as at the end, on fewer users."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxrec.config import UserError
 from jaxrec.data.examples import Records
 from jaxrec.decoding.trie import build_trie
 from jaxrec.evaluation import Cases, make_cases, ranking_metrics
-from jaxrec.evaluation.metrics import mean
+from jaxrec.evaluation.metrics import METRICS, mean
 from jaxrec.run import console
 from jaxrec.systems.comparison import EvaluationConfig, draw
 from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender, Reader
+from jaxrec.text.finetune import FinetuneConfig
 from jaxrec.training.loop import TrainState
 
 CUTOFFS = (5, 10)
@@ -31,9 +33,7 @@ def make_validation(
     def measure(state: TrainState) -> dict[str, float]:
         if not made:
             records, space = Records(assembly.examples, config.split), assembly.space
-            made["cases"] = draw(make_cases(records, assembly.target_behaviors, config.split), config)
-            if not len(made["cases"]):
-                console.print("no user has a session to validate on: training goes on to its last step", markup=False)
+            made["cases"] = validation_cases(records, assembly.target_behaviors, config)
             made["trie"] = build_trie(space.codes, space.codebook_sizes, order=space.popularity)
             made["model"] = GenerativeRecommender(assembly, {}, features, decoding)
         if not len(made["cases"]):
@@ -44,6 +44,33 @@ def make_validation(
         return validation_metrics(ranked, cases, config)
 
     return measure
+
+
+def validation_cases(records: Records, target_behaviors: Sequence[int], config: EvaluationConfig) -> Cases:
+    """The cases that are measured; where there are none, a line says so."""
+    cases = draw(make_cases(records, target_behaviors, config.split), config)
+    if not len(cases):
+        console.print("no user has a session to validate on: training goes on to its last step", markup=False)
+    return cases
+
+
+def check_training(config: Any, alignment: bool = True) -> None:
+    """What only the whole configuration of a system shows of its trainings, before any work is done.
+
+    config: with the fields optim, training, align, validation and evaluation; `alignment`: whether `align` is used.
+
+    Raises:
+      UserError: parts of it contradict one another.
+    """
+    config.optim.check_steps(config.training.steps)
+    config.training.check_monitor(f"{name}@{cutoff}" for name in METRICS for cutoff in CUTOFFS)
+    if alignment and isinstance(config.align, FinetuneConfig):
+        config.align.optim.check_steps(config.align.training.steps, "align.optim")
+    if config.evaluation.exclude_history:
+        raise UserError(
+            "configuration key 'evaluation.exclude_history': the final evaluation always measures both ways; set it in "
+            "validation, to have the best state chosen by it"
+        )
 
 
 def validation_metrics(ranked: np.ndarray, cases: Cases, config: EvaluationConfig) -> dict[str, float]:

@@ -193,17 +193,15 @@ def _embedding(path: Path, table: ibis.Table) -> ibis.expr.types.ArrayValue:
         raise UserError(
             f"{path}, column 'embedding': holds {table.embedding.type()}; write lists of numbers, in parquet or JSONL"
         )
-    width = table.filter(_._row == 1).embedding.length().to_pyarrow()[0].as_py()
+    first = table.order_by("_row").limit(1).select("_row", width=table.embedding.length()).to_pyarrow().to_pylist()[0]
+    row, width = first["_row"], first["width"]
     if not width:
         raise UserError(
-            f"{path}, column 'embedding', row 1: is empty; give every item an embedding, or drop the column"
+            f"{path}, column 'embedding', row {row}: is empty; give every item an embedding, or drop the column"
         )
     differs = (table.embedding.length() != width) | table.embedding.isnull()
-    refuse(
-        path,
-        table,
-        [Check("embedding", differs, f"has not the width {width} of row 1; give all items one width", show=False)],
-    )
+    message = f"has not the width {width} of row {row}; give all items one width"
+    refuse(path, table, [Check("embedding", differs, message, show=False)])
     return table.embedding.cast("array<float32>")
 
 

@@ -32,6 +32,8 @@ WHOLE = r"^-?(0|[1-9][0-9]*)$"
 NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 """Of JSON. `007` and `+1` are no numbers: they are codes, whose zeros and signs count."""
 
+VECTORS = pa.list_(pa.float64())
+
 _CHUNK_ROWS = 1 << 14
 _LONGEST_FIELD = 1 << 24
 
@@ -72,6 +74,8 @@ def read_file(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Tab
 def _places(path: Path, names: Sequence[str], wanted: Wanted) -> dict[str, str]:
     """The columns that are read, from their names in the file to those in the table."""
     known, places, taken = {name.lower(): name for name in wanted.names}, {}, {}
+    if bad := [name for name in names if any(each == "\0" or "\ud800" <= each <= "\udfff" for each in name)]:
+        raise UserError(f"{path}: the column {bad[0]!r} has a character that no name can have; rename it")
     for name in names:
         stripped = name.strip()
         place = known.get(stripped.lower(), stripped if wanted.further else "")
@@ -183,6 +187,9 @@ def _explain(path: Path, delimiter: str, width: int) -> None:
                 return
             except csv.Error as error:
                 where = f"{path}, row {row + 1} (line {line})"
+                if "field limit" in str(error):
+                    what = f"a field has more than {_LONGEST_FIELD >> 20} MiB, or a quote is opened and not closed"
+                    raise UserError(f"{where}: {what}; shorten it, or close the quote") from error
                 if "expected after" in str(error):
                     raise UserError(f'{where}: text follows a closing quote; write `"` inside quotes twice') from error
                 raise UserError(f"{where}: a quote is opened and not closed; close it, or write it twice") from error
@@ -206,7 +213,7 @@ def _read_jsonl(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.T
         growing.add(columns.arrays(records, rows), rows)
     if not columns.names:
         raise UserError(f"{path} has no rows; it needs the columns {', '.join(wanted.required)}")
-    table = growing.table(columns.places.values())
+    table = growing.table(columns.places.values(), vectors=wanted.vectors)
     further = {place: columns.kinds.get(place, set()) for place in columns.places.values() if place not in wanted.names}
     table = table.mutate(**{place: table[place].cast("boolean") for place, kinds in further.items() if kinds == {bool}})
     numbers = [place for place, kinds in further.items() if kinds and kinds <= {Whole, Real}]
@@ -247,7 +254,8 @@ class _JsonColumns:
         kinds |= new
         if name in self.wanted.vectors:
             self._refuse(name, values, rows, _is_no_vector, "holds something else than numbers; write lists of numbers")
-            return pa.array([value and [None if x is None else float(x) for x in value] for value in values])
+            numbers = [value and [None if x is None else float(x) for x in value] for value in values]
+            return pa.array(numbers, VECTORS)
         if name in self.wanted.ids and not kinds <= {str, Whole}:
             self._refuse(name, values, rows, _holds_real, FLOAT_ID)
             self._refuse(
@@ -345,17 +353,17 @@ class _Growing:
         self.engine.con.execute(f"INSERT INTO {self.name} BY NAME SELECT * FROM chunk")
         self.engine.con.unregister("chunk")
 
-    def table(self, names: Iterable[str]) -> ibis.Table:
-        """All rows; a column of `names` that no chunk had is null."""
+    def table(self, names: Iterable[str], vectors: Sequence[str] = ()) -> ibis.Table:
+        """All rows; a column of `names` that no chunk had is null, text or one of the `vectors`."""
         if not self.name:
             self.add({}, [])
         for name in names:
             if name not in self.columns:
-                self._widen(name, pa.string())
+                self._widen(name, VECTORS if name in vectors else pa.string())
         return self.engine.table(self.name)
 
     def _widen(self, name: str, kind: pa.DataType) -> None:
-        types = {pa.string(): "VARCHAR", pa.list_(pa.string()): "VARCHAR[]", pa.list_(pa.float64()): "DOUBLE[]"}
+        types = {pa.string(): "VARCHAR", pa.list_(pa.string()): "VARCHAR[]", VECTORS: "DOUBLE[]"}
         quoted = name.replace('"', '""')
         self.engine.raw_sql(f'ALTER TABLE {self.name} ADD COLUMN "{quoted}" {types[kind]}')
         self.columns.append(name)
