@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrec.config import UserError
 
 CHECKED_AT_ONCE = 65_536
-LARGEST, LEAST = 1e12, 1e-12
+LARGEST, LEAST = 1e13, 1e-12
 """The largest number that an embedding may hold, and the least that the largest of a catalogue may be: beyond, sums of
 squares over many rows overflow in float32, or squares vanish."""
 
