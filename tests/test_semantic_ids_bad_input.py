@@ -80,12 +80,12 @@ def with_row_7(value, dtype=np.float32):
         (with_row_7(np.nan, np.float16), "row 7 of the embeddings holds NaN or infinity"),
         (
             with_row_7(1e20),
-            r"row 7 of the embeddings holds 1e\+20, but squares overflow beyond 1e\+12 \(1 such rows\): mend",
+            r"row 7 of the embeddings holds 1e\+20, but squares overflow beyond 1e\+13 \(1 such rows\): mend",
         ),
-        (with_row_7(-2e12), r"row 7 of the embeddings holds -2e\+12, but squares overflow"),
+        (with_row_7(-2e13), r"row 7 of the embeddings holds -2e\+13, but squares overflow"),
         (
             X * 1e18,
-            r"row 0 of the embeddings holds -?\d\.\d+e\+1\d, but squares overflow beyond 1e\+12 \(40 such rows\)",
+            r"row 0 of the embeddings holds -?\d\.\d+e\+1\d, but squares overflow beyond 1e\+13 \(40 such rows\)",
         ),
         (X.astype(object), "of type object, which are no numbers"),
         (X > 0, "of type bool, which are no numbers"),
