@@ -18,6 +18,7 @@ from jaxrec.models.sequential import (
     Bert4RecConfig,
     CoreConfig,
     HstuConfig,
+    ItemFacts,
     NextItNetConfig,
     SasRecConfig,
     SequentialModel,
@@ -69,7 +70,7 @@ def tokens(model):
 
 def sequential(config):
     model = SequentialModel(dataclasses.replace(config, width=8, dropout=RATE), 20, 5)
-    inputs = TOKENS, MASK, TOKENS, TOKENS
+    inputs = ItemFacts(jnp.zeros(20)), TOKENS, MASK, TOKENS, TOKENS
     return lambda apply: apply(*inputs, True), model, random_variables(model, *inputs)
 
 
