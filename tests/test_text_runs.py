@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_encoder import make_encoder
 
+from jaxrec.config import UserError
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.run import Run
 from jaxrec.systems import generative, onemall, phases
@@ -49,7 +50,12 @@ def test_another_encoder_in_the_same_folder_is_noticed(monkeypatch, tmp_path, ma
     assert made == ["present"]
     made.clear()
     make_encoder(tmp_path / "bert", ["milk"], seed=1)
-    onemall.train(run, config)
+    with pytest.raises(
+        UserError, match="stages/alignment was made from have changed; give another --run, or --replace"
+    ):
+        onemall.train(run, config)
+    assert made == []
+    onemall.train(Run.open(run.path, config, replace=True), config)
     assert {"tokenize", "finetune_items", "train", "compare"} <= set(made) and "write_examples" not in made
 
 
