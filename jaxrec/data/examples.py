@@ -82,7 +82,7 @@ class Records(Sequence[Record]):
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r}; it is one of {', '.join(SPLITS)}")
         about = read_json(Path(folder) / "examples.json")
-        self.split, self.behaviors, self.answer_time = split, tuple(about["behaviors"]), about["answer_time"]
+        self.split, self.behaviors, self.answer_time = split, tuple(about["behaviors"]), about.get("answer_time", True)
         table = pq.read_table(Path(folder) / f"sessions_{split}.parquet")
         self.sessions = {name: table[name].to_numpy() for name in table.column_names}
         self._length = about["splits"][split]["records"]

@@ -212,7 +212,7 @@ def checked_levels(config: "RankGRRunConfig") -> np.ndarray:
     """
     behaviors = tuple(config.data.behaviors)
     levels = behavior_levels(config.objective.levels, behaviors)
-    highest, weights = int(levels[-1]), config.objective.level_weights
+    highest = int(levels[-1])
     if config.features.weakest >= len(behaviors):
         raise UserError(
             f"configuration key 'features.weakest' is {config.features.weakest}, so that histories would hold nothing; "
@@ -222,11 +222,20 @@ def checked_levels(config: "RankGRRunConfig") -> np.ndarray:
         raise UserError(
             f"configuration key 'objective.rank_from' is {config.objective.rank_from}; levels go from 0 to {highest}"
         )
-    if weights and (len(weights) != highest + 1 or min(weights) < 0):
-        raise UserError(
-            f"configuration key 'objective.level_weights' is {weights}; give 0 or more for each of {highest + 1} levels"
-        )
+    check_level_weights(config.objective.level_weights, highest + 1)
     return levels
+
+
+def check_level_weights(given: tuple[float, ...], count: int) -> None:
+    """Whether there is a weight for each of `count` levels, or none is given.
+
+    Raises:
+      UserError: there isn't.
+    """
+    if given and (len(given) != count or min(given) < 0):
+        raise UserError(
+            f"configuration key 'objective.level_weights' is {given}; give 0 or more for each of {count} levels"
+        )
 
 
 def _check(config: "RankGRRunConfig", space: SemanticIdSpace) -> None:

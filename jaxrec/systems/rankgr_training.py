@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.config import UserError
 from jaxrec.data import leveled_sessions
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import batches, cut_index
@@ -21,7 +20,7 @@ from jaxrec.losses.likelihood import ROWS, full_softmax, next_token
 from jaxrec.losses.preference import has_preference, ldpo
 from jaxrec.models.rankgr import RankContext
 from jaxrec.systems.generative import bound_loss, train_model
-from jaxrec.systems.rankgr_model import RankGRAssembly, RankGRCatalogue, write_backbone
+from jaxrec.systems.rankgr_model import RankGRAssembly, RankGRCatalogue, check_level_weights, write_backbone
 from jaxrec.training.loop import TrainState
 from jaxrec.training.step import Loss
 
@@ -160,10 +159,7 @@ def level_weights(assembly: RankGRAssembly, config: "RankGRRunConfig") -> jax.Ar
       UserError: they are not one a level.
     """
     count, given = int(assembly.levels[-1]) + 1, config.objective.level_weights
-    if given and (len(given) != count or min(given) < 0):
-        raise UserError(
-            f"configuration key 'objective.level_weights' is {given}; give 0 or more for each of {count} levels"
-        )
+    check_level_weights(given, count)
     return jnp.array(given or [1.0] * count, jnp.float32)
 
 
