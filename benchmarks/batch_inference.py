@@ -30,7 +30,7 @@ from jaxrec.run import Run, console, report_user_errors, track
 from jaxrec.serving.batch import answer_file
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request, parse_request
-from jaxrec.systems import onemall
+from jaxrec.systems.onemall.training import train
 
 MALL = Path(__file__).parent.parent / "configs" / "onemall_mall.py"
 STEPS = 20
@@ -81,7 +81,7 @@ def train_mall(path: Path, quick: bool) -> Path:
     evaluation = dataclasses.replace(config.evaluation, max_users=32)
     optim = dataclasses.replace(config.optim, warmup=steps // 2)
     config = dataclasses.replace(config, training=training, evaluation=evaluation, optim=optim)
-    onemall.train(Run.open(path, config), config)
+    train(Run.open(path, config), config)
     return path
 
 

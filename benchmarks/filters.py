@@ -15,7 +15,8 @@ import pyarrow as pa
 from decoding import decode, make_model
 from shared.timing import best_of, parser, report
 
-from jaxrec.decoding import LiveCatalogue, build_filter, stack
+from jaxrec.catalogue import LiveCatalogue
+from jaxrec.decoding import build_filter, stack
 
 LEVELS, BATCH, BLOCKED = 3, 8, 50
 

@@ -33,9 +33,10 @@ from shared.timing import parser, report
 
 from jaxrec.config import UserError
 from jaxrec.run import console, report_user_errors
-from jaxrec.semantic_ids import FsqConfig, OpqConfig, ResidualConfig, RqVaeConfig, SemanticIdConfig, codebooks
-from jaxrec.semantic_ids.quality import collisions, independent_coding_rate, prefix_use, reconstruction_error
-from jaxrec.semantic_ids.space import SemanticIdSpace
+from jaxrec.semantic_ids import FsqConfig, OpqConfig, ResidualConfig, RqVaeConfig, SemanticIdConfig
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.table.quality import collisions, independent_coding_rate, prefix_use, reconstruction_error
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.text.align import AlignConfig, align, apply_all
 from jaxrec.text.encoder import embed_texts
 

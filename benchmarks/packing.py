@@ -15,10 +15,10 @@ import optax
 from shared.synthetic import demo_config, make_assembly, make_batch
 from shared.timing import best_of, parser, report
 
-from jaxrec.systems.onemall_model import Assembly
+from jaxrec.systems.onemall.model import OneMallAssembly
 
 
-def make_functions(assembly: Assembly) -> tuple[Callable, Callable]:
+def make_functions(assembly: OneMallAssembly) -> tuple[Callable, Callable]:
     """score(variables, batch) -> log-probabilities [B, L, M]; gradient(variables, batch, train) -> as the params."""
     model, catalogue = assembly.model, assembly.catalogue
 

@@ -18,7 +18,7 @@ import jax
 from shared.synthetic import demo_config, make_assembly, make_batch
 from shared.timing import best_of, parser, report
 
-from jaxrec.systems.onemall_model import Assembly
+from jaxrec.systems.onemall.model import OneMallAssembly
 from jaxrec.training.flops import matmul_flops
 
 # 10 queries a behavior as in §3.2; 130 + 75 + 500 + 500 = 1,205 tokens, or 130 + 3 * 10 = 160.
@@ -27,7 +27,7 @@ QUERIES, RECENT, HISTORIES = 10, 130, (75, 500, 500)
 PAPER = {"width": 1024, "heads": 8, "layers": 4, "hidden": 4096, "experts": 12}
 
 
-def make_forward(assembly: Assembly) -> Callable:
+def make_forward(assembly: OneMallAssembly) -> Callable:
     """forward(variables, batch) -> (log-probabilities [B, L, M], mask of the context [B, S])."""
     model, catalogue = assembly.model, assembly.catalogue
 
@@ -39,7 +39,7 @@ def make_forward(assembly: Assembly) -> Callable:
     return jax.jit(forward)
 
 
-def build(queries: int, targets: int, batch_size: int, **model) -> tuple[Assembly, dict]:
+def build(queries: int, targets: int, batch_size: int, **model) -> tuple[OneMallAssembly, dict]:
     """The model with and without (0) Query-Formers, and a batch for it."""
     features = {"history_lengths": HISTORIES, "targets": targets, "buckets": (max(HISTORIES),)}
     config = demo_config(features, queries=queries, recent=RECENT, **model)

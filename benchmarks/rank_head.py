@@ -17,8 +17,8 @@ from jaxrec.data.features import AGES
 from jaxrec.decoding import beam_search, build_trie
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.rankgr import RankConfig, RankGR, RankGRConfig
-from jaxrec.semantic_ids.space import SemanticIdSpace
-from jaxrec.systems.rankgr_model import RankGRAssembly, fit_vocabulary
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.systems.rankgr.model import RankGRAssembly, fit_vocabulary
 
 SIZES, ITEMS, LENGTH, CANDIDATES = (256, 256, 256), 100_000, 50, 4
 SMALL = CausalConfig(width=128, heads=4, groups=4, head_dim=32, hidden=256, layers=2, rotary_base=1e4)

@@ -38,10 +38,10 @@ from jaxrec.evaluation import make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
 from jaxrec.programs import keep_compiled_programs
 from jaxrec.run import Run, console, read_json, report_user_errors, write_json
-from jaxrec.systems import rankgr_training
 from jaxrec.systems.phases import prepare_with_ids
-from jaxrec.systems.rankgr import RankGRRunConfig
-from jaxrec.systems.rankgr_model import RankGRAssembly, assemble
+from jaxrec.systems.rankgr import training as rankgr_training
+from jaxrec.systems.rankgr.config import RankGRRunConfig
+from jaxrec.systems.rankgr.model import RankGRAssembly, assemble
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 CUTOFFS = (1, 5, 10, 20, 50)

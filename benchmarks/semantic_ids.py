@@ -27,11 +27,11 @@ from shared.timing import best_of, parser, report
 
 from jaxrec.config import UserError
 from jaxrec.run import report_user_errors
-from jaxrec.semantic_ids import balanced, opq, residual
-from jaxrec.semantic_ids.balanced import BalancedConfig
-from jaxrec.semantic_ids.kmeans import kmeans
-from jaxrec.semantic_ids.opq import OpqConfig
-from jaxrec.semantic_ids.residual import Residual, ResidualConfig
+from jaxrec.semantic_ids.quantizers import balanced, opq, residual
+from jaxrec.semantic_ids.quantizers.balanced import BalancedConfig
+from jaxrec.semantic_ids.quantizers.kmeans import kmeans
+from jaxrec.semantic_ids.quantizers.opq import OpqConfig
+from jaxrec.semantic_ids.quantizers.residual import Residual, ResidualConfig
 
 try:
     import faiss

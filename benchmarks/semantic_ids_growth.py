@@ -16,9 +16,9 @@ from shared.pictures import COLORS, axes, save
 from shared.timing import best_of, parser, report
 
 from jaxrec.run import report_user_errors
-from jaxrec.semantic_ids import balanced, residual
-from jaxrec.semantic_ids.balanced import BalancedConfig
-from jaxrec.semantic_ids.residual import ResidualConfig
+from jaxrec.semantic_ids.quantizers import balanced, residual
+from jaxrec.semantic_ids.quantizers.balanced import BalancedConfig
+from jaxrec.semantic_ids.quantizers.residual import ResidualConfig
 
 WIDTH, ROWS, CODES, LEVELS = 64, 100_000, 256, 3
 STEPS = {

@@ -22,7 +22,7 @@ from shared.timing import best_of, parser, report
 
 from jaxrec.config import UserError
 from jaxrec.run import console, report_user_errors, track
-from jaxrec.semantic_ids import codebooks
+from jaxrec.semantic_ids.quantizers import codebooks
 
 WIDTH, LEVELS = 64, (1024, 1024, 1024)
 ROWS, IN_MEMORY = 10_000_000, 1_000_000

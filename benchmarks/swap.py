@@ -17,7 +17,8 @@ from decoding import decode, make_model
 from filters import BATCH, LEVELS, make_catalogue
 from shared.timing import best_of, parser, report
 
-from jaxrec.decoding import BeamResult, LiveCatalogue, build_trie, expand_items, stack
+from jaxrec.catalogue import LiveCatalogue
+from jaxrec.decoding import BeamResult, build_trie, expand_items, stack
 
 K = 10
 items_of = jax.jit(partial(expand_items, k=K))

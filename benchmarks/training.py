@@ -43,7 +43,7 @@ from jaxrec.models.causal import Causal, CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.huggingface import save_qwen2, save_t5
 from jaxrec.run import report_user_errors
-from jaxrec.systems.onemall_training import exact_loss
+from jaxrec.systems.onemall.training import exact_loss
 from jaxrec.training.flops import matmul_flops, step_flops
 
 LEVELS, SIZE, USERS = 4, 256, 2000

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from jaxrec.data.sources import SequenceText
 from jaxrec.models.sequential import CoreConfig
-from jaxrec.systems.sequential import SequentialConfig
-from jaxrec.systems.sequential_training import FullSoftmax
+from jaxrec.systems.sequential.config import FullSoftmax, SequentialConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 
 from jaxrec.config import load_config
-from jaxrec.semantic_ids.collisions import CollisionConfig
+from jaxrec.semantic_ids.table.collisions import CollisionConfig
 from jaxrec.text.align import AlignConfig
 
 config = dataclasses.replace(

@@ -9,7 +9,7 @@ from jaxrec.data.sources import CompleteJourney
 from jaxrec.models.cross_decoder import CrossDecoderConfig
 from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
 from jaxrec.systems.comparison import EvaluationConfig
-from jaxrec.systems.onemall import OneMallConfig
+from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 

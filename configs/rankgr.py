@@ -14,9 +14,9 @@ from jaxrec.data.sources import SequenceText
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.rankgr import RankConfig, RankGRConfig
 from jaxrec.semantic_ids import ResidualConfig, SemanticIdConfig
-from jaxrec.semantic_ids.collisions import CollisionConfig
+from jaxrec.semantic_ids.table.collisions import CollisionConfig
 from jaxrec.systems.comparison import EvaluationConfig
-from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
+from jaxrec.systems.rankgr.config import RankGRObjective, RankGRRunConfig
 from jaxrec.systems.recommender import DecodingConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -47,7 +47,7 @@ config = RankGRRunConfig(
         prior=True,
         rank=RankConfig(loss="softmax", temperature=0.08),
     ),
-    objective=ObjectiveConfig(alpha=0.1),
+    objective=RankGRObjective(alpha=0.1),
     optim=OptimConfig(learning_rate=1.5e-3, warmup=100, weight_decay=0.05, final_fraction=0.05),
     # 174 steps are an epoch. Batches of 256 and half as many steps learn less from as many epochs. The learning rate falls
     # to the end, so that nothing stops before it; the best state on validation is the one that is kept.

@@ -14,8 +14,8 @@ from jaxrec.data.sources import JdMicro
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.rankgr import RankConfig, RankGRConfig
 from jaxrec.semantic_ids import ResidualConfig, SemanticIdConfig
-from jaxrec.semantic_ids.collisions import CollisionConfig
-from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
+from jaxrec.semantic_ids.table.collisions import CollisionConfig
+from jaxrec.systems.rankgr.config import RankGRObjective, RankGRRunConfig
 from jaxrec.systems.recommender import DecodingConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -33,7 +33,7 @@ config = RankGRRunConfig(
         rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3),
     ),
     # Of what a session holds most is clicks, few of which are looked for.
-    objective=ObjectiveConfig(alpha=1.0, level_weights=(0.1, 0.1, 1.0, 1.0)),
+    objective=RankGRObjective(alpha=1.0, level_weights=(0.1, 0.1, 1.0, 1.0)),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=240, log_every=40, checkpoint_every=120),
     decoding=DecodingConfig(beam_widths=(16, 64), candidates=(16, 64), likelihood_weight=1.0),

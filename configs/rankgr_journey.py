@@ -11,7 +11,7 @@ from jaxrec.models.causal import CausalConfig
 from jaxrec.models.rankgr import RankConfig, RankGRConfig
 from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
 from jaxrec.systems.comparison import EvaluationConfig
-from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
+from jaxrec.systems.rankgr.config import RankGRObjective, RankGRRunConfig
 from jaxrec.systems.recommender import DecodingConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -31,7 +31,7 @@ config = RankGRRunConfig(
         rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3),
     ),
     # Opportunities of exposure are compared with purchases, but nobody chose them.
-    objective=ObjectiveConfig(alpha=1.0, level_weights=(0.0, 1.0, 1.0)),
+    objective=RankGRObjective(alpha=1.0, level_weights=(0.0, 1.0, 1.0)),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=600, log_every=50, checkpoint_every=300),
     decoding=DecodingConfig(beam_widths=(16, 64, 64), candidates=(16, 64, 64), likelihood_weight=1.0),

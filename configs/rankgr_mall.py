@@ -8,7 +8,7 @@ from jaxrec.data.sources import SyntheticMall
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.rankgr import RankConfig, RankGRConfig
 from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
-from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
+from jaxrec.systems.rankgr.config import RankGRObjective, RankGRRunConfig
 from jaxrec.systems.recommender import DecodingConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -25,7 +25,7 @@ config = RankGRRunConfig(
     ),
     # Next tokens of all levels alike, as published. The rank head learns to find what was clicked or bought, and LDPO tells
     # the one from the other.
-    objective=ObjectiveConfig(alpha=3.0, levels=(0, 1, 2, 3, 3), rank_from=2),
+    objective=RankGRObjective(alpha=3.0, levels=(0, 1, 2, 3, 3), rank_from=2),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=240, log_every=40, checkpoint_every=120),
     # RankGR's own are 500, 1400 of 1400, 1400: of 8192 codes at the first level, of 500 x 8192 at the second.

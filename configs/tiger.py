@@ -20,7 +20,7 @@ from jaxrec.data.sources import SequenceText
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.recommender import DecodingConfig
-from jaxrec.systems.tiger import TigerConfig
+from jaxrec.systems.tiger.config import TigerConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from jaxrec.data.sources import SequenceText
 from jaxrec.models.sequential import YouTubeDnnConfig
-from jaxrec.systems.sequential import SequentialConfig
-from jaxrec.systems.sequential_training import SampledSoftmax
+from jaxrec.systems.sequential.config import SampledSoftmax, SequentialConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 

@@ -43,9 +43,9 @@ from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
-from jaxrec.semantic_ids.versions import trained_version
+from jaxrec.semantic_ids.table.versions import trained_version
 from jaxrec.systems import SYSTEMS
-from jaxrec.systems.sequential import NAMES
+from jaxrec.systems.sequential.config import NAMES
 
 FORMAT = 1
 MANIFEST, ITEMS = "manifest.json", "items.jsonl"

@@ -5,7 +5,7 @@ from jaxrec.data.sources import SyntheticMall
 from jaxrec.models.cross_decoder import CrossDecoderConfig
 from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
 from jaxrec.systems.comparison import EvaluationConfig
-from jaxrec.systems.onemall import OneMallConfig
+from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.recommender import DecodingConfig
 from jaxrec.text.align import AlignConfig
 from jaxrec.training.loop import LoopConfig

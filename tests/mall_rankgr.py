@@ -6,7 +6,7 @@ from jaxrec.models.causal import CausalConfig
 from jaxrec.models.rankgr import RankConfig, RankGRConfig
 from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
 from jaxrec.systems.comparison import EvaluationConfig
-from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig
+from jaxrec.systems.rankgr.config import RankGRObjective, RankGRRunConfig
 from jaxrec.systems.recommender import DecodingConfig
 from jaxrec.text.align import AlignConfig
 from jaxrec.training.loop import LoopConfig
@@ -24,7 +24,7 @@ config = RankGRRunConfig(
         pointer=True,
         rank=RankConfig(heads=2, hidden=32, candidates=6, targets=4),
     ),
-    objective=ObjectiveConfig(levels=(0, 1, 2, 3, 3), level_weights=(0.0, 0.0, 1.0, 2.0)),
+    objective=RankGRObjective(levels=(0, 1, 2, 3, 3), level_weights=(0.0, 0.0, 1.0, 2.0)),
     optim=OptimConfig(learning_rate=8e-3, warmup=16),
     training=LoopConfig(steps=120, log_every=15, checkpoint_every=24, evaluate_every=0),
     decoding=DecodingConfig(beam_widths=(12, 32), candidates=(12, 64), batch_size=32),

@@ -3,7 +3,7 @@
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.models.sequential import SasRecConfig
 from jaxrec.systems.comparison import EvaluationConfig
-from jaxrec.systems.sequential import SequentialConfig
+from jaxrec.systems.sequential.config import SequentialConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 

@@ -4,10 +4,10 @@ from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.semantic_ids import SemanticIdConfig
-from jaxrec.semantic_ids.rqvae import RqVaeConfig
+from jaxrec.semantic_ids.quantizers.rqvae import RqVaeConfig
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.recommender import DecodingConfig
-from jaxrec.systems.tiger import ObjectiveConfig, TigerConfig
+from jaxrec.systems.tiger.config import TigerConfig, TigerObjective
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 
@@ -21,7 +21,7 @@ config = TigerConfig(
     own_tokens=True,
     prior=True,
     model=EncoderDecoderConfig(width=32, heads=2, head_dim=16, hidden=64, encoder_layers=1, layers=1, causal=True),
-    objective=ObjectiveConfig(smoothing=0.05),
+    objective=TigerObjective(smoothing=0.05),
     optim=OptimConfig(learning_rate=8e-3, warmup=16),
     training=LoopConfig(steps=120, log_every=20, checkpoint_every=40, evaluate_every=40),
     decoding=DecodingConfig(beam_width=16, batch_size=32),

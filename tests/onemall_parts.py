@@ -8,11 +8,11 @@ import numpy as np
 
 from jaxrec.data.features import AGES, FeatureConfig, cut
 from jaxrec.data.popularity import PopularityByPeriod
-from jaxrec.models.context import Catalogue
+from jaxrec.models.context import CatalogueArrays
 from jaxrec.models.cross_decoder import CrossDecoder, CrossDecoderConfig
 from jaxrec.models.prior import build_prior
-from jaxrec.semantic_ids.space import SemanticIdSpace
-from jaxrec.systems.onemall_model import Assembly
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.systems.onemall.model import OneMallAssembly
 
 BEHAVIORS = ("click", "purchase")
 SIZES = (4, 3, 2)
@@ -23,7 +23,7 @@ FEATURES = FeatureConfig(history_lengths=(6,), past_length=6, targets=4, buckets
 MODEL = CrossDecoderConfig(width=16, heads=2, layers=2, hidden=16, experts=4, queries=2, recent=4, item_queries=2)
 
 
-def make_assembly(config: CrossDecoderConfig = MODEL) -> Assembly:
+def make_assembly(config: CrossDecoderConfig = MODEL) -> OneMallAssembly:
     """Twenty items under fewer IDs, so that some share one, with rising and equal popularity."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, SIZES, (ITEMS, len(SIZES))).astype(np.int32)
@@ -34,7 +34,7 @@ def make_assembly(config: CrossDecoderConfig = MODEL) -> Assembly:
     # Two periods of very different popularity; make_history asks in either.
     lately = PopularityByPeriod(np.exp(2 * rng.normal(size=(2, ITEMS))), NOW // DAY, 5)
     prior = build_prior(codes, lately.weights, SIZES)
-    catalogue = Catalogue(
+    catalogue = CatalogueArrays(
         codes=jnp.asarray(codes),
         attributes=jnp.asarray(attributes),
         embeddings=jnp.asarray(rng.normal(size=(ITEMS, 6)), jnp.float32),
@@ -43,10 +43,10 @@ def make_assembly(config: CrossDecoderConfig = MODEL) -> Assembly:
     )
     model = CrossDecoder(config, BEHAVIORS, SIZES, (3, 5), ITEMS, AGES)
     space = SemanticIdSpace(codes, SIZES, popularity)
-    return Assembly(model, catalogue, space, lately, None, np.array([False, True]))
+    return OneMallAssembly(model, catalogue, space, lately, None, np.array([False, True]))
 
 
-def make_variables(assembly: Assembly) -> dict:
+def make_variables(assembly: OneMallAssembly) -> dict:
     """Random variables, each decided by its name, so that distributions are far from uniform and no bias is zero.
 
     `assembly.init` would have to be compiled.
@@ -73,7 +73,9 @@ def make_history(seed: int, events: int) -> dict:
     }
 
 
-def make_arrays(histories: list[dict], assembly: Assembly, features: FeatureConfig = FEATURES) -> dict[str, np.ndarray]:
+def make_arrays(
+    histories: list[dict], assembly: OneMallAssembly, features: FeatureConfig = FEATURES
+) -> dict[str, np.ndarray]:
     """The stacked feature arrays of histories, before the session that would follow."""
     cuts = [cut(each, 10**6, features, behaviors=len(BEHAVIORS), wanted=assembly.wanted) for each in histories]
     return {name: np.stack([each[name] for each in cuts]) for name in cuts[0]}

@@ -20,7 +20,7 @@ TINY = """
 from pathlib import Path
 from jaxrec.data.sources import SequenceText
 from jaxrec.models.sequential import {model}Config
-from jaxrec.systems.sequential import SequentialConfig
+from jaxrec.systems.sequential.config import SequentialConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 

@@ -11,12 +11,11 @@ import train
 from jaxrec.config import UserError, differences, fingerprint, from_json, load_config, parse_cli, to_json
 from jaxrec.models import sequential
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
-from jaxrec.systems import rankgr
 from jaxrec.systems.comparison import EvaluationConfig
-from jaxrec.systems.rankgr import RankGRRunConfig
+from jaxrec.systems.rankgr import config as rankgr
+from jaxrec.systems.rankgr.config import RankGRRunConfig
 from jaxrec.systems.recommender import DecodingConfig
-from jaxrec.systems.sequential import SequentialConfig
-from jaxrec.systems.sequential_training import FullSoftmax, SampledSoftmax
+from jaxrec.systems.sequential.config import FullSoftmax, SampledSoftmax, SequentialConfig
 from jaxrec.training.optim import OptimConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -241,7 +240,7 @@ def test_argv_defaults_to_the_command_line(config_file, monkeypatch):
         (lambda: EvaluationConfig(shown_users=-1), "'evaluation.shown_users' is -1"),
         (lambda: DecodingConfig(likelihood_weight=float("nan")), "'decoding.likelihood_weight' is nan"),
         (lambda: DecodingConfig(beam_widths=(8, 0)), "'decoding.beam_widths' is (8, 0); give 1 or more"),
-        (lambda: rankgr.ObjectiveConfig(alpha=float("inf")), "'objective.alpha' is inf"),
+        (lambda: rankgr.RankGRObjective(alpha=float("inf")), "'objective.alpha' is inf"),
         (lambda: RankGRRunConfig(data=None, batch_size=0), "'batch_size' is 0; give 1 or more"),
         (lambda: RankGRRunConfig(data=None, seed=-1), "'seed' is -1"),
         (lambda: RankGRRunConfig(data=None, sessions_per_user=-1), "'sessions_per_user' is -1"),

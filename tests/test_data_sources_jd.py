@@ -8,7 +8,7 @@ from jaxrec.config import UserError, from_json, to_json
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import JdMicro
 from jaxrec.data.tables import Tables
-from jaxrec.systems.onemall import OneMallConfig
+from jaxrec.systems.onemall.config import OneMallConfig
 
 #          search   detail    search    cart      order (after a pause of two hours)  home       cart
 FIRST = "11+5+7+10+20 11+7+7+30+20 12+5+8+5+9 12+9+8+7200+9 12+10+8+60+3 13+1+7+0+2 13+9+7+99+2"

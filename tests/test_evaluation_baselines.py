@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from jaxrec.evaluation.baselines import ItemKNN, Log, Markov, Popularity, best_items, fit_baselines
+from jaxrec.evaluation.baselines import ItemKNN, Markov, Popularity, PurchaseLog, best_items, fit_baselines
 
 TARGET = (1,)
 
@@ -101,7 +101,7 @@ def sessions_of(user):
 @pytest.mark.parametrize("seed", range(4))
 def test_markov_against_an_oracle(seed):
     users = random_histories(seed)
-    log = Log.of(users, TARGET)
+    log = PurchaseLog.of(users, TARGET)
     popularity = Popularity.fit(log, 15, TARGET)
     followed, times = Counter(), Counter()
     for user in users:
@@ -119,7 +119,7 @@ def test_markov_against_an_oracle(seed):
 @pytest.mark.parametrize("neighbors", [3, 15])
 def test_itemknn_against_an_oracle(neighbors):
     users = random_histories(7)
-    log = Log.of(users, TARGET)
+    log = PurchaseLog.of(users, TARGET)
     popularity = Popularity.fit(log, 15, TARGET)
     seen = np.array([[item in user["item"] for item in range(15)] for user in users], float)
     cosine = np.zeros((15, 15))

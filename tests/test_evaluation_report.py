@@ -13,7 +13,7 @@ from html_page import check, check_stands_alone
 from jaxrec.config import UserError
 from jaxrec.evaluation.report import write_report
 from jaxrec.semantic_ids import SemanticIdSpace, write_codes
-from jaxrec.semantic_ids.quality import quality
+from jaxrec.semantic_ids.table.quality import quality
 
 EVIL = '<script>alert("1")</script>&\'"'
 

@@ -35,7 +35,7 @@ from jaxrec import export
 from jaxrec.config import UserError, fingerprint
 from jaxrec.export import ExportConfig, write_artefact
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
-from jaxrec.systems.sequential_recommender import SequentialRecommender
+from jaxrec.systems.sequential.model import SequentialRecommender
 
 ROOT = Path(__file__).parent.parent
 BATCHES = (1, 3, 8)

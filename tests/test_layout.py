@@ -13,7 +13,7 @@ from jaxrec.systems import SYSTEMS
 ROOT = Path(__file__).parent.parent
 ORDER = (
     "config", "run", "page", "programs", "nn", "losses", "training", "data", "text", "semantic_ids",
-    "models", "decoding", "evaluation", "systems", "serving", "export",
+    "models", "decoding", "catalogue", "evaluation", "systems", "serving", "export",
 )  # fmt: skip
 SOURCES = sorted((ROOT / "jaxrec").rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -68,7 +68,7 @@ from typing import TYPE_CHECKING
 import jaxrec.data.tables
 from jaxrec import serving
 if TYPE_CHECKING:
-    from jaxrec.systems.onemall import OneMallConfig
+    from jaxrec.systems.onemall.config import OneMallConfig
 else:
     from jaxrec.models import x
 try:
@@ -89,6 +89,57 @@ def test_a_configuration_loads_and_survives_json(path):
     assert from_json(type(config), to_json(config)) == config
     assert f"configs/{path.name} --run runs/" in path.read_text(), "its docstring gives the command"
     assert config.training.evaluation_steps, "the state that is best on the validation split is kept"
+
+
+def graph_of(sources: dict[str, str]) -> dict[str, set[str]]:
+    """module -> the modules that it imports, of sources by name; what is imported from a package is its own module."""
+    graph = {}
+    for module, source in sources.items():
+        named = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inside = (f"{node.module}.{alias.name}" for alias in node.names)
+                named |= {name if name in sources else node.module for name in inside}
+            elif isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+        graph[module] = named & set(sources) - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another, what only type checkers read included."""
+    while True:
+        imported = set().union(*graph.values())
+        inside = {module for module, names in graph.items() if names & set(graph) and module in imported}
+        if len(inside) == len(graph):
+            return sorted(graph)
+        graph = {module: graph[module] & inside for module in inside}
+
+
+def test_no_module_imports_itself_over_others():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+    assert not circles(graph_of({name: path.read_text() for name, path in names.items()}))
+
+
+def test_the_check_of_circles_can_fail():
+    sources = {
+        "p": "",
+        "p.a": "from p import b",
+        "p.b": "import p.c",
+        "p.c": "def f():\n    from p.a import x",
+        "p.d": "",
+    }
+    assert circles(graph_of(sources)) == ["p.a", "p.b", "p.c"]
+
+
+def test_a_class_name_occurs_once():
+    found = [
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert not {name for name in found if found.count(name) > 1}
 
 
 def paths_of_tree(text: str) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onemall_parts import BEHAVIORS, ITEMS, MODEL, SIZES, make_arrays, make_assembly, make_history, make_variables
 
-from jaxrec.systems.onemall_training import losses, move_biases
+from jaxrec.systems.onemall.training import losses, move_biases
 
 IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)  # [24, 3]: every ID, in the catalogue or not
 HISTORIES = [make_history(0, 9), make_history(1, 4), make_history(2, 0)]

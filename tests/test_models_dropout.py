@@ -12,7 +12,7 @@ import rankgr_parts
 from flax import linen as nn
 
 from jaxrec.models.causal import Causal, CausalConfig
-from jaxrec.models.cross_decoder import DecoderLayer
+from jaxrec.models.cross_decoder import CrossDecoderLayer
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.sequential import (
     Bert4RecConfig,
@@ -133,7 +133,7 @@ def test_blocks_that_add_nothing_leave_dropout_nothing_to_take(make, inputs, blo
 
 @pytest.mark.parametrize("rate", [0.2, 0.9])
 def test_a_layer_of_onemall_that_adds_nothing_passes_x_unchanged(rate):
-    layer = DecoderLayer(dataclasses.replace(onemall_parts.MODEL, dropout=rate))
+    layer = CrossDecoderLayer(dataclasses.replace(onemall_parts.MODEL, dropout=rate))
     x, kv = RNG.normal(size=(2, 4, 3, 16)).astype(np.float32), RNG.normal(size=(2, 5, 2, 8)).astype(np.float32)
     bos = kv[:, :1]
     inputs = x, (kv, kv), MASK, (bos, bos), None, None

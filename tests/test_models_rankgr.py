@@ -11,7 +11,7 @@ import pytest
 from rankgr_parts import FEATURES, ITEMS, MODEL, SIZES, make_arrays, make_assembly, make_record, make_variables
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from jaxrec.semantic_ids import balanced, kmeans, residual
-from jaxrec.semantic_ids.balanced import BalancedConfig, assign_within, bounds, cheapest, smallest
-from jaxrec.semantic_ids.residual import ResidualConfig
+from jaxrec.semantic_ids.quantizers import balanced, kmeans, residual
+from jaxrec.semantic_ids.quantizers.balanced import BalancedConfig, assign_within, bounds, cheapest, smallest
+from jaxrec.semantic_ids.quantizers.residual import ResidualConfig
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,9 @@ import numpy as np
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import (
-    FsqConfig,
-    OpqConfig,
-    ResidualConfig,
-    SemanticIdConfig,
-    codebooks,
-    decode,
-    encode,
-    fit,
-    fsq,
-    residual,
-)
-from jaxrec.semantic_ids.residual import Residual
+from jaxrec.semantic_ids import FsqConfig, OpqConfig, ResidualConfig, SemanticIdConfig, decode, encode, fit
+from jaxrec.semantic_ids.quantizers import codebooks, fsq, residual
+from jaxrec.semantic_ids.quantizers.residual import Residual
 
 QUICK = FsqConfig((2, 2, 2, 2), hidden=8, steps=50, batch_size=128)
 CONFIG = SemanticIdConfig(ResidualConfig((4, 4)), QUICK)

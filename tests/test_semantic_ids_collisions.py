@@ -13,18 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import (
-    Codebooks,
-    FsqConfig,
-    SemanticIdSpace,
-    codebooks,
-    collisions,
-    fsq,
-)
-from jaxrec.semantic_ids.collisions import CollisionConfig, describe, resolve, squared_errors
-from jaxrec.semantic_ids.opq import Opq
-from jaxrec.semantic_ids.residual import Residual
-from jaxrec.semantic_ids.rqvae import RqVae
+from jaxrec.semantic_ids import Codebooks, FsqConfig, SemanticIdSpace
+from jaxrec.semantic_ids.quantizers import codebooks, fsq
+from jaxrec.semantic_ids.quantizers.opq import Opq
+from jaxrec.semantic_ids.quantizers.residual import Residual
+from jaxrec.semantic_ids.quantizers.rqvae import RqVae
+from jaxrec.semantic_ids.table import collisions
+from jaxrec.semantic_ids.table.collisions import CollisionConfig, describe, resolve, squared_errors
 
 NEAREST = CollisionConfig("nearest_free")
 EXTRA = CollisionConfig("extra_level")

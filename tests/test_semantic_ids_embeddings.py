@@ -18,9 +18,9 @@ from jaxrec.config import UserError, from_json, to_json
 from jaxrec.run import read_json
 from jaxrec.semantic_ids import CollisionConfig, FsqConfig, ResidualConfig, SemanticIdConfig, commands
 from jaxrec.semantic_ids.embeddings import ALIGNMENT, aligned, embed_new, finetune_items, read_pairs
+from jaxrec.semantic_ids.table.versions import read_version
 from jaxrec.semantic_ids.tokenize import tokenize
-from jaxrec.semantic_ids.versions import read_version
-from jaxrec.systems.onemall import OneMallConfig
+from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig, embed_texts
 from jaxrec.text.finetune import FinetuneConfig

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids.files import check_distinct, open_items, read_table
+from jaxrec.semantic_ids.files.items import check_distinct, open_items, read_table
 
 X = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
 IDS = [f"i{row:02}" for row in range(50)]

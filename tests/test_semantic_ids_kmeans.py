@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import kmeans as kmeans_module
-from jaxrec.semantic_ids.kmeans import KMeansConfig, assign, assign_all, kmeans, plus_plus, sample_sizes
-from jaxrec.semantic_ids.kmeans import lloyd as lloyd_on_sample
+from jaxrec.semantic_ids.quantizers import kmeans as kmeans_module
+from jaxrec.semantic_ids.quantizers.kmeans import KMeansConfig, assign, assign_all, kmeans, plus_plus, sample_sizes
+from jaxrec.semantic_ids.quantizers.kmeans import lloyd as lloyd_on_sample
 
 
 def numpy_assign(x, centroids):

@@ -9,9 +9,10 @@ import pytest
 
 from jaxrec.config import UserError
 from jaxrec.run import read_json
-from jaxrec.semantic_ids import CollisionConfig, SemanticIdConfig, codebooks, read_codes
+from jaxrec.semantic_ids import CollisionConfig, SemanticIdConfig, read_codes
 from jaxrec.semantic_ids import __main__ as command
-from jaxrec.semantic_ids.opq import OpqConfig
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.quantizers.opq import OpqConfig
 from jaxrec.semantic_ids.tokenize import write_ids
 
 SMALL = ["--semantic-ids.hierarchy.sizes", "4", "4", "--semantic-ids.remainder", "OpqConfig",
@@ -61,7 +62,7 @@ def test_a_configuration_that_cannot_be_is_named_before_the_long_work(items, mon
     def refuse(*_):
         raise AssertionError("the items were read")
 
-    monkeypatch.setattr("jaxrec.semantic_ids.files.Items.scan", refuse)
+    monkeypatch.setattr("jaxrec.semantic_ids.files.items.Items.scan", refuse)
     fit = ("fit", "--items", items / "items.parquet", "--out", items / "ids")
     for args, message in (
         ((*SMALL, "--collisions.capacity", "0"), "collisions.capacity=0"),

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import opq
-from jaxrec.semantic_ids.kmeans import KMeansConfig, kmeans
-from jaxrec.semantic_ids.opq import Opq, OpqConfig
+from jaxrec.semantic_ids.quantizers import opq
+from jaxrec.semantic_ids.quantizers.kmeans import KMeansConfig, kmeans
+from jaxrec.semantic_ids.quantizers.opq import Opq, OpqConfig
 
 QUICK = OpqConfig((16, 16), rotations=8, finish=KMeansConfig(iterations=8))
 

@@ -9,8 +9,8 @@ from html_page import check, check_stands_alone
 from jaxrec.config import UserError
 from jaxrec.page import page
 from jaxrec.semantic_ids import SemanticIdSpace
-from jaxrec.semantic_ids.page import Catalogue, figure_tables, percent, tree_section, write_page
-from jaxrec.semantic_ids.quality import quality
+from jaxrec.semantic_ids.table.page import PageItems, figure_tables, percent, tree_section, write_page
+from jaxrec.semantic_ids.table.quality import quality
 
 EVIL = '<script>alert("1")</script>&\'"'
 CODES = np.array([[0, n % 20, n % 3] for n in range(90)] + [[7, 0, 0]] * 12 + [[7, 1, 2]], np.int32)
@@ -108,8 +108,8 @@ def test_it_is_the_same_bytes_when_written_again(written, tmp_path):
 
 def test_popularity_comes_from_the_space_unless_given():
     space = SemanticIdSpace(CODES, SPACE.codebook_sizes, POPULARITY)
-    assert tree_section(Catalogue(space, IDS)) == tree_section(Catalogue(SPACE, IDS, counts=POPULARITY))
-    assert tree_section(Catalogue(space, IDS)) != tree_section(Catalogue(SPACE, IDS))
+    assert tree_section(PageItems(space, IDS)) == tree_section(PageItems(SPACE, IDS, counts=POPULARITY))
+    assert tree_section(PageItems(space, IDS)) != tree_section(PageItems(SPACE, IDS))
 
 
 def test_tables_of_incomplete_figures_leave_out_what_is_missing():

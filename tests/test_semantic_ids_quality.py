@@ -10,8 +10,8 @@ import pytest
 
 from jaxrec.config import UserError
 from jaxrec.semantic_ids import SemanticIdSpace
-from jaxrec.semantic_ids import quality as figures
-from jaxrec.semantic_ids.quality import (
+from jaxrec.semantic_ids.table import quality as figures
+from jaxrec.semantic_ids.table.quality import (
     bucket_sizes,
     collisions,
     entropy,

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import residual, rqvae
-from jaxrec.semantic_ids.residual import ResidualConfig
-from jaxrec.semantic_ids.rqvae import RqVae, RqVaeConfig
+from jaxrec.semantic_ids.quantizers import residual, rqvae
+from jaxrec.semantic_ids.quantizers.residual import ResidualConfig
+from jaxrec.semantic_ids.quantizers.rqvae import RqVae, RqVaeConfig
 
 QUICK = RqVaeConfig((16, 16, 16), hidden=(32, 24, 16), latent_width=8, warm_steps=100, steps=300, batch_size=128)
 TINY = replace(QUICK, sizes=(4, 4), hidden=(6,), latent_width=3, warm_steps=4, steps=6, batch_size=8)

@@ -18,13 +18,15 @@ from jaxrec.config import UserError, from_json, load_config, parse_cli, to_json
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.run import Run
-from jaxrec.semantic_ids import CollisionConfig, ResidualConfig, SemanticIdConfig, catalogue, codebooks, commands
+from jaxrec.semantic_ids import CollisionConfig, ResidualConfig, SemanticIdConfig, commands
 from jaxrec.semantic_ids.embeddings import with_products
+from jaxrec.semantic_ids.files.vectors import read_own
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.table import changes as catalogue
+from jaxrec.semantic_ids.table.versions import publish, read_version
 from jaxrec.semantic_ids.tokenize import tokenize
-from jaxrec.semantic_ids.vectors import read_own
-from jaxrec.semantic_ids.versions import publish, read_version
-from jaxrec.systems.onemall import OneMallConfig
-from jaxrec.systems.onemall_model import assemble
+from jaxrec.systems.onemall.config import OneMallConfig
+from jaxrec.systems.onemall.model import assemble
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.scenarios import TowersConfig
@@ -173,7 +175,7 @@ def test_products_may_have_come_in_an_earlier_version(made, tmp_path):
 
 def test_killed_while_own_embeddings_are_written_the_old_ones_stay(made, tmp_path):
     folder = as_ids(made, tmp_path)
-    program = "import sys, numpy as np; from jaxrec.semantic_ids.vectors import keep_own\n"
+    program = "import sys, numpy as np; from jaxrec.semantic_ids.files.vectors import keep_own\n"
     program += "for name, value in (('a', 1), ('b', 2)): keep_own(sys.argv[1], [name], np.full((1, 6), value, 'f4'))"
     line = [sys.executable, "-c", program, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -196,7 +198,7 @@ def test_only_the_products_that_are_named_are_read(made, tmp_path, monkeypatch):
     item = read_table(made / "tables" / "items.parquet")["item_id"][3].as_py()
     path = write_new(tmp_path / "new.parquet", ["v"], ["Video: Red tea pots"], [VIDEO], [[item]])
     folder = as_ids(made, tmp_path)
-    monkeypatch.setattr("jaxrec.semantic_ids.vectors.pq.read_table", read)
+    monkeypatch.setattr("jaxrec.semantic_ids.files.vectors.pq.read_table", read)
     with_products(folder, np.ones((1, 6), np.float32), pq.ParquetFile(path).read())
     assert rows == [1]
 

@@ -17,8 +17,8 @@ from jaxrec.semantic_ids import (
     ResidualConfig,
     RqVaeConfig,
     SemanticIdConfig,
-    codebooks,
 )
+from jaxrec.semantic_ids.quantizers import codebooks
 
 QUICK = KMeansConfig(iterations=5)
 BALANCE = BalancedConfig(iterations=2, rounds=3)

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrec.semantic_ids import residual
-from jaxrec.semantic_ids.kmeans import KMeansConfig
-from jaxrec.semantic_ids.residual import ResidualConfig
+from jaxrec.semantic_ids.quantizers import residual
+from jaxrec.semantic_ids.quantizers.kmeans import KMeansConfig
+from jaxrec.semantic_ids.quantizers.residual import ResidualConfig
 
 ROOT = Path(__file__).parent.parent
 SOURCE = """
@@ -21,10 +21,10 @@ import jax, numpy as np
 host, hosts, out, port = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 if hosts > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", hosts, host)
-from jaxrec.semantic_ids import residual
-from jaxrec.semantic_ids.kmeans import KMeansConfig
-from jaxrec.semantic_ids.residual import ResidualConfig
-from jaxrec.semantic_ids.rows import place
+from jaxrec.semantic_ids.quantizers import residual
+from jaxrec.semantic_ids.quantizers.kmeans import KMeansConfig
+from jaxrec.semantic_ids.quantizers.residual import ResidualConfig
+from jaxrec.semantic_ids.quantizers.rows import place
 from jaxrec.training.sharding import MeshConfig, make_mesh
 x = np.load(out + "/x.npy")
 mine = x[:300] if host == 0 else x[300:]

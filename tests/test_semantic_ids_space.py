@@ -16,11 +16,11 @@ from jaxrec.semantic_ids import (
     ResidualConfig,
     SemanticIdConfig,
     SemanticIdSpace,
-    codebooks,
     read_codes,
     write_codes,
 )
-from jaxrec.semantic_ids.quality import quality
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.table.quality import quality
 from jaxrec.semantic_ids.tokenize import tokenize
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig

@@ -17,16 +17,16 @@ from jaxrec.semantic_ids import (
     ResidualConfig,
     RqVaeConfig,
     SemanticIdConfig,
-    codebooks,
     commands,
     read_codes,
     streaming,
 )
 from jaxrec.semantic_ids.__main__ import FitConfig
 from jaxrec.semantic_ids.__main__ import fit as fit_command
-from jaxrec.semantic_ids.drift import drift
-from jaxrec.semantic_ids.files import open_items
-from jaxrec.semantic_ids.versions import read_version
+from jaxrec.semantic_ids.files.items import open_items
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.table.drift import drift
+from jaxrec.semantic_ids.table.versions import read_version
 
 KEY = jax.random.key(3)
 X = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
@@ -163,7 +163,7 @@ def test_mistakes_are_named_before_the_long_work(parquet, monkeypatch):
     def refuse(*_):
         raise AssertionError("the items were read")
 
-    monkeypatch.setattr("jaxrec.semantic_ids.files.Items.scan", refuse)
+    monkeypatch.setattr("jaxrec.semantic_ids.files.items.Items.scan", refuse)
     wide = SemanticIdConfig(ResidualConfig((256,)))
     for changes, message in (
         ({"in_memory": 0}, "in_memory=0: let memory hold"),

@@ -20,13 +20,14 @@ from safetensors.numpy import save_file
 
 from jaxrec.config import UserError, load_config
 from jaxrec.run import Run
-from jaxrec.semantic_ids import Codebooks, SemanticIdSpace, codebooks, commands, read_codes, write_codes
-from jaxrec.semantic_ids.catalogue import append, reencode, remove
-from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
-from jaxrec.semantic_ids.drift import drift
-from jaxrec.semantic_ids.residual import Residual
-from jaxrec.semantic_ids.versions import (
-    Changes,
+from jaxrec.semantic_ids import Codebooks, SemanticIdSpace, commands, read_codes, write_codes
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.quantizers.residual import Residual
+from jaxrec.semantic_ids.table.changes import append, reencode, remove
+from jaxrec.semantic_ids.table.collisions import CollisionConfig, resolve
+from jaxrec.semantic_ids.table.drift import drift
+from jaxrec.semantic_ids.table.versions import (
+    IdChanges,
     _stack,
     begin,
     list_versions,
@@ -35,7 +36,8 @@ from jaxrec.semantic_ids.versions import (
     read_version,
     roll_back,
 )
-from jaxrec.systems import onemall, phases
+from jaxrec.systems import phases
+from jaxrec.systems.onemall.training import train
 from jaxrec.text.scenarios import TowersConfig
 
 LEVELS = ([[0.0], [100.0]], [[0.0], [10.0], [20.0]])
@@ -113,7 +115,7 @@ def test_of_an_item_the_last_row_counts_at_the_place_of_its_first():
         ids = [f"i{n}" for n in rng.permutation(40)[:size]]
         codes = np.arange(first, first + size, dtype=np.int32)[:, None]
         first += size
-        parts.append(Changes(pa.array(ids, pa.string()), codes, codes, codes[:, 0] % 2 == 0))
+        parts.append(IdChanges(pa.array(ids, pa.string()), codes, codes, codes[:, 0] % 2 == 0))
         for item, code in zip(ids, codes[:, 0].tolist()):
             expected[item] = code
     table = _stack(parts, {"codebook_sizes": [100]})
@@ -305,7 +307,7 @@ def test_a_folder_without_codebooks_is_left_alone(tmp_path):
 def test_known_items_are_not_sorted_into_the_catalogue_again(folder, monkeypatch):
     begin(folder)
     remove(folder, ["b"])
-    monkeypatch.setattr("jaxrec.semantic_ids.catalogue.resolve", lambda *_: pytest.fail("IDs were resolved"))
+    monkeypatch.setattr("jaxrec.semantic_ids.table.changes.resolve", lambda *_: pytest.fail("IDs were resolved"))
     assert append(folder, ["a"], line(0)) == {"version": 2, "added": 0, "returned": 0, "known": 1}
     assert append(folder, ["b", "a"], line(0, 0)) == {"version": 3, "added": 0, "returned": 1, "known": 1}
     assert codes_of(folder)["b"] == (0, 1)
@@ -343,7 +345,7 @@ def test_a_run_does_not_replace_ids_that_have_later_versions(tmp_path, monkeypat
 
     def train(seed):
         with pytest.raises(ExamplesWanted):
-            onemall.train(run, replace(config, seed=seed))
+            train(run, replace(config, seed=seed))
 
     train(0)
     (made / "000001").mkdir(parents=True)
@@ -353,7 +355,7 @@ def test_a_run_does_not_replace_ids_that_have_later_versions(tmp_path, monkeypat
     (made / "000002").mkdir()
     train(1)
     with pytest.raises(UserError, match="in its versions, which new IDs would replace: give another --run"):
-        onemall.train(run, replace(config, seed=2))
+        train(run, replace(config, seed=2))
     assert (made / "000002").exists()
 
 
@@ -407,7 +409,7 @@ def test_scenarios_count_only_where_they_are_chosen(tmp_path, monkeypatch):
     config = load_config("tests/mall.py")
     for scenarios, counted in ((None, []), (TowersConfig(), [TowersConfig()])):
         with pytest.raises(ExamplesWanted) as found:
-            onemall.train(Run(tmp_path), replace(config, scenarios=scenarios))
+            train(Run(tmp_path), replace(config, scenarios=scenarios))
         # Without them the inputs are those of runs from before there were any.
         *_, align, ids, collisions, seed = (part for part in found.value.args if part not in counted)
         assert (align, ids, collisions, seed) == (config.align, config.semantic_ids, config.collisions, config.seed)
@@ -418,8 +420,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import numpy as np
-from jaxrec.semantic_ids.catalogue import append
-from jaxrec.semantic_ids.versions import begin, publish
+from jaxrec.semantic_ids.table.changes import append
+from jaxrec.semantic_ids.table.versions import begin, publish
 folder = Path(sys.argv[1])
 if sys.argv[2] == "begin":
     begin(folder)

@@ -18,15 +18,17 @@ from onemall_parts import ITEMS as COUNT
 from onemall_parts import MODEL, make_assembly, make_variables
 from serving_run import ITEMS, NextInLine, write_run
 
+from jaxrec.catalogue.live import LiveCatalogue
+from jaxrec.catalogue.version import Version
 from jaxrec.config import UserError
 from jaxrec.data.features import FeatureConfig
-from jaxrec.decoding.live import LiveCatalogue
-from jaxrec.decoding.version import Version
-from jaxrec.semantic_ids import Codebooks, codebooks, commands, later, write_codes
-from jaxrec.semantic_ids.catalogue import append
-from jaxrec.semantic_ids.later import read_later
-from jaxrec.semantic_ids.residual import Residual
-from jaxrec.semantic_ids.versions import current_number, publish, trained_space
+from jaxrec.semantic_ids import Codebooks, commands, write_codes
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.quantizers.residual import Residual
+from jaxrec.semantic_ids.table import later
+from jaxrec.semantic_ids.table.changes import append
+from jaxrec.semantic_ids.table.later import read_later
+from jaxrec.semantic_ids.table.versions import current_number, publish, trained_space
 from jaxrec.serving.retriever import NOTHING_ALLOWED, Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender

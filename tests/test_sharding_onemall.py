@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from compilations import constant_shapes
 from onemall_parts import MODEL, ITEMS, make_arrays, make_assembly, make_history
 from jaxrec.data.sources import SyntheticMall
-from jaxrec.systems.onemall import OneMallConfig
+from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.generative import bound_loss
-from jaxrec.systems.onemall_training import mean_loss
+from jaxrec.systems.onemall.training import mean_loss
 from jaxrec.training.sharding import MeshConfig, make_mesh, place, shard_batch, use_mesh
 from jaxrec.training.step import make_state, make_step
 

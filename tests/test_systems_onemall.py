@@ -23,8 +23,9 @@ from onemall_parts import FEATURES, MODEL, make_arrays, make_assembly, make_hist
 
 from jaxrec.run import Run
 from jaxrec.systems.generative import bound_loss
-from jaxrec.systems.onemall import ObjectiveConfig, OneMallConfig, load_recommender
-from jaxrec.systems.onemall_training import contrastive, mean_loss
+from jaxrec.systems.onemall.config import OneMallConfig, OneMallObjective
+from jaxrec.systems.onemall.model import load_recommender
+from jaxrec.systems.onemall.training import contrastive, mean_loss
 from jaxrec.training import checkpoint
 from jaxrec.training.log import TIMING_FIELDS
 
@@ -56,7 +57,7 @@ CONFIG = OneMallConfig(
     data=None,
     features=FEATURES,
     model=dataclasses.replace(MODEL, dispatch="ragged"),
-    objective=ObjectiveConfig(contrastive_weight=0.3),
+    objective=OneMallObjective(contrastive_weight=0.3),
 )
 # Item 2 is a target of two contexts, item 18 has the ID of 17, the last row only fills the batch.
 TARGET = np.array([[2, 17, 5, 0], [18, 2, 0, 0], [9, 11, 13, 2], [1, 2, 3, 4]])

@@ -31,11 +31,20 @@ from jaxrec.models.rankgr import RankConfig, RankGRConfig
 from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
-from jaxrec.systems import rankgr
 from jaxrec.systems.generative import bound_loss
-from jaxrec.systems.rankgr import ObjectiveConfig, RankGRRunConfig, _weights
-from jaxrec.systems.rankgr_model import assemble, behavior_levels, with_pretrained
-from jaxrec.systems.rankgr_training import counted_loss, draw_targets, losses, mean_loss, pack, rank_from, rank_loss
+from jaxrec.systems.rankgr.config import RankGRObjective, RankGRRunConfig, behavior_levels
+from jaxrec.systems.rankgr.model import assemble, load_recommender, with_pretrained
+from jaxrec.systems.rankgr.training import (
+    _weights,
+    counted_loss,
+    draw_targets,
+    losses,
+    mean_loss,
+    pack,
+    rank_from,
+    rank_loss,
+    train,
+)
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.training import checkpoint
 from jaxrec.training.flops import Flops, step_flops
@@ -46,7 +55,7 @@ STAGE = "stages/train"
 
 # ---- losses on a batch of made-up records ----------------------------------------------------------------------------
 
-CONFIG = RankGRRunConfig(data=None, features=FEATURES, model=MODEL, objective=ObjectiveConfig(alpha=0.5, beta=2.0))
+CONFIG = RankGRRunConfig(data=None, features=FEATURES, model=MODEL, objective=RankGRObjective(alpha=0.5, beta=2.0))
 
 
 def make_batch(config=CONFIG, count=3, crowd=0) -> dict:
@@ -130,7 +139,7 @@ SOFTMAX = dataclasses.replace(
     CONFIG,
     features=dataclasses.replace(FEATURES, targets=5, sampled=2),
     model=RankGRConfig(BACKBONE, embeddings=True, prior=True, rank=RankConfig(loss="softmax", temperature=0.5)),
-    objective=ObjectiveConfig(
+    objective=RankGRObjective(
         alpha=0.3, beta=2.0, level_weights=(0.5, 1.0, 3.0), rank_from=1, rank_weight=0.7, smoothing=0.2
     ),
 )
@@ -209,7 +218,7 @@ def test_the_whole_loss_and_its_gradient_equal_a_plain_computation():
 
 # Every item of a session is looked for, but only three of them are targets.
 CROWDED = dataclasses.replace(
-    CONFIG, features=dataclasses.replace(FEATURES, targets=3), objective=ObjectiveConfig(rank_from=0)
+    CONFIG, features=dataclasses.replace(FEATURES, targets=3), objective=RankGRObjective(rank_from=0)
 )
 
 
@@ -311,7 +320,7 @@ def test_the_rank_head_learns_from_all_that_it_looks_for_in_turn():
 
 
 def test_next_items_of_the_history_count_as_their_behaviors_do():
-    config = dataclasses.replace(CONFIG, objective=ObjectiveConfig(level_weights=(0.0, 1.0, 3.0)))
+    config = dataclasses.replace(CONFIG, objective=RankGRObjective(level_weights=(0.0, 1.0, 3.0)))
     assembly, batch = make_assembly(), make_batch(config)
     packed = pack(assembly, config, batch)
     history = slice(FEATURES.targets, None)
@@ -325,7 +334,7 @@ def test_next_items_of_the_history_count_as_their_behaviors_do():
 def test_the_rank_head_finds_all_levels_where_it_is_asked_to():
     """Eq. 16 with Eq. 9: as published, every item of a session is true; drawn ones are none."""
     features = dataclasses.replace(FEATURES, sampled=2)
-    config = dataclasses.replace(CONFIG, features=features, objective=ObjectiveConfig(rank_from=0))
+    config = dataclasses.replace(CONFIG, features=features, objective=RankGRObjective(rank_from=0))
     batch = make_batch(config)
     packed = pack(make_assembly(), config, batch)
     there = batch["where"][:, None]
@@ -456,7 +465,7 @@ def folder(tmp_path_factory) -> Path:
     config = load_config(ROOT / "tests" / "mall_rankgr.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXREC_CACHE", str(folder / "cache"))
-        rankgr.train(Run.open(folder / "whole", config), config)
+        train(Run.open(folder / "whole", config), config)
         shutil.copytree(
             folder / "whole", folder / "killed", ignore=shutil.ignore_patterns("stages", "eval*", "*.jsonl")
         )
@@ -465,7 +474,7 @@ def folder(tmp_path_factory) -> Path:
         death = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert death.returncode == -signal.SIGKILL, death.stderr + death.stdout
         assert checkpoint.steps(folder / "killed" / STAGE) == [24, 48]
-        rankgr.train(Run.open(folder / "killed", config), config)
+        train(Run.open(folder / "killed", config), config)
     return folder
 
 
@@ -515,7 +524,7 @@ def test_an_export_answers_the_same(folder, tmp_path):
     run, _ = Run.load(folder / "whole")
     events = {"item": np.array([3, 9], np.int32), "behavior": np.array([2, 4], np.int8)}
     events |= {"timestamp": np.array([5, 5], np.int64), "session": np.array([0, 0], np.int32)}
-    check_same_answers(rankgr.load_recommender(run), run, tmp_path / "out", events)
+    check_same_answers(load_recommender(run), run, tmp_path / "out", events)
 
 
 def test_items_without_an_id_are_named(folder, tmp_path):
@@ -562,4 +571,4 @@ def test_bad_pretrained_folders_are_named_before_anything_is_made(folder, tmp_pa
     refused(r"layers\.2\.", num_hidden_layers=3)
     refused(r"layers\.1\.", num_hidden_layers=1)
     with pytest.raises(UserError, match="'pretrained': there is no folder"):
-        rankgr.train(run, dataclasses.replace(config, pretrained=str(tmp_path / "none")))
+        train(run, dataclasses.replace(config, pretrained=str(tmp_path / "none")))

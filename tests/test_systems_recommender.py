@@ -21,11 +21,11 @@ from onemall_parts import (
     make_variables,
 )
 
+from jaxrec.catalogue.live import LiveCatalogue
 from jaxrec.config import UserError
-from jaxrec.decoding.live import LiveCatalogue
 from jaxrec.evaluation.cases import Cases
 from jaxrec.models.prior import build_prior
-from jaxrec.semantic_ids.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 
 IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)

@@ -23,14 +23,14 @@ from jaxrec.data.item_sequences import ItemSequenceConfig, following, whole
 from jaxrec.evaluation import make_cases
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import popularity_prior
-from jaxrec.run import Run, read_json
-from jaxrec.semantic_ids.space import SemanticIdSpace
+from jaxrec.run import TRAINING, Run, read_json
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
-from jaxrec.systems.generative import STAGE, bound_loss
-from jaxrec.systems.tiger import ObjectiveConfig, load_recommender, train
-from jaxrec.systems.tiger_model import TigerAssembly, fit_vocabulary, own_tokens
-from jaxrec.systems.tiger_training import losses, mean_loss
+from jaxrec.systems.generative import bound_loss
+from jaxrec.systems.tiger.config import TigerObjective
+from jaxrec.systems.tiger.model import TigerAssembly, fit_vocabulary, load_recommender, own_tokens
+from jaxrec.systems.tiger.training import losses, mean_loss, train
 from jaxrec.training import checkpoint
 from jaxrec.training.step import make_state, make_step
 
@@ -65,7 +65,7 @@ def make_assembly(causal: bool, positions: str = "codes", prior: bool = False, o
 
 def make_config(assembly: TigerAssembly, **objective):
     made = dataclasses.replace(CONFIG, model=assembly.model.config, features=FEATURES, users=USERS)
-    return dataclasses.replace(made, objective=ObjectiveConfig(**objective))
+    return dataclasses.replace(made, objective=TigerObjective(**objective))
 
 
 def stacked(examples: list[dict]) -> dict:
@@ -250,7 +250,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_killed_and_resumed_it_ends_in_the_same_bits(runs):
-    whole_run, killed = (checkpoint.load_parts(run / STAGE, "params", "opt_state") for run in runs)
+    whole_run, killed = (checkpoint.load_parts(run / TRAINING, "params", "opt_state") for run in runs)
     assert jax.tree.all(jax.tree.map(np.array_equal, whole_run, killed))
     assert (runs[0] / "evaluation.json").read_bytes() == (runs[1] / "evaluation.json").read_bytes()
 

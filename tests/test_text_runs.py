@@ -8,14 +8,15 @@ from tiny_encoder import make_encoder
 from jaxrec.config import UserError
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.run import Run
-from jaxrec.systems import generative, onemall, phases
+from jaxrec.systems import generative, phases
+from jaxrec.systems.onemall import training as onemall
+from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
 
 STEPS = {
     phases: ("write_examples", "tokenize", "finetune_items"),
-    onemall.onemall_training: ("train",),
-    onemall: ("assemble", "load_recommender"),
+    onemall: ("fit", "assemble", "load_recommender"),
     generative: ("compare", "present"),
 }
 
@@ -30,12 +31,12 @@ def made(monkeypatch):
     return done
 
 
-def run_with(monkeypatch, tmp_path, columns: dict, text: EncoderConfig) -> tuple[Run, onemall.OneMallConfig]:
+def run_with(monkeypatch, tmp_path, columns: dict, text: EncoderConfig) -> tuple[Run, OneMallConfig]:
     def prepare(source, config, folder):
         pq.write_table(pa.table(columns), folder / "items.parquet")
 
     monkeypatch.setattr(phases, "prepare", prepare)
-    config = onemall.OneMallConfig(data=SyntheticMall(), text=text, align=FinetuneConfig())
+    config = OneMallConfig(data=SyntheticMall(), text=text, align=FinetuneConfig())
     return Run.open(tmp_path / "run", config), config
 
 

@@ -13,14 +13,14 @@ import numpy as np
 from jaxrec.config import load_config
 from jaxrec.data.features import AGES, FeatureConfig, cut, targets
 from jaxrec.data.popularity import PopularityByPeriod
-from jaxrec.models.context import Catalogue
+from jaxrec.models.context import CatalogueArrays
 from jaxrec.models.cross_decoder import CrossDecoder
 from jaxrec.models.prior import build_prior
-from jaxrec.semantic_ids.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.generative import bound_loss
-from jaxrec.systems.onemall import OneMallConfig
-from jaxrec.systems.onemall_model import Assembly
-from jaxrec.systems.onemall_training import mean_loss
+from jaxrec.systems.onemall.config import OneMallConfig
+from jaxrec.systems.onemall.model import OneMallAssembly
+from jaxrec.systems.onemall.training import mean_loss
 from jaxrec.training.optim import make_optimizer
 from jaxrec.training.step import make_state, make_step
 
@@ -40,13 +40,13 @@ def demo_config(features: dict | None = None, **model) -> OneMallConfig:
     )
 
 
-def make_assembly(config: OneMallConfig) -> Assembly:
+def make_assembly(config: OneMallConfig) -> OneMallAssembly:
     """The model over a catalogue whose codes and attributes are drawn."""
     generator = np.random.default_rng(0)
     codes = generator.integers(0, CODEBOOK_SIZES, (ITEMS, len(CODEBOOK_SIZES))).astype(np.int32)
     attributes = generator.integers(0, ATTRIBUTE_SIZES, (ITEMS, len(ATTRIBUTE_SIZES))).astype(np.int32)
     lately = PopularityByPeriod(generator.dirichlet(np.ones(ITEMS), 100), first_day=0, days=3)
-    catalogue = Catalogue(
+    catalogue = CatalogueArrays(
         codes=jnp.asarray(codes),
         attributes=jnp.asarray(attributes),
         embeddings=jnp.asarray(generator.normal(size=(ITEMS, 64)), jnp.float32),
@@ -56,10 +56,10 @@ def make_assembly(config: OneMallConfig) -> Assembly:
     behaviors = tuple(config.data.behaviors)
     model = CrossDecoder(config.model, behaviors, CODEBOOK_SIZES, ATTRIBUTE_SIZES, ITEMS, AGES)
     wanted = np.isin(behaviors, config.data.target_behaviors)
-    return Assembly(model, catalogue, SemanticIdSpace(codes, CODEBOOK_SIZES), lately, None, wanted)
+    return OneMallAssembly(model, catalogue, SemanticIdSpace(codes, CODEBOOK_SIZES), lately, None, wanted)
 
 
-def make_batch(assembly: Assembly, config: OneMallConfig, batch_size: int | None = None) -> dict[str, jax.Array]:
+def make_batch(assembly: OneMallAssembly, config: OneMallConfig, batch_size: int | None = None) -> dict[str, jax.Array]:
     """What `training_batches` yields, of users who fill every sequence and take L items next."""
     examples = [_example(assembly, config.features, seed) for seed in range(batch_size or config.batch_size)]
     batch = {name: jnp.asarray(np.stack([example[name] for example in examples])) for name in examples[0]}
@@ -83,7 +83,7 @@ class TrainingStep:
         return metrics
 
 
-def _example(assembly: Assembly, config: FeatureConfig, seed: int) -> dict[str, np.ndarray]:
+def _example(assembly: OneMallAssembly, config: FeatureConfig, seed: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     behaviors = len(assembly.behaviors)
     # As many of each behavior as the longest sequence, then a session of distinct items.

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from shared.pictures import COLORS, GREY, axes, save
 
-from jaxrec.semantic_ids import ResidualConfig, residual
+from jaxrec.semantic_ids import ResidualConfig
+from jaxrec.semantic_ids.quantizers import residual
 
 CODES = 6
 

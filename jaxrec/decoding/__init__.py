@@ -2,10 +2,6 @@
 
 - `trie.py`: arrays from codes or texts; every node is a range of sorted targets and of items.
 - `filters.py`: a different set of allowed items for every request, counted and selected in constant time.
-- `predicates.py`: filters over the columns of a catalogue.
-- `version.py`: one state of a catalogue that is served, and the masks of filters over it.
-- `live.py`: a catalogue that changes while it is served, version by version.
-- `changes.py`: what is given for a change, checked.
 - `top.py`: exact top-k of long rows.
 - `step.py`: one level of any search: candidates, and the choice among them.
 - `beam.py`: beam search over IDs, with a second model's scores if wanted, and the expansion of IDs to items.
@@ -15,11 +11,9 @@
 
 from jaxrec.decoding.beam import BeamResult, Candidates, Rescore, beam_search, expand_items
 from jaxrec.decoding.filters import Allowed, ItemFilter, ItemOrder, Mask, build_filter, stack
-from jaxrec.decoding.live import LiveCatalogue
 from jaxrec.decoding.rollout import Rollouts, rollout
 from jaxrec.decoding.text_beam import TextResult, distinct_texts, text_search
 from jaxrec.decoding.trie import Trie, build_text_trie, build_trie
-from jaxrec.decoding.version import Version
 
 __all__ = [
     "Allowed",
@@ -27,13 +21,11 @@ __all__ = [
     "Candidates",
     "ItemFilter",
     "ItemOrder",
-    "LiveCatalogue",
     "Mask",
     "Rescore",
     "Rollouts",
     "TextResult",
     "Trie",
-    "Version",
     "beam_search",
     "build_filter",
     "build_text_trie",

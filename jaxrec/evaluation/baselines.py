@@ -30,7 +30,7 @@ class Recommender(Protocol):
 
 
 @dataclass(frozen=True)
-class Log:
+class PurchaseLog:
     """Events of many users, flat: what baselines count."""
 
     user: np.ndarray
@@ -46,7 +46,7 @@ class Log:
     """int64 [users]: when the question is asked, in days since 1970."""
 
     @classmethod
-    def of(cls, histories: Sequence[History], target_behaviors: Sequence[int]) -> "Log":
+    def of(cls, histories: Sequence[History], target_behaviors: Sequence[int]) -> "PurchaseLog":
         """Flattens histories, keeping the events of the target behaviors; an empty history is a user without events."""
         lengths = [len(history["item"]) for history in histories]
         user = np.repeat(np.arange(len(histories)), lengths)
@@ -82,13 +82,13 @@ class Popularity:
         object.__setattr__(self, "order", np.argsort(-self.counts, kind="stable"))
 
     @classmethod
-    def fit(cls, log: Log, num_items: int, target_behaviors: Sequence[int]) -> "Popularity":
+    def fit(cls, log: PurchaseLog, num_items: int, target_behaviors: Sequence[int]) -> "Popularity":
         return cls(np.bincount(log.item, minlength=num_items), tuple(target_behaviors))
 
     def recommend(self, histories, k, exclude_history=False):
         return _recommend(self, histories, k, exclude_history, self.scores)
 
-    def scores(self, log: Log) -> np.ndarray:
+    def scores(self, log: PurchaseLog) -> np.ndarray:
         return np.broadcast_to(self.counts.astype(np.float32), (log.num_users, len(self.counts)))
 
 
@@ -102,7 +102,7 @@ class RecentPopularity:
     def recommend(self, histories, k, exclude_history=False):
         return _recommend(self.popularity, histories, k, exclude_history, self.scores)
 
-    def scores(self, log: Log) -> np.ndarray:
+    def scores(self, log: PurchaseLog) -> np.ndarray:
         return self.by_week.weights[self.by_week.period(log.day)].astype(np.float32)
 
 
@@ -115,7 +115,7 @@ class PersonalFrequency:
     def recommend(self, histories, k, exclude_history=False):
         return _recommend(self.popularity, histories, k, exclude_history, self.scores)
 
-    def scores(self, log: Log) -> np.ndarray:
+    def scores(self, log: PurchaseLog) -> np.ndarray:
         """count + (last session that held it, from 1) / (sessions + 1): recency only ever breaks ties."""
         shape = (log.num_users, len(self.popularity.counts))
         sessions = np.bincount(log.session_users(), minlength=log.num_users)
@@ -139,7 +139,7 @@ class Markov:
     """f32 [I, I]: row i holds P(j in the next session | i in this one)."""
 
     @classmethod
-    def fit(cls, log: Log, popularity: Popularity) -> "Markov":
+    def fit(cls, log: PurchaseLog, popularity: Popularity) -> "Markov":
         users = log.session_users()
         baskets = _basket_matrix(log.session, log.item, (len(users), len(popularity.counts)))
         before = np.flatnonzero(users[:-1] == users[1:])
@@ -151,7 +151,7 @@ class Markov:
     def recommend(self, histories, k, exclude_history=False):
         return _recommend(self.popularity, histories, k, exclude_history, self.scores)
 
-    def scores(self, log: Log) -> np.ndarray:
+    def scores(self, log: PurchaseLog) -> np.ndarray:
         last = np.full(log.num_users, -1)
         last[log.user] = log.session
         now = last[log.user] == log.session
@@ -172,7 +172,7 @@ class ItemKNN:
     """f32 [I, I]: row i holds the cosines of i's nearest items; the diagonal is empty."""
 
     @classmethod
-    def fit(cls, log: Log, popularity: Popularity, neighbors: int = 100) -> "ItemKNN":
+    def fit(cls, log: PurchaseLog, popularity: Popularity, neighbors: int = 100) -> "ItemKNN":
         num_items = len(popularity.counts)
         seen = _basket_matrix(log.user, log.item, (log.num_users, num_items))
         norms = np.sqrt(np.maximum(np.asarray(seen.sum(0)).ravel(), 1)).astype(np.float32)
@@ -192,7 +192,7 @@ class ItemKNN:
     def recommend(self, histories, k, exclude_history=False):
         return _recommend(self.popularity, histories, k, exclude_history, self.scores)
 
-    def scores(self, log: Log) -> np.ndarray:
+    def scores(self, log: PurchaseLog) -> np.ndarray:
         seen = _basket_matrix(log.user, log.item, (log.num_users, len(self.popularity.counts)))
         return (seen @ self.similarity).toarray()
 
@@ -202,7 +202,7 @@ def fit_baselines(records: Iterable[Record], num_items: int, target_behaviors: S
     train = SPLITS.index("train")
     histories = [{key: record[key][record["split"] == train] for key in ("item", "behavior", "session", "timestamp")}
                  for record in records]  # fmt: skip
-    log = Log.of(histories, target_behaviors)
+    log = PurchaseLog.of(histories, target_behaviors)
     popularity = Popularity.fit(log, num_items, target_behaviors)
     by_week = popularity_by_period(log.item, log.timestamp, num_items, PopularityConfig(days=7, floor=0.02))
     return {
@@ -243,7 +243,7 @@ def _recommend(popularity: Popularity, histories: list[History], k: int, exclude
     items, values = np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
     parts = [(items, values)]
     for start in range(0, len(histories), USERS_AT_ONCE):
-        log = Log.of(histories[start : start + USERS_AT_ONCE], popularity.target_behaviors)
+        log = PurchaseLog.of(histories[start : start + USERS_AT_ONCE], popularity.target_behaviors)
         excluded = None
         if exclude_history:
             excluded = np.zeros((log.num_users, len(popularity.counts)), bool)

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from jaxrec.evaluation.comparison import SEMANTIC_IDS, SHOWN, Row, is_system, pivot, standings, verdict
 from jaxrec.page import Section, curve, number, score_table, tiles, write
 from jaxrec.run import Run, read_json
-from jaxrec.semantic_ids.page import Catalogue, figure_tables, tree_section
-from jaxrec.semantic_ids.versions import trained_space
+from jaxrec.semantic_ids.table.page import PageItems, figure_tables, tree_section
+from jaxrec.semantic_ids.table.versions import trained_space
 
 SHOWN_METRICS = ("recall@5", *SHOWN)
 SUBSET_TITLES = {
@@ -145,7 +145,7 @@ def _id_tree(run: Run) -> Section | None:
     item_ids, titles, categories, counts = (
         items[name].to_pylist() if name in items.column_names else None for name in wanted
     )
-    return tree_section(Catalogue(trained_space(run.semantic_ids, item_ids), item_ids, titles, categories, counts))
+    return tree_section(PageItems(trained_space(run.semantic_ids, item_ids), item_ids, titles, categories, counts))
 
 
 def _examples(run: Run) -> Section | None:

@@ -8,7 +8,7 @@ from jaxrec.nn.attention import KeyValue
 
 
 @struct.dataclass
-class Catalogue:
+class CatalogueArrays:
     """What the model knows of items: codes int32 [I, M], attributes int32 [I, A], embeddings float32 [I, d].
 
     `log_q` float32 [I] is the log-probability that an item is drawn as a target; `prior` is the distribution over IDs
@@ -23,7 +23,7 @@ class Catalogue:
 
 
 @struct.dataclass
-class Sequence:
+class EventSequence:
     """Some of a user's events: item int32 [B, S], age int32 [B, S] (bucket), mask bool [B, S]."""
 
     item: jax.Array
@@ -32,16 +32,16 @@ class Sequence:
 
 
 @struct.dataclass
-class Features:
-    """A context, as arrays: history {behavior: Sequence}, the distinct items of the past, and the moment.
+class ContextFeatures:
+    """A context, as arrays: history {behavior: EventSequence}, the distinct items of the past, and the moment.
 
     past: the distinct target items, the most recent first; habit float32 [B, S, 4]: how often, how long ago, ... each
     was taken (jaxrec/data/features.py); user float32 [B, 4]: how much is known of the user;
     period int32 [B]: the period of the prior at the moment of the context.
     """
 
-    history: dict[str, Sequence]
-    past: Sequence
+    history: dict[str, EventSequence]
+    past: EventSequence
     habit: jax.Array
     user: jax.Array
     period: jax.Array

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxrec.models.context import Catalogue, Context, Features, Sequence
+from jaxrec.models.context import CatalogueArrays, Context, ContextFeatures, EventSequence
 from jaxrec.models.habit import HabitHead, mixture
 from jaxrec.models.pointer import Copied
 from jaxrec.nn.attention import KeyValue, TargetAttention
@@ -89,7 +89,7 @@ class ItemTower(nn.Module):
         return Projection(cfg.width, ("mlp", "embed"), name="down")(hidden).reshape(*features.shape[:-2], cfg.width)
 
 
-class DecoderLayer(nn.Module):
+class CrossDecoderLayer(nn.Module):
     """Cross-attention (Eq. 5), causal self-attention and sparse MoE (Eq. 6), each pre-norm with a residual.
 
     The equations print no norm and one residual around all three; that does not train beyond a layer or two.
@@ -163,7 +163,7 @@ class CrossDecoder(nn.Module):
                 for _ in self.behaviors
             ]
         self.memory_norm = RMSNorm()
-        self.decoder = [DecoderLayer(cfg) for _ in range(cfg.layers)]
+        self.decoder = [CrossDecoderLayer(cfg) for _ in range(cfg.layers)]
         self.out_norm = RMSNorm()
         self.habit = HabitHead(cfg.width) if cfg.habit else None
         self.item_tower = ItemTower(cfg)
@@ -174,8 +174,8 @@ class CrossDecoder(nn.Module):
 
     def prefill(
         self,
-        features: Features,
-        catalogue: Catalogue,
+        features: ContextFeatures,
+        catalogue: CatalogueArrays,
         train: bool = False,
         table: jax.Array | None = None,
         where: jax.Array | None = None,
@@ -205,7 +205,7 @@ class CrossDecoder(nn.Module):
         recent = self._dropped(past[:, : self.config.recent], train)
         return recent if self.places is None else recent + self.places.table[: recent.shape[1]]
 
-    def _memory(self, features: Features, table: jax.Array, recent: jax.Array, train: bool):
+    def _memory(self, features: ContextFeatures, table: jax.Array, recent: jax.Array, train: bool):
         """(memory [B, S, D], mask bool [B, S]): the recent items, and what Query-Formers make of each behavior."""
         memory, mask = [recent], [features.past.mask[:, : recent.shape[1]]]
         for index, behavior in enumerate(self.behaviors):
@@ -221,14 +221,14 @@ class CrossDecoder(nn.Module):
         memory = nn.with_logical_constraint(memory, ("act_batch", "act_length", "act_embed"))
         return memory, jnp.concatenate(mask, axis=1)
 
-    def _begin(self, features: Features, recent: jax.Array) -> jax.Array:
+    def _begin(self, features: ContextFeatures, recent: jax.Array) -> jax.Array:
         """What goes in for BOS, [B, D]."""
         begin = self.bos + self.user_in(features.user)
         if self.last_in is None:
             return begin
         return begin + self.last_in(recent[:, 0]) * features.past.mask[:, :1]
 
-    def item_table(self, catalogue: Catalogue) -> jax.Array:
+    def item_table(self, catalogue: CatalogueArrays) -> jax.Array:
         """One vector an item, [I, D]: the sum of what is known of it; made once, then gathered by every history."""
         parts = [embed(catalogue.codes[:, level]) for level, embed in enumerate(self.codes)]
         parts += [embed(catalogue.attributes[:, i]) for i, embed in enumerate(self.attributes)]
@@ -237,14 +237,14 @@ class CrossDecoder(nn.Module):
         parts.append(self.embedding_in(catalogue.embeddings))
         return self.table_norm(sum(parts))
 
-    def _tokens(self, table: jax.Array, sequence: Sequence, kind: int) -> jax.Array:
+    def _tokens(self, table: jax.Array, sequence: EventSequence, kind: int) -> jax.Array:
         ages = self.age.table + self.kinds(jnp.array(kind))  # added in the small table, not in every token
         return jnp.take(table, sequence.item, axis=0) + jnp.take(ages, sequence.age, axis=0)
 
     def _dropped(self, tokens: jax.Array, train: bool) -> jax.Array:
         return self.context_drop(tokens, deterministic=not train)
 
-    def _habit(self, features: Features, catalogue: Catalogue, past, state):
+    def _habit(self, features: ContextFeatures, catalogue: CatalogueArrays, past, state):
         if self.habit is None:
             batch = state.shape[0]
             codes = jnp.zeros((batch, 1, len(self.codebook_sizes)), jnp.int32)
@@ -339,7 +339,7 @@ class CrossDecoder(nn.Module):
 
     # ---- the auxiliary task ------------------------------------------------------------------------------------------
 
-    def contrast(self, state: jax.Array, items: jax.Array, catalogue: Catalogue) -> jax.Array:
+    def contrast(self, state: jax.Array, items: jax.Array, catalogue: CatalogueArrays) -> jax.Array:
         """Scores [R, C] of the states s_M [R, D] against the item tower's f_item of items int32 [C] (Eq. 4, 7).
 
         Cosine over a temperature of 0.05.
@@ -347,7 +347,7 @@ class CrossDecoder(nn.Module):
         wanted, tower = self.match(state), self.item_tower(self._item_features(items, catalogue))
         return jnp.einsum("RD,CD->RC", _unit(wanted), _unit(tower)) / 0.05
 
-    def _item_features(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
+    def _item_features(self, items: jax.Array, catalogue: CatalogueArrays) -> jax.Array:
         """What the item tower reads: one token a code, an attribute and the item itself, [C, F, D]."""
         parts = [embed(catalogue.codes[items, level]) for level, embed in enumerate(self.codes)]
         parts += [embed(catalogue.attributes[items, i]) for i, embed in enumerate(self.attributes)]
@@ -356,7 +356,7 @@ class CrossDecoder(nn.Module):
         parts.append(self.embedding_in(catalogue.embeddings[items]))
         return jnp.stack(parts, axis=1)
 
-    def __call__(self, features: Features, targets: jax.Array, catalogue: Catalogue):
+    def __call__(self, features: ContextFeatures, targets: jax.Array, catalogue: CatalogueArrays):
         """Touches every part once; for `init`. features of B users, targets int32 [B, L] (items)."""
         context = self.prefill(features, catalogue)
         log_probs, state = self.score(context, catalogue.codes[targets])

@@ -24,8 +24,8 @@ from jaxrec.models.pointer import PointerHead, Points
 from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import to_tokens
 from jaxrec.nn.attention import KeyValue, TargetAttention
+from jaxrec.nn.geometry import unit
 from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
-from jaxrec.nn.vectors import unit
 
 
 @dataclass(frozen=True)

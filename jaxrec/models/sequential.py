@@ -19,9 +19,9 @@ from flax.linen import initializers as init
 
 from jaxrec.config import check_heads, check_least, check_shares
 from jaxrec.nn.attention import masked_softmax
+from jaxrec.nn.geometry import unit
 from jaxrec.nn.layers import Embedding, Projection, RMSNorm, partitioned
 from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention
-from jaxrec.nn.vectors import unit
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ Embeddings larger than memory: `files.open_items`, `streaming.fit` and `streamin
 The quantizers alone are the modules `kmeans`, `balanced`, `residual`, `fsq`, `opq` and `rqvae`.
 """
 
-from jaxrec.semantic_ids.balanced import BalancedConfig
-from jaxrec.semantic_ids.codebooks import Codebooks, SemanticIdConfig, decode, encode, encode_catalogue, fit
-from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
-from jaxrec.semantic_ids.fsq import FsqConfig
-from jaxrec.semantic_ids.kmeans import KMeansConfig
-from jaxrec.semantic_ids.opq import OpqConfig
-from jaxrec.semantic_ids.residual import ResidualConfig
-from jaxrec.semantic_ids.rqvae import RqVaeConfig
-from jaxrec.semantic_ids.space import SemanticIdSpace, read_codes, write_codes
+from jaxrec.semantic_ids.quantizers.balanced import BalancedConfig
+from jaxrec.semantic_ids.quantizers.codebooks import Codebooks, SemanticIdConfig, decode, encode, encode_catalogue, fit
+from jaxrec.semantic_ids.quantizers.fsq import FsqConfig
+from jaxrec.semantic_ids.quantizers.kmeans import KMeansConfig
+from jaxrec.semantic_ids.quantizers.opq import OpqConfig
+from jaxrec.semantic_ids.quantizers.residual import ResidualConfig
+from jaxrec.semantic_ids.quantizers.rqvae import RqVaeConfig
+from jaxrec.semantic_ids.table.collisions import CollisionConfig, resolve
+from jaxrec.semantic_ids.table.space import SemanticIdSpace, read_codes, write_codes
 
 __all__ = [
     "BalancedConfig",

@@ -16,10 +16,12 @@ import tyro
 
 from jaxrec.config import UserError, choose_types
 from jaxrec.run import console, disk_full, report_user_errors, sync, writing
-from jaxrec.semantic_ids import codebooks, collisions, commands, streaming
-from jaxrec.semantic_ids.codebooks import SemanticIdConfig
-from jaxrec.semantic_ids.collisions import CollisionConfig, describe
-from jaxrec.semantic_ids.files import Items, check_distinct, open_items
+from jaxrec.semantic_ids import commands, streaming
+from jaxrec.semantic_ids.files.items import Items, check_distinct, open_items
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.quantizers.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids.table import collisions
+from jaxrec.semantic_ids.table.collisions import CollisionConfig, describe
 from jaxrec.semantic_ids.tokenize import write_ids
 
 COMMANDS = {

@@ -17,11 +17,13 @@ from tyro.conf import Positional
 
 from jaxrec.config import UserError
 from jaxrec.run import console
-from jaxrec.semantic_ids import catalogue, files, versions
-from jaxrec.semantic_ids.drift import drift, drift_table
 from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts, has_scenarios, with_products
-from jaxrec.semantic_ids.later import count_untitled, is_text, items_of_run, read_rows
-from jaxrec.semantic_ids.vectors import EMBEDDINGS
+from jaxrec.semantic_ids.files import items as files
+from jaxrec.semantic_ids.files.vectors import EMBEDDINGS
+from jaxrec.semantic_ids.table import changes as catalogue
+from jaxrec.semantic_ids.table import versions
+from jaxrec.semantic_ids.table.drift import drift, drift_table
+from jaxrec.semantic_ids.table.later import count_untitled, is_text, items_of_run, read_rows
 
 
 def append(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:

@@ -33,9 +33,9 @@ from safetensors.numpy import load_file, save_file
 from jaxrec.config import UserError
 from jaxrec.nn.finite import check_finite
 from jaxrec.run import read_json, write_json
-from jaxrec.semantic_ids.files import open_items
-from jaxrec.semantic_ids.vectors import OWN, read_own, write_own
-from jaxrec.semantic_ids.versions import first_ids
+from jaxrec.semantic_ids.files.items import open_items
+from jaxrec.semantic_ids.files.vectors import OWN, read_own, write_own
+from jaxrec.semantic_ids.table.versions import first_ids
 from jaxrec.text import align, finetune
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig, embed_texts

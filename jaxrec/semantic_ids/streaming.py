@@ -17,13 +17,14 @@ import jax
 import numpy as np
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import codebooks, collisions
-from jaxrec.semantic_ids.codebooks import Codebooks, SemanticIdConfig
-from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
-from jaxrec.semantic_ids.files import Items, check_distinct, tracked
-from jaxrec.semantic_ids.quality import neighbour_recall, quality, reconstruction_error
-from jaxrec.semantic_ids.rows import check_width
-from jaxrec.semantic_ids.space import SemanticIdSpace
+from jaxrec.semantic_ids.files.items import Items, check_distinct, tracked
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.quantizers.codebooks import Codebooks, SemanticIdConfig
+from jaxrec.semantic_ids.quantizers.rows import check_width
+from jaxrec.semantic_ids.table import collisions
+from jaxrec.semantic_ids.table.collisions import CollisionConfig, resolve
+from jaxrec.semantic_ids.table.quality import neighbour_recall, quality, reconstruction_error
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.semantic_ids.tokenize import write_space
 
 

@@ -10,14 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxrec.semantic_ids import codebooks, collisions
-from jaxrec.semantic_ids.codebooks import Codebooks, SemanticIdConfig
-from jaxrec.semantic_ids.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_scenarios
-from jaxrec.semantic_ids.page import write_page
-from jaxrec.semantic_ids.quality import quality
-from jaxrec.semantic_ids.space import ItemIds, SemanticIdSpace, write_codes
-from jaxrec.semantic_ids.vectors import EMBEDDINGS, write_embeddings
+from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, write_embeddings
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.quantizers.codebooks import Codebooks, SemanticIdConfig
+from jaxrec.semantic_ids.table import collisions
+from jaxrec.semantic_ids.table.collisions import CollisionConfig, resolve
+from jaxrec.semantic_ids.table.page import write_page
+from jaxrec.semantic_ids.table.quality import quality
+from jaxrec.semantic_ids.table.space import ItemIds, SemanticIdSpace, write_codes
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig

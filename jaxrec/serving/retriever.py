@@ -23,17 +23,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jaxrec.catalogue.live import LiveCatalogue
+from jaxrec.catalogue.version import Predicate, Version
 from jaxrec.config import UserError
 from jaxrec.decoding.filters import LISTED, Allowed
-from jaxrec.decoding.live import LiveCatalogue
-from jaxrec.decoding.version import Predicate, Version
 from jaxrec.evaluation.baselines import Recommender
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, read_json, track
-from jaxrec.semantic_ids import codebooks
-from jaxrec.semantic_ids.later import check_known, read_later
-from jaxrec.semantic_ids.space import read_codes, rows_in
-from jaxrec.semantic_ids.versions import BOOKS, CODES, read_version, trained_version
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.table.later import check_known, read_later
+from jaxrec.semantic_ids.table.space import read_codes, rows_in
+from jaxrec.semantic_ids.table.versions import BOOKS, CODES, read_version, trained_version
 from jaxrec.serving.schema import MAX_K, Answer, Event, Item, Request
 
 LOG = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from jaxrec.catalogue.predicates import parse_where
 from jaxrec.config import UserError
-from jaxrec.decoding.predicates import parse_where
 
 MAX_K = 500
 MAX_HISTORY = 100_000

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,9 +27,11 @@ from jaxrec.evaluation.metrics import CUTOFFS, mean
 from jaxrec.evaluation.report import write_report
 from jaxrec.run import Run, console, read_json, write_json
 
-if TYPE_CHECKING:
-    from jaxrec.systems.recommender import GenerativeRecommender
-    from jaxrec.systems.sequential_recommender import SequentialRecommender
+
+class TrainedRecommender(Recommender, Protocol):
+    """A system's trained model, with what it was made of; a generative one also has `diagnose(cases)`."""
+
+    assembly: Any
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,7 @@ class EvaluationConfig:
             )
 
 
-def compare(
-    run: Run, model: "GenerativeRecommender | SequentialRecommender", config: EvaluationConfig, folder: Path
-) -> None:
+def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folder: Path) -> None:
     """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`."""
     assembly = model.assembly
     items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors

@@ -18,8 +18,8 @@ from jaxrec.config import check_least, fingerprint
 from jaxrec.data.prepare import PrepareConfig
 from jaxrec.data.sources import AnySource
 from jaxrec.run import TRAINING, Run
-from jaxrec.semantic_ids.codebooks import SemanticIdConfig
-from jaxrec.semantic_ids.collisions import CollisionConfig
+from jaxrec.semantic_ids.quantizers.codebooks import SemanticIdConfig
+from jaxrec.semantic_ids.table.collisions import CollisionConfig
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
 from jaxrec.systems.phases import prepare_with_ids
 from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender
@@ -35,9 +35,6 @@ from jaxrec.training.optim import OptimConfig
 from jaxrec.training.prefetch import BatchIterator
 from jaxrec.training.sharding import MeshConfig
 from jaxrec.training.step import Loss
-
-STAGE = TRAINING
-"""The folder of a run with the checkpoints of its training."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def run_phases(
       inputs: what training depends on beside the configuration and the phases before.
     """
     ids, examples = prepare_with_ids(run, config)
-    trained = run.stage(STAGE, fingerprint(ids, examples, *inputs, config.training_inputs()), train)
+    trained = run.stage(TRAINING, fingerprint(ids, examples, *inputs, config.training_inputs()), train)
     run.phase(
         "evaluation",
         fingerprint(trained, config.decoding, config.evaluation),
@@ -150,6 +147,6 @@ def load_trained(run: Run, assembly: Assembly, config: GenerativeRunConfig) -> G
       UserError: the run is not trained yet, or on other data than are there, or no checkpoint of it can be read.
     """
     run.check_trained()
-    trained = checkpoint.load_best(run.path / STAGE, "params", "extra")
+    trained = checkpoint.load_best(run.path / TRAINING, "params", "extra")
     variables = {"params": trained["params"], **trained["extra"]}
     return GenerativeRecommender(assembly, variables, config.features, config.decoding)

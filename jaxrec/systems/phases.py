@@ -9,8 +9,8 @@ from jaxrec.data.examples import write_examples
 from jaxrec.data.prepare import prepare, tells_answer_time
 from jaxrec.run import Run
 from jaxrec.semantic_ids.embeddings import finetune_items
+from jaxrec.semantic_ids.table.versions import check_replaceable, replacing
 from jaxrec.semantic_ids.tokenize import embed, tokenize
-from jaxrec.semantic_ids.versions import check_replaceable, replacing
 from jaxrec.text.encoder import EncoderConfig, load_encoder
 from jaxrec.text.finetune import FinetuneConfig
 
@@ -21,7 +21,7 @@ def prepare_with_ids(run: Run, config: Any) -> tuple[str, str]:
     """Makes tables, semantic IDs and examples where they are not there yet; fingerprints of the IDs and the examples.
 
     config: a system's, with the fields data, prepare, text, align, scenarios, semantic_ids, collisions and seed, as
-    `jaxrec.systems.onemall.OneMallConfig` has them.
+    `jaxrec.systems.onemall.config.OneMallConfig` has them.
     """
     tables = prepare_tables(run, config)
     encoder = _encoder(run, config.text)

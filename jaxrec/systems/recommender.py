@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrec.catalogue.version import Version
 from jaxrec.config import UserError, check_least
 from jaxrec.decoding.beam import Rescore, beam_search, expand_items
 from jaxrec.decoding.filters import Allowed, ItemFilter, ItemOrder, stack
 from jaxrec.decoding.trie import build_trie
-from jaxrec.decoding.version import Version
 from jaxrec.evaluation.cases import Cases, History
 from jaxrec.evaluation.metrics import add, id_accuracy, validity_rate
 from jaxrec.models.prior import Prior, popularity_prior
-from jaxrec.semantic_ids.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
 
 Item = TypeVar("Item")
 

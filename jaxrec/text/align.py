@@ -17,7 +17,7 @@ import optax
 
 from jaxrec.config import UserError
 from jaxrec.losses.contrastive import pair_loss
-from jaxrec.nn.vectors import principal_axes, unit
+from jaxrec.nn.geometry import principal_axes, unit
 from jaxrec.run import track
 
 STEPS_PER_CALL = 50

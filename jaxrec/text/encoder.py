@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from jaxrec.config import UserError
 from jaxrec.nn.finite import check_finite
-from jaxrec.nn.vectors import unit
+from jaxrec.nn.geometry import unit
 from jaxrec.run import track
 from jaxrec.text.cache import EmbeddingCache, default_cache_dir, write_files
 from jaxrec.text.weights import from_huggingface, to_huggingface

@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 
 from jaxrec.config import UserError
 from jaxrec.losses.contrastive import in_batch_softmax
-from jaxrec.nn.vectors import unit
+from jaxrec.nn.geometry import unit
 from jaxrec.run import track
 from jaxrec.training.optim import OptimConfig, make_optimizer
 
@@ -59,7 +59,7 @@ class TowersConfig:
     """That of the item tower: lower, so that embeddings (and the semantic IDs made of them) change slowly."""
 
 
-class Changes(NamedTuple):
+class ScenarioChanges(NamedTuple):
     """When live streams changed what they sell, sorted by (item, time); change c is row I + c of the inputs."""
 
     item: np.ndarray
@@ -293,7 +293,9 @@ def _optimiser(config: TowersConfig) -> optax.GradientTransformation:
     return make_optimizer(optim, config.steps)
 
 
-def _rows(own: np.ndarray, items: pa.Table, live_streams: pa.Table | None) -> tuple[np.ndarray, Changes, np.ndarray]:
+def _rows(
+    own: np.ndarray, items: pa.Table, live_streams: pa.Table | None
+) -> tuple[np.ndarray, ScenarioChanges, np.ndarray]:
     """The inputs of all rows f32 [R, 2 D], the changes of live streams, the newest row of each item int32 [I]."""
     if len(own) != len(items):
         raise UserError(f"there are {len(own)} embeddings and {len(items)} items: give one embedding an item")
@@ -303,7 +305,7 @@ def _rows(own: np.ndarray, items: pa.Table, live_streams: pa.Table | None) -> tu
     inputs = compose(own, products, own)
     current = np.arange(len(items), dtype=np.int32)
     if live_streams is None:
-        return inputs, Changes(np.zeros(0, np.int64), np.zeros(0, np.int64)), current
+        return inputs, ScenarioChanges(np.zeros(0, np.int64), np.zeros(0, np.int64)), current
     stream = pc.index_in(live_streams["item_id"], ids)
     live_streams = live_streams.filter(pc.is_valid(stream))
     stream, time = stream.drop_null().to_numpy().astype(np.int64), live_streams["timestamp"].to_numpy().astype(np.int64)
@@ -311,10 +313,10 @@ def _rows(own: np.ndarray, items: pa.Table, live_streams: pa.Table | None) -> tu
     sold = product_table(live_streams["product_ids"], ids)[order]
     stream, time = stream[order], time[order]
     current[stream] = len(items) + np.arange(len(stream))  # the last one of an item stays
-    return np.concatenate([inputs, compose(own[stream], sold, own)]), Changes(stream, time), current
+    return np.concatenate([inputs, compose(own[stream], sold, own)]), ScenarioChanges(stream, time), current
 
 
-def _row_at(item: np.ndarray, time: np.ndarray, changes: Changes, items: int) -> np.ndarray:
+def _row_at(item: np.ndarray, time: np.ndarray, changes: ScenarioChanges, items: int) -> np.ndarray:
     """The row of each item as it was at a time: the item itself, or the stream's newest change until then."""
     # One number for item and time, by which the changes are sorted.
     times = np.unique(np.concatenate([changes.time, time]))

@@ -1,0 +1,508 @@
+"""The ID tables of a catalogue that changes: versions that are only ever added, each made with the same codebooks.
+
+    <semantic_ids>/versions/
+      current.json            which version counts, written last
+      000001/                 the IDs that the tokenize phase gave
+        changes.parquet       the rows that this version adds or replaces
+        version.json          parent, time, what was done, the hashes of the codebooks and of the files here, figures
+      000002/ ...
+
+A version holds only the rows in which it differs from its parent, so a table is read by going through the versions that
+led to it. An item keeps its row for good: one that left the catalogue is marked inactive, holds on to its ID and comes
+back with it. A version is written under another name, fsynced and renamed, and only then does `current.json` name it:
+killed at any moment, either the old version counts or the new one, and both are whole.
+
+`codes.parquet` of the run is not touched until `publish` replaces it. A model of the run goes on with the IDs that it
+was trained on (`trained_space`), and who serves it brings its catalogue to what was published.
+"""
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxrec.config import UserError, fingerprint, from_json, to_json
+from jaxrec.run import fault_point, read_json, sync, write_json, writing
+from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.table.collisions import CollisionConfig, squared_errors
+from jaxrec.semantic_ids.table.later import check_known, items_of_run
+from jaxrec.semantic_ids.table.quality import collisions, independent_coding_rate, prefix_use
+from jaxrec.semantic_ids.table.space import ItemIds, SemanticIdSpace, as_strings, read_codes, rows_in, write_codes
+
+BOOKS, CODES, QUALITY = "codebooks.safetensors", "codes.parquet", "quality.json"
+
+
+@dataclass(frozen=True, eq=False)
+class IdTable:
+    """The IDs of one version, those of inactive items among them; rows are in the order in which items first came.
+
+    item_ids: string [I]. codes: int32 [I, M], the IDs. encoded: int32 [I, m], what the codebooks alone gave, before
+    collisions were resolved. active: bool [I]. sizes: codes in each level of M. record: what version.json says.
+    """
+
+    item_ids: pa.Array
+    codes: np.ndarray
+    encoded: np.ndarray
+    active: np.ndarray
+    sizes: tuple[int, ...]
+    record: dict
+
+    @property
+    def version(self) -> int:
+        """The number of the version."""
+        return self.record["version"]
+
+    @property
+    def collisions(self) -> CollisionConfig:
+        """The policy under which new items get their IDs."""
+        return from_json(CollisionConfig, self.record["collisions"])
+
+    @property
+    def active_ids(self) -> pa.Array:
+        """The items that are in the catalogue, string [n]."""
+        return self.item_ids.filter(pa.array(self.active))
+
+    def rows(self, item_ids: ItemIds) -> np.ndarray:
+        """The row of each of some items [n], int64 [n]; -1 where there is none."""
+        return rows_in(item_ids, self.item_ids)
+
+    def space(self, item_ids: ItemIds | None = None, popularity: np.ndarray | None = None) -> SemanticIdSpace:
+        """The IDs of a catalogue's items in its order; None: of all active items.
+
+        Raises:
+          UserError: an item has no ID in this version, or is inactive.
+        """
+        if item_ids is None:
+            return SemanticIdSpace(self.codes[self.active], self.sizes, popularity)
+        rows = self.rows(item_ids)
+        missing = np.flatnonzero((rows < 0) | ~self.active[rows])
+        if len(missing):
+            raise UserError(
+                f"version {self.version} of the semantic IDs has no active item_id "
+                f"{as_strings(item_ids)[missing[0]].as_py()!r} ({len(missing)} such items): append them, or take the "
+                "version that belongs to these tables"
+            )
+        return SemanticIdSpace(self.codes[rows], self.sizes, popularity)
+
+
+@dataclass(frozen=True, eq=False)
+class IdChanges:
+    """The rows that a version adds or replaces; the fields are those of an `IdTable`."""
+
+    item_ids: pa.Array
+    codes: np.ndarray
+    encoded: np.ndarray
+    active: np.ndarray
+
+
+def begin(folder: Path, config: CollisionConfig | None = None) -> IdTable:
+    """Make version 1 of what the tokenize phase wrote; when there are versions already, read the current one.
+
+    Args:
+      folder: the semantic_ids folder of a run: codebooks.safetensors, codes.parquet and, to know the errors that later
+        items are compared with, embeddings.safetensors with rows in the order of codes.parquet.
+      config: the policy that made codes.parquet; None: what quality.json says under "collisions" (the report of
+        `collisions.resolve`), else `keep`.
+    Raises:
+      UserError: a file is missing or damaged, or the IDs are not of these codebooks and this policy.
+    """
+    folder = Path(folder)
+    with locked(folder):
+        return begin_locked(folder, config)
+
+
+def begin_locked(folder: Path, config: CollisionConfig | None = None) -> IdTable:
+    """`begin` for who holds the lock."""
+    if existing := numbers(folder):
+        if not (versions(folder) / "current.json").exists():
+            _repair(folder, existing)
+        return read_version(folder)
+    books = codebooks.load(folder / BOOKS)
+    config = config or _config_of(folder)
+    ids, space = _item_ids(folder / CODES), read_codes(folder / CODES)
+    extra = config.policy == "extra_level"
+    if space.codebook_sizes[: space.levels - extra] != books.sizes:
+        raise UserError(
+            f"{folder / CODES} has levels of {space.codebook_sizes} codes, which do not come from codebooks of "
+            f"{books.sizes} under collisions.policy={config.policy!r}: tokenize again"
+        )
+    encoded, errors = space.codes[:, : len(books.sizes)], np.full(len(ids), np.nan, np.float32)
+    if (folder / EMBEDDINGS).exists():
+        x = read_embeddings(folder / EMBEDDINGS, ids)
+        encoded = codebooks.encode(books, x)
+        errors = squared_errors(books, encoded, x)
+    settled = CollisionConfig(config.policy, config.capacity, space.codebook_sizes[-1] if extra else 0)
+    parent = IdTable(ids[:0], space.codes[:0], encoded[:0], np.zeros(0, bool), space.codebook_sizes, {})
+    changes = IdChanges(ids, space.codes, encoded, np.ones(len(ids), bool))
+    return commit(folder, parent, changes, errors, settled, "begin", {"added": len(ids)})
+
+
+def read_version(folder: Path, version: int | None = None) -> IdTable:
+    """The IDs of a version, by default of the current one; every file that led to it is checked.
+
+    Raises:
+      UserError: there are no versions, not this one, a file is damaged, or the version was made with other codebooks
+        than the folder holds.
+    """
+    folder = Path(folder)
+    lineage = read_lineage(folder, version)
+    _check_books(folder, lineage)
+    parts = [_read_changes(folder, record) for record in lineage]
+    return _stack(parts, lineage[-1])
+
+
+def read_lineage(folder: Path, version: int | None = None) -> list[dict]:
+    """What version.json says of a version (by default the current one) and of those that led to it, the first first.
+
+    Raises:
+      UserError: there are no versions, not this one, or one of the files is damaged.
+    """
+    folder = Path(folder)
+    if version is None:
+        version = current_number(folder)
+    check_number(folder, version)
+    lineage = []
+    while version:
+        lineage.append(_read_record(folder, version))
+        version = lineage[-1]["parent"]
+    return lineage[::-1]
+
+
+def list_versions(folder: Path) -> list[dict]:
+    """What version.json says of every version, those that a roll-back left behind among them, and which is `current`.
+
+    Raises:
+      UserError: one of these files is damaged.
+    """
+    folder = Path(folder)
+    if not (found := numbers(folder)):
+        return []
+    pointer = versions(folder) / "current.json"
+    current = current_number(folder) if pointer.exists() else None
+    return [_read_record(folder, number) | {"current": number == current} for number in found]
+
+
+def roll_back(folder: Path, version: int) -> dict:
+    """Make an earlier version (or a later one that was left) the current one; nothing is deleted.
+
+    Returns:
+      What its version.json says. The next version is numbered after the highest there is, with this one as its parent.
+
+    Raises:
+      UserError: there is no such version, it or one that led to it is damaged, or it was made with other codebooks.
+    """
+    folder = Path(folder)
+    check_number(folder, version)
+    with locked(folder):
+        record = read_version(folder, version).record
+        _point_at(folder, version)
+    return record
+
+
+def publish(folder: Path, version: int | None = None) -> Path:
+    """Replace codes.parquet by the active items of a version (by default the current one), in one step.
+
+    embeddings.safetensors stays as it was tokenized: a model of the run is refused it where the list of items is
+    another, and sees the old embeddings of items that were encoded anew.
+
+    Raises:
+      UserError: what `read_version` refuses, or a run has no row of an item (`later.check_known`).
+    """
+    folder = Path(folder)
+    path = folder / CODES
+    partial = path.with_name(f".{path.name}.partial")
+    with locked(folder), writing(folder):
+        table = read_version(folder, version)
+        check_known(folder, table.active_ids)
+        write_codes(partial, table.active_ids, table.space())
+        sync(partial)
+        fault_point("partial:publish")
+        partial.rename(path)
+        sync(folder)
+    return path
+
+
+def check_publishable(folder: Path, changing: ItemIds = (), version: int | None = None) -> None:
+    """UserError when `publish` would refuse a version (by default the current one).
+
+    Items of `changing` don't count: their rows are about to come, or they are about to leave.
+    """
+    folder = Path(folder)
+    if items_of_run(folder) is None:
+        return
+    ids = read_version(folder, version).active_ids if version or numbers(folder) else first_ids(folder)
+    check_known(folder, ids.filter(pa.array(rows_in(ids, as_strings(changing)) < 0)))
+
+
+def trained_version(folder: Path) -> int | None:
+    """The version whose IDs a model of the run was trained on, whatever was published since; None without versions."""
+    return 1 if 1 in numbers(folder) else None
+
+
+def trained_space(folder: Path, item_ids: ItemIds, popularity: np.ndarray | None = None) -> SemanticIdSpace:
+    """The IDs that a model of a run was trained on, of the items [I] of its tables and in their order.
+
+    Those of codes.parquet, until a later version was published there.
+
+    Raises:
+      UserError: as `space.read_codes`, or a file of the first version is damaged.
+    """
+    folder = Path(folder)
+    if trained_version(folder) and as_strings(item_ids).to_pylist() == first_ids(folder).to_pylist():
+        return read_version(folder, 1).space(item_ids, popularity)
+    return read_codes(folder / CODES, item_ids, popularity)
+
+
+def commit(
+    folder: Path,
+    parent: IdTable,
+    changes: IdChanges,
+    errors: np.ndarray,
+    config: CollisionConfig,
+    action: str,
+    counts: dict[str, int],
+    report: dict | None = None,
+) -> IdTable:
+    """Write the next version and make it the current one, for who holds the lock.
+
+    Args:
+      parent: the current table; without rows when there is none.
+      changes: what differs from it.
+      errors: f32 [n], squared errors of the items that were encoded now; NaN where unknown.
+      config: the policy for collisions of the versions to come.
+      action: what was done; counts: to how many items; report: what else is to be told of it.
+
+    Fault points: `partial:version` before the rename, `done:version` after it, `current:version` when it counts.
+    """
+    number = max(numbers(folder), default=0) + 1
+    final, partial = _path(folder, number), versions(folder) / f"{number:06d}.partial"
+    record = {
+        "version": number,
+        "parent": parent.record.get("version"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "action": action,
+        "counts": counts,
+        "codebooks_sha256": sha256(folder / BOOKS),
+        "codebook_sizes": list(parent.sizes),
+        "collisions": to_json(config),
+    }
+    table = _stack([_changes_of(parent), changes], record)
+    if not table.active.any():
+        raise UserError(f"{folder}: no item would be left in the catalogue: keep at least one")
+    record |= {"figures": figures(table, errors), "report": report or {}}
+    with writing(final):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _write_changes(partial / "changes.parquet", changes)
+        record["changes_sha256"] = sha256(partial / "changes.parquet")
+        record["fingerprint"] = fingerprint(record)
+        write_json(partial / "version.json", record)
+        sync(partial)
+        fault_point("partial:version")
+        partial.rename(final)
+        sync(final.parent)
+        fault_point("done:version")
+        _point_at(folder, number)
+        fault_point("current:version")
+    return table
+
+
+def figures(table: IdTable, errors: np.ndarray) -> dict:
+    """How well the active IDs tell items apart, and the mean of the squared errors f32 [n] that are known."""
+    space = table.space()
+    known = errors[np.isfinite(errors)]
+    shared = collisions(space.counts)
+    return {
+        "items": len(space.codes),
+        "inactive": int((~table.active).sum()),
+        "distinct_ids": len(space.ids),
+        "utilization": [row["utilization"] for row in prefix_use(space)],
+        "independent_coding_rate": independent_coding_rate(space.counts),
+        "conflict_rate": shared["conflict_rate"],
+        "largest_bucket": shared["largest_bucket"],
+        "error": float(known.mean(dtype=np.float64)) if len(known) else None,
+    }
+
+
+def versions(folder: Path) -> Path:
+    """Where the versions are."""
+    return Path(folder) / "versions"
+
+
+def numbers(folder: Path) -> list[int]:
+    """The versions that are there, in rising order."""
+    return sorted(int(path.name) for path in versions(folder).glob("[0-9]*") if path.name.isdigit())
+
+
+def first_ids(folder: Path) -> pa.Array:
+    """The items that the tokenize phase gave IDs, in its order, string [I]; UserError when they cannot be read."""
+    folder = Path(folder)
+    first = _path(folder, 1) / "changes.parquet"
+    return _item_ids(first if first.exists() else folder / CODES)
+
+
+def check_replaceable(folder: Path, inputs: str) -> None:
+    """UserError when a run would make its IDs anew, from these inputs, though they have versions beyond the first."""
+    made = folder / "fingerprint.json"
+    if max(numbers(folder), default=0) > 1 and not (made.exists() and read_json(made).get("inputs") == inputs):
+        raise UserError(
+            f"what {folder} was made from has changed, but items were appended, removed or encoded anew in its "
+            f"versions, which new IDs would replace: give another --run, or move {folder} away"
+        )
+
+
+@contextmanager
+def replacing(folder: Path, inputs: str) -> Iterator[None]:
+    """Keeps the versions of a folder from changing while a run replaces it by IDs of these inputs.
+
+    Raises:
+      UserError: versions came since `check_replaceable` was asked, or another process is changing them.
+    """
+    with locked(folder) if (folder / BOOKS).is_file() else nullcontext():
+        check_replaceable(folder, inputs)
+        yield
+
+
+def check_number(folder: Path, version: int) -> None:
+    """UserError when there is no such version."""
+    if version not in (there := numbers(folder)):
+        listed = f"there are {', '.join(map(str, there))}" if there else "there are none yet; append makes the first"
+        raise UserError(f"{versions(folder)} has no version {version}: {listed}")
+
+
+def current_number(folder: Path) -> int:
+    """The version that counts; UserError when there is none, or current.json is damaged."""
+    path, there = versions(folder) / "current.json", numbers(folder)
+    back = f"roll back to one of {', '.join(map(str, there))}"
+    if not path.exists():
+        raise UserError(f"{path.parent} has no current version: {back if there else 'append makes the first'}")
+    pointer = read_json(path)
+    if not isinstance(pointer, dict) or pointer.get("version") not in there:
+        raise UserError(f"{path} is damaged: it names none of the versions that are there; {back}")
+    return pointer["version"]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the versions of a folder for this process; UserError when another one does, or there are no IDs there."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give the semantic_ids folder of a run")
+    if not (folder / BOOKS).is_file():
+        raise UserError(f"{folder} holds no {BOOKS}: give the semantic_ids folder of a run, or restore the file")
+    versions(folder).mkdir(exist_ok=True)
+    with (versions(folder) / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process is changing {versions(folder)}; wait for it, and run this again"
+            ) from error
+        yield
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal; UserError when it is missing."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: restore it, or run the tokenize phase again") from error
+
+
+def _path(folder: Path, number: int) -> Path:
+    return versions(folder) / f"{number:06d}"
+
+
+def _point_at(folder: Path, number: int) -> None:
+    write_json(versions(folder) / "current.json", {"version": number})
+
+
+def _repair(folder: Path, existing: list[int]) -> None:
+    """Points at the first version where the process was killed just before it; refuses to guess among several."""
+    if existing != [1]:
+        current_number(folder)
+    read_version(folder, 1)
+    _point_at(folder, 1)
+
+
+def _read_record(folder: Path, number: int) -> dict:
+    """version.json without its own fingerprint, which is checked."""
+    path = _path(folder, number) / "version.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: restore it from a copy, or roll back to a version that does without it")
+    record = read_json(path)
+    if not isinstance(record, dict) or record.pop("fingerprint", None) != fingerprint(record):
+        raise UserError(f"{path} is damaged (it is not what its fingerprint says): restore it from a copy")
+    return record
+
+
+def _check_books(folder: Path, lineage: list[dict]) -> None:
+    books = sha256(folder / BOOKS)
+    for record in lineage:
+        if record["codebooks_sha256"] != books:
+            raise UserError(
+                f"version {record['version']} of {versions(folder)} was made with other codebooks "
+                f"({record['codebooks_sha256'][:16]}...) than {folder / BOOKS} ({books[:16]}...): its IDs mean "
+                "something else; restore those codebooks, or tokenize again into a new run"
+            )
+
+
+def _config_of(folder: Path) -> CollisionConfig:
+    """The policy that quality.json tells of."""
+    path = folder / QUALITY
+    told = (read_json(path) if path.exists() else {}).get("collisions") or {}
+    names = ("policy", "capacity", "extra_size")
+    return CollisionConfig(**{name: told[name] for name in names if name in told})
+
+
+def _item_ids(path: Path) -> pa.Array:
+    try:
+        return pq.read_table(path, columns=["item_id"])["item_id"].cast(pa.string()).combine_chunks()
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise UserError(f"{path} has no readable column item_id ({error}): run the tokenize phase again") from error
+
+
+def _changes_of(table: IdTable) -> IdChanges:
+    return IdChanges(table.item_ids, table.codes, table.encoded, table.active)
+
+
+def _stack(parts: list[IdChanges], record: dict) -> IdTable:
+    """IdChanges one after the other: the last row of an item counts, at the place of its first."""
+    coded = pa.concat_arrays([part.item_ids for part in parts]).dictionary_encode()
+    last = np.empty(len(coded.dictionary), np.int64)
+    last[coded.indices.to_numpy()] = np.arange(len(coded))  # Of equal places the last one stays.
+    columns = {
+        name: np.concatenate([getattr(part, name) for part in parts])[last] for name in ("codes", "encoded", "active")
+    }
+    return IdTable(coded.dictionary, **columns, sizes=tuple(record["codebook_sizes"]), record=record)
+
+
+def _write_changes(path: Path, changes: IdChanges) -> None:
+    columns = {"item_id": changes.item_ids}
+    for letter, codes in (("c", changes.codes), ("e", changes.encoded)):
+        columns |= {f"{letter}{level + 1}": pa.array(codes[:, level], pa.int32()) for level in range(codes.shape[1])}
+    columns["active"] = pa.array(changes.active)
+    pq.write_table(pa.table(columns), path)
+    sync(path)
+
+
+def _read_changes(folder: Path, record: dict) -> IdChanges:
+    path = _path(folder, record["version"]) / "changes.parquet"
+    if sha256(path) != record["changes_sha256"]:
+        raise UserError(f"{path} is damaged (its SHA-256 is not what version.json says): restore it from a copy")
+    table = pq.read_table(path)
+
+    def levels(letter: str) -> np.ndarray:
+        names = [name for name in table.column_names if name[0] == letter and name[1:].isdigit()]
+        return np.stack([table[name].to_numpy() for name in names], axis=1)
+
+    return IdChanges(table["item_id"].combine_chunks(), levels("c"), levels("e"), table["active"].to_numpy())

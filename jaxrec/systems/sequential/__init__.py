@@ -1,0 +1,1 @@
+"""The item-level baselines: SASRec, BERT4Rec, HSTU and others."""

@@ -1,0 +1,1 @@
+"""TIGER and FORGE: an encoder-decoder that generates the next item's ID."""

@@ -1,0 +1,197 @@
+"""TIGER's model, fitted to one catalogue: what training, decoding and evaluation share.
+
+tokens of the vocabulary   0: start   |   codes, a slice for every level   |   items   |   hashed users
+context                    user   c1 c2 .. cM of the first item   ...   c1 c2 .. cM of the last      (positions "codes")
+                           user   c1 + c2 .. + cM of the first    ...   c1 + c2 .. + cM of the last  (positions "items")
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+from flax import struct
+from jax.sharding import Mesh
+
+from jaxrec.catalogue.version import Version
+from jaxrec.config import from_json
+from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
+from jaxrec.models.prior import Prior, popularity_prior
+from jaxrec.models.vocabulary import Levels, to_tokens
+from jaxrec.nn.geometry import principal_axes
+from jaxrec.run import Run
+from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.versions import trained_space
+from jaxrec.systems.generative import load_trained
+from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_later_prior
+from jaxrec.systems.tiger.config import TigerConfig
+from jaxrec.training.sharding import init_sharded
+
+START = 0
+
+
+@struct.dataclass
+class TigerCatalogue:
+    """What a training step reads of all items: codes int32 [I, M] and, if the decoder begins with it, the prior."""
+
+    codes: jax.Array
+    prior: Prior | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TigerAssembly:
+    """The model and the catalogue that it speaks of."""
+
+    model: EncoderDecoder
+    space: SemanticIdSpace
+    behaviors: tuple[str, ...]
+    """names, weakest first"""
+    wanted: np.ndarray
+    """bool [behaviors]: the target behaviors"""
+    users: int
+    """tokens that users are hashed to; 0 for none"""
+    positions: str = "codes"
+    """what a position of the context is: one code, or the sum of an item's codes ("items")"""
+    own_tokens: bool = False
+    """every item has a token beside those of its codes, where positions are items"""
+    prior: Prior | None = None
+    """how popular IDs are, if the decoder begins with it"""
+    examples: Any = None
+    """folder of the example records"""
+    embeddings: np.ndarray | None = None
+    """float32 [I, d] with d <= D: what the items' own tokens begin as, in the first d of their D numbers; None: at
+    random"""
+
+    @property
+    def target_behaviors(self) -> list[int]:
+        """Indices of the target behaviors."""
+        return np.flatnonzero(self.wanted).tolist()
+
+    @property
+    def catalogue(self) -> TigerCatalogue:
+        """What a training step reads of the items."""
+        return TigerCatalogue(jnp.asarray(self.space.codes, jnp.int32), self.prior)
+
+    @property
+    def first_own(self) -> int:
+        """The own token of the first item."""
+        return self.model.config.vocabulary - self.users - len(self.space.codes)
+
+    def init(self, seed: int, mesh: Mesh | None = None) -> dict:
+        """Fresh variables {"params"}: made on the devices where they stay, if there is a mesh."""
+        levels = self.space.levels
+
+        def make():
+            tokens, mask = jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool)
+            variables = self.model.init(jax.random.key(seed), tokens, mask, jnp.zeros((1, 1, levels), jnp.int32))
+            if self.embeddings is not None:
+                table = variables["params"]["embed"]["table"]
+                known, width = self.embeddings.shape
+                begun = table.unbox().at[self.first_own : self.first_own + known, :width].set(self.embeddings)
+                variables["params"]["embed"]["table"] = table.replace_boxed(begun)
+            return variables
+
+        return init_sharded(make, mesh)
+
+    def tokens(self, codes: jax.Array, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The contexts of stacked item sequences, and their mask; the user, if there is one, in front.
+
+        codes: int32 [I, M] of all items; arrays: item int32 [B, S], mask bool [B, S], user int32 [B].
+
+        Returns tokens int32 [B, 1 + S * M] and mask bool of the same shape or, where positions are items, tokens
+        [B, 1 + S, M or, with a token of its own, M + 1] and mask [B, 1 + S].
+        """
+        item, mask = arrays["item"], arrays["mask"]
+        found = to_tokens(codes[item], self.model.config.levels)
+        if self.own_tokens:
+            # Items that came later have no token.
+            own = jnp.where(item < len(self.space.codes), self.first_own + item, -1)
+            found = jnp.concatenate([found, own[..., None]], axis=-1)
+        batch, length, levels = found.shape
+        if self.positions == "codes":
+            found, mask = found.reshape(batch, length * levels, 1), jnp.repeat(mask, levels, axis=1)
+        if self.users:
+            user = arrays["user"]
+            # Knuth's multiplicative hash: neighbours among the numbered users are no neighbours here.
+            hashed = (user.astype(jnp.uint32) * jnp.uint32(2654435761)) >> 8
+            token = self.model.config.vocabulary - self.users + (hashed % self.users).astype(jnp.int32)
+            token = jnp.pad(token[:, None, None], ((0, 0), (0, 0), (0, found.shape[2] - 1)), constant_values=-1)
+            found = jnp.concatenate([token, found], axis=1)
+            mask = jnp.concatenate([(user >= 0)[:, None], mask], axis=1)
+        return found[..., 0] if self.positions == "codes" else found, mask
+
+    def before(self, items: jax.Array) -> jax.Array:
+        """Positions of a context up to and with so many of its items, int32 of the same shape."""
+        return items * (self.space.levels if self.positions == "codes" else 1) + (1 if self.users else 0)
+
+    # ---- what the recommender asks for -------------------------------------------------------------------------------
+
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
+        """{"variables", "codes", "prior"}: a new item is its codes, and needs nothing else."""
+        codes, prior = self.space.codes.astype(np.int32), self.prior
+        if version is not None:
+            codes = filled_up(version.codes.astype(np.int32), version.capacity)
+            prior = with_later_prior(prior, version, before)
+        return {"variables": variables, "codes": jnp.asarray(codes), "prior": prior}
+
+    def context(self, served: dict, arrays: dict[str, jax.Array]) -> EncodedContext:
+        """B contexts from stacked arrays of `ItemSequenceConfig.cut`."""
+        tokens, mask = self.tokens(served["codes"], arrays)
+        return self.model.apply(served["variables"], tokens, mask, False, served["prior"], method="prefill")
+
+    def extend(self, served: dict, context: EncodedContext, tokens: jax.Array | None, cache: Any, level: int):
+        """One more code for every beam."""
+        return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
+
+    def rescore(self, served: dict, context: EncodedContext, likelihood_weight: float) -> None:
+        """Beams are chosen by the log-probabilities."""
+
+
+def assemble(run: Run, config: TigerConfig) -> TigerAssembly:
+    """Reads the IDs of a run and shapes the model to them.
+
+    Raises:
+      UserError: a file is missing or doesn't fit the items.
+    """
+    items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
+    counts, item_ids = items["count"].to_numpy(), items["item_id"].to_pylist()
+    space = trained_space(run.semantic_ids, item_ids, counts)
+    behaviors = tuple(config.data.behaviors)
+    wanted = np.isin(behaviors, config.data.target_behaviors)
+    others = config.users + (len(counts) if config.own_tokens else 0)
+    model = EncoderDecoder(fit_vocabulary(config.model, space.codebook_sizes, others))
+    prior = popularity_prior(space.codes, counts, space.codebook_sizes) if config.prior else None
+    own = None
+    if config.own_tokens:
+        own = own_tokens(read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids), model.config, space.levels)
+    reading = config.users, config.positions, config.own_tokens
+    return TigerAssembly(model, space, behaviors, wanted, *reading, prior, run.examples, own)
+
+
+def own_tokens(embeddings: np.ndarray, config: EncoderDecoderConfig, levels: int) -> np.ndarray:
+    """What own tokens begin as: what IDs of so many levels were made of, float32 [I, d], along its first axes.
+
+    So items that are alike are alike in a context from the first step on. As large as the sum of an item's codes, where
+    embeddings have as many numbers as the model is wide.
+    """
+    centred = embeddings - embeddings.mean(0)
+    squares, axes = principal_axes(centred)
+    width = min(config.width, embeddings.shape[1])
+    deviation = np.sqrt(squares[:width].sum() / (len(embeddings) * width)) or 1.0
+    return (centred @ axes[:, :width] * (config.embed_scale * levels**0.5 / deviation)).astype(np.float32)
+
+
+def fit_vocabulary(config: EncoderDecoderConfig, sizes: tuple[int, ...], others: int) -> EncoderDecoderConfig:
+    """The configuration with a vocabulary of the start token, a slice for every level, and so many other tokens."""
+    offsets = np.cumsum([START + 1, *sizes])
+    levels: Levels = tuple(zip(offsets[:-1].tolist(), sizes, strict=True))
+    return replace(config, vocabulary=int(offsets[-1]) + others, levels=levels, start_token=START)
+
+
+def load_recommender(run: Run) -> GenerativeRecommender:
+    """The trained model of a run, as `jaxrec.systems.generative.load_trained`."""
+    config = from_json(TigerConfig, Run.load(run.path)[1])
+    return load_trained(run, assemble(run, config), config)

@@ -1,0 +1,113 @@
+"""Training TIGER: the codes of the next item, for every prefix of every user's sequence.
+
+Two ways to make contexts of the prefixes:
+
+- each by itself, as published: a prefix is encoded, and its next item, or its next few, are the targets of the context;
+- all at once, with a causal encoder (`model.causal`): a sequence is encoded once, and each of its items is a target
+  that sees the part before it. The encoder then reads several times fewer tokens.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrec.data import item_sequences
+from jaxrec.data.examples import Records
+from jaxrec.data.pipeline import batches, cut_index
+from jaxrec.losses.likelihood import next_token
+from jaxrec.run import Run
+from jaxrec.systems.generative import bound_loss, run_phases, train_model
+from jaxrec.systems.tiger.config import TigerConfig
+from jaxrec.systems.tiger.model import TigerAssembly, TigerCatalogue, assemble, load_recommender
+from jaxrec.training.loop import TrainState
+
+
+def fit(assembly: TigerAssembly, config: TigerConfig, folder: Path, metrics_path: Path) -> TrainState:
+    """As `jaxrec.systems.generative.train_model`."""
+    loss = bound_loss(mean_loss, assembly, config)
+    return train_model(assembly, config, loss, training_batches(assembly, config), folder, metrics_path)
+
+
+def mean_loss(
+    assembly: TigerAssembly,
+    config: TigerConfig,
+    catalogue: TigerCatalogue,
+    params: Any,
+    extra: dict,
+    batch: dict,
+    key: jax.Array,
+):
+    """As `jaxrec.training.step.Loss`; a batch is what `training_batches` yields."""
+    total, count = losses(assembly, config, catalogue, {"params": params}, batch, key)
+    return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
+
+
+def losses(
+    assembly: TigerAssembly,
+    config: TigerConfig,
+    catalogue: TigerCatalogue,
+    variables: dict,
+    batch: dict,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of the targets' negative log-likelihoods (labels smoothed), and the sum of the weights."""
+    model, rngs, smoothing = assembly.model, {"dropout": key}, config.objective.smoothing
+    codes, prior = catalogue.codes, catalogue.prior
+    tokens, mask = assembly.tokens(codes, batch)
+    targets, where = codes[batch["target"]], (batch["target_rank"] >= 0) & batch["where"][:, None]
+    if model.config.causal:
+        # The user and the items before each target, bool [B, L, S].
+        seen = jnp.arange(tokens.shape[1]) < assembly.before(batch["before"])[..., None]
+        given = (tokens, mask, seen, targets, True, smoothing, prior)
+        log_probs = model.apply(variables, *given, method="score_prefixes", rngs=rngs)
+    else:
+        context = model.apply(variables, tokens, mask, True, prior, method="prefill", rngs=rngs)
+        log_probs = model.apply(variables, context, targets, True, smoothing, method="score", rngs=rngs)
+    weight = jnp.where(where, config.objective.later_weight ** jnp.maximum(batch["target_rank"], 0), 0.0)
+    return (weight * next_token(log_probs, where)).sum(), weight.sum()
+
+
+def training_batches(assembly: TigerAssembly, config: TigerConfig) -> Iterator[dict]:
+    """Batches of contexts with their targets, without end, in an order that the seed decides."""
+    records, wanted, features = Records(assembly.examples, "train"), assembly.wanted, config.features
+    if config.model.causal:
+        cuts = item_sequences.overlapping_windows(item_sequences.counts_of(records, wanted), features)
+        lengths = np.minimum(cuts[:, 1] - 1, features.buckets[-1])
+    else:
+        names = [assembly.behaviors[index] for index in assembly.target_behaviors]
+        cuts = cut_index(records, names, min_history=1)
+        lengths = np.array([features.bucket_of(records[record], session) for record, session in cuts])
+
+    def example(record: dict, place: int, rng: np.random.Generator) -> dict:
+        # Users that aren't known are served too, so that some are trained on.
+        if rng.random() < config.objective.without_user:
+            record = {**record, "user": item_sequences.NOBODY}
+        if config.model.causal:
+            return item_sequences.whole(record, place, features, wanted=wanted)
+        context = features.cut(record, place, behaviors=len(assembly.behaviors), wanted=wanted)
+        return context | item_sequences.following(record, place, config.objective.targets, wanted=wanted)
+
+    return batches(
+        records,
+        cuts,
+        example,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        buckets=np.searchsorted(features.buckets, lengths),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def train(run: Run, config: TigerConfig) -> None:
+    """Runs every phase that is not done yet, and prints the comparison table."""
+    run_phases(
+        run,
+        config,
+        lambda folder: fit(assemble(run, config), config, folder, run.metrics_file),
+        lambda: load_recommender(run),
+    )
