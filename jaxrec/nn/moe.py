@@ -125,7 +125,7 @@ def _batched_blocks(laid: jax.Array, up: jax.Array, down: jax.Array, owner: jax.
 
 @jax.custom_vjp
 def _blocks(laid: jax.Array, up: jax.Array, down: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
-    """laid [X * block, D] -> [X * block, D]: the first `used` int32 [] blocks, each through its expert `owner` int32 [X].
+    """laid [X * block, D] -> [X * block, D]: the first `used` blocks, each through its expert `owner` int32 [X].
 
     A loop over the blocks there are: nothing is spent on the rest of the layout, and no block copies its expert's
     matrices, as a batched product of gathered matrices would. The gradient is written out because a loop whose length
