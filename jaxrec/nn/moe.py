@@ -7,7 +7,7 @@ Three ways to run the chosen experts, equal up to rounding. None drops a token, 
 
 - `dense`: every expert on every token; the oracle of the tests.
 - `ragged`: `jax.lax.ragged_dot` over tokens sorted by expert, for accelerators (on CPU it costs as much as `dense`).
-- `blocked`: tokens are laid out by expert in blocks, each block multiplied by its expert's matrix. For CPU.
+- `blocked`: tokens laid out by expert in blocks, a loop that multiplies each by its expert's matrices. For CPU.
 
 `auto` takes one of the last two, in training as in serving.
 """
@@ -108,15 +108,68 @@ def run_blocked(x, up, down, experts, gates, block: int | None = None):
     owner = jnp.clip(jnp.searchsorted(jnp.cumsum(used), jnp.arange(blocks), side="right"), 0, count - 1)
 
     slots = jnp.where(flat < count, first[flat] * block + rank, NOWHERE)
+    # A loop would cut across devices.
+    alone = jax.sharding.get_abstract_mesh().size <= 1
+    apply = partial(_blocks, used=used.sum()) if alone else _batched_blocks
+    return _through(x, slots, blocks * block, gates, lambda laid: apply(laid, up, down, owner))
 
-    def apply(laid):
-        laid = laid.reshape(blocks, block, x.shape[1])
-        laid = nn.with_logical_constraint(laid, ("act_expert", None, "act_embed"))
-        hidden = nn.gelu(jnp.einsum("XTD,XDF->XTF", laid, up[owner]))
-        hidden = nn.with_logical_constraint(hidden, ("act_expert", None, "act_mlp"))
-        return jnp.einsum("XTF,XFD->XTD", hidden, down[owner]).reshape(blocks * block, x.shape[1])
 
-    return _through(x, slots, blocks * block, gates, apply)
+def _batched_blocks(laid: jax.Array, up: jax.Array, down: jax.Array, owner: jax.Array) -> jax.Array:
+    """As `_blocks`, all blocks at once, sharded over the devices of the mesh."""
+    laid = laid.reshape(len(owner), -1, laid.shape[1])
+    laid = nn.with_logical_constraint(laid, ("act_expert", None, "act_embed"))
+    hidden = nn.gelu(jnp.einsum("XTD,XDF->XTF", laid, up[owner]))
+    hidden = nn.with_logical_constraint(hidden, ("act_expert", None, "act_mlp"))
+    return jnp.einsum("XTF,XFD->XTD", hidden, down[owner]).reshape(-1, laid.shape[2])
+
+
+@jax.custom_vjp
+def _blocks(laid: jax.Array, up: jax.Array, down: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
+    """laid [X * block, D] -> [X * block, D]: the first `used` blocks, each through its expert `owner` int32 [X].
+
+    A loop over the blocks there are: nothing is spent on the rest of the layout, and no block copies its expert's
+    matrices, as a batched product of gathered matrices would. The gradient is written out because a loop whose length
+    the data decide has none of its own.
+    """
+    return _blocks_forward(laid, up, down, owner, used)[0]
+
+
+def _blocks_forward(laid, up, down, owner, used):
+    block = laid.shape[0] // owner.shape[0]
+
+    def one(index, made):
+        out, hidden = made
+        expert, row = owner[index], index * block
+        inner = jax.lax.dynamic_slice_in_dim(laid, row, block) @ up[expert]
+        out = jax.lax.dynamic_update_slice_in_dim(out, nn.gelu(inner) @ down[expert], row, 0)
+        return out, jax.lax.dynamic_update_slice_in_dim(hidden, inner, row, 0)
+
+    hidden = jnp.zeros((laid.shape[0], up.shape[2]), laid.dtype)
+    out, hidden = jax.lax.fori_loop(0, used, one, (jnp.zeros_like(laid), hidden))
+    return out, (laid, up, down, owner, used, hidden)
+
+
+def _blocks_backward(kept, upstream):
+    laid, up, down, owner, used, hidden = kept
+    block = laid.shape[0] // owner.shape[0]
+
+    def add(total, part, expert):  # `.at[expert].add` would be a scatter, element by element
+        return jax.lax.dynamic_update_index_in_dim(total, total[expert] + part, expert, 0)
+
+    def one(index, gradients):
+        to_laid, to_up, to_down = gradients
+        expert, row = owner[index], index * block
+        inputs, inner, above = (jax.lax.dynamic_slice_in_dim(a, row, block) for a in (laid, hidden, upstream))
+        outer, pull = jax.vjp(nn.gelu, inner)
+        (to_inner,) = pull(above @ down[expert].T)
+        to_laid = jax.lax.dynamic_update_slice_in_dim(to_laid, to_inner @ up[expert].T, row, 0)
+        return to_laid, add(to_up, inputs.T @ to_inner, expert), add(to_down, outer.T @ above, expert)
+
+    gradients = jax.lax.fori_loop(0, used, one, (jnp.zeros_like(laid), jnp.zeros_like(up), jnp.zeros_like(down)))
+    return *gradients, None, None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def block_size(assignments: int, experts: int) -> int:
