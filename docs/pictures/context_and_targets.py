@@ -30,7 +30,8 @@ def text(
 
 def box(x: float, y: float, width: float, height: float, fill: str, line: str) -> str:
     """A rounded rectangle."""
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="5" fill="{fill}" stroke="{line}" stroke-width="1.3"/>'
+    place = f'x="{x}" y="{y}" width="{width}" height="{height}" rx="5"'
+    return f'<rect {place} fill="{fill}" stroke="{line}" stroke-width="1.3"/>'
 
 
 def arrow(x1: float, y1: float, x2: float, y2: float, colour: str = "#888") -> str:
@@ -69,7 +70,7 @@ def targets() -> list[str]:
         y = TOP - 16 + row * (BOX + GAP)
         parts += [arrow(330, middle, 470, y + BOX / 2, "#f9a825"), text(560, y + 21, name, anchor="start")]
         for place, code in enumerate(codes):
-            x = 474 + place * 28 - 0
+            x = 474 + place * 28
             parts.append(box(x, y + 5, 24, 24, "white", colour))
             parts.append(text(x + 12, y + 21, "?" if code is None else str(code), 11, colour=colour))
         parts += [arrow(690, y + BOX / 2, 760, y + BOX / 2), text(770, y + 21, use, anchor="start", colour=colour)]
@@ -88,7 +89,8 @@ def targets() -> list[str]:
 def draw() -> str:
     """The whole picture."""
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="Helvetica, Arial, sans-serif">'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0,0 L8,4 L0,8 z" fill="#888"/></marker></defs>'
