@@ -102,7 +102,7 @@ def load_config(path: Path) -> Any:
         raise UserError(f"{path}, line {error.lineno}: this is no valid Python ({error.msg})") from error
     config = getattr(module, "config", None)
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise UserError(f"{path} defines no `config`; end it with `config = OneMallConfig(...)` or another dataclass")
+        raise UserError(f"{path} defines no `config`; end it with `config = ` and the dataclass of a system")
     return config
 
 
@@ -118,7 +118,7 @@ def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     usage = "usage: train.py CONFIG --run DIR [--replace] [--FIELD VALUE ...]"
-    usage = f"{usage}, such as train.py configs/onemall.py --run runs/a"
+    usage = f"{usage}, such as train.py configs/NAME.py --run runs/a"
     if not args or args[0] in ("-h", "--help"):
         print(f"{usage}\n\ntrain.py CONFIG --help lists the fields of a configuration.")
         print("--replace: train anew where DIR holds a training of other data or another configuration.")

@@ -142,6 +142,40 @@ def test_a_class_name_occurs_once():
     assert not {name for name in found if found.count(name) > 1}
 
 
+NAMES = ("onemall", "rankgr", "onesearch", "onesug", *SYSTEMS)
+OWN_FILES = re.compile(r"systems/(__init__|[a-z]+/\w+)\.py|models/(context|cross_decoder|rankgr|sequential)\.py")
+"""where a system may be named: its package, the dict of all systems, its model's file"""
+
+
+def named_systems(source: str) -> set[str]:
+    """Words of the code that name a system: identifiers, modules and strings; docstrings may cite papers."""
+    tree, words = ast.parse(source), set()
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        found = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "module")]
+        if isinstance(node, ast.Constant) and id(node) not in docstrings:
+            found.append(node.value)
+        words |= {word for word in found if isinstance(word, str)}
+    systems = {name for name in NAMES if name != "core"} | {"jaxrec.systems.sequential"}
+    return {word for word in words if any(name in word.lower() for name in systems)}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if not OWN_FILES.fullmatch(str(path.relative_to(ROOT / "jaxrec")))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_no_system_is_named_in_what_all_share(path):
+    assert not named_systems(path.read_text())
+
+
+def test_the_check_of_names_can_fail():
+    source = (
+        '"""Docs of OneMall."""\nfrom jaxrec.systems.tiger import model\n\ndef rankgr_loss(x):\n    return "forge"\n'
+    )
+    assert named_systems(source) == {"jaxrec.systems.tiger", "rankgr_loss", "forge"}
+
+
 def paths_of_tree(text: str) -> list[str]:
     """The paths of an indented tree: the first word of a line, below the line that is indented less."""
     paths, above = [], []

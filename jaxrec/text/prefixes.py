@@ -108,7 +108,7 @@ def augment(prefixes: jax.Array, queries: jax.Array, table: jax.Array, weight: f
       UserError: the weight is not between 0 and 1.
     """
     if not 0 < weight < 1:
-        raise UserError(f"prefixes.weight={weight} must be above 0 and below 1: 0.5 is OneSug's")
+        raise UserError(f"prefixes.weight={weight} must be above 0 and below 1, such as 0.5")
     where = (table >= 0)[..., None]
     count = where.sum(1)
     mean = jnp.where(where, queries[jnp.maximum(table, 0)], 0.0).sum(1) / jnp.maximum(count, 1)
