@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 SPARK_STAMP := $(VENV)/.installed-spark
 
-.PHONY: help setup setup-spark demo test test-spark lint bench lock
+.PHONY: help setup setup-spark demo test test-quick test-spark lint bench lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -19,7 +19,10 @@ demo: setup  ## train OneMall on the embedded data set, end to end, in runs/demo
 	$(BIN)/python train.py configs/onemall.py --run runs/demo
 
 test: setup  ## run the whole test suite
-	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-quick: setup  ## run what takes no training: under 3 minutes on two cores once compiled
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder --quick
 
 setup-spark: $(SPARK_STAMP)  ## add Spark to .venv (needs Java 17 or newer)
 

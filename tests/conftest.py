@@ -22,6 +22,29 @@ os.environ["XLA_FLAGS"] = " ".join(f"--xla_{flag}" for flag in FLAGS)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+SLOW = (
+    "systems_onemall", "systems_tiger", "systems_rankgr", "models_rankgr", "semantic_ids_shapes",
+    "semantic_ids_sharded", "serving_batch", "systems_recommender", "models_encoder_decoder", "semantic_ids_embeddings",
+    "sharding_onemall", "semantic_ids_streaming", "semantic_ids_opq", "export", "serving_live", "systems_sequential",
+    "text_finetune", "models_dropout", "models_causal", "semantic_ids_balanced", "benchmarks_sequential",
+    "text_prefixes", "nn_attention", "models_cross_decoder",
+)  # fmt: skip
+"""Modules of tests that train, or compile much, the longest first. They start first, so that the last minutes of a run on
+several cores have many short modules to share; `--quick` leaves them out."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="without the modules that train or compile much")
+
+
+def pytest_collection_modifyitems(config, items):
+    turns = {f"test_{name}": turn for turn, name in enumerate(SLOW)}
+    items.sort(key=lambda item: turns.get(item.path.stem, len(turns)))
+    if config.getoption("quick"):
+        config.hook.pytest_deselected(items=[item for item in items if item.path.stem in turns])
+        items[:] = [item for item in items if item.path.stem not in turns]
+
+
 MOST_MAPS = 20_000
 """Memory maps of this process beyond which compiled programs are dropped. Each program has dozens, and a process that
 has Linux's most, 65,530, crashes; what is dropped and asked for again comes from the cache."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import SLOW
 
 from jaxrec.config import from_json, load_config, to_json
 from jaxrec.systems import SYSTEMS
@@ -43,6 +44,11 @@ def package_of(module: str) -> str:
 def test_every_package_has_its_place():
     found = {path.relative_to(ROOT / "jaxrec").parts[0].removesuffix(".py") for path in SOURCES} - {"__init__"}
     assert found <= set(ORDER)
+
+
+def test_every_slow_module_of_tests_is_there():
+    found = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert set(SLOW) <= found
 
 
 def test_the_order_is_the_one_that_the_package_states():
