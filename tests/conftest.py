@@ -29,8 +29,8 @@ SLOW = (
     "text_finetune", "models_dropout", "models_causal", "semantic_ids_balanced", "benchmarks_sequential",
     "text_prefixes", "nn_attention", "models_cross_decoder",
 )  # fmt: skip
-"""Modules of tests that train, or compile much, the longest first. They start first, so that the last minutes of a run on
-several cores have many short modules to share; `--quick` leaves them out."""
+"""Modules of tests that train, or compile much, the longest first. They start first, so that the last minutes of a run
+on several cores have many short modules to share; `--quick` leaves them out."""
 
 
 def pytest_addoption(parser):
