@@ -18,7 +18,7 @@ from jaxrec.data import leveled_sessions
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.data.sources.files import digest
-from jaxrec.losses.likelihood import ROWS, full_softmax, next_token
+from jaxrec.losses.likelihood import ROWS, full_softmax, log_likelihood, next_token
 from jaxrec.losses.preference import has_preference, ldpo
 from jaxrec.models.huggingface import CONFIG_FILE
 from jaxrec.models.rankgr import RankContext
@@ -85,31 +85,33 @@ def losses(
     model, objective, rngs = assembly.model, config.objective, {"dropout": key}
     codes = catalogue.codes
     table = model.apply(variables, codes, catalogue.embeddings, method="item_table")
-    context = model.apply(variables, batch, codes, table, True, catalogue.prior, method="read", rngs=rngs)
+    inputs = assembly.inputs(catalogue, batch, table)
+    context = model.apply(variables, inputs, True, method="prefill", rngs=rngs)
     targets = pack(assembly, config, batch)
-    seen = model.apply(variables, context, targets["last"], method="at")
-    log_probs, smoothed, states = model.apply(
-        variables, seen, codes[targets["item"]], True, objective.smoothing, method="score", rngs=rngs
-    )
-    sums = {"next_token": (targets["weight"] * next_token(smoothed, targets["where"])).sum()}
-    # Items of the history come before others in the session's mind: they have no level among its items.
-    scores, level, compared = log_probs.sum(-1), targets["level"], targets["compared"]
+    view, where = context.at(targets["last"]), targets["where"]
+    scored = model.apply(variables, view, codes[targets["item"]], where, True, method="score", rngs=rngs)
+    smoothing, means = objective.smoothing, scored.mean_log_probs
+    loss = next_token(scored.log_probs, where, mean_log_probs=means, smoothing=smoothing)
+    sums = {"next_token": (targets["weight"] * loss).sum()}
+    # Items of the history are targets from other places than the session's: they have no level among its items.
+    level, compared = targets["level"], targets["compared"]
     sums["ldpo"] = jnp.float32(0)
     if objective.alpha:
+        scores = log_likelihood(scored.log_probs, compared)
         sums["ldpo"] = ldpo(scores, level, compared, beta=objective.beta).sum()
     sums["rank"] = jnp.float32(0)
     loss, wanted = model.config.rank.loss, targets["wanted"]
     if loss == "softmax":
-        query = model.apply(variables, states[:, :, 0], method="item_query")
+        query = model.apply(variables, scored.states[:, :, 0], method="item_query")
         vectors = model.apply(variables, table, method="item_vectors")
         flat, items = query.reshape(-1, query.shape[-1]), targets["item"].reshape(-1)
         sums["rank"] = full_softmax(
-            flat, vectors, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing, rows=rows
+            flat, vectors, items, where=wanted.reshape(-1), label_smoothing=smoothing, rows=rows
         ).sum()
     elif loss == "bce":
         # Dropout draws from the key itself.
         drawn = draw_targets(jax.random.fold_in(key, 0), targets, model.config.rank.targets)
-        sums["rank"] = rank_loss(assembly, codes, variables, context, states, targets, drawn).sum()
+        sums["rank"] = rank_loss(assembly, codes, variables, context, scored.states, targets, drawn).sum()
     held = compared.any(-1)
     notes = {
         "one_level": ((held & ~has_preference(level, compared)).sum(), held.sum()),
@@ -216,8 +218,7 @@ def rank_loss(
     left_out = (last == targets["end"])[:, :, None] & (targets["left_out"] >= 0)[:, None, :]
     together, others = jnp.concatenate([packed, left_out], axis=2), codes[others]
     codes, memory = codes[item], model.apply(variables, context, method="memory")
-    context = model.apply(variables, context, last, method="at")
-    known: dict | None = None
+    context, known = context.at(last), {}
     total = jnp.zeros(wanted.shape, jnp.float32)
     for level, size in enumerate(assembly.space.codebook_sizes):
         before = None if level == 0 else codes[..., level - 1]

@@ -19,7 +19,7 @@ from jaxrec.catalogue.version import Version
 from jaxrec.config import from_json
 from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import Prior, popularity_prior
-from jaxrec.models.vocabulary import Levels, to_tokens
+from jaxrec.models.vocabulary import ContextTokens, Levels, to_tokens
 from jaxrec.nn.geometry import principal_axes
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
@@ -85,8 +85,8 @@ class TigerAssembly:
         levels = self.space.levels
 
         def make():
-            tokens, mask = jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool)
-            variables = self.model.init(jax.random.key(seed), tokens, mask, jnp.zeros((1, 1, levels), jnp.int32))
+            inputs = ContextTokens(jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool))
+            variables = self.model.init(jax.random.key(seed), inputs, jnp.zeros((1, 1, levels), jnp.int32))
             if self.embeddings is not None:
                 table = variables["params"]["embed"]["table"]
                 known, width = self.embeddings.shape
@@ -123,6 +123,10 @@ class TigerAssembly:
             mask = jnp.concatenate([(user >= 0)[:, None], mask], axis=1)
         return found[..., 0] if self.positions == "codes" else found, mask
 
+    def inputs(self, catalogue: TigerCatalogue, arrays: dict[str, jax.Array]) -> ContextTokens:
+        """The model's input from stacked item sequences, as for `tokens`."""
+        return ContextTokens(*self.tokens(catalogue.codes, arrays), catalogue.prior)
+
     def before(self, items: jax.Array) -> jax.Array:
         """Positions of a context up to and with so many of its items, int32 of the same shape."""
         return items * (self.space.levels if self.positions == "codes" else 1) + (1 if self.users else 0)
@@ -139,8 +143,8 @@ class TigerAssembly:
 
     def context(self, served: dict, arrays: dict[str, jax.Array]) -> EncodedContext:
         """B contexts from stacked arrays of `ItemSequenceConfig.cut`."""
-        tokens, mask = self.tokens(served["codes"], arrays)
-        return self.model.apply(served["variables"], tokens, mask, False, served["prior"], method="prefill")
+        inputs = self.inputs(TigerCatalogue(served["codes"], served["prior"]), arrays)
+        return self.model.apply(served["variables"], inputs, method="prefill")
 
     def extend(self, served: dict, context: EncodedContext, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
