@@ -279,7 +279,7 @@ class EncoderDecoder(nn.Module):
     def _decode(self, tokens: jax.Array, context: EncodedContext, past: tuple | None, train: bool = False):
         """Tokens int32 [B, L, M] through the decoder -> (states [B, L, M, D] for the head, each layer's own K/V).
 
-        Tokens that nothing comes before begin with the start token.
+        Without a start token in the context and without a past, the first token is the start token.
         """
         earlier = (0 if context.start is None else 1) + (0 if past is None else past[0][0].shape[2])
         keys = np.arange(earlier + tokens.shape[-1])

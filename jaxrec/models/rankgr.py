@@ -5,9 +5,9 @@
                                          ├─ extend:   one more code for every beam
                                          └─ rank:     the rank head's scores of candidate codes (Eq. 12-15)
 
-The history is one position an item (`context="item"`: a vector of the item's own, the sum of its codes' embeddings and,
-if asked for, what the codes were made of) or one position a code (`context="codes"`, as published). Behavior and the
-time since the event before are added to either.
+A history has one position an item (`context="item"`: the sum of the item's own vector, its codes' embeddings and, with
+`embeddings`, a projection of the embedding that the codes were made of) or one position a code (`context="codes"`, as
+published). Embeddings of the behavior and of the time since the event before are added to either.
 """
 
 from dataclasses import dataclass, field
@@ -299,7 +299,7 @@ class RankGR(nn.Module):
         prefixes: L of them, of `prefixes`.
         """
         x = self.backbone.embed(to_tokens(codes[..., None], self.config.backbone.levels, level)[..., 0])
-        # The state of the last place is h_1, the first of the ID's own: it is there once (Eq. 13).
+        # The state of the last position is h_1, which the ID's own states begin with: it enters once (Eq. 13).
         mask = context.own.mask
         before = mask & (jnp.cumsum(mask, axis=-1) < mask.sum(-1, keepdims=True))
         return self.rank_head(x, memory, before, prefixes, log_probs)

@@ -30,12 +30,12 @@ from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_la
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 BACKBONE = "backbone.json"
-"""In the folder of the training: the sizes of the model, for those who haven't the weights that it began from."""
+"""In the folder of the training: the sizes of the model, which can then be loaded without the pretrained weights."""
 
 
 @struct.dataclass
 class RankGRCatalogue:
-    """What a training step reads of all items: codes int32 [I, M], embeddings float32 [I, E] and prior, if it does."""
+    """What a training step reads of all items: codes int32 [I, M]; embeddings float32 [I, E] and the prior, or None."""
 
     codes: jax.Array
     embeddings: jax.Array | None = None
@@ -59,11 +59,11 @@ class RankGRAssembly:
     examples: Any = None
     """folder of the example records"""
     pretrained: dict | None = None
-    """parameters of the backbone to begin from"""
+    """parameters that the backbone is initialised with"""
     embeddings: np.ndarray | None = None
-    """float32 [I, E], what the IDs were made of, if the model reads them"""
+    """float32 [I, E] that the IDs were made of, if the model reads them"""
     prior: Prior | None = None
-    """how popular IDs are, if the decoder begins with it"""
+    """the popularity of IDs, if it is added to the decoder's logits"""
 
     @property
     def target_behaviors(self) -> list[int]:
@@ -72,7 +72,7 @@ class RankGRAssembly:
 
     @property
     def positive(self) -> int:
-        """The lowest level of a target behavior: from here on, an item is what is looked for."""
+        """The lowest level of a target behavior: items of this level or above are positives."""
         return int(self.levels[self.wanted].min())
 
     @property

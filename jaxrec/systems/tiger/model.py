@@ -35,7 +35,7 @@ START = 0
 
 @struct.dataclass
 class TigerCatalogue:
-    """What a training step reads of all items: codes int32 [I, M] and, if the decoder begins with it, the prior."""
+    """What a training step reads of all items: codes int32 [I, M], and the prior or None."""
 
     codes: jax.Array
     prior: Prior | None = None
@@ -58,12 +58,11 @@ class TigerAssembly:
     own_tokens: bool = False
     """every item has a token beside those of its codes, where positions are items"""
     prior: Prior | None = None
-    """how popular IDs are, if the decoder begins with it"""
+    """the popularity of IDs, if it is added to the decoder's logits"""
     examples: Any = None
     """folder of the example records"""
     embeddings: np.ndarray | None = None
-    """float32 [I, d] with d <= D: what the items' own tokens begin as, in the first d of their D numbers; None: at
-    random"""
+    """float32 [I, d] with d <= D: initial values of the first d components of the items' own tokens; None: random"""
 
     @property
     def target_behaviors(self) -> list[int]:
@@ -176,10 +175,10 @@ def assemble(run: Run, config: TigerConfig) -> TigerAssembly:
 
 
 def own_tokens(embeddings: np.ndarray, config: EncoderDecoderConfig, levels: int) -> np.ndarray:
-    """What own tokens begin as: what IDs of so many levels were made of, float32 [I, d], along its first axes.
+    """Initial embeddings float32 [I, d] of the items' own tokens: the items' embeddings along their principal axes.
 
-    So items that are alike are alike in a context from the first step on. As large as the sum of an item's codes, where
-    embeddings have as many numbers as the model is wide.
+    Similar items then have similar tokens from the first step on. Their variance is that of the sum of an item's codes,
+    of which there are `levels`.
     """
     centred = embeddings - embeddings.mean(0)
     squares, axes = principal_axes(centred)
