@@ -87,8 +87,8 @@ class PointerHead(nn.Module):
     def __call__(self, state: jax.Array, states: jax.Array, seen: jax.Array) -> Points:
         """state [B, L, D] that predicts a target's first code, states [B, S, D] of the items, seen bool [B, L, S].
 
-        `seen` is left-aligned. The initial weights fall with the number of items that came since: an item that occurs
-        several times has the sum of its places. The initial share is one half.
+        `seen` is left-aligned. Initially the weight of a place with n items after it is proportional to (1 + n)^-0.5;
+        an item that occurs several times has the sum of its places. The initial share is one half.
         """
         query = Projection(self.width, ("embed", "mlp"), gain=0.01, name="query")(state)
         key = Projection(self.width, ("embed", "mlp"), name="key")(states)
