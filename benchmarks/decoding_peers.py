@@ -39,6 +39,7 @@ from shared.timing import best_of, parser, report
 from jaxrec.decoding import BeamResult, ItemFilter, Trie, beam_search, build_filter, build_trie
 from jaxrec.models.encoder_decoder import EncoderDecoder
 from jaxrec.models.huggingface import save_t5
+from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import report_user_errors
 from jaxrec.training.flops import matmul_flops
 
@@ -56,7 +57,7 @@ def search(
 ) -> BeamResult:
     """The beams of every context."""
     model = EncoderDecoder(CONFIG)
-    context = model.apply(variables, tokens, mask, method="prefill")
+    context = model.apply(variables, ContextTokens(tokens, mask), method="prefill")
 
     def extend(codes, cache, level):
         return model.apply(variables, context, codes, cache, level, method="extend")
@@ -70,7 +71,7 @@ def search(
 def search_freely(variables: dict, tokens: jax.Array, mask: jax.Array, trie: Trie, *, beam_width: int) -> BeamResult:
     """As CTranslate2 searches: any token at every level but the end, which is left out before the softmax."""
     model = EncoderDecoder(replace(CONFIG, levels=None))
-    context = model.apply(variables, tokens, mask, method="prefill")
+    context = model.apply(variables, ContextTokens(tokens, mask), method="prefill")
 
     def extend(codes, cache, level):
         log_probs, cache = model.apply(variables, context, codes, cache, level, method="extend")

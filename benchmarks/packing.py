@@ -23,10 +23,10 @@ def make_functions(assembly: OneMallAssembly) -> tuple[Callable, Callable]:
     model, catalogue = assembly.model, assembly.catalogue
 
     def score(variables, batch, train=False, table=None):
-        rngs, inputs = {"dropout": jax.random.key(0)}, assembly.features(batch)
-        context = model.apply(variables, inputs, catalogue, train, table, method="prefill", rngs=rngs)
+        rngs, inputs = {"dropout": jax.random.key(0)}, assembly.inputs(catalogue, batch, table)
+        context = model.apply(variables, inputs, train, method="prefill", rngs=rngs)
         codes = catalogue.codes[batch["target"]]
-        return model.apply(variables, context, codes, None, train, method="score", rngs=rngs)[0]
+        return model.apply(variables, context, codes, None, train, method="score", rngs=rngs).log_probs
 
     def gradient(variables, batch, train):
         rest = {name: value for name, value in variables.items() if name != "params"}

@@ -32,9 +32,9 @@ def make_forward(assembly: OneMallAssembly) -> Callable:
     model, catalogue = assembly.model, assembly.catalogue
 
     def forward(variables, batch):
-        context = model.apply(variables, assembly.features(batch), catalogue, method="prefill")
-        log_probs, _ = model.apply(variables, context, catalogue.codes[batch["target"]], method="score")
-        return log_probs, context.mask
+        context = model.apply(variables, assembly.inputs(catalogue, batch), method="prefill")
+        scored = model.apply(variables, context, catalogue.codes[batch["target"]], method="score")
+        return scored.log_probs, context.mask
 
     return jax.jit(forward)
 

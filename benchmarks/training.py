@@ -42,6 +42,7 @@ from shared.timing import best_of, parser, report
 from jaxrec.models.causal import Causal, CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.huggingface import save_qwen2, save_t5
+from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import report_user_errors
 from jaxrec.systems.onemall.training import exact_loss
 from jaxrec.training.flops import matmul_flops, step_flops
@@ -133,19 +134,16 @@ def tiger(config: EncoderDecoderConfig, batch: int, dropout: float, lengths: np.
     contexts = np.concatenate([user, history.reshape(batch, -1)], axis=1)
     mask = np.arange(contexts.shape[1]) < 1 + LEVELS * lengths[:, None]
     targets = rng.integers(0, SIZE, (batch, LEVELS))
-    shapes = (
-        jnp.asarray(contexts[:1], jnp.int32),
-        jnp.ones((1, contexts.shape[1]), bool),
-        jnp.zeros((1, 1, LEVELS), int),
-    )
+    first = ContextTokens(jnp.asarray(contexts[:1], jnp.int32), jnp.ones((1, contexts.shape[1]), bool))
+    shapes = first, jnp.zeros((1, 1, LEVELS), int)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), *shapes))["params"]
 
     def loss(params, arrays, key):
-        tokens, train = arrays["contexts"], bool(dropout)
+        inputs, train = ContextTokens(arrays["contexts"], arrays["mask"] > 0), bool(dropout)
         variables, rngs = {"params": params}, {"dropout": key} if train else None
-        context = model.apply(variables, tokens, arrays["mask"] > 0, train, method="prefill", rngs=rngs)
+        context = model.apply(variables, inputs, train, method="prefill", rngs=rngs)
         codes = arrays["targets"][:, None] - offsets
-        return -model.apply(variables, context, codes, train, method="score", rngs=rngs).mean()
+        return -model.apply(variables, context, codes, None, train, method="score", rngs=rngs).log_probs.mean()
 
     return Case(
         "training_tiger" if full else "training_tiger_lengths",
@@ -161,7 +159,7 @@ def tiger(config: EncoderDecoderConfig, batch: int, dropout: float, lengths: np.
 def make_qwen2(config: CausalConfig) -> tuple[Causal, dict]:
     """The model and random parameters."""
     model = Causal(config)
-    shapes = jnp.zeros((1, 4), int), jnp.ones((1, 4), bool), jnp.zeros((1, 1, LEVELS), int)
+    shapes = ContextTokens(jnp.zeros((1, 4), int), jnp.ones((1, 4), bool)), jnp.zeros((1, 1, LEVELS), int)
     return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), *shapes))["params"]
 
 
@@ -177,8 +175,8 @@ def qwen2(config: CausalConfig, batch: int, lengths: np.ndarray | None = None) -
     def loss(params, arrays, key):
         tokens, variables = arrays["contexts"], {"params": params}
         mask = arrays["mask"] > 0
-        _, states = model.apply(variables, tokens, mask, method="prefill_with_states")
-        log_probs = model.apply(variables, states, tokens, mask, method="score_context")
+        context = model.apply(variables, ContextTokens(tokens, mask), method="prefill")
+        log_probs = model.apply(variables, context.states, tokens, mask, method="score_context")
         return -log_probs[:, 1:].sum() / mask[:, 1:].sum()
 
     return Case(
@@ -203,9 +201,9 @@ def preference(config: CausalConfig, batch: int, packed: bool) -> Case:
         tokens, asked = arrays["contexts"], arrays["targets"]
         if not packed:
             tokens, asked = jnp.repeat(tokens, TARGETS, axis=0), asked.reshape(-1, 1, TOKENS)
-        variables = {"params": params}
-        context = model.apply(variables, tokens, jnp.ones(tokens.shape, bool), method="prefill")
-        scores = model.apply(variables, context, asked, method="score").sum(-1).reshape(-1, TARGETS)
+        variables, inputs = {"params": params}, ContextTokens(tokens, jnp.ones(tokens.shape, bool))
+        context = model.apply(variables, inputs, method="prefill")
+        scores = model.apply(variables, context, asked, method="score").log_probs.sum(-1).reshape(-1, TARGETS)
         return -jax.nn.log_softmax(scores)[:, 0].mean()
 
     return Case(

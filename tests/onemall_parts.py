@@ -8,8 +8,7 @@ import numpy as np
 
 from jaxrec.data.features import AGES, FeatureConfig, cut
 from jaxrec.data.popularity import PopularityByPeriod
-from jaxrec.models.context import CatalogueArrays
-from jaxrec.models.cross_decoder import CrossDecoder, CrossDecoderConfig
+from jaxrec.models.cross_decoder import CatalogueArrays, CrossDecoder, CrossDecoderConfig
 from jaxrec.models.prior import build_prior
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.onemall.model import OneMallAssembly

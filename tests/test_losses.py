@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 
 from jaxrec.losses import contrastive, likelihood
 from jaxrec.losses.contrastive import in_batch_softmax, margin_rank, pair_loss, relevance_regression
-from jaxrec.losses.likelihood import binary, full_softmax, next_token, sampled_softmax
+from jaxrec.losses.likelihood import binary, full_softmax, log_likelihood, next_token, sampled_softmax
 
 
 @pytest.mark.parametrize("module", [contrastive, likelihood])
@@ -33,6 +33,29 @@ def test_next_token_of_padding_is_zero_with_a_zero_gradient():
     assert next_token(log_probs, where).tolist() == [0.0, 3.0]
     gradient = jax.grad(lambda x: next_token(x, where).sum())(log_probs)
     assert gradient.tolist() == [[0.0, 0.0], [-1.0, -1.0]]
+
+
+def test_tokens_and_targets_that_do_not_exist_count_for_nothing():
+    """Targets of unequal length: of one, two and no tokens."""
+    log_probs = jnp.log(jnp.array([[0.5, 0.1], [0.5, 0.25], [0.3, 0.3]]))
+    where = jnp.array([[True, False], [True, True], [False, False]])
+    np.testing.assert_allclose(log_likelihood(log_probs, where), [-math.log(2), -math.log(8), 0], rtol=1e-6)
+    np.testing.assert_allclose(next_token(log_probs, where), [math.log(2), math.log(8), 0], rtol=1e-6)
+    gradient = jax.grad(lambda x: next_token(x, where).sum())(log_probs.at[0, 1].set(-jnp.inf))
+    np.testing.assert_array_equal(gradient, -where.astype(jnp.float32))
+
+
+def test_smoothed_labels_by_hand():
+    """Of two tokens over levels of two and four: 0.7 of the true one's -log p and 0.3 of the level's mean."""
+    levels = [np.log([0.25, 0.75]), np.log([0.1, 0.2, 0.3, 0.4])]
+    log_probs = jnp.array([[levels[0][1], levels[1][2]]])
+    means = jnp.array([[level.mean() for level in levels]])
+    expected = -0.7 * (math.log(0.75) + math.log(0.3)) - 0.3 * (levels[0].mean() + levels[1].mean())
+    smooth = {"mean_log_probs": means, "smoothing": 0.3}
+    np.testing.assert_allclose(next_token(log_probs, jnp.array([True]), **smooth), [expected], rtol=1e-6)
+    first = next_token(log_probs, jnp.array([[True, False]]), **smooth)
+    np.testing.assert_allclose(first, [-0.7 * math.log(0.75) - 0.3 * levels[0].mean()], rtol=1e-6)
+    assert next_token(log_probs, jnp.array([False]), **smooth) == 0
 
 
 def test_in_batch_softmax_by_hand():

@@ -1,4 +1,4 @@
-"""OneMall's model: its three verbs against one another, and against the enumeration of every ID."""
+"""OneMall's model against the enumeration of every ID; its verbs: test_models_contract.py."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from onemall_parts import BEHAVIORS, ITEMS, MODEL, SIZES, make_arrays, make_assembly, make_history, make_variables
+from onemall_parts import BEHAVIORS, MODEL, SIZES, make_arrays, make_assembly, make_history, make_variables
 
 from jaxrec.systems.onemall.training import losses, move_biases
 
@@ -47,31 +47,15 @@ def run(**changes) -> dict:
 def everything(assembly, variables, arrays) -> dict:
     model = assembly.model
     targets = jnp.broadcast_to(IDS, (len(HISTORIES), *IDS.shape))
-    context = model.apply(variables, assembly.features(arrays), assembly.catalogue, method="prefill")
-    scored, state = model.apply(variables, context, targets, method="score")
-    steps, cache = [], None
-    for level in range(len(SIZES)):
-        tokens = targets[..., level - 1] if level else None
-        log_probs, cache = model.apply(variables, context, tokens, cache, level, method="extend")
-        steps.append(jnp.broadcast_to(log_probs, (*targets.shape[:2], SIZES[level])))
-        # From the one beam of the first level to a beam for every ID.
-        cache = jax.tree.map(lambda x: jnp.repeat(x, len(IDS) // x.shape[1], axis=1), cache)
-    return {"context": context, "scored": scored, "state": state, "steps": steps}
-
-
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_score_is_the_product_of_the_steps_of_extend(changes):
-    found = run(**changes)
-    stepwise = [np.take_along_axis(p, IDS[None, :, m, None], -1)[..., 0] for m, p in enumerate(found["steps"])]
-    np.testing.assert_allclose(found["scored"], np.stack(stepwise, -1), atol=2e-5)
+    context = model.apply(variables, assembly.inputs(assembly.catalogue, arrays), method="prefill")
+    scored = model.apply(variables, context, targets, method="score")
+    return {"context": context, "scored": scored.log_probs, "state": scored.end}
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_probabilities_sum_to_one(changes):
-    """Over the codes of a level after any prefix, and over all IDs together; also where nothing is known of a user."""
+    """Over all IDs together; also where nothing is known of a user."""
     found = run(**changes)
-    for log_probs in found["steps"]:
-        np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-5)
     np.testing.assert_allclose(np.exp(found["scored"].sum(-1)).sum(-1), 1, atol=1e-5)
     # Far from uniform, so that the comparisons say something.
     assert np.exp(found["scored"].sum(-1)).max() > 3 / len(IDS)
@@ -82,22 +66,22 @@ def test_the_mixture_is_the_mixture_of_whole_ids():
     context = run()["context"]
     generated = run(habit=False)["scored"].sum(-1)  # of the same parameters otherwise
     for row in range(len(HISTORIES)):
-        habit = np.array([context.habit_weights[row][(context.habit_codes[row] == each).all(-1)].sum() for each in IDS])
-        share = context.share[row]
+        weights, share = context.points.weights[row, 0], context.points.share[row, 0]
+        habit = np.array([weights[(context.codes[row] == each).all(-1)].sum() for each in IDS])
         joint = (1 - share) * np.exp(generated[row]) + share * habit
         np.testing.assert_allclose(joint.sum(), 1, atol=1e-5)
         for index, each in enumerate(IDS):
             sums = [joint[(IDS[:, :levels] == each[:levels]).all(-1)].sum() for levels in range(len(SIZES) + 1)]
             expected = [sums[level + 1] / sums[level] for level in range(len(SIZES))]
             np.testing.assert_allclose(np.exp(run()["scored"][row, index]), expected, rtol=2e-4, atol=1e-6)
-    assert 0 < context.share[0] < 1
-    np.testing.assert_allclose(context.habit_weights[:2].sum(-1), 1, atol=1e-6)
+    assert 0 < context.points.share[0, 0] < 1
+    np.testing.assert_allclose(context.points.weights[:2].sum(-1), 1, atol=1e-6)
 
 
 def test_without_history_there_is_no_habit():
     context = run()["context"]
-    assert context.share[2] == 0
-    assert not context.habit_weights[2].any()
+    assert context.points.share[2] == 0
+    assert not context.points.weights[2].any()
     assert not context.mask[2].any()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run()))
 
@@ -109,39 +93,6 @@ def test_the_context_is_as_long_as_what_is_read():
     read = [min(MODEL.recent, len(np.unique(h["item"][h["behavior"] == 1]))) for h in HISTORIES]
     events = [sum(min(6, (h["behavior"] == b).sum()) for b in range(2)) for h in HISTORIES]
     assert uncompressed.mask.sum(-1).tolist() == (np.array(read) + events).tolist()
-
-
-@pytest.mark.parametrize("dispatch", ["blocked", "dense"])
-def test_packed_targets_are_as_if_each_were_alone(dispatch):
-    variables, context = make()[1], run()["context"]
-    model = make_assembly(dataclasses.replace(MODEL, dispatch=dispatch)).model
-    score = functools.partial(jax.jit(functools.partial(model.apply, method="score")), variables, context)
-    some = np.broadcast_to(IDS[::3], (len(HISTORIES), 8, 3))
-    packed, states = score(some)
-    for place in range(8):
-        alone, state = score(some[:, place : place + 1])
-        np.testing.assert_allclose(packed[:, place], alone[:, 0], atol=2e-5)
-        np.testing.assert_allclose(states[:, place], state[:, 0], atol=2e-5)
-    np.testing.assert_allclose(packed, run()["scored"][:, ::3], atol=2e-5)
-
-
-@pytest.mark.parametrize("changes", [{}, UNCOMPRESSED], ids=["compressed", "uncompressed"])
-def test_what_is_masked_does_not_matter(changes):
-    _, variables, arrays = make(**changes)
-    rng = np.random.default_rng(3)
-    spoiled = {name: value.copy() for name, value in arrays.items()}
-    for name in ("history_0", "history_1", "past"):
-        hidden = ~arrays[f"{name}_mask"]
-        assert hidden.any()
-        spoiled[f"{name}_item"][hidden] = rng.integers(0, ITEMS, hidden.sum())
-        spoiled[f"{name}_age"][hidden] = rng.integers(0, 24, hidden.sum())
-    spoiled["habit"][~arrays["past_mask"]] = 9.0
-    found = compiled(**changes)(variables, spoiled)
-    np.testing.assert_allclose(found["scored"], run(**changes)["scored"], atol=1e-6)
-    # And what is not masked does.
-    spoiled["past_item"] = (spoiled["past_item"] + 1) % ITEMS
-    other = compiled(**changes)(variables, spoiled)
-    assert np.abs(other["scored"][:2] - run(**changes)["scored"][:2]).max() > 1e-3
 
 
 @pytest.mark.parametrize("places", [False, True])
@@ -181,22 +132,17 @@ def test_contrast_is_the_cosine_over_a_temperature():
     assert np.abs(scores).max() <= 20.001
 
 
-def test_gradients_are_finite_reach_every_parameter_and_no_bias_of_a_router():
+def test_the_auxiliary_task_trains_the_item_tower_and_no_bias_of_a_router():
     assembly, variables, arrays = make(layers=1)
-    targets = jnp.array([[0, 5, 9], [2, 3, 11], [1, 1, 7]])
-    targets = targets.at[:2, 0].set(arrays["past_item"][:2, 0])  # a habit, for the habit head to learn from
+    targets = jnp.array([[[0, 1, 1]], [[2, 0, 1]], [[1, 1, 0]]])
 
     def loss(variables):
-        log_probs, scores = assembly.model.apply(variables, assembly.features(arrays), targets, assembly.catalogue)
-        return jax.nn.logsumexp(scores) - log_probs.sum()
+        _, scores = assembly.model.apply(variables, assembly.inputs(assembly.catalogue, arrays), targets)
+        return jax.nn.logsumexp(scores)
 
     gradients = jax.jit(jax.grad(loss))(variables)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-    dead = [
-        jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(gradients["params"]) if not leaf.any()
-    ]
-    # A bias under a softmax moves nothing.
-    assert set(dead) <= {"['habit']['habit_out']['bias']"}
+    assert all(leaf.any() for leaf in jax.tree.leaves([gradients["params"][name] for name in ("item_tower", "match")]))
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients["balance"]))
     assert len(jax.tree.leaves(gradients["balance"])) == 1
 

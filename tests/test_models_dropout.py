@@ -23,6 +23,7 @@ from jaxrec.models.sequential import (
     SasRecConfig,
     SequentialModel,
 )
+from jaxrec.models.vocabulary import ContextTokens
 
 RATE = 0.9
 ADDED = re.compile(r"/((out|down|out_\d+)/weight|moe/down|norm_\d+_1/scale)$")
@@ -40,7 +41,7 @@ def onemall(**changes):
     arrays = onemall_parts.make_arrays([onemall_parts.make_history(seed, 9) for seed in range(2)], assembly)
 
     def run(apply):
-        context = apply(assembly.features(arrays), assembly.catalogue, True, method="prefill")
+        context = apply(assembly.inputs(assembly.catalogue, arrays), True, method="prefill")
         apply(context, TARGETS, None, True, method="score")
 
     return run, assembly.model, onemall_parts.make_variables(assembly)
@@ -49,23 +50,25 @@ def onemall(**changes):
 def rankgr():
     backbone = dataclasses.replace(rankgr_parts.BACKBONE, dropout=RATE)
     config = dataclasses.replace(rankgr_parts.MODEL, backbone=backbone)
-    assembly, codes = rankgr_parts.make_assembly(config), rankgr_parts.make_assembly(config).catalogue.codes
+    assembly = rankgr_parts.make_assembly(config)
     features = dataclasses.replace(rankgr_parts.FEATURES, buckets=(6,))
     arrays = rankgr_parts.make_arrays([rankgr_parts.make_record(seed, 9) for seed in range(2)], features)
 
     def run(apply):
-        context = apply(arrays, codes, apply(codes, method="item_table"), True, method="read")
-        apply(context, TARGETS, True, method="score")
+        context = apply(assembly.inputs(assembly.catalogue, arrays), True, method="prefill")
+        apply(context, TARGETS, None, True, method="score")
 
     return run, assembly.model, rankgr_parts.make_variables(config)
 
 
 def tokens(model):
-    def run(apply):
-        context = apply(TOKENS, MASK, True, method="prefill")
-        apply(context, TARGETS, True, method="score")
+    inputs = ContextTokens(TOKENS, MASK)
 
-    return run, model, random_variables(model, TOKENS, MASK, TARGETS)
+    def run(apply):
+        context = apply(inputs, True, method="prefill")
+        apply(context, TARGETS, None, True, method="score")
+
+    return run, model, random_variables(model, inputs, TARGETS)
 
 
 def sequential(config):

@@ -19,7 +19,7 @@ from jaxrec.config import UserError
 from jaxrec.models.causal import Causal, CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.huggingface import load_qwen2, load_t5, save_qwen2, save_t5
-from jaxrec.models.vocabulary import level_logits
+from jaxrec.models.vocabulary import ContextTokens, level_logits
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 T5, GATED, QWEN2 = "t5_relu_tied", "t5_gated_untied", "qwen2_tied"
@@ -88,14 +88,9 @@ def test_logits_are_those_of_transformers(name):
         return level_logits(module._table(), states, 0, None, True)[0]
 
     def run(module, tokens, mask, targets):
-        if name == QWEN2:
-            context, states = module.prefill_with_states(tokens, mask)
-        else:
-            context, states = module.prefill(tokens, mask), None
-        first = jnp.broadcast_to(context.state[:, None, None], (*targets.shape[:2], 1, config.width))
-        rest = module.states(context, targets[..., :-1])
-        found = {"logits": logits_of(module, jnp.concatenate([first, rest], axis=2))}
-        return found | ({} if states is None else {"context": logits_of(module, states)})
+        context = module.prefill(ContextTokens(tokens, mask))
+        found = {"logits": logits_of(module, module.score(context, targets).states)}
+        return found | ({"context": logits_of(module, context.states)} if name == QWEN2 else {})
 
     arrays = golden["tokens"], golden["mask"].astype(bool), golden["targets"]
     found = jax.jit(lambda params, *arrays: model.apply({"params": params}, *arrays, method=run))(params, *arrays)
@@ -166,7 +161,8 @@ def test_an_initialised_model_is_saved_and_read(tmp_path):
     """Parameters as `init` gives them, boxed with their axes; levels survive."""
     config = CausalConfig(vocabulary=12, width=8, heads=2, groups=1, head_dim=4, hidden=6, layers=1, tied=False)
     config = dataclasses.replace(config, levels=((2, 4), (6, 5)), restrict=False)
-    arrays = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), jnp.zeros((1, 1, 2), jnp.int32)
+    context = ContextTokens(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    arrays = context, jnp.zeros((1, 1, 2), jnp.int32)
     variables = Causal(config).init(jax.random.key(0), *arrays)
     save_qwen2(tmp_path, config, variables["params"])
     again, params = load_qwen2(tmp_path)

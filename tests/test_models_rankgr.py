@@ -39,12 +39,12 @@ def everything(config, params, arrays, targets, last=None):
     """Log-probabilities [B, L, M] and rank logits [B, L, M] of the true codes, given the true ones before."""
     assembly = make_assembly(config)
     apply = functools.partial(assembly.model.apply, {"params": params})
-    table = apply(assembly.catalogue.codes, method="item_table")
-    context = apply(arrays, assembly.catalogue.codes, table, False, assembly.prior, method="read")
+    context = apply(assembly.inputs(assembly.catalogue, arrays), method="prefill")
     memory = apply(context, method="memory")
     if last is not None:
-        context = apply(context, last, method="at")
-    log_probs, _, states = apply(context, targets, method="score")
+        context = context.at(last)
+    scored = apply(context, targets, method="score")
+    log_probs, states = scored.log_probs, scored.states
     logits = []
     for level in range(len(SIZES)):
         prefixes = apply(states[:, :, : level + 1], method="prefixes")
@@ -91,30 +91,13 @@ def test_packed_targets_are_scored_as_each_by_itself(config):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5, rtol=1e-4), gradient, expected_gradient)
 
 
-@pytest.fixture(scope="module")
-def score():
-    return jax.jit(
-        lambda params, targets: jnp.stack(everything(MODEL, params, ARRAYS, targets, LAST[:, : targets.shape[1]]))
-    )
-
-
-def test_a_target_does_not_change_the_others(score):
-    params = make_variables()["params"]
-    whole = score(params, TARGETS)
-    changed = score(params, TARGETS.at[:, 1].set((TARGETS[:, 1] + 1) % jnp.array(SIZES)))
-    np.testing.assert_array_equal(np.delete(changed, 1, 2), np.delete(whole, 1, 2))
-    assert not np.allclose(changed[:, :, 1], whole[:, :, 1])
-    np.testing.assert_allclose(score(params, TARGETS[:, :3]), whole[:, :, :3], atol=1e-6)
-
-
 def test_the_rank_head_is_target_attention_over_all_states_and_an_mlp():
     """RankGR Eq. 13-15 written out, with `match`: one candidate, one query, all states as its memory."""
     assembly, params = make_assembly(), make_variables()["params"]
     apply = functools.partial(assembly.model.apply, {"params": params})
-    context = apply(
-        ARRAYS, assembly.catalogue.codes, apply(assembly.catalogue.codes, method="item_table"), method="read"
-    )
-    log_probs, _, states = apply(context, TARGETS, method="score")
+    context = apply(assembly.inputs(assembly.catalogue, ARRAYS), method="prefill")
+    scored = apply(context, TARGETS, method="score")
+    log_probs, states = scored.log_probs, scored.states
     found = apply(
         context,
         apply(context, method="memory"),
@@ -133,7 +116,7 @@ def test_the_rank_head_is_target_attention_over_all_states_and_an_mlp():
         code = TARGETS[b, k, LEVEL]
         x = np.asarray(embed[sum(SIZES[:LEVEL]) + code])
         # The last state is also what predicts the first code, and there once.
-        history = context.states[b][: int(ARRAYS["mask"][b].sum()) - 1]
+        history = context.own.states[b][: int(ARRAYS["mask"][b].sum()) - 1]
         memory = norm(np.concatenate([history, states[b, k]]), head["states_norm"])
         part, out = head["attention"], []
         query = np.einsum("D,DNH->NH", norm(x, part["norm"]), part["query"]["weight"])
@@ -161,11 +144,11 @@ def test_a_pointer_mixes_the_historys_items_with_what_the_decoder_generates():
     head, sigmoid = variables["params"]["pointer"], lambda x: 1 / (1 + np.exp(-x))
     context = assembly.context(assembly.serve(variables), ARRAYS)
     for b in range(2):
-        length, state = int(ARRAYS["mask"][b].sum()), np.asarray(context.own.state[b])
+        length, state = int(ARRAYS["mask"][b].sum()), np.asarray(context.own.state[b, 0])
         share = 0.999 * sigmoid(state @ head["share"]["weight"][:, 0] + head["share"]["bias"][0])
         query, weights = state @ head["query"]["weight"], []
         for place in range(length):
-            match = query @ (np.asarray(context.states[b, place]) @ head["key"]["weight"]) / 12**0.5
+            match = query @ (np.asarray(context.own.states[b, place]) @ head["key"]["weight"]) / 12**0.5
             weights.append(np.exp(match - head["decay"] * np.log(length - place)))
         weights = np.array(weights) / sum(weights)
         codes = assembly.space.codes[ARRAYS["item"][b, :length]]
@@ -251,10 +234,10 @@ def test_items_are_scored_by_themselves_at_the_end_of_the_beam(config):
         served = assembly.serve(variables)
         context = assembly.context(served, make_arrays([RECORDS[row]], features))
         factors = (
-            assembly.model.apply(variables, context.own.state, method="item_query"),
+            assembly.model.apply(variables, context.own.state[:, 0], method="item_query"),
             assembly.model.apply(variables, served["table"], method="item_vectors"),
         )
-        log_probs, _, _ = assembly.model.apply(variables, context, assembly.space.ids[None], method="score")
+        log_probs = assembly.model.apply(variables, context, assembly.space.ids[None], method="score").log_probs
         expected = np.asarray(factors[1] @ factors[0][0])[first] + 0.5 * np.asarray(log_probs)[0].sum(-1)
         order = np.argsort(-expected, kind="stable")
         np.testing.assert_allclose(np.unique(scores[row]), np.unique(expected), atol=1e-4)

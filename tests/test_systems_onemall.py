@@ -77,7 +77,7 @@ def plain_losses(assembly, variables: dict, arrays: dict) -> dict:
             log_probs = jnp.broadcast_to(log_probs, (*TARGET.shape, log_probs.shape[-1]))
             cache = jax.tree.map(lambda x: jnp.repeat(x, TARGET.shape[1], axis=1), cache)
         next_tokens -= sum(log_probs[b, k, codes[b, k, level]] for b, k in np.argwhere(REAL[:3]))
-    _, states = assembly.model.apply(variables, context, codes, method="score")
+    states = assembly.model.apply(variables, context, codes, method="score").end
     every = jnp.arange(len(catalogue.codes))
     towers = assembly.model.apply(
         variables, every, method=lambda model, items: model.item_tower(model._item_features(items, catalogue))

@@ -28,6 +28,7 @@ from jaxrec.data.leveled_sessions import next_items, targets
 from jaxrec.models.causal import Causal
 from jaxrec.models.huggingface import save_qwen2
 from jaxrec.models.rankgr import RankConfig, RankGRConfig
+from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
@@ -92,8 +93,8 @@ def test_the_losses_are_those_of_the_paper():
     served = assembly.serve(variables)
     context = assembly.context(served, batch)
     packed = pack(assembly, CONFIG, batch)
-    seen = assembly.model.apply(variables, context, packed["last"], method="at")
-    score = assembly.model.apply(variables, seen, assembly.catalogue.codes[packed["item"]], method="score")[0].sum(-1)
+    view, codes = context.at(packed["last"]), assembly.catalogue.codes[packed["item"]]
+    score = assembly.model.apply(variables, view, codes, method="score").log_probs.sum(-1)
     next_token, ldpo, number, one_level = 0.0, 0.0, 0, 0
     for b in range(2):
         level, rows = batch["target_level"][b], np.flatnonzero(batch["target_level"][b] >= 0)
@@ -170,7 +171,7 @@ def plain_losses(assembly, params, batch: dict) -> dict:
     variables = {"params": params}
     served = assembly.serve(variables)
     context = assembly.context(served, arrays)
-    query = assembly.model.apply(variables, context.own.state, method=lambda model, x: model.query(x))
+    query = assembly.model.apply(variables, context.own.state[:, 0], method=lambda model, x: model.query(x))
     codes, cache, tables = assembly.space.codes[[each["item"] for each in rows]], None, []
     for level in range(codes.shape[1]):
         before = None if level == 0 else codes[:, level - 1, None]
@@ -226,8 +227,8 @@ def scored(config: RankGRRunConfig, batch: dict):
     """(a batch's targets as the step packs them, what `rank_loss` takes before and after its targets)."""
     assembly, variables = make_assembly(), make_variables()
     context, packed = assembly.context(assembly.serve(variables), batch), pack(assembly, config, batch)
-    seen = assembly.model.apply(variables, context, packed["last"], method="at")
-    _, _, states = assembly.model.apply(variables, seen, assembly.catalogue.codes[packed["item"]], method="score")
+    view, codes = context.at(packed["last"]), assembly.catalogue.codes[packed["item"]]
+    states = assembly.model.apply(variables, view, codes, method="score").states
     return packed, (assembly, assembly.catalogue.codes, variables, context, states)
 
 
@@ -247,10 +248,11 @@ def test_the_rank_heads_loss_by_hand(count):
     def apply(*args, method):
         return assembly.model.apply(variables, *args, method=method)
 
-    seen, memory = apply(context, packed["last"], method="at"), apply(context, method="memory")
+    seen, memory = context.at(packed["last"]), apply(context, method="memory")
     tables = []
     for level, size in enumerate(assembly.space.codebook_sizes):
-        log_probs = apply(states[:, :, level], method=lambda m, x, i=level: m.backbone.level_log_probs(x, i))
+        logits, log_z = apply(states[:, :, level], method=lambda m, x, i=level: m.backbone._level_logits(i, x))
+        log_probs = logits - log_z[..., None]
         prefixes = apply(states[:, :, : level + 1], method="prefixes")
         every = jnp.broadcast_to(jnp.arange(size), log_probs.shape)
         tables.append(
@@ -381,7 +383,7 @@ def test_levels_that_do_not_fit_the_behaviors_are_refused(given):
 def save_tiny_qwen2(folder: Path) -> dict:
     one = jnp.zeros((1, 1), jnp.int32)
     config = dataclasses.replace(BACKBONE, vocabulary=9)
-    params = Causal(config).init(jax.random.key(5), one, one > -1, one[None])["params"]
+    params = Causal(config).init(jax.random.key(5), ContextTokens(one, one > -1), one[None])["params"]
     params = jax.tree.map(lambda leaf: leaf + 0.1, jax.tree.map(jnp.asarray, jax.device_get(nn.unbox(params))))
     rng, words = np.random.default_rng(0), params["embed"]["table"].shape
     params["embed"]["table"] = jnp.asarray(np.arange(words[1]) + 0.02 * rng.normal(size=words), jnp.float32)

@@ -55,8 +55,8 @@ def log_probs(recommender) -> np.ndarray:
 
     @jax.jit
     def score(variables, arrays, targets):
-        context = assembly.model.apply(variables, assembly.features(arrays), assembly.catalogue, method="prefill")
-        return assembly.model.apply(variables, context, targets, method="score")[0].sum(-1)
+        context = assembly.model.apply(variables, assembly.inputs(assembly.catalogue, arrays), method="prefill")
+        return assembly.model.apply(variables, context, targets, method="score").log_probs.sum(-1)
 
     rows = []
     for history in HISTORIES:

@@ -23,6 +23,7 @@ from jaxrec.data.item_sequences import ItemSequenceConfig, following, whole
 from jaxrec.evaluation import make_cases
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import popularity_prior
+from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import TRAINING, Run, read_json
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.serving.retriever import Retriever
@@ -88,8 +89,8 @@ def plain_loss(assembly, params, history: list[int], user: int, target: int, smo
     else:
         tokens = np.concatenate([[user], (CODES[history] + offsets).ravel()])
     variables = {"params": params}
-    given = jnp.asarray(tokens[None], jnp.int32), jnp.ones((1, len(tokens)), bool), False, assembly.prior
-    context = assembly.model.apply(variables, *given, method="prefill")
+    inputs = ContextTokens(jnp.asarray(tokens[None], jnp.int32), jnp.ones((1, len(tokens)), bool), assembly.prior)
+    context = assembly.model.apply(variables, inputs, method="prefill")
     total, cache = 0.0, None
     for level, code in enumerate(CODES[target]):
         before = None if level == 0 else jnp.full((1, 1), CODES[target][level - 1], jnp.int32)
@@ -224,8 +225,8 @@ def test_an_items_position_is_the_sum_of_its_codes():
     given = {"params": {**params, "embed": {"table": whole}}}
     wider = EncoderDecoder(dataclasses.replace(assembly.model.config, vocabulary=len(whole)))
     flat = jnp.array([[tokens[0, 0, 0], len(table), len(table) + 1]])
-    expected = wider.apply(given, flat, jnp.ones((1, 3), bool), method="prefill").state
-    found = assembly.model.apply({"params": params}, tokens, mask, method="prefill").state
+    expected = wider.apply(given, ContextTokens(flat, jnp.ones((1, 3), bool)), method="prefill").state
+    found = assembly.model.apply({"params": params}, ContextTokens(tokens, mask), method="prefill").state
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

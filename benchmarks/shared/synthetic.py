@@ -13,8 +13,7 @@ import numpy as np
 from jaxrec.config import load_config
 from jaxrec.data.features import AGES, FeatureConfig, cut, targets
 from jaxrec.data.popularity import PopularityByPeriod
-from jaxrec.models.context import CatalogueArrays
-from jaxrec.models.cross_decoder import CrossDecoder
+from jaxrec.models.cross_decoder import CatalogueArrays, CrossDecoder
 from jaxrec.models.prior import build_prior
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.generative import bound_loss

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.huggingface import save_t5
+from jaxrec.models.vocabulary import ContextTokens
 
 LEVELS, SIZE, FIRST = 4, 256, 3
 CONTEXT = 80
@@ -30,7 +31,7 @@ CONFIG = EncoderDecoderConfig(
 
 def make_t5(seed: int = 0, config: EncoderDecoderConfig = CONFIG) -> dict:
     """Random parameters of `EncoderDecoder(config)`: {"params": ...}."""
-    shapes = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool), jnp.zeros((1, 1, LEVELS), jnp.int32)
+    shapes = ContextTokens(jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)), jnp.zeros((1, 1, LEVELS), jnp.int32)
     return nn.unbox(jax.jit(EncoderDecoder(config).init)(jax.random.key(seed), *shapes))
 
 

@@ -14,21 +14,41 @@ ROWS = 256
 """targets of a chunk of `full_softmax`"""
 
 
-def next_token(log_probs: jax.Array, where: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each target: the sum of its tokens' -log p.
+def log_likelihood(log_probs: jax.Array, where: jax.Array) -> jax.Array:
+    """The log-probability of each target: the sum of its tokens' (pi of RankGR Eq. 5).
 
-    log_probs [..., M] of the true tokens, where [...] bool: which targets exist. Returns [...], 0 where there is none.
+    log_probs [..., M] of the true tokens; where bool [...]: the targets that exist, or [..., M]: the tokens that exist,
+    where targets are of unequal length. Returns [...], 0 where there is none.
+
+    >>> log_likelihood(jnp.log(jnp.array([[0.5, 0.25]])), jnp.array([[True, False]])).round(3)
+    Array([-0.693], dtype=float32)
+    """
+    where = where if where.ndim == log_probs.ndim else where[..., None]
+    return jnp.where(where, log_probs, 0.0).sum(-1)
+
+
+def next_token(
+    log_probs: jax.Array, where: jax.Array, *, mean_log_probs: jax.Array | None = None, smoothing: float = 0.0
+) -> jax.Array:
+    """Negative log-likelihood of each target, with smoothed labels (Szegedy et al. 2016) if asked for.
+
+        - sum over m of (1 - a) log p_m + a / K * sum over the K tokens of the level of log p,    a the smoothing
+
+    log_probs and where as for `log_likelihood`; mean_log_probs [..., M], for smoothing alone: the mean log-probability
+    of the level's tokens. Returns [...], 0 where there is no target.
 
     >>> next_token(jnp.log(jnp.array([[0.5, 0.25]])), jnp.array([True])).round(3)
     Array([2.079], dtype=float32)
     """
-    return jnp.where(where, -log_probs.sum(-1), 0.0)
+    if smoothing:
+        log_probs = (1 - smoothing) * log_probs + smoothing * mean_log_probs
+    return -log_likelihood(log_probs, where)
 
 
 def sampled_softmax(
     positive: jax.Array, negatives: jax.Array, *, log_draws: jax.Array, candidates: jax.Array, where: jax.Array
 ) -> jax.Array:
-    """-log softmax of each target's score among all items, of which only some that were drawn are looked at.
+    """-log softmax of each target's score among all items, estimated from some that were drawn.
 
         -log exp(s_t) / (exp(s_t) + sum over drawn j != t of exp(s_j - log n q_j))
 
@@ -73,12 +93,13 @@ def full_softmax(
     label_smoothing: float = 0.0,
     rows: int = ROWS,
 ) -> jax.Array:
-    """-log softmax of each target's item among all items, without the logits of all targets ever being there at once.
+    """-log softmax of each target's item among all items, computed in chunks of targets.
 
         -(1 - a) log p(target) - a / I * sum over items of log p(item),    p = softmax(states @ table.T),   a smoothing
 
-    Targets that exist are moved to the front and worked through `rows` at a time, so that a chunk's logits stay in the
-    cache; chunks without a target cost nothing. Gradients are made with the values, while a chunk's logits are there.
+    The logits of all targets are never in memory together. Targets that exist are moved to the front and computed in
+    chunks of `rows`, whose logits stay in the cache; chunks without a target cost nothing. Gradients are computed with
+    the values, from the same logits.
 
     Args:
       states: [T, D].
@@ -86,8 +107,8 @@ def full_softmax(
       targets: int32 [T].
       where: bool [T]: which targets exist.
       label_smoothing: the share of the probability that is spread over all items.
-      rows: targets in a chunk; 0 for all at once, as always under a mesh of several devices, which chunks would cut
-        across.
+      rows: targets in a chunk; 0 computes all targets at once. Under a mesh of several devices all targets are always
+        computed at once, since the targets of a chunk would lie on few of the devices.
 
     Returns:
       float32 [T], 0 where masked.
@@ -119,7 +140,7 @@ def _log_normaliser(states: jax.Array, table: jax.Array, where: jax.Array, rows:
 
 
 def _normaliser_forward(states, table, where, rows):
-    """With the gradients, while the logits are at hand: for every target's state, and for the table if all weigh 1."""
+    """The values and their gradients: of every target's state, and of the table if all targets have weight 1."""
     order, packed, chunks = _pack(states, where, rows)
     real = jnp.arange(len(packed)) < where.sum()
 
@@ -142,7 +163,7 @@ def _normaliser_forward(states, table, where, rows):
 def _normaliser_backward(rows, kept, gradient):
     states, table, where, normaliser, d_states, d_table = kept
     gradient = jnp.where(where, gradient, 0.0)
-    # Nearly always the targets weigh the same, as in a mean; the table's gradient is made again where they don't.
+    # In a mean all targets have the same weight; otherwise the table's gradient is computed again.
     weight = gradient[jnp.argmax(where)]
     d_table = jax.lax.cond(
         ((gradient == weight) | ~where).all(),

@@ -1,7 +1,7 @@
 """Preferences between the items of one session: listwise direct preference optimisation (RankGR Eq. 8).
 
-Items stand on ordered levels (pseudo-exposure < exposure < click < purchase, or any other list), and each is to be
-scored above all items of lower levels. No reward model is needed: what people did is the preference.
+Items have ordered levels (pseudo-exposure < exposure < click < purchase, or any other list). The loss scores each item
+above all items of lower levels. It needs no reward model: behaviors are the preferences.
 """
 
 import jax
@@ -13,9 +13,9 @@ def ldpo(scores: jax.Array, level: jax.Array, where: jax.Array, *, beta: float =
 
         - sum over k of log( e^(beta pi_k) / (e^(beta pi_k) + sum over i on lower levels of e^(beta pi_i)) )
 
-    scores [..., L]: pi, an item's log-probability; level int [..., L], higher is preferred; where bool [..., L]: which
-    items there are. Items of one level aren't compared, and one with nothing below it has no term. Returns [...] in
-    float32; 0 where all items stand on one level (`has_preference`).
+    scores [..., L]: pi, an item's log-probability (`jaxrec.losses.likelihood.log_likelihood`); level int [..., L],
+    higher is preferred; where bool [..., L]: the items that exist. Items of one level aren't compared, and an item with
+    none below it has no term. Returns [...] in float32; 0 where all items have one level (`has_preference`).
 
     >>> ldpo(jnp.zeros(3), jnp.array([2, 1, 1]), jnp.ones(3, bool)).round(3)  # log 3
     Array(1.099, dtype=float32)
@@ -23,7 +23,7 @@ def ldpo(scores: jax.Array, level: jax.Array, where: jax.Array, *, beta: float =
     scaled = beta * scores.astype(jnp.float32)
     lower = (level[..., None, :] < level[..., :, None]) & where[..., None, :] & where[..., :, None]
     compared = lower.any(-1)
-    # Rows without anything below look at themselves, so that no gradient of an empty sum is taken.
+    # An item with none below it is compared with itself, so that no gradient of an empty sum is taken.
     rows = jnp.where(lower | ~compared[..., None], scaled[..., None, :], -jnp.inf)
     rows = jnp.where(compared[..., None], rows, 0.0)
     below = jax.nn.logsumexp(rows, axis=-1)
@@ -31,7 +31,7 @@ def ldpo(scores: jax.Array, level: jax.Array, where: jax.Array, *, beta: float =
 
 
 def has_preference(level: jax.Array, where: jax.Array) -> jax.Array:
-    """Whether a session's items, [..., L], stand on two levels or more: bool [...]."""
+    """Whether a session's items, [..., L], have two levels or more: bool [...]."""
     highest = jnp.where(where, level, jnp.iinfo(jnp.int32).min).max(-1)
     lowest = jnp.where(where, level, jnp.iinfo(jnp.int32).max).min(-1)
     return highest > lowest

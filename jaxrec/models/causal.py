@@ -1,17 +1,17 @@
 """Qwen2 as a model of generative retrieval (RankGR): context and targets go through the same causal layers.
 
-    tokens ──▶ prefill ──▶ CausalContext: per layer K/V of the context; the state of its last token
-                              │         and, for training on every next item, the state of every position (RankGR Eq. 2)
-                              ├─ at(positions): the same K/V, of which each target sees the part up to a position
+    tokens ──▶ prefill ──▶ CausalContext: per layer K/V of the context, and the state of every position
+                              ├─ at(last): a view of it in which each target sees the part up to a position
                targets ──▶ score:  [B, L, M] log-probabilities under the mask of RankGR Eq. 7, which is never built
                beams   ──▶ extend: one more code for every beam, its cache is [B, W, t, N, H] a layer
+
+The states of all positions predict every next token of the context as well (`score_context`, RankGR Eq. 2).
 
 The context's last token predicts the first code of every target, so a target of M codes costs M - 1 tokens. Positions
 count real tokens only: padding on either side of a context changes nothing, and every target continues where its
 context ends. Weights as Hugging Face has them are read by `jaxrec.models.huggingface`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -20,11 +20,14 @@ from flax import linen as nn
 from flax import struct
 
 from jaxrec.config import UserError, check_choice, check_least, check_shares
+from jaxrec.models.contract import Scored, score_targets
+from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import (
+    ContextTokens,
     Levels,
     check_levels,
     level_log_probs,
-    target_log_probs,
+    level_logits,
     to_tokens,
     token_log_probs,
 )
@@ -89,25 +92,24 @@ class CausalConfig:
 
 @struct.dataclass
 class CausalContext:
-    """A prefilled context. Never copied per target.
+    """A prefilled context. Never copied per target. X is 1, or L in a view of which each target sees another part.
 
-    own: per layer K/V [B, S, G, H]; mask bool [B, S]; length int32 [B]: real tokens, which is the position of every
-    target's first code; state [B, D] of the last real token, from which the first code is predicted. Where every target
-    sees another part of the context (`at`): mask [B, L, S], length [B, L], state [B, L, D].
+    own: per layer K/V [B, S, G, H]; states [B, S, D] of all positions, each of which predicts the token after it; mask
+    bool [B, X, S]; length int32 [B, X]: real tokens, which is the position of a target's first code; state [B, X, D] of
+    the last real token, from which the first code is predicted; prior: added to the logits of the codes.
     """
 
     own: tuple[KeyValue, ...]
+    states: jax.Array
     mask: jax.Array
     length: jax.Array
     state: jax.Array
+    prior: Prior | None = None
 
-    def at(self, states: jax.Array, last: jax.Array) -> "CausalContext":
-        """The context as L targets see it, each up to a position of it: last int32 [B, L], of a real token.
-
-        states [B, S, D] of all positions, as `Causal.prefill_with_states` returns them. Nothing is copied.
-        """
-        mask = self.mask[:, None] & (jnp.arange(self.mask.shape[1]) <= last[..., None])
-        state = jnp.take_along_axis(states, last[..., None], axis=1)
+    def at(self, last: jax.Array) -> "CausalContext":
+        """A view: target l sees the positions up to last int32 [B, L], each of a real token."""
+        mask = self.mask & (jnp.arange(self.mask.shape[-1]) <= last[..., None])
+        state = jnp.take_along_axis(self.states, last[..., None], axis=1)
         return self.replace(mask=mask, length=mask.sum(-1).astype(jnp.int32), state=state)
 
 
@@ -119,7 +121,7 @@ class CausalLayer(nn.Module):
     def setup(self):
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
-        # What a block adds begins as small as the embeddings are, which it would drown otherwise.
+        # A block's initial output is as small as the embeddings, which it would drown otherwise.
         gain = cfg.width**-0.5
         self.attention = SelfAttention(
             *(cfg.width, cfg.heads, cfg.groups, cfg.head_dim, cfg.bias, cfg.rotary_base, None, cfg.epsilon, dtype, gain)
@@ -166,21 +168,15 @@ class Causal(nn.Module):
         self.norm = RMSNorm(cfg.epsilon)
         self.drop, self.target_drop = dropouts(cfg)
 
-    def prefill(self, tokens: jax.Array, mask: jax.Array, train: bool = False) -> CausalContext:
-        """Read B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding on either side.
+    def prefill(self, inputs: ContextTokens, train: bool = False) -> CausalContext:
+        """Read B contexts once; padding stands on either side.
 
         A row without any token gives finite numbers that mean nothing.
         """
-        return self.prefill_with_states(tokens, mask, train)[0]
+        return self.read(self.embed(inputs.tokens), inputs.mask, train, inputs.prior)
 
-    def prefill_with_states(
-        self, tokens: jax.Array, mask: jax.Array, train: bool = False
-    ) -> tuple[CausalContext, jax.Array]:
-        """As `prefill`, and the states [B, S, D] of all positions, each of which predicts the token after it."""
-        return self.read(self.embed(tokens), mask, train)
-
-    def read(self, x: jax.Array, mask: jax.Array, train: bool = False) -> tuple[CausalContext, jax.Array]:
-        """As `prefill_with_states`, of positions that are given as vectors x [B, S, D] in place of tokens."""
+    def read(self, x: jax.Array, mask: jax.Array, train: bool = False, prior: Prior | None = None) -> CausalContext:
+        """As `prefill`, of positions that are given as vectors x [B, S, D] in place of tokens."""
         length = mask.sum(1).astype(jnp.int32)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         order = jnp.arange(mask.shape[1])
@@ -191,13 +187,13 @@ class Causal(nn.Module):
             own.append(kv)
         states = self.norm(x)
         last = jnp.max(jnp.where(mask, order, 0), axis=1)
-        state = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
-        return CausalContext(tuple(own), mask, length, state), states
+        state = jnp.take_along_axis(states, last[:, None, None], axis=1)
+        return CausalContext(tuple(own), states, mask[:, None], length[:, None], state, prior)
 
     def score_context(self, states: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Log-probability float32 [B, S] of every token of the context given those before it (RankGR Eq. 2).
 
-        `states` are those of `prefill_with_states`. The first token of a row and padding give 0. With
+        `states` [B, S, D] are those of the context. The first token of a row and padding give 0. With
         `config.restrict` a token of a level's slice is normalised over that slice.
         """
         cfg = self.config
@@ -205,28 +201,11 @@ class Causal(nn.Module):
         return jnp.pad(jnp.where(mask[:, 1:] & mask[:, :-1], found, 0.0), ((0, 0), (1, 0)))
 
     def score(
-        self, context: CausalContext, targets: jax.Array, train: bool = False, smoothing: float = 0.0
-    ) -> jax.Array:
-        """Log-probabilities float32 [B, L, M] of every code of targets int32 [B, L, M] (RankGR Eq. 4 and 7).
-
-        Their sum over M is pi of RankGR Eq. 5. `smoothing` as for `target_log_probs`.
-        """
-        return self.log_probs(context.state, self.states(context, targets[..., :-1], train), targets, smoothing)
-
-    def log_probs(
-        self,
-        first: jax.Array,
-        states: jax.Array,
-        targets: jax.Array,
-        smoothing: float = 0.0,
-        priors: Sequence[jax.Array] | None = None,
-    ) -> jax.Array:
-        """As `score`, from the states that predict the first codes ([B, D], or [B, L, D]) and the others.
-
-        `priors` as for `target_log_probs`.
-        """
-        cfg = self.config
-        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing, priors)
+        self, context: CausalContext, targets: jax.Array, where: jax.Array | None = None, train: bool = False
+    ) -> Scored:
+        """Every code of targets int32 [B, L, M] (RankGR Eq. 4 and 7)."""
+        rest = self.states(context, targets[..., :-1], train)
+        return score_targets(self._level_logits, context.state, rest, targets, context.prior)
 
     def states(self, context: CausalContext, codes: jax.Array, train: bool = False) -> jax.Array:
         """States of codes int32 [B, L, M] (RankGR Eq. 3): [B, L, M, D], the m-th predicts the code after the m-th."""
@@ -237,29 +216,45 @@ class Causal(nn.Module):
     def extend(self, context: CausalContext, tokens: jax.Array | None, cache: dict | None, level: int):
         """One more code for every beam: codes int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
 
-        At level 0 there are no codes and W is 1. The cache holds, per layer, the K/V [B, W, t, G, H] of the codes so
-        far. K is the level's size, or V without levels.
+        The cache holds, per layer, the K/V [B, W, t, G, H] of the codes so far, and with a prior the node int32 [B, W]
+        of the prefix. K is the level's size, or V without levels.
         """
-        state, cache = self.extend_state(context, tokens, cache, level)
-        return self.level_log_probs(state, level), cache
+        before = cache or {}
+        state, own = self.extend_states(context, tokens, before.get("own"), level)
+        log_probs, node = self.next_codes(context, state, tokens, before.get("node"), level)
+        return log_probs, {"own": own, "node": node}
 
-    def extend_state(self, context: CausalContext, tokens: jax.Array | None, cache: dict | None, level: int):
-        """As `extend`, but the states [B, W, D] that the level's codes are predicted from."""
+    def extend_states(
+        self, context: CausalContext, tokens: jax.Array | None, past: tuple[KeyValue, ...] | None, level: int
+    ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
+        """As `extend`, but the states [B, W, D] that predict the level's codes, and each layer's K/V of the codes."""
         if level == 0:
-            return context.state[:, None], {}
+            return context.state, ()
         entered = to_tokens(tokens[..., None], self.config.levels, level - 1)
-        states, own = self._continue(entered, context, cache["own"] if level > 1 else None, False)
-        return states[:, :, 0], {"own": own}
+        states, own = self._continue(entered, context, past or None, False)
+        return states[:, :, 0], own
 
-    def level_log_probs(self, states: jax.Array, level: int, prior: jax.Array | None = None) -> jax.Array:
-        """Log-probabilities float32 [..., K] of a level's codes from states [..., D]; prior: [..., K] to begin with."""
-        return level_log_probs(self._table(), states, level, self.config.levels, self.config.restrict, prior)
+    def next_codes(
+        self, context: CausalContext, states: jax.Array, tokens: jax.Array | None, node: jax.Array | None, level: int
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Log-probabilities float32 [B, L, K] of a level's codes after L prefixes, and the prefixes' nodes.
+
+        states [B, L, D] predict the codes; tokens int32 [B, L] are those of level - 1; node int32 [B, L] is the prior's
+        node of the prefix without them, None without a prior.
+        """
+        prior = None
+        if context.prior is not None:
+            node, prior = context.prior.after(level, node, tokens, states.shape[:2])
+        cfg = self.config
+        return level_log_probs(self._table(), states, level, cfg.levels, cfg.restrict, prior), node
+
+    def _level_logits(self, level: int, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return level_logits(self._table(), states, level, self.config.levels, self.config.restrict)
 
     def _continue(self, tokens: jax.Array, context: CausalContext, past: tuple[KeyValue, ...] | None, train: bool):
         """Tokens int32 [B, L, M] after the context and their past -> (states [B, L, M, D], each layer's own K/V)."""
         earlier = 0 if past is None else past[0][0].shape[2]
-        length = context.length if context.length.ndim == 2 else context.length[:, None]
-        positions = length[..., None] + jnp.arange(earlier, earlier + tokens.shape[-1])
+        positions = context.length[..., None] + jnp.arange(earlier, earlier + tokens.shape[-1])
         x, own = self.target_drop(self.embed(tokens), deterministic=not train), []
         for index, layer in enumerate(self.layers):
             before = None if past is None else past[index]
@@ -270,6 +265,6 @@ class Causal(nn.Module):
     def _table(self) -> jax.Array:
         return (self.embed if self.head is None else self.head).table
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array, targets: jax.Array) -> jax.Array:
+    def __call__(self, inputs: ContextTokens, targets: jax.Array) -> jax.Array:
         """Touches every part once; for `init`."""
-        return self.score(self.prefill(tokens, mask), targets)
+        return self.score(self.prefill(inputs), targets).log_probs

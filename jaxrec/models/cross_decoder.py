@@ -1,6 +1,6 @@
 """OneMall's model (§3.2): Query-Formers over long histories, a cross-attention decoder with sparse experts.
 
-    features ──▶ prefill ──▶ Context: per layer K/V of {F_click, F_buy, ..., recent items}, BOS already decoded
+    features ──▶ prefill ──▶ CrossContext: per layer K/V of {F_click, F_buy, ..., recent items}, BOS already decoded
                                 │
                  targets ──▶ score:  [B, L, M] log-probabilities, all targets against the one context
                  beams   ──▶ extend: one more level for every beam, its cache is [B, W, t, N, H]
@@ -8,9 +8,8 @@
 BOS is the same token in every target, so it belongs to the context: it is decoded once, and the first level's
 distribution is part of the context.
 
-Beside the decoder stands the *habit* distribution over the items of the user's own past (`HabitHead`): people buy again
-what they bought. The two are mixed as distributions over whole IDs, with a learned share per user, and every level's
-probability follows from the mixture by the chain rule, so that training, scoring and the beam stay exact.
+Beside the decoder stands the *habit* distribution over the items of the user's own past: people buy again what they
+bought. `jaxrec.models.copying` mixes the two, with a learned share per user.
 """
 
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
-from jaxrec.models.context import CatalogueArrays, Context, ContextFeatures, EventSequence
-from jaxrec.models.habit import HabitHead, mixture
-from jaxrec.models.pointer import Copied
+from jaxrec.models.contract import Scored, score_targets
+from jaxrec.models.copying import HabitHead, Points
+from jaxrec.models.prior import Prior
 from jaxrec.nn.attention import KeyValue, TargetAttention
 from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
 from jaxrec.nn.moe import Dispatch, MixtureOfExperts
@@ -56,10 +56,11 @@ class CrossDecoderConfig:
     recent: int = 64
     """most recent distinct items that the decoder sees uncompressed"""
     places: bool = False
-    """recent items say which is the last, the one before it, ..., and the decoder begins with the last; for logs of one
-    item a session, where that tells more than days do"""
+    """recent items have an embedding of their place, counted from the last, and the last item is added to BOS; for logs
+    of one item a session, where places tell more than days do"""
     prior: bool = True
-    """start the decoder from the catalogue's popularity; off, it must learn which IDs exist and how popular each is"""
+    """add the log-probability of codes under the catalogue's popularity to the decoder's logits; off, the decoder must
+    learn which IDs exist and how popular each is"""
     habit: bool = True
     """mix in the distribution over the items of the user's own past"""
     item_queries: int = 2
@@ -72,6 +73,79 @@ class CrossDecoderConfig:
     """dropout on the items of the past and of the histories, in training"""
     dtype: str = "float32"
     """type of activations"""
+
+
+@struct.dataclass
+class CatalogueArrays:
+    """The features of all items: codes int32 [I, M], attributes int32 [I, A], embeddings float32 [I, d].
+
+    `log_q` float32 [I] is the log-probability that an item is drawn as a target; `prior` is a distribution over IDs,
+    which is added to the decoder's logits, or None.
+    """
+
+    codes: jax.Array
+    attributes: jax.Array
+    embeddings: jax.Array
+    log_q: jax.Array
+    prior: Prior | None = None
+
+
+@struct.dataclass
+class EventSequence:
+    """Some of a user's events: item int32 [B, S], age int32 [B, S] (bucket), mask bool [B, S]."""
+
+    item: jax.Array
+    age: jax.Array
+    mask: jax.Array
+
+
+@struct.dataclass
+class ContextFeatures:
+    """A context, as arrays: history {behavior: EventSequence}, the distinct items of the past, and the moment.
+
+    past: the distinct target items, the most recent first; habit float32 [B, S, 4]: how often, how long ago, ... each
+    was taken (jaxrec/data/features.py); user float32 [B, 4]: how much is known of the user;
+    period int32 [B]: the period of the prior at the moment of the context.
+    """
+
+    history: dict[str, EventSequence]
+    past: EventSequence
+    habit: jax.Array
+    user: jax.Array
+    period: jax.Array
+
+
+@struct.dataclass
+class CrossInputs:
+    """What `CrossDecoder.prefill` reads.
+
+    table float32 [I, D]: the catalogue's `item_table`, for callers that make it once for many requests; where bool [B]:
+    the contexts that exist, of which all others are kept out of the experts.
+    """
+
+    features: ContextFeatures
+    catalogue: CatalogueArrays
+    table: jax.Array | None = None
+    where: jax.Array | None = None
+
+
+@struct.dataclass
+class CrossContext:
+    """A prefilled context. Never copied per target.
+
+    cross, bos: per layer K/V [B, S, N, H] and [B, 1, N, H]; mask bool [B, S]; state [B, 1, D] of BOS, from which the
+    first level is predicted; points: the distribution over the past's distinct items, if it is mixed in, and codes
+    int32 [B, S, M] of these items; prior: the catalogue's, in period int32 [B].
+    """
+
+    cross: tuple[KeyValue, ...]
+    bos: tuple[KeyValue, ...]
+    mask: jax.Array
+    state: jax.Array
+    points: Points | None
+    codes: jax.Array
+    period: jax.Array
+    prior: Prior | None
 
 
 class ItemTower(nn.Module):
@@ -172,33 +246,25 @@ class CrossDecoder(nn.Module):
 
     # ---- the context -------------------------------------------------------------------------------------------------
 
-    def prefill(
-        self,
-        features: ContextFeatures,
-        catalogue: CatalogueArrays,
-        train: bool = False,
-        table: jax.Array | None = None,
-        where: jax.Array | None = None,
-    ) -> Context:
-        """Encode what is known of B users once (OneMall Eq. 3).
-
-        `table` is what `item_table` gave; who answers many requests with the same parameters makes it once. `where` [B]
-        keeps rows that are padding out of the experts.
-        """
-        table = self.item_table(catalogue) if table is None else table
+    def prefill(self, inputs: CrossInputs, train: bool = False) -> CrossContext:
+        """Encode the histories of B users once (OneMall Eq. 3)."""
+        features, catalogue = inputs.features, inputs.catalogue
+        table = self.item_table(catalogue) if inputs.table is None else inputs.table
         past = self._tokens(table, features.past, len(self.behaviors)) + self.habit_in(features.habit)
         recent = self._recent(past, train)
         memory, mask = self._memory(features, table, recent, train)
         cross = tuple(layer.cross.context_kv(memory) for layer in self.decoder)
         x = self._begin(features, recent).astype(self.config.dtype)[:, None, None]
-        bos, where = [], None if where is None else where[:, None]
+        bos, where = [], None if inputs.where is None else inputs.where[:, None]
         for layer, kv in zip(self.decoder, cross, strict=True):
             x, own = layer(x, kv, mask, None, None, where, train)
             bos.append((own[0][:, 0], own[1][:, 0]))
-        state = self.out_norm(x[:, 0, 0])
-        codes, weights, share = self._habit(features, catalogue, past, state)
+        state, points = self.out_norm(x[:, :, 0]), None
+        if self.habit is not None:
+            points = self.habit(past, features.habit, features.past.mask, state[:, 0], features.user)
         prior = catalogue.prior if self.config.prior else None
-        return Context(cross, tuple(bos), mask, state, codes, weights, share, features.period, prior)
+        codes = catalogue.codes[features.past.item]
+        return CrossContext(cross, tuple(bos), mask, state, points, codes, features.period, prior)
 
     def _recent(self, past: jax.Array, train: bool) -> jax.Array:
         """The items of the past that are read uncompressed, [B, R, D]."""
@@ -244,53 +310,31 @@ class CrossDecoder(nn.Module):
     def _dropped(self, tokens: jax.Array, train: bool) -> jax.Array:
         return self.context_drop(tokens, deterministic=not train)
 
-    def _habit(self, features: ContextFeatures, catalogue: CatalogueArrays, past, state):
-        if self.habit is None:
-            batch = state.shape[0]
-            codes = jnp.zeros((batch, 1, len(self.codebook_sizes)), jnp.int32)
-            return codes, jnp.zeros((batch, 1)), jnp.zeros(batch)
-        weights, share = self.habit(past, features.habit, features.past.mask, state, features.user)
-        return catalogue.codes[features.past.item], weights, share
-
     # ---- scoring given targets ---------------------------------------------------------------------------------------
 
-    def score(self, context: Context, targets: jax.Array, where=None, train: bool = False):
-        """Log-probabilities [B, L, M] of every token of targets int32 [B, L, M], and the last token's state [B, L, D].
+    def score(
+        self, context: CrossContext, targets: jax.Array, where: jax.Array | None = None, train: bool = False
+    ) -> Scored:
+        """Every code of targets int32 [B, L, M]; `end` is s_M of Eq. 7, which has read the whole ID.
 
-        The state is s_M of Eq. 7: it has read the whole ID. `where` [B, L] keeps padding out of the experts.
+        `where` [B, L] keeps padding out of the experts.
         """
         levels = range(targets.shape[-1])
         x = jnp.stack([self._code_token(targets[..., level], level) for level in levels], axis=2)
         x, _ = self._decode(x, context, None, where, train)
-        first = jnp.broadcast_to(context.state[:, None, None], (*targets.shape[:2], 1, x.shape[-1]))
-        states = jnp.concatenate([first, x[:, :, :-1]], axis=2)  # the state that predicts each level
-        generated, nodes = [], jnp.zeros(targets.shape[:2], jnp.int32)
-        for level in levels:
-            log_probs = jax.nn.log_softmax(self._logits(states[:, :, level], level, context, nodes))
-            generated.append(_pick(log_probs, targets[..., level]))
-            if context.prior is not None:
-                nodes, _ = context.prior.step(level, nodes, targets[..., level], context.period)
-        return self._mix(jnp.stack(generated, -1), context, targets), x[:, :, -1]
+        scored = score_targets(
+            self._level_logits, context.state, x[:, :, :-1], targets, context.prior, context.period
+        ).replace(end=x[:, :, -1])
+        return scored if context.points is None else context.points.along(scored, targets, context.codes)
 
-    def _mix(self, generated: jax.Array, context: Context, targets: jax.Array) -> jax.Array:
-        """Log-probabilities [B, L, M] of the mixture of decoder and habit, by the chain rule over levels."""
-        if self.habit is None:
-            return generated
-        same = context.habit_codes[:, None] == targets[:, :, None]  # [B, L, S, M]
-        prefix = jnp.cumprod(same.astype(jnp.float32), axis=-1)
-        habit = jnp.einsum("BLSM,BS->BLM", prefix, context.habit_weights)
-        joint = mixture(context.share[:, None, None], jnp.cumsum(generated, -1), habit)
-        return jnp.diff(joint, prepend=0.0, axis=-1)
-
-    def _logits(self, state: jax.Array, level: int, context: Context, nodes: jax.Array) -> jax.Array:
-        """The decoder's own logits [B, L, K] of a level, from the state [B, L, D] and the prior's nodes [B, L]."""
-        logits = self.heads[level].attend(state)
-        return logits if context.prior is None else logits + context.prior.logits(level, nodes, context.period)
+    def _level_logits(self, level: int, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = self.heads[level].attend(states)
+        return logits, jax.nn.logsumexp(logits, axis=-1)
 
     def _code_token(self, codes: jax.Array, level: int) -> jax.Array:
         return (self.codes[level](codes) + self.levels(jnp.array(level))).astype(self.config.dtype)
 
-    def _decode(self, x, context: Context, past, where=None, train: bool = False):
+    def _decode(self, x, context: CrossContext, past, where=None, train: bool = False):
         """x [B, L, M, D] through the layers -> (normed x, each layer's own K/V of every target)."""
         own = []
         for index, layer in enumerate(self.decoder):
@@ -301,41 +345,35 @@ class CrossDecoder(nn.Module):
 
     # ---- decoding ----------------------------------------------------------------------------------------------------
 
-    def extend(self, context: Context, tokens: jax.Array | None, cache: dict | None, level: int):
+    def extend(self, context: CrossContext, tokens: jax.Array | None, cache: dict | None, level: int):
         """One more level for every beam: tokens int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
 
         At level 0 there are no tokens and W is 1. The cache holds, per beam: `own`, the layers' K/V [B, W, t, N, H];
-        `state` [B, W, D] and `log_z` [B, W], from which the chosen token's probability follows; `node` [B, W], where
-        the prefix leads in the prior; `generated` [B, W], the prefix's log-probability under the decoder alone;
-        `habit` [B, W, S], the weights of the past's items that begin with the prefix.
+        `node` [B, W], the prior's node of the prefix; and where the past is mixed in `copied`, its part in the prefix,
+        with `state` [B, W, D] and `log_z` [B, W], from which the next token's log-probability follows.
         """
-        if level == 0:
-            state = context.state[:, None]
-            cache = {"generated": jnp.zeros(state.shape[:2]), "node": jnp.zeros(state.shape[:2], jnp.int32)}
-            if self.habit is not None:
-                cache["habit"] = context.habit_weights[:, None]
-        else:
-            chosen = jnp.einsum("BWD,BWD->BW", cache["state"], self.heads[level - 1](tokens)) - cache["log_z"]
-            x, own = self._decode(self._code_token(tokens, level - 1)[:, :, None], context, cache.get("own"))
+        before, node, edge, prior = cache or {}, None, 0.0, 0.0
+        state, own = context.state, ()
+        if level:
+            x, own = self._decode(self._code_token(tokens, level - 1)[:, :, None], context, before["own"] or None)
             state = x[:, :, 0]
-            cache = {**cache, "own": own, "generated": cache["generated"] + chosen}
-            if context.prior is not None:
-                cache["node"], edge = context.prior.step(level - 1, cache["node"], tokens, context.period)
-                cache["generated"] += edge
-            if self.habit is not None:
-                begins = context.habit_codes[:, None, :, level - 1] == tokens[..., None]
-                cache["habit"] = cache["habit"] * begins
-        logits = self._logits(state, level, context, cache["node"])
+        if context.prior is not None:
+            node = jnp.zeros(state.shape[:2], jnp.int32)
+            if level:
+                node, edge = context.prior.step(level - 1, before["node"], tokens, context.period)
+            prior = context.prior.logits(level, node, context.period)
+        logits = self.heads[level].attend(state) + prior
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        cache = {**cache, "state": state, "log_z": log_z}
-        return self._next(context, logits - log_z[..., None], cache, level), cache
-
-    def _next(self, context: Context, log_probs: jax.Array, cache: dict, level: int) -> jax.Array:
-        """The mixture's distribution over the next code, given the decoder's [B, W, K] and the beams' cache."""
-        if self.habit is None:
-            return log_probs
-        copied = Copied(context.share[:, None], cache["generated"], cache["habit"])
-        return copied.mix(log_probs, context.habit_codes[..., level])
+        log_probs, cache = logits - log_z[..., None], {"own": own, "node": node}
+        if context.points is None:
+            return log_probs, cache
+        copied = before["copied"] if level else context.points.begin()
+        if level:
+            # From the state: the log-probabilities of all codes are too many to keep and to reorder for every beam.
+            chosen = jnp.einsum("BWD,BWD->BW", before["state"], self.heads[level - 1](tokens)) - before["log_z"]
+            copied = copied.after(tokens, context.codes[..., level - 1], chosen + edge)
+        mixed = copied.mix(log_probs, context.codes[..., level])
+        return mixed, cache | {"copied": copied, "state": state, "log_z": log_z}
 
     # ---- the auxiliary task ------------------------------------------------------------------------------------------
 
@@ -356,16 +394,11 @@ class CrossDecoder(nn.Module):
         parts.append(self.embedding_in(catalogue.embeddings[items]))
         return jnp.stack(parts, axis=1)
 
-    def __call__(self, features: ContextFeatures, targets: jax.Array, catalogue: CatalogueArrays):
-        """Touches every part once; for `init`. features of B users, targets int32 [B, L] (items)."""
-        context = self.prefill(features, catalogue)
-        log_probs, state = self.score(context, catalogue.codes[targets])
-        flat = targets.reshape(-1)
-        return log_probs, self.contrast(state.reshape(len(flat), -1), flat, catalogue)
-
-
-def _pick(log_probs: jax.Array, codes: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(log_probs, codes[..., None], axis=-1)[..., 0]
+    def __call__(self, inputs: CrossInputs, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Touches every part once; for `init`."""
+        scored = self.score(self.prefill(inputs), targets)
+        state = scored.end.reshape(-1, self.config.width)
+        return scored.log_probs, self.contrast(state, jnp.zeros(1, jnp.int32), inputs.catalogue)
 
 
 def _unit(x: jax.Array) -> jax.Array:

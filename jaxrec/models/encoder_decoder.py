@@ -1,7 +1,7 @@
 """T5 as a model of generative retrieval: the encoder reads the context once, the decoder scores many short targets.
 
     tokens ──▶ prefill ──▶ EncodedContext: per decoder layer K/V of the encoder's output; the start token, decoded
-                              │
+                              ├─ at(last): with a causal encoder, a view in which each target sees a prefix
                targets ──▶ score:  [B, L, M] log-probabilities, all targets against the one context
                beams   ──▶ extend: one more token for every beam, its cache is [B, W, t, N, H] a layer
 
@@ -20,8 +20,9 @@ from flax import linen as nn
 from flax import struct
 
 from jaxrec.config import UserError, check_choice, check_least, check_shares
+from jaxrec.models.contract import Scored, score_targets
 from jaxrec.models.prior import Prior
-from jaxrec.models.vocabulary import Levels, check_levels, level_log_probs, target_log_probs, to_tokens
+from jaxrec.models.vocabulary import ContextTokens, Levels, check_levels, level_log_probs, level_logits, to_tokens
 from jaxrec.nn.attention import KeyValue
 from jaxrec.nn.layers import DTYPES, Embedding, RMSNorm
 from jaxrec.nn.transformer import Activation, CrossAttention, FeedForwardBlock, RelativeBias, SelfAttention, dropped
@@ -52,8 +53,9 @@ class EncoderDecoderConfig:
     tied: bool = True
     """the head is the embedding table"""
     scale_head: bool = True
-    """states are multiplied by width**-0.5 before the head (T5 1.0); off, a tied head is as small at first, which makes
-    it learn as many times faster"""
+    """states are multiplied by width**-0.5 before the head (T5 1.0). Without it, a tied table is initialised
+    with a standard deviation of width**-0.5 in place of 1, so that Adam's steps are width**0.5 times larger relative to
+    it"""
     buckets: int = 32
     """buckets of relative positions"""
     max_distance: int = 128
@@ -70,22 +72,23 @@ class EncoderDecoderConfig:
     dropout: float = 0.0
     """dropout on embeddings, on what each layer adds and on the last states, in training"""
     decoder_dropout: float | None = None
-    """the same in the decoder, if another rate: a context is easily learnt by heart, which ID follows is not"""
+    """the rate of the decoder; None: as `dropout`. Contexts are overfitted sooner than targets, so that a lower rate
+    than the encoder's may help"""
     dtype: str = "float32"
     """type of activations"""
     causal: bool = False
-    """a token of the context looks at itself and at those before it, so that one pass serves all of its prefixes
-    (`score_prefixes`); no T5, whose encoder looks both ways. Such an encoder can't tell where a prefix ends, nor can
-    cross-attention, which knows no places; so the start token is added to what the encoder says of the last place"""
+    """encoder self-attention is causal, so that one pass encodes all prefixes of a context (`EncodedContext.at`). T5's
+    encoder is bidirectional. Neither a causal encoder nor cross-attention, which has no positions, can tell where a
+    prefix ends; so the encoder's state of the last position is added to the start token's embedding"""
 
     @property
     def head_scale(self) -> float:
-        """Standard deviation of the head at first: logits begin with unit variance, from states of unit variance."""
+        """Initial standard deviation of the head: logits have unit variance, from states of unit variance."""
         return 1.0 if self.scale_head else self.width**-0.5
 
     @property
     def embed_scale(self) -> float:
-        """Standard deviation of the embeddings at first, and of what a block adds to them."""
+        """Initial standard deviation of the embeddings, and of what a block adds to them."""
         return self.head_scale if self.tied else 1.0
 
     def __post_init__(self):
@@ -103,18 +106,35 @@ class EncoderDecoderConfig:
 
 @struct.dataclass
 class EncodedContext:
-    """A prefilled context. Never copied per target.
+    """A prefilled context. Never copied per target. X is 1, or L in a view of which each target sees another prefix.
 
-    cross: per decoder layer K/V [B, S, N, H] of the encoder's output; mask bool [B, S]; start: per decoder layer the
-    start token's own K/V [B, 1, N, H]; state [B, D]: what predicts the first code; prior: what logits begin with, if
-    not with zero.
+    cross: per decoder layer K/V [B, S, N, H] of the encoder's output; mask bool [B, X, S]; start: per decoder layer the
+    start token's own K/V [B, 1, N, H]; state [B, 1, D] that predicts the first code; ends [B, X, D]: with a causal
+    encoder, what is added to the start token; memory [B, S, D]: with a causal encoder, its output; prior: added to the
+    logits of the codes. In a view, start and state are None: each target has a start token of its own.
     """
 
     cross: tuple[KeyValue, ...]
     mask: jax.Array
-    start: tuple[KeyValue, ...]
-    state: jax.Array
+    start: tuple[KeyValue, ...] | None
+    state: jax.Array | None
+    memory: jax.Array | None = None
+    ends: jax.Array | None = None
     prior: Prior | None = None
+
+    def at(self, last: jax.Array) -> "EncodedContext":
+        """A view: target l sees the positions up to last int32 [B, L]; none where that is -1. Of causal encoders."""
+        if self.memory is None:
+            raise ValueError("a prefix of a context that was read in both directions: set model.causal")
+        mask = self.mask & (np.arange(self.mask.shape[-1]) <= last[..., None])
+        return self.replace(mask=mask, start=None, state=None, ends=_ends(self.memory, mask))
+
+
+def _ends(memory: jax.Array, seen: jax.Array) -> jax.Array:
+    """The states [B, X, D] among memory [B, S, D] of the last positions that are seen, bool [B, X, S]; 0 for none."""
+    last = jnp.max(jnp.where(seen, np.arange(seen.shape[-1]), 0), axis=-1)
+    found = jnp.take_along_axis(memory, last[..., None], axis=1)
+    return jnp.where(seen.any(-1, keepdims=True), found, 0.0)
 
 
 class EncoderLayer(nn.Module):
@@ -186,130 +206,103 @@ class EncoderDecoder(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.decoder_drop = nn.Dropout(cfg.dropout if cfg.decoder_dropout is None else cfg.decoder_dropout)
 
-    def prefill(
-        self, tokens: jax.Array, mask: jax.Array, train: bool = False, prior: Prior | None = None
-    ) -> EncodedContext:
-        """Encode B contexts once: tokens int32 [B, S], mask bool [B, S], True = a token, padding anywhere.
+    def prefill(self, inputs: ContextTokens, train: bool = False) -> EncodedContext:
+        """Encode B contexts once; padding may stand anywhere.
 
         Tokens may be [B, S, M] as well: a position is then the sum of its tokens' embeddings, -1 standing for none.
         """
-        cross, memory = self._encode(tokens, mask, train)
-        start = jnp.full((tokens.shape[0], 1, 1), self.config.start_token, jnp.int32)
-        states, own = self._decode(start, cross, mask, None, None, train, self._ends(memory, mask[:, None]))
+        memory, mask = self._encode(inputs.tokens, inputs.mask, train), inputs.mask[:, None]
+        cross = tuple(layer.cross.key_value(memory) for layer in self.decoder)
+        memory = memory if self.config.causal else None
+        ends = None if memory is None else _ends(memory, mask)
+        context = EncodedContext(cross, mask, None, None, memory, ends, inputs.prior)
+        states, own = self._decode(self._start_tokens(context, 1), context, None, train)
         start = tuple((key[:, 0], value[:, 0]) for key, value in own)
-        return EncodedContext(cross, mask, start, states[:, 0, 0], prior)
+        return context.replace(start=start, state=states[:, :, 0])
 
     def score(
-        self, context: EncodedContext, targets: jax.Array, train: bool = False, smoothing: float = 0.0
-    ) -> jax.Array:
-        """Log-probabilities float32 [B, L, M] of every code of targets int32 [B, L, M].
-
-        `smoothing` as for `jaxrec.models.vocabulary.target_log_probs`.
-        """
-        states = self.states(context, targets[..., :-1], train)
-        return self._log_probs(context.state, states, targets, smoothing, context.prior)
-
-    def score_prefixes(
-        self,
-        tokens: jax.Array,
-        mask: jax.Array,
-        seen: jax.Array,
-        targets: jax.Array,
-        train: bool = False,
-        smoothing: float = 0.0,
-        prior: Prior | None = None,
-    ) -> jax.Array:
-        """As `score`, where each target sees another prefix of its context: tokens int32 [B, S], seen bool [B, L, S].
-
-        With a causal encoder this is what `prefill` of each prefix and `score` of its target give, from one pass.
-        """
-        start = jnp.full((*targets.shape[:2], 1), self.config.start_token, jnp.int32)
-        entered = jnp.concatenate([start, to_tokens(targets[..., :-1], self.config.levels)], axis=-1)
-        cross, memory = self._encode(tokens, mask, train)
-        seen &= mask[:, None]
-        states, _ = self._decode(entered, cross, seen, None, None, train, self._ends(memory, seen))
-        return self._log_probs(states[:, :, 0], states[:, :, 1:], targets, smoothing, prior)
+        self, context: EncodedContext, targets: jax.Array, where: jax.Array | None = None, train: bool = False
+    ) -> Scored:
+        """Every code of targets int32 [B, L, M]."""
+        if context.start is None:
+            tokens = to_tokens(targets[..., :-1], self.config.levels)
+            entered = jnp.concatenate([self._start_tokens(context, targets.shape[1]), tokens], axis=-1)
+            states, _ = self._decode(entered, context, None, train)
+            first, rest = states[:, :, 0], states[:, :, 1:]
+        else:
+            first, rest = context.state, self.states(context, targets[..., :-1], train)
+        return score_targets(self._level_logits, first, rest, targets, context.prior)
 
     def states(self, context: EncodedContext, codes: jax.Array, train: bool = False) -> jax.Array:
-        """What the decoder makes of codes int32 [B, L, M]: [B, L, M, D], the m-th predicts the code after the m-th."""
+        """The decoder's states of codes int32 [B, L, M]: [B, L, M, D], the m-th predicts the code after the m-th."""
         if codes.shape[-1] == 0:
             return jnp.zeros((*codes.shape, self.config.width), self.config.dtype)
-        tokens = to_tokens(codes, self.config.levels)
-        return self._decode(tokens, context.cross, context.mask, context.start, None, train)[0]
+        return self._decode(to_tokens(codes, self.config.levels), context, None, train)[0]
 
     def extend(self, context: EncodedContext, tokens: jax.Array | None, cache: dict | None, level: int):
         """One more code for every beam: codes int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
 
-        At level 0 there are no codes and W is 1. The cache holds, per layer, the K/V [B, W, t, N, H] of the codes so
-        far, the start token's being the context's, and with a prior the node int32 [B, W] in it that the prefix leads
-        to. K is the level's size, or V without levels.
+        The cache holds, per layer, the K/V [B, W, t, N, H] of the codes so far, the start token's being the context's,
+        and with a prior the node int32 [B, W] of the prefix. K is the level's size, or V without levels.
         """
-        before, prior = cache, None
-        if level == 0:
-            state, cache = context.state[:, None], {}
-        else:
-            past = before["own"] if level > 1 else None
-            entered = to_tokens(tokens[..., None], self.config.levels, level - 1)
-            states, own = self._decode(entered, context.cross, context.mask, context.start, past)
-            state, cache = states[:, :, 0], {"own": own}
-        if context.prior is not None:
-            cache["node"] = jnp.zeros(state.shape[:2], jnp.int32)
+        before, cfg, prior = cache or {}, self.config, None
+        if level or context.start is None:
+            entered = self._start_tokens(context, context.mask.shape[1])
             if level:
-                cache["node"], _ = context.prior.step(level - 1, before["node"], tokens)
-            prior = context.prior.logits(level, cache["node"])
-        cfg = self.config
-        return level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict, prior), cache
+                entered = to_tokens(tokens[..., None], cfg.levels, level - 1)
+            states, own = self._decode(entered, context, before.get("own") or None)
+            state = states[:, :, 0]
+        else:
+            state, own = context.state, ()
+        node = before.get("node")
+        if context.prior is not None:
+            node, prior = context.prior.after(level, node, tokens, state.shape[:2])
+        log_probs = level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict, prior)
+        return log_probs, {"own": own, "node": node}
 
-    def _encode(self, tokens: jax.Array, mask: jax.Array, train: bool) -> tuple[tuple[KeyValue, ...], jax.Array]:
-        """Per decoder layer K/V [B, S, N, H] of the encoder's output, and that itself, [B, S, D]."""
+    def _start_tokens(self, context: EncodedContext, count: int) -> jax.Array:
+        return jnp.full((context.mask.shape[0], count, 1), self.config.start_token, jnp.int32)
+
+    def _encode(self, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        """The encoder's output, [B, S, D]."""
         x = self.embed(jnp.maximum(tokens, 0))
         if tokens.ndim == 3:
             x = jnp.where(tokens[..., None] >= 0, x, 0.0).sum(2)
         x = self.drop(x, deterministic=not train)
         positions = np.arange(tokens.shape[1])
         bias = self.encoder_bias(positions, positions)
-        looked_at = mask[:, None] & (positions <= positions[:, None]) if self.config.causal else mask
+        seen = mask[:, None] & (positions <= positions[:, None]) if self.config.causal else mask
         for layer in self.encoder:
-            x = dropped(x, layer(x, looked_at, bias), self.drop, train)
-        memory = self.drop(self.encoder_norm(x), deterministic=not train)
-        return tuple(layer.cross.key_value(memory) for layer in self.decoder), memory
+            x = dropped(x, layer(x, seen, bias), self.drop, train)
+        return self.drop(self.encoder_norm(x), deterministic=not train)
 
-    def _ends(self, memory: jax.Array, seen: jax.Array) -> jax.Array | None:
-        """What a causal encoder says, [B, L, D], of the last place that each target sees: seen bool [B, L, S]."""
-        if not self.config.causal:
-            return None
-        last = jnp.max(jnp.where(seen, np.arange(seen.shape[-1]), 0), axis=-1)
-        found = jnp.take_along_axis(memory, last[..., None], axis=1)
-        return jnp.where(seen.any(-1, keepdims=True), found, 0.0) * self.config.embed_scale
-
-    def _decode(self, tokens, cross, mask, start, past, train: bool = False, ends: jax.Array | None = None):
+    def _decode(self, tokens: jax.Array, context: EncodedContext, past: tuple | None, train: bool = False):
         """Tokens int32 [B, L, M] through the decoder -> (states [B, L, M, D] for the head, each layer's own K/V).
 
-        ends [B, L, D] is added to the first token.
+        Without a start token in the context and without a past, the first token is the start token.
         """
-        earlier = (0 if start is None else 1) + (0 if past is None else past[0][0].shape[2])
+        earlier = (0 if context.start is None else 1) + (0 if past is None else past[0][0].shape[2])
         keys = np.arange(earlier + tokens.shape[-1])
         bias = self.decoder_bias(keys[earlier:], keys)[:, None]  # [N, 1, M, positions]
         x, own = self.embed(tokens), []
-        if ends is not None:
-            x = x.at[:, :, 0].add(ends)
+        if context.ends is not None and not earlier:
+            x = x.at[:, :, 0].add(context.ends * self.config.embed_scale)
         x = self.decoder_drop(x, deterministic=not train)
         for index, layer in enumerate(self.decoder):
-            before = None if start is None else start[index]
-            out, kv = layer(x, cross[index], mask, bias, before, None if past is None else past[index])
+            start = None if context.start is None else context.start[index]
+            before = None if past is None else past[index]
+            out, kv = layer(x, context.cross[index], context.mask, bias, start, before)
             x = dropped(x, out, self.decoder_drop, train)
             own.append(kv)
         x = self.decoder_drop(self.decoder_norm(x), deterministic=not train)
         return x * self.config.width**-0.5 if self.config.scale_head else x, tuple(own)
 
-    def _log_probs(self, first, states, targets, smoothing: float, prior: Prior | None) -> jax.Array:
-        """As `target_log_probs` of this model's head, where logits begin with the prior."""
-        cfg, priors = self.config, None if prior is None else prior.along(targets)
-        return target_log_probs(self._table(), first, states, targets, cfg.levels, cfg.restrict, smoothing, priors)
+    def _level_logits(self, level: int, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return level_logits(self._table(), states, level, self.config.levels, self.config.restrict)
 
     def _table(self) -> jax.Array:
         return (self.embed if self.head is None else self.head).table
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array, targets: jax.Array) -> jax.Array:
+    def __call__(self, inputs: ContextTokens, targets: jax.Array) -> jax.Array:
         """Touches every part once; for `init`."""
-        return self.score(self.prefill(tokens, mask), targets)
+        return self.score(self.prefill(inputs), targets).log_probs

@@ -5,7 +5,7 @@ and of what shape, reads them, and writes them. Names, types and shapes of all t
 of them is read, so that nothing is half loaded.
 
     config, params = load_t5("folder")          # config.json and model.safetensors, whole or in shards
-    EncoderDecoder(config).apply({"params": params}, tokens, mask, method="prefill")
+    EncoderDecoder(config).apply({"params": params}, ContextTokens(tokens, mask), method="prefill")
     save_t5("other", config, params)
 """
 

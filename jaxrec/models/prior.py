@@ -62,16 +62,33 @@ class Prior:
         log_probs = jnp.where(found, self.log_probs[level][period[:, None], edge], FLOOR)
         return jnp.where(found, self.children[level][edge], nowhere), log_probs
 
-    def along(self, targets: jax.Array) -> list[jax.Array]:
+    def after(
+        self,
+        level: int,
+        nodes: jax.Array | None,
+        tokens: jax.Array | None,
+        shape: tuple[int, int],
+        period: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Nodes int32 [B, L] of prefixes that end with tokens int32 [B, L] of level - 1, and the logits after them.
+
+        nodes int32 [B, L] are those of the prefixes without the tokens. At level 0 there are neither, and `shape` is
+        (B, L). The period is the first by default.
+        """
+        nodes = self.step(level - 1, nodes, tokens, period)[0] if level else jnp.zeros(shape, jnp.int32)
+        return nodes, self.logits(level, nodes, period)
+
+    def along(self, targets: jax.Array, period: jax.Array | None = None) -> list[jax.Array]:
         """The logits of every level of targets int32 [B, L, M], each after the codes before it: float32 [B, L, K].
 
-        The first level's are [1, 1, K], being the same for all targets.
+        The first level's are [B, 1, K], being the same for all targets, or [1, 1, K] without a period int32 [B], which
+        is the first by default.
         """
-        nodes = jnp.zeros((1, 1), jnp.int32)
-        found = [self.logits(0, nodes)]
+        nodes = jnp.zeros((1 if period is None else targets.shape[0], 1), jnp.int32)
+        found = [self.logits(0, nodes, period)]
         for level in range(1, targets.shape[-1]):
-            nodes, _ = self.step(level - 1, nodes, targets[..., level - 1])
-            found.append(self.logits(level, nodes))
+            nodes, _ = self.step(level - 1, nodes, targets[..., level - 1], period)
+            found.append(self.logits(level, nodes, period))
         return found
 
     def _edges(self, level: int, nodes: jax.Array) -> tuple[jax.Array, jax.Array]:

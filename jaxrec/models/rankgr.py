@@ -1,13 +1,13 @@
 """RankGR's model: a causal backbone over a history, packed targets after it, and a rank head inside the beam.
 
-    history ──▶ read ──▶ RankContext ─┬─ at(last): each target sees the history up to its own place (Eq. 2)
-                                      ├─ score:    log-probabilities [B, L, M] and states [B, L, M, D] (Eq. 3-7)
-                                      ├─ extend:   one more code for every beam
-                                      └─ rank:     the rank head's scores of candidate codes (Eq. 12-15)
+    history ──▶ prefill ──▶ RankContext ─┬─ at(last): a view in which each target sees the history up to an item (Eq. 2)
+                                         ├─ score:    log-probabilities [B, L, M] and states [B, L, M, D] (Eq. 3-7)
+                                         ├─ extend:   one more code for every beam
+                                         └─ rank:     the rank head's scores of candidate codes (Eq. 12-15)
 
-The history is one position an item (`context="item"`: a vector of the item's own, the sum of its codes' embeddings and,
-if asked for, what the codes were made of) or one position a code (`context="codes"`, as published). Behavior and the
-time since the event before are added to either.
+A history has one position an item (`context="item"`: the sum of the item's own vector, its codes' embeddings and, with
+`embeddings`, a projection of the embedding that the codes were made of) or one position a code (`context="codes"`, as
+published). Embeddings of the behavior and of the time since the event before are added to either.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,8 @@ from flax import struct
 
 from jaxrec.config import UserError, check_heads, check_least
 from jaxrec.models.causal import Causal, CausalConfig, CausalContext
-from jaxrec.models.pointer import PointerHead, Points
+from jaxrec.models.contract import Scored, pick
+from jaxrec.models.copying import PointerHead, Points
 from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import to_tokens
 from jaxrec.nn.attention import KeyValue, TargetAttention
@@ -42,15 +43,17 @@ class RankConfig:
     candidates: int = 32
     """codes of highest probability that each target's level learns to tell from the true one (lambda in training)"""
     targets: int = 8
-    """targets a context that the head of "bce" learns from in a step, drawn anew every step from those that it looks
-    for: the session's, then the history's. Their candidates are labelled from all of them"""
+    """targets of a context that the head of "bce" learns from in a step. They are drawn anew in every step from the
+    positives: first from the session's, then from the history's. Candidates are labelled by all positives, drawn or
+    not"""
     likelihood: bool = True
-    """the head's logit begins as the code's log-probability and learns what to add; off, as published, without it"""
+    """the code's log-probability, times a factor that is learned and initially 1, is added to the head's logit; off, as
+    published, it is not"""
     match: bool = True
-    """the head's logit also has the product of the candidate with what it attended to and with the state that predicts
-    it; off, as published, the MLP alone tells whether they fit, which small models hardly learn"""
+    """the products of the candidate with the attention's output and with the state that predicts it are added to the
+    head's logit; off, as published, the MLP alone compares them, which small models hardly learn"""
     temperature: float = 0.0
-    """of "softmax": what the cosine of history and item is divided by to be a score; 0: their product is"""
+    """of "softmax": scores are the cosine of history and item over this temperature; 0: their dot product"""
 
     def __post_init__(self):
         check_least(self, "model.rank", heads=1, hidden=1, candidates=1, targets=1, temperature=0)
@@ -65,16 +68,17 @@ class RankGRConfig:
     context: Literal["item", "codes"] = "item"
     """a history's positions: one an item, or one a code (RankGR Eq. 6)"""
     behaviors: bool = True
-    """histories say what the user did with an item"""
+    """positions of a history have an embedding of the behavior"""
     gaps: bool = True
-    """histories say how long after the event before"""
+    """positions of a history have an embedding of the time since the event before"""
     embeddings: bool = False
-    """what IDs were made of is part of the items' vectors too, as few events say little of an item"""
+    """a projection of the embeddings that IDs were made of is added to the items' vectors, as those of items with few
+    events are poorly trained"""
     prior: bool = False
-    """the decoder begins with how popular each ID is among those that begin as it does, and learns what to add; off, as
-    published, it learns this too"""
+    """the log-probability of a code under popularity, given the codes before it, is added to the decoder's logits; off,
+    as published, the decoder learns popularity too"""
     pointer: bool = False
-    """a distribution over the history's own items is mixed in, for logs where people come back to what they had; off,
+    """a distribution over the history's own items is mixed in, for logs where people come back to earlier items; off,
     as published, the decoder has to copy them code by code"""
     rank: RankConfig = field(default_factory=RankConfig)
     """the rank head"""
@@ -89,29 +93,52 @@ class RankGRConfig:
 
 
 @struct.dataclass
-class RankContext:
-    """B read histories.
+class RankInputs:
+    """What `RankGR.prefill` reads: histories, left-aligned, and the features of all items.
 
-    own: as the backbone reads on; states [B, S, D]: of all positions, for the rank head; codes int32 [B, S, M]: of the
-    history's items; prior: the catalogue's, if the decoder begins with it.
+    item, behavior, gap int32 [B, S]; mask bool [B, S]; codes int32 [I, M]; embeddings float32 [I, E], if the model
+    reads them; table [I, D]: the `item_table` of codes and embeddings, for callers that make it once for many requests;
+    prior: a distribution over IDs, of one period, which is added to the decoder's logits.
     """
 
-    own: CausalContext
-    states: jax.Array
+    item: jax.Array
+    behavior: jax.Array
+    gap: jax.Array
+    mask: jax.Array
     codes: jax.Array
+    embeddings: jax.Array | None = None
+    table: jax.Array | None = None
     prior: Prior | None = None
+
+
+@struct.dataclass
+class RankContext:
+    """B prefilled histories: the backbone's context, and the codes int32 [B, S, M] of the history's items."""
+
+    own: CausalContext
+    codes: jax.Array
+
+    @property
+    def each(self) -> int:
+        """Positions of an item of the history."""
+        return self.own.states.shape[1] // self.codes.shape[1]
+
+    def at(self, last: jax.Array) -> "RankContext":
+        """A view: target l sees the history up to the item at last int32 [B, L]."""
+        return self.replace(own=self.own.at((last + 1) * self.each - 1))
 
 
 @struct.dataclass
 class RankPrefixes:
     """L prefixes of IDs as the rank head sees them, once for all candidates that may follow.
 
-    own: key and value [B, L, T, N, H] of the states of the prefix, the last of which predicts the candidates; wanted
-    [B, L, D], if heads match: what that state looks for.
+    own: key and value [B, L, T, N, H] of the states of the prefix, the last of which predicts the candidates; query
+    [B, L, D], with `RankConfig.match`: a projection of the last state, whose product with a candidate is a part of the
+    logit.
     """
 
     own: KeyValue
-    wanted: jax.Array | None = None
+    query: jax.Array | None = None
 
 
 class RankHead(nn.Module):
@@ -125,7 +152,7 @@ class RankHead(nn.Module):
         self.attention = TargetAttention(self.config.heads, self.width // self.config.heads, self.dtype)
         self.norm, self.states_norm = RMSNorm(), RMSNorm()
         self.feed_forward = FeedForward(self.config.hidden, self.dtype)
-        # Small at first: with `likelihood` an untrained head then ranks as the decoder does.
+        # Initialised small: with `likelihood`, an untrained head ranks as the decoder does.
         self.out = Projection(1, ("embed", None), self.dtype, bias=True, gain=0.01)
         if self.config.likelihood:
             self.share = self.param("share", nn.initializers.ones, ())
@@ -141,8 +168,8 @@ class RankHead(nn.Module):
 
     def prefixes(self, states: jax.Array) -> RankPrefixes:
         """L prefixes with states [B, L, T, D]."""
-        wanted = self.by_state(self.states_norm(states[:, :, -1])) if self.config.match else None
-        return RankPrefixes(self.memory(states), wanted)
+        query = self.by_state(self.states_norm(states[:, :, -1])) if self.config.match else None
+        return RankPrefixes(self.memory(states), query)
 
     def __call__(self, query, context: KeyValue, mask, prefixes: RankPrefixes, log_probs: jax.Array) -> jax.Array:
         """Logits float32 [B, L, C] of candidates query [B, L, C, D].
@@ -154,8 +181,8 @@ class RankHead(nn.Module):
         x = x + self.feed_forward(self.norm(x))
         logits = self.out(x)[..., 0].astype(jnp.float32)
         if self.config.match:
-            wanted = self.by_found(self.found_norm(x)) + prefixes.wanted[:, :, None]
-            logits += (wanted * self.query_norm(query)).astype(jnp.float32).sum(-1)
+            by_context = self.by_found(self.found_norm(x)) + prefixes.query[:, :, None]
+            logits += (by_context * self.query_norm(query)).astype(jnp.float32).sum(-1)
         if self.config.likelihood:
             logits += self.share * jnp.maximum(jax.lax.stop_gradient(log_probs), -30.0)
         return logits
@@ -191,104 +218,76 @@ class RankGR(nn.Module):
         """The vector of every item, [I, D], from its codes int32 [I, M] and, if the model reads them, embeddings."""
         table = self.backbone.embed(to_tokens(codes, self.config.backbone.levels)).sum(-2)
         if self.known is not None:
-            # Of unit length as they come; so each of their numbers has a variance of about one.
+            # Embeddings are of unit length; scaled, each of their components has a variance of about one.
             table += self.known(embeddings * embeddings.shape[-1] ** 0.5)
         return table + self.item.table.astype(table.dtype) if self.has_items else table
 
-    def read(
-        self, arrays: dict, codes: jax.Array, table: jax.Array, train: bool = False, prior: Prior | None = None
-    ) -> RankContext:
-        """Read B histories once: item, behavior, gap int32 [B, S] and mask bool [B, S], left-aligned.
-
-        codes int32 [I, M] and table [I, D] (`item_table`) are those of all items, and so is the prior, of one period.
-        """
-        item, mask = arrays["item"], arrays["mask"]
+    def prefill(self, inputs: RankInputs, train: bool = False) -> RankContext:
+        """Read B histories once."""
+        levels, codes, mask = self.config.backbone.levels, inputs.codes[inputs.item], inputs.mask
         if self.config.context == "item":
-            x = table[item][:, :, None]
+            table = self.item_table(inputs.codes, inputs.embeddings) if inputs.table is None else inputs.table
+            x = table[inputs.item][:, :, None]
         else:
-            x = self.backbone.embed(to_tokens(codes[item], self.config.backbone.levels))
+            x = self.backbone.embed(to_tokens(codes, levels))
         if self.behavior is not None:
-            x = x + self.behavior(arrays["behavior"])[:, :, None]
+            x = x + self.behavior(inputs.behavior)[:, :, None]
         if self.gap is not None:
-            x = x + self.gap(arrays["gap"])[:, :, None]
-        # A history that holds nothing is read from its first place, where there is no item.
+            x = x + self.gap(inputs.gap)[:, :, None]
+        # An empty history is read from its first place, where there is no item.
         x = jnp.where(mask[..., None, None], x, 0.0)
-        own, states = self.backbone.read(
-            x.reshape(x.shape[0], -1, x.shape[-1]), jnp.repeat(mask, self.each, axis=1), train
-        )
-        return RankContext(own, states, codes[item], prior)
+        mask = jnp.repeat(mask, x.shape[2], axis=1)
+        return RankContext(self.backbone.read(x.reshape(*mask.shape, -1), mask, train, inputs.prior), codes)
 
-    @property
-    def each(self) -> int:
-        """Positions of an item of the history."""
-        return 1 if self.config.context == "item" else len(self.config.backbone.levels)
-
-    def at(self, context: RankContext, last: jax.Array) -> RankContext:
-        """The context as L targets see it, each up to the item at its place: last int32 [B, L]."""
-        return context.replace(own=context.own.at(context.states, (last + 1) * self.each - 1))
-
-    def score(self, context: RankContext, targets: jax.Array, train: bool = False, smoothing: float = 0.0):
-        """(log-probabilities, the same with smoothed labels, states that predict the codes) of targets int32 [B, L, M].
-
-        float32 [B, L, M] twice, the first sums to pi of RankGR Eq. 5; states [B, L, M, D] are h_1 ... h_M of Eq. 3.
-        """
-        first, own = context.own.state, self.backbone.states(context.own, targets[..., :-1], train)
-        priors = None if context.prior is None else context.prior.along(targets)
-        log_probs = self.backbone.log_probs(first, own, targets, 0.0, priors)
-        smoothed = self.backbone.log_probs(first, own, targets, smoothing, priors) if smoothing else log_probs
-        if self.pointer is not None:
-            mixed = self._points(context).along(log_probs, targets, context.codes)
-            log_probs, smoothed = mixed, smoothed + mixed - log_probs
-        first = first if first.ndim == 3 else first[:, None]
-        first = jnp.broadcast_to(first, (*targets.shape[:2], first.shape[-1]))
-        return log_probs, smoothed, jnp.concatenate([first[:, :, None], own], axis=2)
+    def score(
+        self, context: RankContext, targets: jax.Array, where: jax.Array | None = None, train: bool = False
+    ) -> Scored:
+        """Every code of targets int32 [B, L, M]; their states are h_1 ... h_M of Eq. 3."""
+        scored = self.backbone.score(context.own, targets, where, train)
+        if self.pointer is None:
+            return scored
+        return self._points(context).along(scored, targets, context.codes)
 
     def next_codes(self, context: RankContext, states: jax.Array, tokens: jax.Array | None, before: dict, level: int):
-        """Log-probabilities float32 [B, L, K] of a level's codes after L prefixes, and what is known of these.
+        """Log-probabilities float32 [B, L, K] of a level's codes after L prefixes, and a cache for the next level.
 
-        states [B, L, D] predict the codes; tokens int32 [B, L] are those of level - 1, and `before` is what was known
-        of the prefixes without them: with a prior the node int32 [B, L] in it that they lead to, with a pointer how
-        they are copied, and the decoder's own log-probabilities. At level 0 there are no tokens.
+        states [B, L, D] predict the codes; tokens int32 [B, L] are those of level - 1, and `before` is the cache that
+        came with their log-probabilities: with a prior the `node` int32 [B, L] of the prefix, with a pointer its
+        `copied` part and the decoder's own `log_probs` [B, L, K]. At level 0 there are no tokens and `before` is {}.
         """
-        known, prior = {}, None
-        if context.prior is not None:
-            known["node"] = jnp.zeros(states.shape[:2], jnp.int32)
-            if level:
-                known["node"], _ = context.prior.step(level - 1, before["node"], tokens)
-            prior = context.prior.logits(level, known["node"])
-        own = self.backbone.level_log_probs(states, level, prior)
+        log_probs, node = self.backbone.next_codes(context.own, states, tokens, before.get("node"), level)
         if self.pointer is None:
-            return own, known
+            return log_probs, {"node": node}
         if level:
-            known["copied"] = before["copied"].after(tokens, context.codes[..., level - 1], before["own"])
+            copied = before["copied"].after(tokens, context.codes[..., level - 1], pick(before["log_probs"], tokens))
         else:
-            known["copied"] = self._points(context).begin()
-        return known["copied"].mix(own, context.codes[..., level]), known | {"own": own}
+            copied = self._points(context).begin()
+        cache = {"node": node, "copied": copied, "log_probs": log_probs}
+        return copied.mix(log_probs, context.codes[..., level]), cache
 
     def _points(self, context: RankContext) -> Points:
-        """Where the readers of the histories point: one each, or L of them (`at`)."""
-        state, last = context.own.state, slice(self.each - 1, None, self.each)
-        seen = context.own.mask[..., last]
-        state, seen = (state, seen) if state.ndim == 3 else (state[:, None], seen[:, None])
-        return self.pointer(state, context.states[:, last], seen)
+        """The pointer's distribution over the history's items: one of a context, or L of a view."""
+        last = slice(context.each - 1, None, context.each)
+        own = context.own
+        return self.pointer(own.state, own.states[:, last], own.mask[..., last])
 
     def extend(self, context: RankContext, tokens: jax.Array | None, cache: dict | None, level: int):
         """One more code for every beam: codes int32 [B, W] of level - 1 -> (log-probabilities [B, W, K], cache).
 
-        The cache holds the backbone's, the states [B, W, level + 1, D] that the rank head reads, and what is known of
-        the prefixes (`next_codes`).
+        The cache holds the backbone's, the states [B, W, level + 1, D] that the rank head reads, and that of
+        `next_codes`.
         """
-        before = {} if cache is None else cache
-        state, own = self.backbone.extend_state(context.own, tokens, before.get("backbone"), level)
+        before = cache or {}
+        state, own = self.backbone.extend_states(context.own, tokens, before.get("own"), level)
         states = state[:, :, None]
         if level:
             states = jnp.concatenate([before["states"], states], axis=2)
-        log_probs, known = self.next_codes(context, state, tokens, before.get("known"), level)
-        return log_probs, {"backbone": own, "states": states, "known": known}
+        log_probs, after = self.next_codes(context, state, tokens, before.get("next", {}), level)
+        return log_probs, {"own": own, "states": states, "next": after}
 
     def memory(self, context: RankContext) -> KeyValue:
         """The history as the rank head attends to it; once for all levels."""
-        return self.rank_head.memory(context.states)
+        return self.rank_head.memory(context.own.states)
 
     def prefixes(self, states: jax.Array) -> RankPrefixes:
         """L prefixes as the rank head sees them: states [B, L, level + 1, D], the last of which predicts the code."""
@@ -300,24 +299,25 @@ class RankGR(nn.Module):
         prefixes: L of them, of `prefixes`.
         """
         x = self.backbone.embed(to_tokens(codes[..., None], self.config.backbone.levels, level)[..., 0])
-        # The state of the last place is h_1, the first of the ID's own: it is there once (Eq. 13).
+        # The state of the last position is h_1, which the ID's own states begin with: it enters once (Eq. 13).
         mask = context.own.mask
         before = mask & (jnp.cumsum(mask, axis=-1) < mask.sum(-1, keepdims=True))
         return self.rank_head(x, memory, before, prefixes, log_probs)
 
     def item_query(self, states: jax.Array) -> jax.Array:
-        """What histories with states [..., D] look for, [..., D]: items' scores are products with `item_vectors`."""
+        """Queries [..., D] of histories with states [..., D]: an item's score is its product with `item_vectors`."""
         query, temperature = self.query(states), self.config.rank.temperature
         return unit(query) / temperature if temperature else query
 
     def item_vectors(self, table: jax.Array) -> jax.Array:
-        """Items as `item_query` is compared with them: [I, D], of all vectors of `item_table`."""
+        """Keys [I, D] of all items, from their vectors in `item_table`; an item's score is the product with a query."""
         return unit(table) if self.config.rank.temperature else table
 
-    def __call__(self, arrays: dict, codes: jax.Array, targets: jax.Array, embeddings=None) -> jax.Array:
+    def __call__(self, inputs: RankInputs, targets: jax.Array) -> jax.Array:
         """Touches every part once; for `init`."""
-        context = self.read(arrays, codes, self.item_table(codes, embeddings))
-        log_probs, _, states = self.score(context, targets)
+        context = self.prefill(inputs.replace(table=self.item_table(inputs.codes, inputs.embeddings)))
+        scored = self.score(context, targets)
+        log_probs, states = scored.log_probs, scored.states
         if self.rank_head is not None:
             memory, prefixes = self.memory(context), self.prefixes(states[:, :, :1])
             log_probs += self.rank(context, memory, prefixes, targets[..., :1], log_probs[..., :1], 0)

@@ -5,15 +5,28 @@ of it, so the same code is another token at every level. Targets and beams speak
 tokens. Without levels, codes are tokens and every step is over the whole vocabulary.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxrec.config import UserError
+from jaxrec.models.contract import pick
+from jaxrec.models.prior import Prior
 from jaxrec.nn.layers import project
 
 Levels = tuple[tuple[int, int], ...]
+
+
+@struct.dataclass
+class ContextTokens:
+    """Contexts of tokens: tokens int32 [B, S] with mask bool [B, S], True = a token.
+
+    prior: a distribution over the targets' IDs that is added to the decoder's logits, or None.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    prior: Prior | None = None
 
 
 def check_levels(levels: Levels | None, vocabulary: int) -> None:
@@ -72,38 +85,10 @@ def level_log_probs(
 
     prior: float32 [..., K], added to the logits of a level that is normalised by itself (`restrict`).
     """
-    logits, log_z = _with_prior(level_logits(table, state, level, levels, restrict), prior)
-    return logits - log_z[..., None]
-
-
-def target_log_probs(
-    table: jax.Array,
-    first: jax.Array,
-    states: jax.Array,
-    targets: jax.Array,
-    levels: Levels | None,
-    restrict: bool,
-    smoothing: float = 0.0,
-    priors: Sequence[jax.Array] | None = None,
-) -> jax.Array:
-    """Log-probabilities float32 [B, L, M] of the codes of targets int32 [B, L, M].
-
-    first [B, D] is the state that predicts the first code of every target, so its logits are made once, or [B, L, D]
-    where each target has its own; states [B, L, M - 1, D] predict the others. With `smoothing` s the value of a code is
-    (1 - s) log p + s times the mean log-probability of its level: what a loss with smoothed labels takes. priors: as
-    for `level_log_probs`, float32 [B, L, K] of every level.
-    """
-    first = first[:, None] if first.ndim == 2 else first
-    found = []
-    for level in range(targets.shape[-1]):
-        state = states[:, :, level - 1] if level else first
-        prior = None if priors is None else priors[level]
-        logits, log_z = _with_prior(level_logits(table, state, level, levels, restrict), prior)
-        value = _pick(jnp.broadcast_to(logits, (*targets.shape[:2], logits.shape[-1])), targets[..., level])
-        if smoothing:
-            value = (1 - smoothing) * value + smoothing * logits.mean(-1)
-        found.append(value - log_z)
-    return jnp.stack(found, axis=-1)
+    logits, log_z = level_logits(table, state, level, levels, restrict)
+    if prior is None:
+        return logits - log_z[..., None]
+    return jax.nn.log_softmax(logits + prior, axis=-1)
 
 
 def token_log_probs(
@@ -118,15 +103,4 @@ def token_log_probs(
     for offset, size in (levels or ()) if restrict else ():
         inside = (tokens >= offset) & (tokens < offset + size)
         log_z = jnp.where(inside, jax.nn.logsumexp(logits[..., offset : offset + size], axis=-1), log_z)
-    return _pick(logits, tokens) - log_z
-
-
-def _with_prior(found: tuple[jax.Array, jax.Array], prior: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    if prior is None:
-        return found
-    logits = found[0] + prior
-    return logits, jax.nn.logsumexp(logits, axis=-1)
-
-
-def _pick(logits: jax.Array, codes: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+    return pick(logits, tokens) - log_z

@@ -22,8 +22,14 @@ from jaxrec.config import from_json
 from jaxrec.data.attributes import attribute_indices, later_attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
 from jaxrec.data.popularity import PopularityByPeriod, read_popularity
-from jaxrec.models.context import CatalogueArrays, Context, ContextFeatures, EventSequence
-from jaxrec.models.cross_decoder import CrossDecoder
+from jaxrec.models.cross_decoder import (
+    CatalogueArrays,
+    ContextFeatures,
+    CrossContext,
+    CrossDecoder,
+    CrossInputs,
+    EventSequence,
+)
 from jaxrec.models.prior import Prior, build_prior
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
@@ -63,15 +69,25 @@ class OneMallAssembly:
         """Indices of the target behaviors."""
         return np.flatnonzero(self.wanted).tolist()
 
-    def features(self, arrays: dict[str, jax.Array]) -> ContextFeatures:
-        """The model's input from the flat arrays of `jaxrec.data.features.cut`, stacked to batches."""
+    def inputs(
+        self,
+        catalogue: CatalogueArrays,
+        arrays: dict[str, jax.Array],
+        table: jax.Array | None = None,
+        where: jax.Array | None = None,
+    ) -> CrossInputs:
+        """The model's input from the flat arrays of `jaxrec.data.features.cut`, stacked to batches.
+
+        table and where as for `CrossInputs`.
+        """
 
         def sequence(name: str) -> EventSequence:
             return EventSequence(arrays[f"{name}_item"], arrays[f"{name}_age"], arrays[f"{name}_mask"])
 
         history = {behavior: sequence(f"history_{index}") for index, behavior in enumerate(self.behaviors)}
         period = self.popularity.period(arrays["day"])
-        return ContextFeatures(history, sequence("past"), arrays["habit"], arrays["user"], period)
+        features = ContextFeatures(history, sequence("past"), arrays["habit"], arrays["user"], period)
+        return CrossInputs(features, catalogue, table, where)
 
     def init(self, seed: int, mesh: Mesh | None = None) -> dict:
         """Fresh variables {"params", "balance"}: made on the devices where they stay, if there is a mesh."""
@@ -82,8 +98,9 @@ class OneMallAssembly:
             empty = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
             shortest = FeatureConfig(buckets=(8,))
             arrays = cut({**empty, "now": 0}, 0, shortest, behaviors=len(self.behaviors), wanted=self.wanted)
-            features = self.features(jax.tree.map(lambda x: jnp.asarray(x)[None], arrays))
-            return self.model.lazy_init(jax.random.key(seed), features, jnp.zeros((1, 1), jnp.int32), catalogue)
+            inputs = self.inputs(catalogue, jax.tree.map(lambda x: jnp.asarray(x)[None], arrays))
+            targets = jnp.zeros((1, 1, self.space.levels), jnp.int32)
+            return self.model.lazy_init(jax.random.key(seed), inputs, targets)
 
         return init_sharded(make, mesh)
 
@@ -110,16 +127,16 @@ class OneMallAssembly:
             table = _put(before.served["table"], rows, self.table(variables, catalogue, rows))
         return {"variables": variables, "catalogue": catalogue, "table": table}
 
-    def context(self, served: dict, arrays: dict[str, jax.Array]) -> Context:
+    def context(self, served: dict, arrays: dict[str, jax.Array]) -> CrossContext:
         """B contexts from stacked arrays of `jaxrec.data.features.cut`."""
-        inputs, table = self.features(arrays), served["table"]
-        return self.model.apply(served["variables"], inputs, served["catalogue"], table=table, method="prefill")
+        inputs = self.inputs(served["catalogue"], arrays, served["table"])
+        return self.model.apply(served["variables"], inputs, method="prefill")
 
-    def extend(self, served: dict, context: Context, tokens: jax.Array | None, cache: Any, level: int):
+    def extend(self, served: dict, context: CrossContext, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
         return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
 
-    def rescore(self, served: dict, context: Context, likelihood_weight: float) -> None:
+    def rescore(self, served: dict, context: CrossContext, likelihood_weight: float) -> None:
         """Beams are chosen by the log-probabilities."""
 
     def table(self, variables: dict, catalogue: CatalogueArrays, rows: np.ndarray) -> jax.Array:

@@ -15,7 +15,7 @@ from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.losses.contrastive import in_batch_softmax
 from jaxrec.losses.likelihood import next_token
-from jaxrec.models.context import CatalogueArrays
+from jaxrec.models.cross_decoder import CatalogueArrays
 from jaxrec.nn.moe import balance
 from jaxrec.run import Run
 from jaxrec.systems.generative import bound_loss, run_phases, train_model
@@ -72,12 +72,12 @@ def losses(
     model, rngs = assembly.model, {"dropout": key}
     target, where = batch["target"], batch["target_where"] & batch["where"][:, None]
     apply = partial(model.apply, variables, mutable=["balance"], rngs=rngs)
-    context, begun = apply(assembly.features(batch), catalogue, True, where=batch["where"], method="prefill")
-    (log_probs, state), scored = apply(context, catalogue.codes[target], where, True, method="score")
-    sums = {"next_token": next_token(log_probs, where).sum(), "contrastive": jnp.float32(0)}
+    context, of_bos = apply(assembly.inputs(catalogue, batch, where=batch["where"]), True, method="prefill")
+    scored, of_targets = apply(context, catalogue.codes[target], where, True, method="score")
+    sums = {"next_token": next_token(scored.log_probs, where).sum(), "contrastive": jnp.float32(0)}
     if config.objective.contrastive_weight:
-        sums["contrastive"] = contrastive(assembly, catalogue, variables, state, target, where).sum()
-    return sums, where.sum(), tuple(each.get("balance", {}) for each in (begun, scored))
+        sums["contrastive"] = contrastive(assembly, catalogue, variables, scored.end, target, where).sum()
+    return sums, where.sum(), tuple(each.get("balance", {}) for each in (of_bos, of_targets))
 
 
 def contrastive(

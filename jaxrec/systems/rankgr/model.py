@@ -19,7 +19,7 @@ from jaxrec.decoding.beam import Candidates, Rescore, reorder
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.huggingface import load_qwen2
 from jaxrec.models.prior import Prior, popularity_prior
-from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig
+from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig, RankInputs
 from jaxrec.run import TRAINING, Run, read_json, write_json
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
@@ -30,12 +30,12 @@ from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_la
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 BACKBONE = "backbone.json"
-"""In the folder of the training: the sizes of the model, for those who haven't the weights that it began from."""
+"""In the folder of the training: the sizes of the model, which can then be loaded without the pretrained weights."""
 
 
 @struct.dataclass
 class RankGRCatalogue:
-    """What a training step reads of all items: codes int32 [I, M], embeddings float32 [I, E] and prior, if it does."""
+    """What a training step reads of all items: codes int32 [I, M]; embeddings float32 [I, E] and the prior, or None."""
 
     codes: jax.Array
     embeddings: jax.Array | None = None
@@ -59,11 +59,11 @@ class RankGRAssembly:
     examples: Any = None
     """folder of the example records"""
     pretrained: dict | None = None
-    """parameters of the backbone to begin from"""
+    """parameters that the backbone is initialised with"""
     embeddings: np.ndarray | None = None
-    """float32 [I, E], what the IDs were made of, if the model reads them"""
+    """float32 [I, E] that the IDs were made of, if the model reads them"""
     prior: Prior | None = None
-    """how popular IDs are, if the decoder begins with it"""
+    """the popularity of IDs, if it is added to the decoder's logits"""
 
     @property
     def target_behaviors(self) -> list[int]:
@@ -72,7 +72,7 @@ class RankGRAssembly:
 
     @property
     def positive(self) -> int:
-        """The lowest level of a target behavior: from here on, an item is what is looked for."""
+        """The lowest level of a target behavior: items of this level or above are positives."""
         return int(self.levels[self.wanted].min())
 
     @property
@@ -89,12 +89,18 @@ class RankGRAssembly:
             one = jnp.zeros((1, 1), jnp.int32)
             arrays = {"item": one, "behavior": one, "gap": one, "mask": jnp.ones((1, 1), bool)}
             targets = jnp.zeros((1, 1, self.space.levels), jnp.int32)
-            given = arrays, catalogue.codes, targets, catalogue.embeddings
-            return self.model.lazy_init(jax.random.key(seed), *given)
+            return self.model.lazy_init(jax.random.key(seed), self.inputs(catalogue, arrays), targets)
 
         fresh = init_sharded(make, mesh)
         # Outside of the compiled function, of which gigabytes of weights would be constants.
         return {"params": with_pretrained(fresh["params"], self.pretrained, seed)}
+
+    def inputs(
+        self, catalogue: RankGRCatalogue, arrays: dict[str, jax.Array], table: jax.Array | None = None
+    ) -> RankInputs:
+        """The model's input from stacked arrays of `LeveledSessionConfig.cut`; table as for `RankInputs`."""
+        history = (arrays[name] for name in ("item", "behavior", "gap", "mask"))
+        return RankInputs(*history, catalogue.codes, catalogue.embeddings, table, catalogue.prior)
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
@@ -123,10 +129,8 @@ class RankGRAssembly:
 
     def context(self, served: dict, arrays: dict[str, jax.Array]) -> RankContext:
         """B contexts from stacked arrays of `LeveledSessionConfig.cut`."""
-        prior = served["prior"]
-        return self.model.apply(
-            served["variables"], arrays, served["codes"], served["table"], False, prior, method="read"
-        )
+        inputs = self.inputs(RankGRCatalogue(served["codes"], prior=served["prior"]), arrays, served["table"])
+        return self.model.apply(served["variables"], inputs, method="prefill")
 
     def extend(self, served: dict, context: RankContext, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
@@ -139,7 +143,7 @@ class RankGRAssembly:
             return None
         variables, last = served["variables"], self.space.levels - 1
         if config.loss == "softmax":
-            query = self.model.apply(variables, context.own.state, method="item_query")
+            query = self.model.apply(variables, context.own.state[:, 0], method="item_query")
 
             def by_item(candidates: Candidates, cache: dict) -> jax.Array:
                 if candidates.level < last:

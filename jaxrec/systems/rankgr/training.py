@@ -18,7 +18,7 @@ from jaxrec.data import leveled_sessions
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.data.sources.files import digest
-from jaxrec.losses.likelihood import ROWS, full_softmax, next_token
+from jaxrec.losses.likelihood import ROWS, full_softmax, log_likelihood, next_token
 from jaxrec.losses.preference import has_preference, ldpo
 from jaxrec.models.huggingface import CONFIG_FILE
 from jaxrec.models.rankgr import RankContext
@@ -81,35 +81,37 @@ def losses(
     key: jax.Array,
     rows: int = ROWS,
 ):
-    """(sums over the batch of each loss of Eq. 17, the weight of the first's targets, what is counted on the way)."""
+    """(sums over the batch of each loss of Eq. 17, the weight of the next-token targets, counts for the metrics)."""
     model, objective, rngs = assembly.model, config.objective, {"dropout": key}
     codes = catalogue.codes
     table = model.apply(variables, codes, catalogue.embeddings, method="item_table")
-    context = model.apply(variables, batch, codes, table, True, catalogue.prior, method="read", rngs=rngs)
+    inputs = assembly.inputs(catalogue, batch, table)
+    context = model.apply(variables, inputs, True, method="prefill", rngs=rngs)
     targets = pack(assembly, config, batch)
-    seen = model.apply(variables, context, targets["last"], method="at")
-    log_probs, smoothed, states = model.apply(
-        variables, seen, codes[targets["item"]], True, objective.smoothing, method="score", rngs=rngs
-    )
-    sums = {"next_token": (targets["weight"] * next_token(smoothed, targets["where"])).sum()}
-    # Items of the history come before others in the session's mind: they have no level among its items.
-    scores, level, compared = log_probs.sum(-1), targets["level"], targets["compared"]
+    view, where = context.at(targets["last"]), targets["where"]
+    scored = model.apply(variables, view, codes[targets["item"]], where, True, method="score", rngs=rngs)
+    smoothing, means = objective.smoothing, scored.mean_log_probs
+    loss = next_token(scored.log_probs, where, mean_log_probs=means, smoothing=smoothing)
+    sums = {"next_token": (targets["weight"] * loss).sum()}
+    # Items of the history are targets from other places than the session's: they have no level among its items.
+    level, compared = targets["level"], targets["compared"]
     sums["ldpo"] = jnp.float32(0)
     if objective.alpha:
+        scores = log_likelihood(scored.log_probs, compared)
         sums["ldpo"] = ldpo(scores, level, compared, beta=objective.beta).sum()
     sums["rank"] = jnp.float32(0)
     loss, wanted = model.config.rank.loss, targets["wanted"]
     if loss == "softmax":
-        query = model.apply(variables, states[:, :, 0], method="item_query")
+        query = model.apply(variables, scored.states[:, :, 0], method="item_query")
         vectors = model.apply(variables, table, method="item_vectors")
         flat, items = query.reshape(-1, query.shape[-1]), targets["item"].reshape(-1)
         sums["rank"] = full_softmax(
-            flat, vectors, items, where=wanted.reshape(-1), label_smoothing=objective.smoothing, rows=rows
+            flat, vectors, items, where=wanted.reshape(-1), label_smoothing=smoothing, rows=rows
         ).sum()
     elif loss == "bce":
         # Dropout draws from the key itself.
         drawn = draw_targets(jax.random.fold_in(key, 0), targets, model.config.rank.targets)
-        sums["rank"] = rank_loss(assembly, codes, variables, context, states, targets, drawn).sum()
+        sums["rank"] = rank_loss(assembly, codes, variables, context, scored.states, targets, drawn).sum()
     held = compared.any(-1)
     notes = {
         "one_level": ((held & ~has_preference(level, compared)).sum(), held.sum()),
@@ -119,11 +121,17 @@ def losses(
 
 
 def pack(assembly: RankGRAssembly, config: RankGRRunConfig, batch: dict) -> dict[str, jax.Array]:
-    """All targets of a batch of contexts, [B, L] each: item, level, last (the place that each sees the history up to).
+    """All targets of a batch of contexts, [B, L] each.
 
-    weight float32: of its next tokens (Eq. 9-10), 0 where drawn; bool: where it has any, whether it is compared with
-    others (Eq. 8), and whether the rank head looks for it. Beside them end [B, 1]: the place that the session's items
-    see the history up to, and left_out [B, X]: further items that the rank head would look for from there (-1 = none).
+    Returns, by name:
+      item, level: int32, the target and its level in the order of preference.
+      last: int32, the last item of the history that the target sees.
+      weight: float32, of the target's next tokens (Eq. 9-10), 0 where it was drawn.
+      where: bool, the weight isn't 0.
+      compared: bool, LDPO compares the target with others (Eq. 8).
+      wanted: bool, the target is a positive of the rank head.
+      end: int32 [B, 1], the last item of the history, which the session's targets see.
+      left_out: int32 [B, X], further positives of the session that are no targets (-1 = none).
     """
     there, shift = batch["where"][:, None], int(config.features.sampled > 0)
     end = jnp.maximum(batch["mask"].sum(-1, keepdims=True) - 1, 0)
@@ -159,7 +167,7 @@ def pack(assembly: RankGRAssembly, config: RankGRRunConfig, batch: dict) -> dict
 
 
 def rank_from(assembly: RankGRAssembly, config: RankGRRunConfig) -> int:
-    """The lowest level whose items the rank head looks for."""
+    """The lowest level whose items are positives of the rank head."""
     return assembly.positive if config.objective.rank_from is None else config.objective.rank_from
 
 
@@ -177,8 +185,8 @@ def level_weights(assembly: RankGRAssembly, config: RankGRRunConfig) -> jax.Arra
 def draw_targets(key: jax.Array, targets: dict, count: int) -> jax.Array:
     """Which targets the rank head learns from in this step: places int32 [B, R] of `pack`, R <= count.
 
-    Drawn evenly from the session's items that are looked for, then from those of the history: of more than R, the first
-    would be the strongest and the earliest. Where there are fewer than R, places that are not looked for fill the row.
+    Drawn uniformly from the session's positives, then from those of the history: the first R would always be the
+    strongest and the earliest. Where there are fewer than R positives, other places fill the row.
     """
     wanted, history = targets["wanted"], targets["last"] < targets["end"]
     turn = jnp.where(wanted, history + jax.random.uniform(key, wanted.shape), 2.0)
@@ -198,8 +206,8 @@ def rank_loss(
     """Binary cross-entropy of the rank head over the candidates of every level, a value a target [B, R] (Eq. 12, 16).
 
     Candidates of a drawn target (`draw_targets`) are the true code and the most probable others. A candidate is a
-    positive if any item that is looked for after the same place of the history, drawn or not, continues the same prefix
-    with it (Eq. 9). It is left out of the loss if only a positive that found no place among the targets does.
+    positive if any positive item of the same place of the history, drawn or not, continues the same prefix with it
+    (Eq. 9). It is left out of the loss if only positives that are no targets do.
 
     Args:
       codes: int32 [I, M] of all items.
@@ -210,14 +218,13 @@ def rank_loss(
     model, count = assembly.model, targets["item"].shape[1]
     wanted, last, item = (jnp.take_along_axis(targets[name], drawn, axis=1) for name in ("wanted", "last", "item"))
     states = jnp.take_along_axis(states, drawn[..., None, None], axis=1)
-    # together [B, R, L + X]: items that are looked for after the same place, with the prefix so far in common.
+    # together [B, R, L + X]: positives of the same place of the history, with the prefix so far in common.
     others = jnp.concatenate([targets["item"], targets["left_out"]], axis=1)
     packed = (last[:, :, None] == targets["last"][:, None, :]) & targets["wanted"][:, None, :]
     left_out = (last == targets["end"])[:, :, None] & (targets["left_out"] >= 0)[:, None, :]
     together, others = jnp.concatenate([packed, left_out], axis=2), codes[others]
     codes, memory = codes[item], model.apply(variables, context, method="memory")
-    context = model.apply(variables, context, last, method="at")
-    known: dict | None = None
+    context, known = context.at(last), {}
     total = jnp.zeros(wanted.shape, jnp.float32)
     for level, size in enumerate(assembly.space.codebook_sizes):
         before = None if level == 0 else codes[..., level - 1]

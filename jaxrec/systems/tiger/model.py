@@ -19,7 +19,7 @@ from jaxrec.catalogue.version import Version
 from jaxrec.config import from_json
 from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import Prior, popularity_prior
-from jaxrec.models.vocabulary import Levels, to_tokens
+from jaxrec.models.vocabulary import ContextTokens, Levels, to_tokens
 from jaxrec.nn.geometry import principal_axes
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
@@ -35,7 +35,7 @@ START = 0
 
 @struct.dataclass
 class TigerCatalogue:
-    """What a training step reads of all items: codes int32 [I, M] and, if the decoder begins with it, the prior."""
+    """What a training step reads of all items: codes int32 [I, M], and the prior or None."""
 
     codes: jax.Array
     prior: Prior | None = None
@@ -58,12 +58,11 @@ class TigerAssembly:
     own_tokens: bool = False
     """every item has a token beside those of its codes, where positions are items"""
     prior: Prior | None = None
-    """how popular IDs are, if the decoder begins with it"""
+    """the popularity of IDs, if it is added to the decoder's logits"""
     examples: Any = None
     """folder of the example records"""
     embeddings: np.ndarray | None = None
-    """float32 [I, d] with d <= D: what the items' own tokens begin as, in the first d of their D numbers; None: at
-    random"""
+    """float32 [I, d] with d <= D: initial values of the first d components of the items' own tokens; None: random"""
 
     @property
     def target_behaviors(self) -> list[int]:
@@ -85,8 +84,8 @@ class TigerAssembly:
         levels = self.space.levels
 
         def make():
-            tokens, mask = jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool)
-            variables = self.model.init(jax.random.key(seed), tokens, mask, jnp.zeros((1, 1, levels), jnp.int32))
+            inputs = ContextTokens(jnp.zeros((1, levels), jnp.int32), jnp.ones((1, levels), bool))
+            variables = self.model.init(jax.random.key(seed), inputs, jnp.zeros((1, 1, levels), jnp.int32))
             if self.embeddings is not None:
                 table = variables["params"]["embed"]["table"]
                 known, width = self.embeddings.shape
@@ -123,6 +122,10 @@ class TigerAssembly:
             mask = jnp.concatenate([(user >= 0)[:, None], mask], axis=1)
         return found[..., 0] if self.positions == "codes" else found, mask
 
+    def inputs(self, catalogue: TigerCatalogue, arrays: dict[str, jax.Array]) -> ContextTokens:
+        """The model's input from stacked item sequences, as for `tokens`."""
+        return ContextTokens(*self.tokens(catalogue.codes, arrays), catalogue.prior)
+
     def before(self, items: jax.Array) -> jax.Array:
         """Positions of a context up to and with so many of its items, int32 of the same shape."""
         return items * (self.space.levels if self.positions == "codes" else 1) + (1 if self.users else 0)
@@ -139,8 +142,8 @@ class TigerAssembly:
 
     def context(self, served: dict, arrays: dict[str, jax.Array]) -> EncodedContext:
         """B contexts from stacked arrays of `ItemSequenceConfig.cut`."""
-        tokens, mask = self.tokens(served["codes"], arrays)
-        return self.model.apply(served["variables"], tokens, mask, False, served["prior"], method="prefill")
+        inputs = self.inputs(TigerCatalogue(served["codes"], served["prior"]), arrays)
+        return self.model.apply(served["variables"], inputs, method="prefill")
 
     def extend(self, served: dict, context: EncodedContext, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
@@ -172,10 +175,10 @@ def assemble(run: Run, config: TigerConfig) -> TigerAssembly:
 
 
 def own_tokens(embeddings: np.ndarray, config: EncoderDecoderConfig, levels: int) -> np.ndarray:
-    """What own tokens begin as: what IDs of so many levels were made of, float32 [I, d], along its first axes.
+    """Initial embeddings float32 [I, d] of the items' own tokens: the items' embeddings along their principal axes.
 
-    So items that are alike are alike in a context from the first step on. As large as the sum of an item's codes, where
-    embeddings have as many numbers as the model is wide.
+    Similar items then have similar tokens from the first step on. Their variance is that of the sum of an item's codes,
+    of which there are `levels`.
     """
     centred = embeddings - embeddings.mean(0)
     squares, axes = principal_axes(centred)

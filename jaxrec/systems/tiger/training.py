@@ -8,6 +8,7 @@ Two ways to make contexts of the prefixes:
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,18 @@ def losses(
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of the targets' negative log-likelihoods (labels smoothed), and the sum of the weights."""
-    model, rngs, smoothing = assembly.model, {"dropout": key}, config.objective.smoothing
-    codes, prior = catalogue.codes, catalogue.prior
-    tokens, mask = assembly.tokens(codes, batch)
-    targets, where = codes[batch["target"]], (batch["target_rank"] >= 0) & batch["where"][:, None]
-    if model.config.causal:
-        # The user and the items before each target, bool [B, L, S].
-        seen = jnp.arange(tokens.shape[1]) < assembly.before(batch["before"])[..., None]
-        given = (tokens, mask, seen, targets, True, smoothing, prior)
-        log_probs = model.apply(variables, *given, method="score_prefixes", rngs=rngs)
-    else:
-        context = model.apply(variables, tokens, mask, True, prior, method="prefill", rngs=rngs)
-        log_probs = model.apply(variables, context, targets, True, smoothing, method="score", rngs=rngs)
+    apply = partial(assembly.model.apply, variables, rngs={"dropout": key})
+    inputs = assembly.inputs(catalogue, batch)
+    targets, where = catalogue.codes[batch["target"]], (batch["target_rank"] >= 0) & batch["where"][:, None]
+    context = apply(inputs, True, method="prefill")
+    if assembly.model.config.causal:
+        # Each target sees the user and the items before it.
+        context = context.at(assembly.before(batch["before"]) - 1)
+    scored = apply(context, targets, where, True, method="score")
+    smoothing = config.objective.smoothing
+    loss = next_token(scored.log_probs, where, mean_log_probs=scored.mean_log_probs, smoothing=smoothing)
     weight = jnp.where(where, config.objective.later_weight ** jnp.maximum(batch["target_rank"], 0), 0.0)
-    return (weight * next_token(log_probs, where)).sum(), weight.sum()
+    return (weight * loss).sum(), weight.sum()
 
 
 def training_batches(assembly: TigerAssembly, config: TigerConfig) -> Iterator[dict]:

@@ -1,0 +1,125 @@
+"""Copying from the past: people come back to items that they looked at or bought, and a decoder copies them badly.
+
+Beside the decoder's distribution over IDs stands one over the items of the past (See et al. 2017, pointer-generator
+networks). The two are mixed as distributions over whole IDs. The mixture gives the joint probability of any prefix, and
+each level's probability follows by the chain rule, so that training, scoring and the beam stay exact:
+
+    points  = head(...)                              the weights of the past's items, and their share in the mixture
+    scored  = points.along(scored, targets, codes)   given targets
+    copied  = points.begin()                         or level by level, given the decoder's log-probabilities:
+    mixed   = copied.mix(log_probs, codes of the level)
+    copied  = copied.after(tokens, codes of the level, log-probabilities of the tokens)
+
+`PointerHead` (RankGR) weights the items of a history from the decoder's states; `HabitHead` (OneMall) weights the
+distinct items of the past by how often and how long ago each was taken as well.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from jaxrec.models.contract import Scored
+from jaxrec.nn.attention import masked_softmax
+from jaxrec.nn.layers import Projection, RMSNorm
+
+TINY = 1e-30
+
+
+@struct.dataclass
+class Points:
+    """A distribution over the past's items for each of L targets, or one for all of them (L = 1).
+
+    weights float32 [B, L, S] sum to 1; share float32 [B, L] is the part of the mixture that is copied. Without a past
+    both are 0.
+    """
+
+    weights: jax.Array
+    share: jax.Array
+
+    def begin(self) -> "Copied":
+        """The empty prefix."""
+        return Copied(self.share, jnp.zeros_like(self.share), self.weights)
+
+    def along(self, scored: Scored, targets: jax.Array, codes: jax.Array) -> Scored:
+        """The mixture's scores of targets int32 [B, L, M], from the decoder's own; codes int32 [B, S, M] of items."""
+        same = codes[:, None, :, : targets.shape[-1]] == targets[:, :, None]
+        begins = jnp.cumprod(same.astype(jnp.float32), axis=-1)  # [B, L, S, M]
+        copied = (begins * self.weights[..., None]).sum(2)
+        joint = _mixture(self.share[..., None], jnp.cumsum(scored.log_probs, axis=-1), copied)
+        log_probs = jnp.diff(joint, prepend=0.0, axis=-1)
+        return scored.replace(log_probs=log_probs, mean_log_probs=scored.mean_log_probs + log_probs - scored.log_probs)
+
+
+@struct.dataclass
+class Copied:
+    """L prefixes of IDs: the share [B, L], the log-probability of the prefix under the decoder alone, [B, L], and the
+    weights [B, L, S] of the past's items that begin with the prefix (0 for the others)."""
+
+    share: jax.Array
+    generated: jax.Array
+    begins: jax.Array
+
+    def mix(self, log_probs: jax.Array, codes: jax.Array) -> jax.Array:
+        """The mixture's log-probabilities [B, L, K] of the next code, from the decoder's own; codes int32 [B, S]."""
+        there = jax.nn.one_hot(codes, log_probs.shape[-1])
+        copied = jnp.einsum("BLS,BSK->BLK", self.begins, there)
+        joint = _mixture(self.share[..., None], self.generated[..., None] + log_probs, copied)
+        return joint - _mixture(self.share, self.generated, self.begins.sum(-1))[..., None]
+
+    def after(self, tokens: jax.Array, codes: jax.Array, log_probs: jax.Array) -> "Copied":
+        """One code longer: tokens int32 [B, L], log_probs float32 [B, L] of the tokens under the decoder alone."""
+        begins = self.begins * (codes[:, None] == tokens[..., None])
+        return Copied(self.share, self.generated + log_probs, begins)
+
+
+def _mixture(share: jax.Array, generated: jax.Array, copied: jax.Array) -> jax.Array:
+    """log((1 - share) * exp(generated) + share * copied)."""
+    return jnp.logaddexp(jnp.log1p(-share) + generated, jnp.log(share * copied + TINY))
+
+
+class PointerHead(nn.Module):
+    """Weights of a history's items for each of L targets, from the decoder's states."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, state: jax.Array, states: jax.Array, seen: jax.Array) -> Points:
+        """state [B, L, D] that predicts a target's first code, states [B, S, D] of the items, seen bool [B, L, S].
+
+        `seen` is left-aligned. Initially the weight of a place with n items after it is proportional to (1 + n)^-0.5;
+        an item that occurs several times has the sum of its places. The initial share is one half.
+        """
+        query = Projection(self.width, ("embed", "mlp"), gain=0.01, name="query")(state)
+        key = Projection(self.width, ("embed", "mlp"), name="key")(states)
+        match = jnp.einsum("BLD,BSD->BLS", query, key).astype(jnp.float32) * self.width**-0.5
+        ago = jnp.maximum(seen.sum(-1, keepdims=True) - 1 - jnp.arange(seen.shape[-1]), 0)
+        match -= self.param("decay", nn.initializers.constant(0.5), ()) * jnp.log1p(ago.astype(jnp.float32))
+        share = Projection(1, ("embed", None), bias=True, gain=0.01, name="share")(state)[..., 0]
+        share = 0.999 * nn.sigmoid(share.astype(jnp.float32))
+        return Points(masked_softmax(match, seen), jnp.where(seen.any(-1), share, 0.0))
+
+
+class HabitHead(nn.Module):
+    """Weights of the distinct items of a user's past, the same for all targets of the context."""
+
+    width: int
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, habit: jax.Array, mask: jax.Array, state: jax.Array, user: jax.Array
+    ) -> Points:
+        """tokens [B, S, D] and habit [B, S, 4] of the items with mask [B, S]; state [B, D] of BOS; user [B, 4].
+
+        The initial weights are the personal frequencies.
+        """
+        keys = Projection(self.width, ("embed", "mlp"), name="key")(tokens)
+        query = Projection(self.width, ("embed", "mlp"), name="query")(RMSNorm()(state))
+        match = jnp.einsum("BSD,BD->BS", keys, query) * self.width**-0.5
+        hidden = nn.gelu(nn.Dense(32, name="habit_in")(habit))
+        match += nn.Dense(1, name="habit_out", kernel_init=nn.initializers.normal(0.1))(hidden)[..., 0]
+        match += habit[..., 0]  # the log of the count
+        hidden = nn.gelu(nn.Dense(32, name="share_state")(state) + nn.Dense(32, name="share_user")(user))
+        share = 0.999 * nn.sigmoid(nn.Dense(1, name="share_out")(hidden)[..., 0])
+        share = jnp.where(mask.any(-1), share, 0.0)
+        return Points(masked_softmax(match, mask)[:, None], share[:, None])
