@@ -53,11 +53,17 @@ def everything(config, params, arrays, targets, last=None):
     return log_probs, jnp.stack(logits, -1)
 
 
+@functools.cache
+def compiled(config):
+    """`everything` of a configuration, compiled once a shape: op by op it takes several times as long."""
+    return jax.jit(functools.partial(everything, config))
+
+
 def test_a_history_that_holds_nothing_is_not_its_first_items():
     nothing = {**ARRAYS, "mask": np.zeros_like(ARRAYS["mask"])}
     params = make_variables()["params"]
-    found = everything(MODEL, params, nothing, TARGETS)
-    other = everything(MODEL, params, {**nothing, "item": nothing["item"] * 0 + 7}, TARGETS)
+    found = compiled(MODEL)(params, nothing, TARGETS)
+    other = compiled(MODEL)(params, {**nothing, "item": nothing["item"] * 0 + 7}, TARGETS)
     assert np.isfinite(found[0]).all()
     jax.tree.map(np.testing.assert_array_equal, found, other)
 
@@ -138,8 +144,8 @@ def test_a_pointer_mixes_the_historys_items_with_what_the_decoder_generates():
     """Over whole IDs: (1 - g) of the decoder's probability and g of the weights of the items that have the ID."""
     assembly, variables = make_assembly(POINTER), make_variables(POINTER)
     params = {name: value for name, value in variables["params"].items() if name != "pointer"}
-    plain, _ = everything(MODEL, params, ARRAYS, np.stack([IDS] * 2))
-    mixed, _ = everything(POINTER, variables["params"], ARRAYS, np.stack([IDS] * 2))
+    plain, _ = compiled(MODEL)(params, ARRAYS, np.stack([IDS] * 2))
+    mixed, _ = compiled(POINTER)(variables["params"], ARRAYS, np.stack([IDS] * 2))
     np.testing.assert_allclose(np.exp(mixed.sum(-1)).sum(-1), 1, rtol=1e-4)
     head, sigmoid = variables["params"]["pointer"], lambda x: 1 / (1 + np.exp(-x))
     context = assembly.context(assembly.serve(variables), ARRAYS)
@@ -163,7 +169,7 @@ def test_without_a_history_a_pointer_adds_nothing():
     params = make_variables(POINTER)["params"]
     plain = {name: value for name, value in params.items() if name != "pointer"}
     np.testing.assert_allclose(
-        everything(POINTER, params, nothing, TARGETS)[0], everything(MODEL, plain, nothing, TARGETS)[0], atol=1e-5
+        compiled(POINTER)(params, nothing, TARGETS)[0], compiled(MODEL)(plain, nothing, TARGETS)[0], atol=1e-5
     )
 
 
@@ -172,7 +178,7 @@ def test_a_prior_is_the_popularity_of_ids_among_those_that_begin_alike():
     assembly, params = make_assembly(PRIOR), make_variables(PRIOR)["params"]
     silent = {**params, "backbone": {**params["backbone"], "norm": {"scale": jnp.zeros(12)}}}
     codes, counts = assembly.space.codes, assembly.counts + 1
-    found, _ = everything(PRIOR, silent, ARRAYS, jnp.broadcast_to(codes, (2, ITEMS, 3)))
+    found, _ = compiled(PRIOR)(silent, ARRAYS, jnp.broadcast_to(codes, (2, ITEMS, 3)))
     for item, code in enumerate(codes):
         begun = np.cumprod(codes == code, axis=1)
         shares = [
@@ -181,7 +187,7 @@ def test_a_prior_is_the_popularity_of_ids_among_those_that_begin_alike():
         np.testing.assert_allclose(found[:, item], np.log([shares, shares]), atol=1e-3)
     # A code that no item has is unlikely, not impossible.
     free = next(code for code in IDS if not (codes == code).all(1).any())
-    log_prob = everything(PRIOR, silent, ARRAYS, jnp.broadcast_to(jnp.asarray(free), (2, 1, 3)))[0].sum(-1)
+    log_prob = compiled(PRIOR)(silent, ARRAYS, jnp.broadcast_to(jnp.asarray(free), (2, 1, 3)))[0].sum(-1)
     assert (log_prob < -8).all() and np.isfinite(log_prob).all()
 
 
