@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
-from jaxrec.config import from_json
 from jaxrec.data.attributes import attribute_indices, later_attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
 from jaxrec.data.popularity import PopularityByPeriod, read_popularity
@@ -29,9 +28,8 @@ from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.semantic_ids.table.versions import trained_space
-from jaxrec.systems.generative import load_trained
 from jaxrec.systems.onemall.config import OneMallConfig
-from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_later_embeddings
+from jaxrec.systems.recommender import filled_up, with_later_embeddings
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 PATCH = 1024
@@ -201,9 +199,3 @@ def _make_table(model: CrossDecoder, variables: dict, catalogue: CatalogueArrays
 def _put(table: jax.Array, rows: jax.Array, vectors: jax.Array) -> jax.Array:
     """A copy of the table with other vectors at rows int32 [n], which may repeat with the same vector."""
     return table.at[rows].set(vectors)
-
-
-def load_recommender(run: Run) -> GenerativeRecommender:
-    """The trained model of a run, as `jaxrec.systems.generative.load_trained`."""
-    config = from_json(OneMallConfig, Run.load(run.path)[1])
-    return load_trained(run, assemble(run, config), config)

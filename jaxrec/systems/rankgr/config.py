@@ -74,7 +74,7 @@ class RankGRRunConfig(GenerativeRunConfig):
         checked_levels(self)
 
     # The weights themselves count, wherever they lie.
-    before_training: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.before_training, "pretrained")
+    of_phases: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.of_phases, "pretrained")
 
 
 def checked_levels(config: RankGRRunConfig) -> np.ndarray:

@@ -20,13 +20,12 @@ from jaxrec.models.causal import CausalConfig
 from jaxrec.models.huggingface import load_qwen2
 from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig
-from jaxrec.run import TRAINING, Run, read_json, write_json
+from jaxrec.run import Run, read_json, write_json
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.semantic_ids.table.versions import trained_space
-from jaxrec.systems.generative import load_trained
 from jaxrec.systems.rankgr.config import RankGRRunConfig, checked_levels
-from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_later_embeddings, with_later_prior
+from jaxrec.systems.recommender import filled_up, with_later_embeddings, with_later_prior
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 BACKBONE = "backbone.json"
@@ -242,7 +241,6 @@ def write_backbone(folder: Path, config: RankGRConfig) -> None:
     write_json(folder / BACKBONE, to_json(config.backbone))
 
 
-def load_recommender(run: Run) -> GenerativeRecommender:
-    """As `jaxrec.systems.generative.load_trained`; the weights that it began from aren't needed."""
-    config = from_json(RankGRRunConfig, Run.load(run.path)[1])
-    return load_trained(run, assemble(run, config, run.path / TRAINING), config)
+def assemble_trained(run: Run, config: RankGRRunConfig) -> RankGRAssembly:
+    """As `assemble`, of a trained run; the pretrained weights are not needed any more."""
+    return assemble(run, config, run.path / run.training)

@@ -16,7 +16,6 @@ from flax import struct
 from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
-from jaxrec.config import from_json
 from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.vocabulary import Levels, to_tokens
@@ -25,8 +24,7 @@ from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.semantic_ids.table.versions import trained_space
-from jaxrec.systems.generative import load_trained
-from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_later_prior
+from jaxrec.systems.recommender import filled_up, with_later_prior
 from jaxrec.systems.tiger.config import TigerConfig
 from jaxrec.training.sharding import init_sharded
 
@@ -189,9 +187,3 @@ def fit_vocabulary(config: EncoderDecoderConfig, sizes: tuple[int, ...], others:
     offsets = np.cumsum([START + 1, *sizes])
     levels: Levels = tuple(zip(offsets[:-1].tolist(), sizes, strict=True))
     return replace(config, vocabulary=int(offsets[-1]) + others, levels=levels, start_token=START)
-
-
-def load_recommender(run: Run) -> GenerativeRecommender:
-    """The trained model of a run, as `jaxrec.systems.generative.load_trained`."""
-    config = from_json(TigerConfig, Run.load(run.path)[1])
-    return load_trained(run, assemble(run, config), config)
