@@ -86,7 +86,7 @@ class Run:
     @property
     def training(self) -> str:
         """The stage whose result is served, as "stages/train"; config.json says what it was made with."""
-        return stage_path((self.stage_names or self._stages_there() or (TRAINING,))[-1])
+        return stage_path((self.stage_names or self.stages_there() or (TRAINING,))[-1])
 
     @property
     def metrics_file(self) -> Path:
@@ -97,7 +97,8 @@ class Run:
         """The metrics.jsonl with the lines of a stage; while the stage is trained beside the old one, the new one's."""
         return (self.path / NEXT if name in self._beside else self.path) / "metrics.jsonl"
 
-    def _stages_there(self) -> tuple[str, ...]:
+    def stages_there(self) -> tuple[str, ...]:
+        """The names of the stages of the training that is served, in order; none where the run doesn't say."""
         there = self.path / STAGES
         return tuple(read_json(there)) if there.exists() else ()
 
@@ -371,7 +372,7 @@ class Run:
 
     def _serves_another(self) -> bool:
         """Whether the run there serves another stage, which is finished."""
-        there = self._stages_there()
+        there = self.stages_there()
         return bool(there) and stage_path(there[-1]) != self.training and _finished(self.path / stage_path(there[-1]))
 
     def _take_config(self) -> None:
@@ -591,10 +592,10 @@ def _events(log: Path, stage: str) -> Path:
 
 
 def _stage_of(line: str) -> str | None:
-    """The stage of a line of metrics.jsonl; None of a line that is cut off."""
+    """The stage of a line of metrics.jsonl; None of a line that names none or is cut off."""
     try:
-        return json.loads(line).get("stage", "")
-    except json.JSONDecodeError:
+        return json.loads(line)["stage"]
+    except (json.JSONDecodeError, TypeError, KeyError):
         return None
 
 
