@@ -1,5 +1,7 @@
 """When a run makes its semantic IDs anew: the text encoder decides by what it holds, not by where it lies."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -59,6 +61,26 @@ def test_another_encoder_in_the_same_folder_is_noticed(monkeypatch, tmp_path, ma
     assert made == []
     train(Run.open(run.path, config, replace=True), config)
     assert {"tokenize", "finetune_items", "train_model", "compare"} <= set(made) and "write_examples" not in made
+
+
+def test_the_alignment_is_a_stage(monkeypatch, tmp_path, made):
+    make_encoder(tmp_path / "bert", ["milk"])
+    text = EncoderConfig(model=str(tmp_path / "bert"))
+    run, config = run_with(monkeypatch, tmp_path, {"item_id": ["a"], "text": ["milk"]}, text)
+    with pytest.raises(UserError, match="--only train: the stage alignment, which it is trained from, is not trained"):
+        train(run, config, only="train")
+    assert made == []
+    train(run, config, until="alignment")
+    assert made == ["finetune_items"] and not (run.path / "semantic_ids").exists()
+    train(run, config, only="train")
+    assert made.count("finetune_items") == 1 and {"tokenize", "train_model", "compare"} <= set(made)
+    # Another training needs no other alignment.
+    changed = replace(config, batch_size=config.batch_size + 1)
+    with pytest.raises(UserError, match=r"batch_size \(64 there, 65 now\); give another --run, or --replace"):
+        train(Run.open(run.path, changed), changed)
+    made.clear()
+    train(Run.open(run.path, changed, replace=True), changed)
+    assert {"train_model", "compare"} <= set(made) and not {"finetune_items", "tokenize"} & set(made)
 
 
 def test_items_with_embeddings_need_no_encoder(monkeypatch, tmp_path, made):

@@ -27,7 +27,7 @@ from jaxrec.training import stages as stages_module
 from jaxrec.training.log import TIMING_FIELDS
 from jaxrec.training.loop import LoopConfig, TrainState
 from jaxrec.training.optim import OptimConfig, make_optimizer
-from jaxrec.training.sharding import MeshConfig
+from jaxrec.training.sharding import MeshConfig, init_sharded
 from jaxrec.training.stages import Stage, Task, best_variables, minimise, run_stages
 from jaxrec.training.step import bind, make_state, make_step
 
@@ -79,7 +79,10 @@ class ToyBatches:
 
 
 def init(seed: int, mesh) -> dict:
-    return {"params": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (WIDTH, CLASSES))}}
+    def make() -> dict:
+        return {"params": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (WIDTH, CLASSES))}}
+
+    return init_sharded(make, mesh)
 
 
 def log_probs(scale, params, batch):
@@ -235,6 +238,13 @@ def test_killed_in_either_stage_it_ends_in_the_same_bits(whole, tmp_path):
     go(tmp_path)
     assert_same(tmp_path, whole)
     assert lines(tmp_path) == lines(whole)
+
+
+def test_on_two_devices_both_stages_are_those_of_one(whole, tmp_path, on_devices):
+    on_devices(2, PROGRAM.replace("sys.argv[1]", repr(str(tmp_path))))
+    for stage in ("likelihood", "preference"):
+        one, two = (state_of(path, stage)["params"]["kernel"] for path in (whole, tmp_path))
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
 
 
 def test_until_stops_behind_a_stage_and_the_next_command_goes_on(whole, tmp_path):

@@ -7,10 +7,11 @@ directory, is skipped when its inputs are unchanged, and can be killed and run a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxrec.config import UserError, fingerprint, from_json
-from jaxrec.run import Run
+from jaxrec.run import Run, console
 from jaxrec.systems import generative
 from jaxrec.systems.comparison import TrainedRecommender, compare, present
 from jaxrec.systems.config import RunConfig
@@ -26,7 +27,7 @@ from jaxrec.systems.sequential.config import NAMES, SequentialConfig
 from jaxrec.systems.tiger import model as tiger_model
 from jaxrec.systems.tiger import training as tiger_training
 from jaxrec.systems.tiger.config import TigerConfig
-from jaxrec.training.stages import Stage, best_variables, run_stages
+from jaxrec.training.stages import Stage, best_variables, check_names, run_stages
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,19 @@ SYSTEMS: dict[str, System] = {
 """By the name that a configuration gives as its `system`."""
 
 
+def check(path: Path, config: RunConfig, until: str = "", only: str = "") -> None:
+    """What can be refused before a run directory is made, of which a configuration then is part.
+
+    Raises:
+      UserError: the configuration contradicts itself, or its system has no stage of that name.
+    """
+    if config.system not in SYSTEMS:
+        known = ", ".join(SYSTEMS)
+        raise UserError(f"configuration key 'system': there is no {config.system!r}; it is one of {known}")
+    config.check()
+    check_names(SYSTEMS[config.system].stages(Run(path), config), until, only)
+
+
 def train(run: Run, config: RunConfig, *, until: str = "", only: str = "") -> None:
     """Runs every phase and stage that is not done yet, and prints the comparison table when the last stage is trained.
 
@@ -64,6 +78,7 @@ def train(run: Run, config: RunConfig, *, until: str = "", only: str = "") -> No
     """
     trained = run_stages(run, SYSTEMS[config.system].stages(run, config), until=until, only=only)
     if trained is None:
+        console.print(f"the stage {until or only} is trained; the same command without it goes on", markup=False)
         return
     run.phase(
         "evaluation",

@@ -41,7 +41,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Layout of the devices."""
     validation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(split="valid", max_users=2000))
-    """Who is measured while training, every `training.evaluate_every` steps."""
+    """Which users are measured while training, every `training.evaluate_every` steps."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured at the end."""
 
@@ -60,9 +60,12 @@ class RunConfig:
         """What only the whole configuration shows, as `jaxrec.systems.validation.check_training`."""
         check_training(self)
 
-    def training_inputs(self) -> dict[str, Any]:
-        """The fields that decide a training, given the folders that the phases before it made."""
-        others = {*self.of_phases, *self.of_evaluation}
+    def training_inputs(self, *without: str) -> dict[str, Any]:
+        """The fields that decide a stage, given the folders that the phases before it made.
+
+        without: fields that decide other stages alone.
+        """
+        others = {*self.of_phases, *self.of_evaluation, *without}
         others |= set() if self.training.evaluate_every else set(self.of_validation)
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in others}
 

@@ -8,10 +8,11 @@ A system adds what it reads, a model, a loss and batches.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 from jax.tree_util import Partial
 
 from jaxrec.data.examples import Records
@@ -19,6 +20,8 @@ from jaxrec.data.pipeline import CutToFeatures, Features, batches, cut_index
 from jaxrec.run import TRAINING, Run
 from jaxrec.semantic_ids.quantizers.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.table.collisions import CollisionConfig
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.versions import trained_space
 from jaxrec.systems.config import RunConfig
 from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_with_ids
 from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender
@@ -56,6 +59,33 @@ class GenerativeRunConfig(RunConfig):
             object.__setattr__(self, "validation_decoding", self.decoding)
 
 
+class TrainedItems(NamedTuple):
+    """The items that a run's model is fitted to, and the behaviors of its source."""
+
+    item_ids: list[str]
+    counts: np.ndarray
+    """int64 [I]: how often each item was taken in training"""
+    space: SemanticIdSpace
+    """their semantic IDs"""
+    behaviors: tuple[str, ...]
+    """names, weakest first"""
+    wanted: np.ndarray
+    """bool [behaviors]: the target behaviors"""
+
+
+def read_items(run: Run, config: GenerativeRunConfig) -> TrainedItems:
+    """Reads the items of a run and their semantic IDs.
+
+    Raises:
+      UserError: a file is missing, or an item has no semantic ID.
+    """
+    items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
+    item_ids, counts = items["item_id"].to_pylist(), items["count"].to_numpy()
+    behaviors = tuple(config.data.behaviors)
+    wanted = np.isin(behaviors, config.data.target_behaviors)
+    return TrainedItems(item_ids, counts, trained_space(run.semantic_ids, item_ids, counts), behaviors, wanted)
+
+
 def supervised(
     run: Run, config: GenerativeRunConfig, train: Callable[[Task], Any], weights: Sequence[Any] = ()
 ) -> tuple[Stage, ...]:
@@ -86,6 +116,8 @@ def train_model(
     mean_loss: mean_loss(assembly, config, catalogue, params, extra, batch, key); where the task has frozen stages,
     their variables come behind the catalogue.
     """
+    # A decoding that doesn't fit the IDs is refused before the training, not behind it.
+    recommender(assembly, {}, config)
     evaluate = make_validation(assembly, config.features, config.validation_decoding, config.validation)
     loss = bound_loss(mean_loss, assembly, config)
     return minimise(loss, assembly.init, batches, config, task, evaluate=evaluate, counted=counted)

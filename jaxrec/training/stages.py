@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxrec.config import UserError, fingerprint
@@ -81,6 +82,20 @@ class TrainingFields(Protocol):
     mesh: MeshConfig
 
 
+def check_names(stages: Sequence[Stage], until: str = "", only: str = "") -> None:
+    """Whether there are stages of the names that `run_stages` is given.
+
+    Raises:
+      UserError: there are not, or both are given.
+    """
+    names = [stage.name for stage in stages]
+    for option, given in (("--until", until), ("--only", only)):
+        if given and given not in names:
+            raise UserError(f"{option} {given}: there is no such stage; there are {', '.join(names)}")
+    if until and only:
+        raise UserError("--until and --only exclude each other; give one of them")
+
+
 def run_stages(run: Run, stages: Sequence[Stage], *, until: str = "", only: str = "") -> str | None:
     """Trains the stages that are not trained yet, in their order.
 
@@ -92,15 +107,11 @@ def run_stages(run: Run, stages: Sequence[Stage], *, until: str = "", only: str 
       The fingerprint of the last stage of all; None where that stage was not reached.
 
     Raises:
-      UserError: there is no stage of that name, a stage that the only one is trained from is not trained, or what
-        `Run.stage` refuses.
+      UserError: as `check_names`; a stage that the only one is trained from is not trained; or what `Run.stage`
+        refuses.
     """
     by_name = _check(stages)
-    for option, given in (("--until", until), ("--only", only)):
-        if given and given not in by_name:
-            raise UserError(f"{option} {given}: there is no such stage; there are {', '.join(by_name)}")
-    if until and only:
-        raise UserError("--until and --only exclude each other; give one of them")
+    check_names(stages, until, only)
     run.stage_names = tuple(by_name)
     closure = _earlier(by_name, only) if only else set()
     results: dict[str, str] = {}
@@ -181,6 +192,7 @@ def _train(run: Run, stage: Stage, folder: Path) -> None:
 
 
 def _check(stages: Sequence[Stage]) -> dict[str, Stage]:
+    """The stages by name, each of which is trained from earlier ones alone."""
     by_name: dict[str, Stage] = {}
     for stage in stages:
         if missing := [name for name in stage.earlier if name not in by_name]:
@@ -218,7 +230,8 @@ def _like(variables: dict, fresh: dict) -> dict:
     """Variables on the devices of the fresh ones; those of another model stay where they are."""
     if _shapes(variables) != _shapes(fresh):
         return variables
-    return jax.tree.map(lambda value, like: jax.device_put(value, like.sharding), variables, fresh)
+    # Over the host: every process of several holds the whole value here.
+    return jax.tree.map(lambda value, like: jax.device_put(np.asarray(value), like.sharding), variables, fresh)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ from jaxrec.models.prior import Prior, build_prior
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
-from jaxrec.semantic_ids.table.versions import trained_space
+from jaxrec.systems.generative import read_items
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.recommender import filled_up, with_later_embeddings
 from jaxrec.training.sharding import init_sharded, shapes_of
@@ -38,7 +38,7 @@ PATCH = 1024
 
 @dataclass(frozen=True, eq=False)
 class OneMallAssembly:
-    """The model and the catalogue that it speaks of."""
+    """The model, fitted to the items of a run."""
 
     model: CrossDecoder
     catalogue: CatalogueArrays
@@ -168,9 +168,7 @@ def assemble(run: Run, config: OneMallConfig) -> OneMallAssembly:
       UserError: a file is missing or doesn't fit the items, or an attribute is no column of the items table.
     """
     items = pq.read_table(run.tables / "items.parquet")
-    counts = items["count"].to_numpy()
-    item_ids = items["item_id"].to_pylist()
-    space = trained_space(run.semantic_ids, item_ids, counts)
+    item_ids, counts, space, behaviors, wanted = read_items(run, config)
     attributes, sizes = attribute_indices(items, config.attributes)
     lately = read_popularity(run.tables, len(items), config.data.target_behaviors, config.popularity)
     # One event more for everybody, so that an item nobody took in training has a finite log-probability.
@@ -182,9 +180,7 @@ def assemble(run: Run, config: OneMallConfig) -> OneMallAssembly:
         log_q=jnp.asarray(log_q, jnp.float32),
         prior=build_prior(space.codes, lately.weights, space.codebook_sizes),
     )
-    behaviors = tuple(config.data.behaviors)
     model = CrossDecoder(config.model, behaviors, space.codebook_sizes, sizes, len(items), AGES)
-    wanted = np.isin(behaviors, config.data.target_behaviors)
     later = functools.partial(later_attribute_indices, items.select(list(config.attributes)), config.attributes)
     return OneMallAssembly(model, catalogue, space, lately, run.examples, wanted, later)
 

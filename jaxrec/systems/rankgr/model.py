@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow.parquet as pq
 from flax import struct
 from jax.sharding import Mesh
 
@@ -23,13 +22,13 @@ from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig
 from jaxrec.run import Run, read_json, write_json
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
-from jaxrec.semantic_ids.table.versions import trained_space
+from jaxrec.systems.generative import read_items
 from jaxrec.systems.rankgr.config import RankGRRunConfig, checked_levels
 from jaxrec.systems.recommender import filled_up, with_later_embeddings, with_later_prior
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 BACKBONE = "backbone.json"
-"""In the folder of the training: the sizes of the model, for those who haven't the weights that it began from."""
+"""The file in the stage's folder with the sizes of the model: loading it needs no pretrained weights."""
 
 
 @struct.dataclass
@@ -43,7 +42,7 @@ class RankGRCatalogue:
 
 @dataclass(frozen=True, eq=False)
 class RankGRAssembly:
-    """The model and the catalogue that it speaks of."""
+    """The model, fitted to the items of a run."""
 
     model: RankGR
     space: SemanticIdSpace
@@ -58,7 +57,7 @@ class RankGRAssembly:
     examples: Any = None
     """folder of the example records"""
     pretrained: dict | None = None
-    """parameters of the backbone to begin from"""
+    """parameters that the backbone is initialised with"""
     embeddings: np.ndarray | None = None
     """float32 [I, E], what the IDs were made of, if the model reads them"""
     prior: Prior | None = None
@@ -71,7 +70,7 @@ class RankGRAssembly:
 
     @property
     def positive(self) -> int:
-        """The lowest level of a target behavior: from here on, an item is what is looked for."""
+        """The lowest level of a target behavior: items of this level and above are positives."""
         return int(self.levels[self.wanted].min())
 
     @property
@@ -179,12 +178,7 @@ def assemble(run: Run, config: RankGRRunConfig, folder: Path | None = None) -> R
         behaviors, no behavior is read, items share IDs that the rank head takes for one item's, or the folder with
         pretrained weights isn't one of a Qwen2.
     """
-    items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
-    counts = items["count"].to_numpy()
-    item_ids = items["item_id"].to_pylist()
-    space = trained_space(run.semantic_ids, item_ids, counts)
-    behaviors = tuple(config.data.behaviors)
-    wanted = np.isin(behaviors, config.data.target_behaviors)
+    item_ids, counts, space, behaviors, wanted = read_items(run, config)
     levels = checked_levels(config)
     _check(config, space)
     backbone, pretrained = config.model.backbone, None
@@ -196,7 +190,7 @@ def assemble(run: Run, config: RankGRRunConfig, folder: Path | None = None) -> R
         kept = ("dropout", "target_dropout", "dtype", "restrict")
         backbone = replace(loaded, **{name: getattr(backbone, name) for name in kept})
     backbone = fit_vocabulary(backbone, space.codebook_sizes)
-    model = RankGR(replace(config.model, backbone=backbone), len(items), len(behaviors), AGES)
+    model = RankGR(replace(config.model, backbone=backbone), len(item_ids), len(behaviors), AGES)
     embeddings = read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids) if config.model.embeddings else None
     prior = popularity_prior(space.codes, counts, space.codebook_sizes) if config.model.prior else None
     return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained, embeddings, prior)

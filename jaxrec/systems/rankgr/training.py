@@ -29,7 +29,7 @@ from jaxrec.training.stages import Stage, Task
 from jaxrec.training.step import Loss
 
 WEIGHTS = "pretrained.json"
-"""In the folder of the training: which weights it began from."""
+"""The file in the stage's folder that says which pretrained weights it was initialised with."""
 
 
 def stages(run: Run, config: RankGRRunConfig) -> tuple[Stage, ...]:
@@ -124,11 +124,16 @@ def losses(
 
 
 def pack(assembly: RankGRAssembly, config: RankGRRunConfig, batch: dict) -> dict[str, jax.Array]:
-    """All targets of a batch of contexts, [B, L] each: item, level, last (the place that each sees the history up to).
+    """All targets of a batch of contexts, by name; [B, L] unless another shape is given.
 
-    weight float32: of its next tokens (Eq. 9-10), 0 where drawn; bool: where it has any, whether it is compared with
-    others (Eq. 8), and whether the rank head looks for it. Beside them end [B, 1]: the place that the session's items
-    see the history up to, and left_out [B, X]: further items that the rank head would look for from there (-1 = none).
+    item, level     int32
+    last            int32: the last position of the history that the target attends to
+    weight          float32: weight of its next-token loss (Eq. 9-10); 0 for sampled pseudo-exposures
+    where           bool: the weight is above 0
+    compared        bool: the target takes part in listwise preferences (Eq. 8)
+    wanted          bool: the target is a positive of the rank head
+    end             int32 [B, 1]: `last` of the session's items
+    left_out        int32 [B, X]: further positives of the rank head at `end`, which are no targets; -1 = padding
     """
     there, shift = batch["where"][:, None], int(config.features.sampled > 0)
     end = jnp.maximum(batch["mask"].sum(-1, keepdims=True) - 1, 0)
@@ -164,7 +169,7 @@ def pack(assembly: RankGRAssembly, config: RankGRRunConfig, batch: dict) -> dict
 
 
 def rank_from(assembly: RankGRAssembly, config: RankGRRunConfig) -> int:
-    """The lowest level whose items the rank head looks for."""
+    """The lowest level whose items are positives of the rank head."""
     return assembly.positive if config.objective.rank_from is None else config.objective.rank_from
 
 
@@ -180,10 +185,10 @@ def level_weights(assembly: RankGRAssembly, config: RankGRRunConfig) -> jax.Arra
 
 
 def draw_targets(key: jax.Array, targets: dict, count: int) -> jax.Array:
-    """Which targets the rank head learns from in this step: places int32 [B, R] of `pack`, R <= count.
+    """The positives that the rank head is trained on in this step: int32 [B, R], indices along L of `pack`, R <= count.
 
-    Drawn evenly from the session's items that are looked for, then from those of the history: of more than R, the first
-    would be the strongest and the earliest. Where there are fewer than R, places that are not looked for fill the row.
+    They are drawn uniformly, the session's positives before those of the history: the first R in order would be the
+    strongest and the earliest. A row with fewer than R positives is padded with targets that are no positives.
     """
     wanted, history = targets["wanted"], targets["last"] < targets["end"]
     turn = jnp.where(wanted, history + jax.random.uniform(key, wanted.shape), 2.0)
@@ -203,8 +208,8 @@ def rank_loss(
     """Binary cross-entropy of the rank head over the candidates of every level, a value a target [B, R] (Eq. 12, 16).
 
     Candidates of a drawn target (`draw_targets`) are the true code and the most probable others. A candidate is a
-    positive if any item that is looked for after the same place of the history, drawn or not, continues the same prefix
-    with it (Eq. 9). It is left out of the loss if only a positive that found no place among the targets does.
+    positive if it continues the same prefix in any positive item of the same history position, drawn or not (Eq. 9). It
+    is masked out of the loss if it does so only in an item of `left_out`.
 
     Args:
       codes: int32 [I, M] of all items.
@@ -215,7 +220,7 @@ def rank_loss(
     model, count = assembly.model, targets["item"].shape[1]
     wanted, last, item = (jnp.take_along_axis(targets[name], drawn, axis=1) for name in ("wanted", "last", "item"))
     states = jnp.take_along_axis(states, drawn[..., None, None], axis=1)
-    # together [B, R, L + X]: items that are looked for after the same place, with the prefix so far in common.
+    # together [B, R, L + X]: positive items of the same history position, with the prefix so far in common.
     others = jnp.concatenate([targets["item"], targets["left_out"]], axis=1)
     packed = (last[:, :, None] == targets["last"][:, None, :]) & targets["wanted"][:, None, :]
     left_out = (last == targets["end"])[:, :, None] & (targets["left_out"] >= 0)[:, None, :]

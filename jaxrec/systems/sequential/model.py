@@ -27,7 +27,7 @@ SIZES = 1, 8, 32, 128
 
 @dataclass(frozen=True, eq=False)
 class SequentialAssembly:
-    """The model and what it is asked for."""
+    """The model, fitted to the items of a run."""
 
     model: SequentialModel
     lengths: tuple[int, ...]

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow.parquet as pq
 from flax import struct
 from jax.sharding import Mesh
 
@@ -23,7 +22,7 @@ from jaxrec.nn.geometry import principal_axes
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
-from jaxrec.semantic_ids.table.versions import trained_space
+from jaxrec.systems.generative import read_items
 from jaxrec.systems.recommender import filled_up, with_later_prior
 from jaxrec.systems.tiger.config import TigerConfig
 from jaxrec.training.sharding import init_sharded
@@ -41,7 +40,7 @@ class TigerCatalogue:
 
 @dataclass(frozen=True, eq=False)
 class TigerAssembly:
-    """The model and the catalogue that it speaks of."""
+    """The model, fitted to the items of a run."""
 
     model: EncoderDecoder
     space: SemanticIdSpace
@@ -60,8 +59,7 @@ class TigerAssembly:
     examples: Any = None
     """folder of the example records"""
     embeddings: np.ndarray | None = None
-    """float32 [I, d] with d <= D: what the items' own tokens begin as, in the first d of their D numbers; None: at
-    random"""
+    """float32 [I, d] with d <= D: initial values of the first d numbers of the items' own tokens; None: random"""
 
     @property
     def target_behaviors(self) -> list[int]:
@@ -154,11 +152,7 @@ def assemble(run: Run, config: TigerConfig) -> TigerAssembly:
     Raises:
       UserError: a file is missing or doesn't fit the items.
     """
-    items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
-    counts, item_ids = items["count"].to_numpy(), items["item_id"].to_pylist()
-    space = trained_space(run.semantic_ids, item_ids, counts)
-    behaviors = tuple(config.data.behaviors)
-    wanted = np.isin(behaviors, config.data.target_behaviors)
+    item_ids, counts, space, behaviors, wanted = read_items(run, config)
     others = config.users + (len(counts) if config.own_tokens else 0)
     model = EncoderDecoder(fit_vocabulary(config.model, space.codebook_sizes, others))
     prior = popularity_prior(space.codes, counts, space.codebook_sizes) if config.prior else None
@@ -170,10 +164,10 @@ def assemble(run: Run, config: TigerConfig) -> TigerAssembly:
 
 
 def own_tokens(embeddings: np.ndarray, config: EncoderDecoderConfig, levels: int) -> np.ndarray:
-    """What own tokens begin as: what IDs of so many levels were made of, float32 [I, d], along its first axes.
+    """Initial values of the items' own tokens, float32 [I, d]: the first principal components of their embeddings.
 
-    So items that are alike are alike in a context from the first step on. As large as the sum of an item's codes, where
-    embeddings have as many numbers as the model is wide.
+    Similar items then have similar tokens from the first step on. Their scale is that of the sum of an item's `levels`
+    code embeddings, where the item embeddings are as wide as the model.
     """
     centred = embeddings - embeddings.mean(0)
     squares, axes = principal_axes(centred)
