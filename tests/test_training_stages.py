@@ -227,7 +227,7 @@ go(Path(sys.argv[1]))
 """
 
 
-def test_killed_in_either_stage_it_ends_in_the_same_bits(whole, tmp_path):
+def test_killed_in_either_stage_it_ends_in_the_same_bits(whole, tmp_path, capsys):
     for point, finished in (("step:5", {"likelihood": [2, 4]}), ("step:8", {"preference": [3, 6]})):
         environment = {**os.environ, "JAXREC_KILL_AT": point}
         command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
@@ -236,6 +236,7 @@ def test_killed_in_either_stage_it_ends_in_the_same_bits(whole, tmp_path):
         for stage, steps in finished.items():
             assert checkpoint.steps(tmp_path / "stages" / stage) == steps
     go(tmp_path)
+    assert capsys.readouterr().out == "preference: going on from step 6\n"
     assert_same(tmp_path, whole)
     assert lines(tmp_path) == lines(whole)
 
@@ -339,7 +340,15 @@ def test_a_changed_late_stage_keeps_the_early_one(whole, late, tmp_path):
     assert list((tmp_path / "tensorboard" / "likelihood").glob("events.*"))
 
 
-def test_a_changed_early_stage_is_trained_beside_the_old_with_all_that_is_trained_from_it(whole, tmp_path):
+class KilledError(BaseException):
+    """As if the process had ended."""
+
+
+def test_a_changed_early_stage_is_trained_beside_the_old_with_all_that_is_trained_from_it(whole, tmp_path, monkeypatch):
+    def die(point: str) -> None:
+        if point == "swap:stages/likelihood":
+            raise KilledError
+
     run = go(tmp_path)
     with pytest.raises(UserError, match=r"likelihood\.training\.steps \(6 there, 8 now\)"):
         go(tmp_path, EARLY)
@@ -347,6 +356,12 @@ def test_a_changed_early_stage_is_trained_beside_the_old_with_all_that_is_traine
     # The old training is served until the last stage of the new one is finished.
     run.check_trained()
     assert_same(tmp_path, whole)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("jaxrec.run.fault_point", die)
+        go(tmp_path, EARLY, replace=True)
+    # Between two stages that take their places nothing is served; the same command goes on.
+    with pytest.raises(UserError, match="holds no finished training"):
+        run.check_trained()
     go(tmp_path, EARLY, replace=True)
     assert not (tmp_path / "next").exists()
     Run(tmp_path).check_trained()
