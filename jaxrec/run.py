@@ -222,9 +222,10 @@ class Run:
             if of_others or self._made_of(name, inputs):
                 self._check_replaceable(name)
                 self._go_beside(name)
-            elif last and self._serves_another():
-                # Nothing is lost, but the stage that is served stays until this one is finished.
-                self._go_beside(name)
+            elif self._serves_another():
+                # A stage that is added: the one that is served stays until the new last one is finished.
+                if last:
+                    self._go_beside(name)
             elif last or not _has_work(self.path / self.training):
                 if last:
                     self._drop_results()

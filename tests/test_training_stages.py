@@ -387,10 +387,9 @@ def test_a_stage_that_is_added_is_served_when_it_is_finished(whole, tmp_path):
 
     def train(upto: int, fail: bool = False) -> None:
         run = Run.open(tmp_path, dataclasses.replace(config, weight=float(upto)))
-        listed = toy_stages(config, run)
-        if fail:
-            listed = (listed[0], dataclasses.replace(listed[1], train=stop))
-        run_stages(run, listed[:upto])
+        first, last = toy_stages(config, run)
+        between = Stage("reward", None, lambda: (), lambda task: None)
+        run_stages(run, (first, between, dataclasses.replace(last, train=stop) if fail else last)[:upto])
 
     def stop(task: Task) -> None:
         raise SystemExit(130)
@@ -398,15 +397,15 @@ def test_a_stage_that_is_added_is_served_when_it_is_finished(whole, tmp_path):
     train(1)
     (tmp_path / "evaluation.json").write_text("[]")
     with pytest.raises(SystemExit):
-        train(2, fail=True)
+        train(3, fail=True)
     run = Run(tmp_path)
     run.check_trained()
     assert run.training == "stages/likelihood" and (tmp_path / "evaluation.json").exists()
     assert json.loads((tmp_path / "config.json").read_text())["weight"] == 1
-    train(2)
+    train(3)
     run.check_trained()
     assert run.training == "stages/preference" and not (tmp_path / "evaluation.json").exists()
-    assert json.loads((tmp_path / "config.json").read_text())["weight"] == 2
+    assert json.loads((tmp_path / "config.json").read_text())["weight"] == 3
     assert_same(tmp_path, whole)
 
 

@@ -87,16 +87,16 @@ def read_items(run: Run, config: GenerativeRunConfig) -> TrainedItems:
 
 
 def supervised(
-    run: Run, config: GenerativeRunConfig, train: Callable[[Task], Any], weights: Sequence[Any] = ()
+    run: Run, config: GenerativeRunConfig, train: Callable[[Task], Any], weights: Callable[[], Sequence[Any]] = tuple
 ) -> tuple[Stage, ...]:
     """The stages of a system that is trained once on the targets of its contexts, behind that of the text encoder.
 
-    weights: digests of pretrained weights that `train` reads.
+    weights: returns digests of the pretrained weights that `train` reads.
     """
     before = alignment(run, config, with_ids=True)
 
     def data() -> tuple[Any, ...]:
-        return *prepare_with_ids(run, config), *weights
+        return *weights(), *prepare_with_ids(run, config)
 
     needs = (ALIGNMENT,) if before else ()
     return *before, Stage(TRAINING, config.training_inputs(), data, train, needs=needs)

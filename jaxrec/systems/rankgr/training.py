@@ -5,7 +5,7 @@ itself after those before them (Eq. 2), and drawn pseudo-exposures.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,15 @@ WEIGHTS = "pretrained.json"
 
 def stages(run: Run, config: RankGRRunConfig) -> tuple[Stage, ...]:
     """One supervised stage, from fresh or from pretrained weights."""
-    weights = _weights(config.pretrained, run.path / stage_path(TRAINING) / WEIGHTS)
+    kept = run.path / stage_path(TRAINING) / WEIGHTS
+    # Gigabytes are digested once, and only when the stage's turn has come.
+    weights = cache(partial(_weights, config.pretrained, kept))
+    if config.pretrained and not Path(config.pretrained).is_dir():
+        weights()  # A missing folder is refused before any work.
 
     def train(task: Task) -> None:
-        if weights:
-            write_json(task.folder / WEIGHTS, {"folder": config.pretrained, "files": weights})
+        if config.pretrained:
+            write_json(task.folder / WEIGHTS, {"folder": config.pretrained, "files": weights()})
         fit(assemble(run, config), config, task)
 
     return supervised(run, config, train, weights)
