@@ -61,7 +61,7 @@ class RankGRAssembly:
     embeddings: np.ndarray | None = None
     """float32 [I, E], what the IDs were made of, if the model reads them"""
     prior: Prior | None = None
-    """how popular IDs are, if the decoder begins with it"""
+    """the popularity prior of the decoder's logits, if it has one"""
 
     @property
     def target_behaviors(self) -> list[int]:

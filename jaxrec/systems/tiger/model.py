@@ -55,7 +55,7 @@ class TigerAssembly:
     own_tokens: bool = False
     """every item has a token beside those of its codes, where positions are items"""
     prior: Prior | None = None
-    """how popular IDs are, if the decoder begins with it"""
+    """the popularity prior of the decoder's logits, if it has one"""
     examples: Any = None
     """folder of the example records"""
     embeddings: np.ndarray | None = None
