@@ -118,7 +118,7 @@ def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     usage = "usage: train.py CONFIG --run DIR [--until STAGE | --only STAGE] [--replace] [--FIELD VALUE ...]"
-    usage = f"{usage}, such as train.py configs/onemall.py --run runs/a"
+    usage = f"{usage}, such as train.py configs/NAME.py --run runs/a"
     if not args or args[0] in ("-h", "--help"):
         print(f"{usage}\n\ntrain.py CONFIG --help lists the fields of a configuration.")
         print("--until STAGE: stop when this stage is trained; --only STAGE: train this stage alone.")

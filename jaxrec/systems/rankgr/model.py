@@ -28,7 +28,7 @@ from jaxrec.systems.recommender import filled_up, with_later_embeddings, with_la
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 BACKBONE = "backbone.json"
-"""The file in the stage's folder with the sizes of the model: loading it needs no pretrained weights."""
+"""In the folder of the training: the sizes of the model, which can then be loaded without the pretrained weights."""
 
 
 @struct.dataclass
@@ -61,7 +61,7 @@ class RankGRAssembly:
     embeddings: np.ndarray | None = None
     """float32 [I, E], what the IDs were made of, if the model reads them"""
     prior: Prior | None = None
-    """the popularity prior of the decoder's logits, if it has one"""
+    """the popularity of IDs, if it is added to the decoder's logits"""
 
     @property
     def target_behaviors(self) -> list[int]:
@@ -70,7 +70,7 @@ class RankGRAssembly:
 
     @property
     def positive(self) -> int:
-        """The lowest level of a target behavior: items of this level and above are positives."""
+        """The lowest level of a target behavior: items of this level or above are positives."""
         return int(self.levels[self.wanted].min())
 
     @property

@@ -128,16 +128,17 @@ def losses(
 
 
 def pack(assembly: RankGRAssembly, config: RankGRRunConfig, batch: dict) -> dict[str, jax.Array]:
-    """All targets of a batch of contexts, by name; [B, L] unless another shape is given.
+    """All targets of a batch of contexts, [B, L] each.
 
-    item, level     int32
-    last            int32: the last position of the history that the target attends to
-    weight          float32: weight of its next-token loss (Eq. 9-10); 0 for sampled pseudo-exposures
-    where           bool: the weight is above 0
-    compared        bool: the target takes part in listwise preferences (Eq. 8)
-    wanted          bool: the target is a positive of the rank head
-    end             int32 [B, 1]: `last` of the session's items
-    left_out        int32 [B, X]: further positives of the rank head at `end`, which are no targets; -1 = padding
+    Returns, by name:
+      item, level: int32, the target and its level in the order of preference.
+      last: int32, the last item of the history that the target sees.
+      weight: float32, of the target's next tokens (Eq. 9-10), 0 where it was drawn.
+      where: bool, the weight isn't 0.
+      compared: bool, LDPO compares the target with others (Eq. 8).
+      wanted: bool, the target is a positive of the rank head.
+      end: int32 [B, 1], the last item of the history, which the session's targets see.
+      left_out: int32 [B, X], further positives of the session that are no targets (-1 = none).
     """
     there, shift = batch["where"][:, None], int(config.features.sampled > 0)
     end = jnp.maximum(batch["mask"].sum(-1, keepdims=True) - 1, 0)
@@ -191,8 +192,8 @@ def level_weights(assembly: RankGRAssembly, config: RankGRRunConfig) -> jax.Arra
 def draw_targets(key: jax.Array, targets: dict, count: int) -> jax.Array:
     """The positives that the rank head is trained on in this step: int32 [B, R], indices along L of `pack`, R <= count.
 
-    They are drawn uniformly, the session's positives before those of the history: the first R in order would be the
-    strongest and the earliest. A row with fewer than R positives is padded with targets that are no positives.
+    Drawn uniformly from the session's positives, then from those of the history: the first R would always be the
+    strongest and the earliest. Where there are fewer than R positives, other places fill the row.
     """
     wanted, history = targets["wanted"], targets["last"] < targets["end"]
     turn = jnp.where(wanted, history + jax.random.uniform(key, wanted.shape), 2.0)
@@ -212,8 +213,8 @@ def rank_loss(
     """Binary cross-entropy of the rank head over the candidates of every level, a value a target [B, R] (Eq. 12, 16).
 
     Candidates of a drawn target (`draw_targets`) are the true code and the most probable others. A candidate is a
-    positive if it continues the same prefix in any positive item of the same history position, drawn or not (Eq. 9). It
-    is masked out of the loss if it does so only in an item of `left_out`.
+    positive if any positive item of the same place of the history, drawn or not, continues the same prefix with it
+    (Eq. 9). It is left out of the loss if only positives that are no targets do.
 
     Args:
       codes: int32 [I, M] of all items.
@@ -224,7 +225,7 @@ def rank_loss(
     model, count = assembly.model, targets["item"].shape[1]
     wanted, last, item = (jnp.take_along_axis(targets[name], drawn, axis=1) for name in ("wanted", "last", "item"))
     states = jnp.take_along_axis(states, drawn[..., None, None], axis=1)
-    # together [B, R, L + X]: positive items of the same history position, with the prefix so far in common.
+    # together [B, R, L + X]: positives of the same place of the history, with the prefix so far in common.
     others = jnp.concatenate([targets["item"], targets["left_out"]], axis=1)
     packed = (last[:, :, None] == targets["last"][:, None, :]) & targets["wanted"][:, None, :]
     left_out = (last == targets["end"])[:, :, None] & (targets["left_out"] >= 0)[:, None, :]

@@ -55,11 +55,11 @@ class TigerAssembly:
     own_tokens: bool = False
     """every item has a token beside those of its codes, where positions are items"""
     prior: Prior | None = None
-    """the popularity prior of the decoder's logits, if it has one"""
+    """the popularity of IDs, if it is added to the decoder's logits"""
     examples: Any = None
     """folder of the example records"""
     embeddings: np.ndarray | None = None
-    """float32 [I, d] with d <= D: initial values of the first d numbers of the items' own tokens; None: random"""
+    """float32 [I, d] with d <= D: initial values of the first d components of the items' own tokens; None: random"""
 
     @property
     def target_behaviors(self) -> list[int]:
@@ -164,10 +164,10 @@ def assemble(run: Run, config: TigerConfig) -> TigerAssembly:
 
 
 def own_tokens(embeddings: np.ndarray, config: EncoderDecoderConfig, levels: int) -> np.ndarray:
-    """Initial values of the items' own tokens, float32 [I, d]: the first principal components of their embeddings.
+    """Initial embeddings float32 [I, d] of the items' own tokens: the items' embeddings along their principal axes.
 
-    Similar items then have similar tokens from the first step on. Their scale is that of the sum of an item's `levels`
-    code embeddings, where the item embeddings are as wide as the model.
+    Similar items then have similar tokens from the first step on. Their variance is that of the sum of an item's codes,
+    of which there are `levels`.
     """
     centred = embeddings - embeddings.mean(0)
     squares, axes = principal_axes(centred)
