@@ -270,6 +270,7 @@ def test_numbers_that_make_no_sense_are_named(make, words):
         ("mall.py", "--align FinetuneConfig --align.training.steps 20", r"'align.optim.warmup' is 20, as long"),
         ("mall_tiger.py", "--training.evaluate-every 5 --training.monitor ndcg", r"'ndcg' is not evaluated; .*ndcg@10"),
         ("mall_sequential.py", "--training.evaluate-every 5 --training.monitor mrr@7", r"'mrr@7' is not evaluated"),
+        ("mall_rankgr.py", "--pretrained nowhere", "'pretrained': there is no folder nowhere; give one with a Qwen2"),
         ("mall.py", "--until reward", "--until reward: there is no such stage; there are train"),
         ("mall.py", "--align FinetuneConfig --only reward", "--only reward: .*; there are alignment, train"),
         ("mall.py", "--until train --only train", "--until and --only exclude each other"),

@@ -440,6 +440,24 @@ def test_the_frozen_reference_is_an_argument_of_the_compiled_step(tmp_path, monk
     assert "1.230000e-01" in text_of(lambda state, batch: step(state, batch), state, batch)
 
 
+def test_a_frozen_stage_may_have_another_model(tmp_path, monkeypatch):
+    """As a reward model has."""
+    given = []
+    monkeypatch.setattr(stages_module, "fit", lambda step, state, batches, **_: given.append((step, state)))
+
+    def rewarded(frozen, params, extra, batch, key):
+        value = (frozen["reward"]["params"]["bias"] * params["kernel"]).sum()
+        return value, ({"loss": (value, 1)}, extra)
+
+    task = Task(
+        "policy", tmp_path, tmp_path / "metrics.jsonl", None, {"reward": {"params": {"bias": jnp.full(5, 3.0)}}}
+    )
+    minimise(rewarded, init, ToyBatches(0), ToyConfig().likelihood, task)
+    ((step, state),) = given
+    _, metrics = step(state, next(ToyBatches(0)))
+    np.testing.assert_allclose(metrics["loss"][0], 3 * init(0, None)["params"]["kernel"].sum(), rtol=1e-5)
+
+
 def test_bound_arrays_come_behind_those_that_are_bound_already():
     loss = bind(bind(partial(lambda a, b, c, d: (a, b, c, d), "a"), jnp.array(1)), jnp.array(2))
     assert [int(leaf) for leaf in jax.tree.leaves(loss)] == [1, 2]
