@@ -30,7 +30,7 @@ from jaxrec.run import Run, console, report_user_errors, track
 from jaxrec.serving.batch import answer_file
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request, parse_request
-from jaxrec.systems.onemall.training import train
+from jaxrec.systems import train
 
 MALL = Path(__file__).parent.parent / "configs" / "onemall_mall.py"
 STEPS = 20

@@ -43,6 +43,7 @@ from jaxrec.systems.rankgr import training as rankgr_training
 from jaxrec.systems.rankgr.config import RankGRRunConfig
 from jaxrec.systems.rankgr.model import RankGRAssembly, assemble
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
+from jaxrec.training.stages import Task
 
 CUTOFFS = (1, 5, 10, 20, 50)
 SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "hr@10")
@@ -208,7 +209,8 @@ def trained(run: Run, config: RankGRRunConfig) -> tuple[Callable[..., Generative
     assembly = assemble(run, config)
     folder = run.path / "stages" / key_of(config)
     folder.mkdir(parents=True, exist_ok=True)
-    variables = {"params": rankgr_training.train(assembly, config, folder, folder / "metrics.jsonl").params}
+    task = Task("train", folder, folder / "metrics.jsonl")
+    variables = {"params": rankgr_training.fit(assembly, config, task).params}
 
     def make(decoding: DecodingConfig) -> GenerativeRecommender:
         return GenerativeRecommender(assembly, variables, config.features, decoding)

@@ -47,7 +47,7 @@ from jaxrec.evaluation import evaluate, evaluate_ties_shuffled, fit_baselines, m
 from jaxrec.evaluation.comparison import TIES_SHUFFLED
 from jaxrec.programs import keep_compiled_programs
 from jaxrec.run import Run, console, read_json, report_user_errors, write_json
-from jaxrec.systems import SYSTEMS
+from jaxrec.systems import load_recommender, train
 from jaxrec.systems.comparison import draw
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -190,7 +190,7 @@ def one_run(folder: Path, name: str, seed: int, config: Any) -> Run:
             shutil.copytree(others[0], path / f"{part}.copy", dirs_exist_ok=True)
             (path / f"{part}.copy").rename(path / part)
     run = Run.open(path, config)
-    SYSTEMS[config.system].train(run, config)
+    train(run, config)
     return run
 
 
@@ -199,7 +199,7 @@ def measure(run: Run, config: Any) -> list[Row]:
     system, kept = config.system, run.path / "valid.json"
     inputs = read_json(run.path / "evaluation" / "fingerprint.json")["inputs"]
     if not kept.exists() or read_json(kept)["inputs"] != inputs:
-        model = SYSTEMS[system].load_recommender(run)
+        model = load_recommender(run)
         cases = make_cases(Records(run.examples, "valid"), model.assembly.target_behaviors, "valid")
         cases = draw(cases, config.evaluation)
         found = evaluate({system: model}, cases, split="valid", cutoffs=CUTOFFS)

@@ -117,17 +117,18 @@ def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
       SystemExit: `--help`, or a value of the wrong type (reported by tyro).
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    usage = "usage: train.py CONFIG --run DIR [--replace] [--FIELD VALUE ...]"
+    usage = "usage: train.py CONFIG --run DIR [--until STAGE | --only STAGE] [--replace] [--FIELD VALUE ...]"
     usage = f"{usage}, such as train.py configs/NAME.py --run runs/a"
     if not args or args[0] in ("-h", "--help"):
         print(f"{usage}\n\ntrain.py CONFIG --help lists the fields of a configuration.")
+        print("--until STAGE: stop when this stage is trained; --only STAGE: train this stage alone.")
         print("--replace: train anew where DIR holds a training of other data or another configuration.")
         raise SystemExit(0 if args else 2)
     if args[0].startswith("-"):
         raise UserError(f"the configuration file comes first, not {args[0]!r}; {usage}")
     path, wants_help = Path(args[0]), "--help" in args or "-h" in args
     config = load_config(path)
-    run, rest = _take_run(args[1:])
+    run, rest = take_option(args[1:], "--run", "a directory, for example --run runs/a")
     config, rest = choose_types(config, rest)
     if not wants_help:
         _check_keys(config, rest)
@@ -212,19 +213,23 @@ def _nearest_file(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
-def _take_run(args: list[str]) -> tuple[str | None, list[str]]:
-    """Splits `--run DIR` (or `--run=DIR`) from the other arguments."""
-    run, rest, index = None, [], 0
+def take_option(args: list[str], name: str, what: str) -> tuple[str | None, list[str]]:
+    """Splits `NAME VALUE` (or `NAME=VALUE`) from the other arguments; None where it is not there.
+
+    Raises:
+      UserError: the value is missing; `what` says what it is.
+    """
+    given, rest, index = None, [], 0
     while index < len(args):
-        if args[index] == "--run":
+        if args[index] == name:
             if index + 1 == len(args) or args[index + 1].startswith("--"):
-                raise UserError("--run needs a directory, for example --run runs/a")
-            run, index = args[index + 1], index + 2
-        elif args[index].startswith("--run="):
-            run, index = args[index].removeprefix("--run="), index + 1
+                raise UserError(f"{name} needs {what}")
+            given, index = args[index + 1], index + 2
+        elif args[index].startswith(f"{name}="):
+            given, index = args[index].removeprefix(f"{name}="), index + 1
         else:
             rest, index = [*rest, args[index]], index + 1
-    return run, rest
+    return given, rest
 
 
 def choose_types(config: Any, args: list[str]) -> tuple[Any, list[str]]:

@@ -44,8 +44,8 @@ from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
 from jaxrec.semantic_ids.table.versions import trained_version
-from jaxrec.systems import SYSTEMS
-from jaxrec.systems.sequential.config import NAMES
+from jaxrec.systems import SYSTEMS, load_recommender
+from jaxrec.systems.generative import GenerativeRunConfig
 
 FORMAT = 1
 MANIFEST, ITEMS = "manifest.json", "items.jsonl"
@@ -96,12 +96,10 @@ def export_run(run_path: Path, to: Path, config: ExportConfig | None = None) -> 
     """
     run, values = Run.load(Path(run_path))
     system = str(values.get("system"))
-    if system not in SYSTEMS:
-        raise UserError(f"{run.config_file}: unknown system {system!r}; known are {', '.join(SYSTEMS)}")
     _check_target(Path(to))
-    recommender = SYSTEMS[system].load_recommender(run)
+    recommender = load_recommender(run)
     if not hasattr(recommender, "retrieve"):
-        exported = ", ".join(name for name in SYSTEMS if name not in NAMES)
+        exported = ", ".join(name for name, each in SYSTEMS.items() if issubclass(each.config, GenerativeRunConfig))
         raise UserError(
             f"{run.path} is a run of {system}, which scores all items and has no semantic IDs: only systems that "
             f"generate IDs are exported ({exported}); answer with serve.py instead"

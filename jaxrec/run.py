@@ -7,6 +7,7 @@
 
 A phase writes into `<name>.partial`, which is fsynced and renamed to `<name>` when complete: a folder without the
 suffix is always whole. A stage keeps its own checkpoints, so it works in its final folder and is marked when done.
+A run has one stage or several (`run.stage_names`, `jaxrec.training.stages`); the last one is served.
 
 A training is never lost by accident: where a phase or stage would be made anew and a training depends on it, the run
 is refused. With `Run.open(..., replace=True)` what changed is made beside the old, in `next/`, and takes its place when
@@ -43,8 +44,10 @@ Item = TypeVar("Item")
 
 console = Console(highlight=False, soft_wrap=True)
 
-TRAINING = "stages/train"
-"""The stage whose result is served; the run's configuration and everything it was made from belong to it."""
+TRAINING = "train"
+"""The stage of a system that has only one, and the last one where no run directory says otherwise."""
+STAGES = "stages.json"
+"""The file with the names of the stages of the training that is served."""
 EVALUATION = "evaluation"
 """The phase that measures the training; it may be made anew at any time."""
 NEXT = "next"
@@ -67,6 +70,7 @@ class Run:
         self.stages = self.path / "stages"
         self.export = self.path / "export"
         self.config_file = self.path / "config.json"
+        self.stage_names: tuple[str, ...] = ()  # in order, as the process that trains gives them
         self._lock = None
         self._replace = False
         self._config: dict[str, Any] | None = None  # of this process; config.json may still be another one's
@@ -79,13 +83,32 @@ class Run:
         """The folder of a phase or stage; while it is made beside the old one, the new one's."""
         return (self.path / NEXT if name in self._beside else self.path) / name
 
+    @property
+    def training(self) -> str:
+        """The stage whose result is served, as "stages/train"; config.json says what it was made with."""
+        return stage_path((self.stage_names or self.stages_there() or (TRAINING,))[-1])
+
+    @property
+    def metrics_file(self) -> Path:
+        """The log of the stage that is served, and of those trained beside it."""
+        return self.log_of(self.training)
+
+    def log_of(self, name: str) -> Path:
+        """The metrics.jsonl with the lines of a stage; while the stage is trained beside the old one, the new one's."""
+        return (self.path / NEXT if name in self._beside else self.path) / "metrics.jsonl"
+
+    def stages_there(self) -> tuple[str, ...]:
+        """The names of the stages of the training that is served, in order; none where the run doesn't say."""
+        there = self.path / STAGES
+        return tuple(read_json(there)) if there.exists() else ()
+
     def _set_places(self) -> None:
         self.tables, self.semantic_ids, self.examples = map(self.place, ("tables", "semantic_ids", "examples"))
-        self.metrics_file = self.place(TRAINING).parent.parent / "metrics.jsonl"
 
     def _go_beside(self, name: str) -> None:
         """From now on a phase or stage is that in `next/`."""
-        self._beside.append(name)
+        if name not in self._beside:
+            self._beside.append(name)
         self._set_places()
 
     @classmethod
@@ -107,8 +130,8 @@ class Run:
             raise UserError(f"the run directory {run.path} can't be created: {error.strerror}") from error
         run._take_lock()
         run._replace, run._config = replace, to_json(config)
-        # A training stays beside the configuration that it was made with.
-        if not _has_work(run.path / TRAINING):
+        # Stages stay beside the configuration that they were trained with.
+        if not any(map(_has_work, run.stages.glob("*"))):
             run._take_config()
         return run
 
@@ -179,29 +202,43 @@ class Run:
         fault_point(f"done:{name}")
         return result
 
-    def stage(self, name: str, inputs: str, make: Callable[[Path], None]) -> str:
+    def stage(self, name: str, inputs: str, make: Callable[[Path], None], needed: Iterable[str] | None = None) -> str:
         """Like `phase`, for work that goes on from its own checkpoints: `make` gets the folder as it was left.
 
-        A folder without checkpoints that was begun from other inputs is emptied first.
+        A folder without checkpoints that was begun from other inputs is emptied first. When the last of `stage_names`
+        is finished, all that was made beside the old takes its place.
+
+        Args:
+          name: the folder inside the run directory, as "stages/train".
+          needed: the stages that this one is trained from, by such names; None for all before it.
 
         Raises:
           UserError: as `phase`; or the folder holds checkpoints or a result of other inputs.
         """
-        result = fingerprint(name, inputs)
+        result, last = fingerprint(name, inputs), name == self.training
         self._made[name] = inputs
-        if not self._find(name, inputs):
+        if not self.is_trained(name, inputs):
             of_others = not _begun(self.path / name, inputs) and _has_work(self.path / name)
             if of_others or self._made_of(name, inputs):
                 self._check_replaceable(name)
                 self._go_beside(name)
-            elif name == TRAINING:
-                self._drop_results()
+            elif self._serves_another():
+                # A stage that is added: the one that is served stays until the new last one is finished.
+                if last:
+                    self._go_beside(name)
+            elif last or not _has_work(self.path / self.training):
+                if last:
+                    self._drop_results()
                 self._take_config()
             fault_point(f"phase:{name}")
-            self._work(self.place(name), name, inputs, make)
-        if name == TRAINING:
+            self._work(self.place(name), name, inputs, make, needed)
+        if last:
             self._swap()
         return result
+
+    def is_trained(self, name: str, inputs: str) -> bool:
+        """Whether a stage is finished from these inputs, in its place or beside an older one."""
+        return self._find(name, inputs)
 
     def check_trained(self) -> None:
         """Whether the training is finished, and of the tables and IDs that are there.
@@ -209,10 +246,10 @@ class Run:
         Raises:
           UserError: it isn't.
         """
-        mark, mend = self.path / TRAINING / "fingerprint.json", f"run train.py again with --run {self.path}"
-        if not mark.exists():
+        folder, mend = self.path / self.training, f"run train.py again with --run {self.path}"
+        if not (folder / "fingerprint.json").exists():
             raise UserError(f"{self.path} holds no finished training; {mend}")
-        for name, inputs in _made_from(self.path / TRAINING).items():
+        for name, inputs in _made_from(folder).items():
             if not _marked(self.path / name, inputs):
                 raise UserError(f"{self.path / name} is not what the training there was made from; {mend}")
 
@@ -223,11 +260,10 @@ class Run:
         Raises:
           UserError: as `check_trained`; or they were replaced meanwhile, so that what was read may be of two trainings.
         """
-        mark = self.path / TRAINING / "fingerprint.json"
 
         def training() -> bytes | None:
             try:
-                return mark.read_bytes()
+                return (self.path / self.training / "fingerprint.json").read_bytes()
             except FileNotFoundError:
                 return None
 
@@ -242,15 +278,17 @@ class Run:
         if training() != before:
             raise UserError(f"the training in {self.path} was replaced while it was read; start again") from cause
 
-    def _work(self, folder: Path, name: str, inputs: str, make: Callable[[Path], None]) -> None:
+    def _work(
+        self, folder: Path, name: str, inputs: str, make: Callable[[Path], None], needed: Iterable[str] | None
+    ) -> None:
         """Begins a stage in `folder`, noting all that it is made from, or goes on with it."""
         with writing(folder):
             if not _begun(folder, inputs):
                 _remove(folder)
-                if name == TRAINING:
-                    _remove(self.metrics_file.parent / "tensorboard")  # Its events are of a training that is gone.
+                _remove(_events(self.log_of(name), name))  # They are of a training that is gone.
                 folder.mkdir(parents=True)
-                made = {other: of for other, of in self._made.items() if other != name}
+                others = set() if needed is None else {stage_path(each) for each in self.stage_names} - set(needed)
+                made = {other: of for other, of in self._made.items() if other not in {name, *others}}
                 write_json(folder / "begun.json", {"inputs": inputs, "made": made})
             make(folder)
             fault_point(f"partial:{name}")
@@ -302,11 +340,16 @@ class Run:
             self._put_in_place()
 
     def _put_in_place(self) -> None:
-        if TRAINING in self._beside:
+        if self.training in self._beside:
             self._drop_results()
-            (self.path / TRAINING / "fingerprint.json").unlink(missing_ok=True)
-            for name in ("metrics.jsonl", "tensorboard"):
-                _replace(self.path / NEXT / name, self.path / name)
+            (self.path / self.training / "fingerprint.json").unlink(missing_ok=True)
+        trained = [name for name in self._beside if Path(name).parent.name == "stages"]
+        self._replace_lines([Path(name).name for name in trained])
+        for name in trained:
+            events = _events(self.path / NEXT / "metrics.jsonl", name)
+            if events.exists():
+                _events(self.path / "metrics.jsonl", name).parent.mkdir(exist_ok=True)
+                _replace(events, _events(self.path / "metrics.jsonl", name))
         self._take_config()
         for name in self._beside:
             _replace(self.path / NEXT / name, self.path / name)
@@ -316,11 +359,30 @@ class Run:
         # Whatever is left there is of a training that was given up.
         _remove(self.path / NEXT)
 
+    def _replace_lines(self, names: list[str]) -> None:
+        """Puts the lines of stages that were trained beside the old ones in the place of those."""
+        old, new = self.path / "metrics.jsonl", self.path / NEXT / "metrics.jsonl"
+        if not new.exists():
+            return
+        lines = old.read_text().splitlines(keepends=True) if old.exists() else []
+        kept = [line for line in lines if _stage_of(line) not in (None, *names)]
+        partial = old.with_name(f".{old.name}.partial")
+        partial.write_text("".join(kept) + new.read_text())
+        partial.rename(old)
+        new.unlink()
+
+    def _serves_another(self) -> bool:
+        """Whether the run there serves another stage, which is finished."""
+        there = self.stages_there()
+        return bool(there) and stage_path(there[-1]) != self.training and _finished(self.path / stage_path(there[-1]))
+
     def _take_config(self) -> None:
-        """Has this process's configuration in config.json."""
-        if self._config is not None and not (self.config_file.exists() and read_json(self.config_file) == self._config):
-            with writing(self.path):
-                write_json(self.config_file, self._config)
+        """Has this process's configuration in config.json, and the names of its stages in stages.json."""
+        names = list(self.stage_names) or None
+        for file, value in ((self.path / STAGES, names), (self.config_file, self._config)):
+            if value is not None and not (file.exists() and read_json(file) == value):
+                with writing(self.path):
+                    write_json(file, value)
 
     def _drop_results(self) -> None:
         """Removes what an evaluation left: nobody may read it beside another training."""
@@ -518,6 +580,28 @@ class PlainProgress:
         if task.total and done and task.completed < task.total:
             parts.append(f"{(task.total - task.completed) * seconds / done:.0f} s left")
         console.print(f"{task.description}: {', '.join(parts)}", markup=False)
+
+
+def stage_path(name: str) -> str:
+    """The folder of a stage inside the run directory."""
+    return f"stages/{name}"
+
+
+def _events(log: Path, stage: str) -> Path:
+    """The folder of a stage's TensorBoard events, beside its log."""
+    return log.parent / "tensorboard" / Path(stage).name
+
+
+def _stage_of(line: str) -> str | None:
+    """The stage of a line of metrics.jsonl; None of a line that names none or is cut off."""
+    try:
+        return json.loads(line)["stage"]
+    except (json.JSONDecodeError, TypeError, KeyError):
+        return None
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "fingerprint.json").exists()
 
 
 def _begun(folder: Path, inputs: str) -> bool:

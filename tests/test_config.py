@@ -270,6 +270,11 @@ def test_numbers_that_make_no_sense_are_named(make, words):
         ("mall.py", "--align FinetuneConfig --align.training.steps 20", r"'align.optim.warmup' is 20, as long"),
         ("mall_tiger.py", "--training.evaluate-every 5 --training.monitor ndcg", r"'ndcg' is not evaluated; .*ndcg@10"),
         ("mall_sequential.py", "--training.evaluate-every 5 --training.monitor mrr@7", r"'mrr@7' is not evaluated"),
+        ("mall_rankgr.py", "--pretrained nowhere", "'pretrained': there is no folder nowhere; give one with a Qwen2"),
+        ("mall.py", "--until reward", "--until reward: there is no such stage; there are train"),
+        ("mall.py", "--align FinetuneConfig --only reward", "--only reward: .*; there are alignment, train"),
+        ("mall.py", "--until train --only train", "--until and --only exclude each other"),
+        ("mall.py", "--until --only train", "--until needs the name of a stage"),
         ("mall_rankgr.py", "--features.weakest 9", r"'features.weakest' is 9, so that histories would hold nothing"),
         ("mall_rankgr.py", "--objective.levels 0 1", r"'objective.levels' is \(0, 1\); give one level from 0 for each"),
         ("mall_rankgr.py", "--objective.rank-from 9", r"'objective.rank_from' is 9; levels go from 0 to 3"),
@@ -283,6 +288,26 @@ def test_contradictions_are_found_before_a_run_is_made(tmp_path, monkeypatch, fi
     with pytest.raises(UserError, match=message):
         train.main()
     assert not run.exists()
+
+
+def test_the_decoding_may_change_without_a_new_training():
+    """Validation keeps a copy of the one that the configuration file gives."""
+    path = Path(__file__).parent / "mall.py"
+    before, served = load_config(path), DecodingConfig(beam_width=16, batch_size=32)
+    config, _ = parse_cli([str(path), "--run", "r", "--decoding.beam-width", "99", "--evaluation.max-users", "7"])
+    assert (config.decoding.beam_width, config.validation_decoding) == (99, served)
+    assert before.validation_decoding == served
+    assert fingerprint(config.training_inputs()) == fingerprint(before.training_inputs())
+    assert fingerprint(config.evaluation_inputs()) != fingerprint(before.evaluation_inputs())
+    assert from_json(type(config), to_json(config)) == config
+    wider, _ = parse_cli([str(path), "--run", "r", "--validation-decoding.beam-width", "99"])
+    assert wider.decoding == served and wider.training_inputs() != before.training_inputs()
+    # Where nothing is validated, it decides nothing.
+    never = dataclasses.replace(before.training, evaluate_every=0)
+    configs = [dataclasses.replace(each, training=never) for each in (before, wider)]
+    assert configs[0].training_inputs() == configs[1].training_inputs()
+    # The settings of one stage leave those of others out.
+    assert set(before.training_inputs()) - set(before.training_inputs("optim")) == {"optim"}
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,18 @@ def test_curves_skip_what_is_no_number(report):
     assert page.tags.count("svg") == 1 and "train loss" in page.text and "at step 999" in page.text
 
 
+def test_every_stage_has_its_own_curves_in_the_order_of_training(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    lines = [{"stage": stage, "step": 1, "loss": 2.0} for stage in ("other", "preference", "likelihood")]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run" / "stages.json").write_text(json.dumps(["alignment", "likelihood", "preference"]))
+    page = check(write_report(tmp_path / "run"))
+    assert page.tags.count("svg") == 3
+    places = [page.text.index(f"Stage {name}") for name in ("likelihood", "preference", "other")]
+    assert places == sorted(places) and "Stage alignment" not in page.text
+    assert [page.text.index(f"{name} loss") > page.text.index(f"Stage {name}") for name in ("likelihood", "other")]
+
+
 def test_the_tree_goes_from_coarse_to_fine_and_says_what_it_leaves_out(report):
     page = check(report)
     # Branches: 0 and 7; below 0 twelve of its twenty, below 7 its only one.

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -304,7 +303,7 @@ def test_a_run_is_exported_with_its_ids_and_the_version_of_its_catalogue(recomme
     (run / "semantic_ids" / "versions" / "current.json").write_text('{"version": 7}')
     with pytest.raises(UserError, match="unknown system 'here'; known are onemall"):
         export.export_run(run, tmp_path / "artefact")
-    monkeypatch.setitem(export.SYSTEMS, "here", SimpleNamespace(load_recommender=lambda _: recommender))
+    monkeypatch.setattr(export, "load_recommender", lambda _: recommender)
     manifest = export.export_run(run, tmp_path / "artefact", CONFIG)
     assert manifest["system"] == "here"
     assert manifest["catalogue_version"] == 1, "the model's own, whatever came since"
@@ -316,7 +315,7 @@ def test_a_run_is_exported_with_its_ids_and_the_version_of_its_catalogue(recomme
 def test_a_run_without_semantic_ids_is_refused_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"system": "sasrec_ce"}')
     model = SequentialRecommender(None, {})
-    monkeypatch.setitem(export.SYSTEMS, "sasrec_ce", SimpleNamespace(load_recommender=lambda _: model))
+    monkeypatch.setattr(export, "load_recommender", lambda _: model)
     with pytest.raises(
         UserError, match=r"is a run of sasrec_ce, which .* \(onemall, rankgr, tiger, forge\); answer with"
     ):

@@ -1,5 +1,6 @@
 """Item embeddings of a run, by every kind of alignment, and those of new items, which must be made the same way."""
 
+import json
 import os
 import signal
 import subprocess
@@ -214,6 +215,8 @@ def test_a_run_tunes_in_a_stage_of_its_own_and_goes_on(tmp_path):
         )  # fmt: skip
         assert done.returncode == -signal.SIGKILL, done.stderr
     assert "going on from step 10" in done.stdout
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [("alignment", step) for step in (5, 10, 15, 20)]
     stage, ids = tmp_path / "run" / "stages" / "alignment", tmp_path / "run" / "semantic_ids"
     assert (stage / "tuned" / "projection.safetensors").read_bytes() == (ids / "alignment.safetensors").read_bytes()
     assert load_file(ids / "embeddings.safetensors")["embeddings"].shape == (120, 16)

@@ -36,8 +36,7 @@ from jaxrec.semantic_ids.table.versions import (
     read_version,
     roll_back,
 )
-from jaxrec.systems import phases
-from jaxrec.systems.onemall.training import train
+from jaxrec.systems import phases, train
 from jaxrec.text.scenarios import TowersConfig
 
 LEVELS = ([[0.0], [100.0]], [[0.0], [10.0], [20.0]])
@@ -343,17 +342,17 @@ def test_a_run_does_not_replace_ids_that_have_later_versions(tmp_path, monkeypat
     run, config = Run(tmp_path), load_config("tests/mall.py")
     made = tmp_path / "semantic_ids" / "versions"
 
-    def train(seed):
+    def begin(seed):
         with pytest.raises(ExamplesWanted):
             train(run, replace(config, seed=seed))
 
-    train(0)
+    begin(0)
     (made / "000001").mkdir(parents=True)
-    train(1)  # The first version alone is what the phase makes anyway.
+    begin(1)  # The first version alone is what the phase makes anyway.
     assert not made.exists()
     (made / "000001").mkdir(parents=True)
     (made / "000002").mkdir()
-    train(1)
+    begin(1)
     with pytest.raises(UserError, match="in its versions, which new IDs would replace: give another --run"):
         train(run, replace(config, seed=2))
     assert (made / "000002").exists()

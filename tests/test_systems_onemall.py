@@ -22,9 +22,9 @@ import pytest
 from onemall_parts import FEATURES, MODEL, make_arrays, make_assembly, make_history, make_variables
 
 from jaxrec.run import Run
+from jaxrec.systems import load_recommender
 from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.onemall.config import OneMallConfig, OneMallObjective
-from jaxrec.systems.onemall.model import load_recommender
 from jaxrec.systems.onemall.training import contrastive, mean_loss
 from jaxrec.training import checkpoint
 from jaxrec.training.log import TIMING_FIELDS

@@ -32,9 +32,10 @@ from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
+from jaxrec.systems import load_recommender, train
 from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.rankgr.config import RankGRObjective, RankGRRunConfig, behavior_levels
-from jaxrec.systems.rankgr.model import assemble, load_recommender, with_pretrained
+from jaxrec.systems.rankgr.model import assemble, with_pretrained
 from jaxrec.systems.rankgr.training import (
     _weights,
     counted_loss,
@@ -44,7 +45,6 @@ from jaxrec.systems.rankgr.training import (
     pack,
     rank_from,
     rank_loss,
-    train,
 )
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.training import checkpoint

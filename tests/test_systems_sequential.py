@@ -20,7 +20,7 @@ from jaxrec.config import UserError, load_config
 from jaxrec.evaluation.metrics import METRICS
 from jaxrec.models.sequential import Bert4RecConfig, ItemFacts, SasRecConfig, SequentialModel
 from jaxrec.run import TRAINING, Run
-from jaxrec.systems import SYSTEMS
+from jaxrec.systems import load_recommender
 from jaxrec.systems.sequential import model as sequential_recommender
 from jaxrec.systems.sequential.config import Binary, FullSoftmax, SampledSoftmax
 from jaxrec.systems.sequential.model import Histories, SequentialAssembly, SequentialRecommender, disjoint_windows
@@ -283,16 +283,16 @@ def test_a_run_learns_and_stops_early(runs):
     assert {row["metric"] for row in rows} == {f"{name}@{k}" for name in METRICS for k in (5, 10)}
     lines = read_lines(runs / "whole" / "metrics.jsonl")
     valid = {line["step"]: line["valid/ndcg@10"] for line in lines if "loss" not in line}
-    best = checkpoint.steps(runs / "whole" / TRAINING / checkpoint.BEST)
+    best = checkpoint.steps(runs / "whole" / "stages" / TRAINING / checkpoint.BEST)
     assert best == [max(valid, key=valid.get)] and valid[best[0]] > 0
-    last = checkpoint.steps(runs / "whole" / TRAINING)[-1]
+    last = checkpoint.steps(runs / "whole" / "stages" / TRAINING)[-1]
     assert last == max(valid) and (last == 200 or last == best[0] + 3 * 20)
     assert "sasrec_ce" in (runs / "whole" / "report.html").read_text()
     assert "recall@10" in (runs / "whole.txt").read_text()
 
 
 def test_killed_it_ends_in_the_same_bits(runs):
-    whole, killed = (checkpoint.load_best(runs / name / TRAINING, "params") for name in ("whole", "killed"))
+    whole, killed = (checkpoint.load_best(runs / name / "stages" / TRAINING, "params") for name in ("whole", "killed"))
     jax.tree.map(np.testing.assert_array_equal, whole, killed)
     whole, killed = (read_lines(runs / name / "metrics.jsonl") for name in ("whole", "killed"))
     assert whole == killed
@@ -301,6 +301,6 @@ def test_killed_it_ends_in_the_same_bits(runs):
 
 
 def test_the_best_state_is_loaded(runs):
-    model = SYSTEMS["sasrec_ce"].load_recommender(Run(runs / "whole"))
-    best = checkpoint.load_best(runs / "whole" / TRAINING, "params")["params"]
+    model = load_recommender(Run(runs / "whole"))
+    best = checkpoint.load_best(runs / "whole" / "stages" / TRAINING, "params")["params"]
     jax.tree.map(np.testing.assert_array_equal, model.params, best)

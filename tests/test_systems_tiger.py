@@ -28,10 +28,11 @@ from jaxrec.run import TRAINING, Run, read_json
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
+from jaxrec.systems import load_recommender, train
 from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.tiger.config import TigerObjective
-from jaxrec.systems.tiger.model import TigerAssembly, fit_vocabulary, load_recommender, own_tokens
-from jaxrec.systems.tiger.training import losses, mean_loss, train
+from jaxrec.systems.tiger.model import TigerAssembly, fit_vocabulary, own_tokens
+from jaxrec.systems.tiger.training import losses, mean_loss
 from jaxrec.training import checkpoint
 from jaxrec.training.step import make_state, make_step
 
@@ -251,7 +252,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_killed_and_resumed_it_ends_in_the_same_bits(runs):
-    whole_run, killed = (checkpoint.load_parts(run / TRAINING, "params", "opt_state") for run in runs)
+    whole_run, killed = (checkpoint.load_parts(run / "stages" / TRAINING, "params", "opt_state") for run in runs)
     assert jax.tree.all(jax.tree.map(np.array_equal, whole_run, killed))
     assert (runs[0] / "evaluation.json").read_bytes() == (runs[1] / "evaluation.json").read_bytes()
 

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onemall_parts import make_assembly
 
 from jaxrec.config import UserError, load_config
 from jaxrec.evaluation import make_cases
 from jaxrec.systems.comparison import EvaluationConfig
+from jaxrec.systems.generative import train_model
+from jaxrec.systems.recommender import DecodingConfig
 from jaxrec.systems.validation import validation_cases, validation_metrics
 from jaxrec.text.finetune import FinetuneConfig
 from jaxrec.training.optim import OptimConfig
+from jaxrec.training.stages import Task
 
 RECORD = {
     "user": np.int32(0),
@@ -37,6 +41,15 @@ def test_nobody_to_measure_is_said(capsys):
     assert "no user has a session to validate on" in capsys.readouterr().out
     assert len(validation_cases([RECORD], (0,), EvaluationConfig(split="valid"))) == 1
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("key", ["beam_widths", "candidates"])
+def test_a_decoding_that_does_not_fit_the_ids_is_refused_before_training(tmp_path, key):
+    config = load_config(Path(__file__).parent / "mall.py")
+    wrong = dataclasses.replace(config, decoding=DecodingConfig(**{key: (4, 4)}))
+    assert wrong.validation_decoding == config.decoding
+    with pytest.raises(UserError, match=rf"'decoding.{key}' has 2 numbers, but semantic IDs have 3 levels"):
+        train_model(make_assembly(), wrong, None, None, Task("train", tmp_path, tmp_path / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["mall_sequential", "mall_tiger"])

@@ -1,14 +1,17 @@
 """When a run makes its semantic IDs anew: the text encoder decides by what it holds, not by where it lies."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny_encoder import make_encoder
 
+from jaxrec import systems
 from jaxrec.config import UserError
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.run import Run
-from jaxrec.systems import generative, phases
+from jaxrec.systems import phases, train
 from jaxrec.systems.onemall import training as onemall
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.text.encoder import EncoderConfig
@@ -16,8 +19,8 @@ from jaxrec.text.finetune import FinetuneConfig
 
 STEPS = {
     phases: ("write_examples", "tokenize", "finetune_items"),
-    onemall: ("fit", "assemble", "load_recommender"),
-    generative: ("compare", "present"),
+    onemall: ("train_model", "assemble", "training_batches", "exact_loss"),
+    systems: ("compare", "present", "load_recommender"),
 }
 
 
@@ -44,24 +47,44 @@ def test_another_encoder_in_the_same_folder_is_noticed(monkeypatch, tmp_path, ma
     make_encoder(tmp_path / "bert", ["milk"])
     text = EncoderConfig(model=str(tmp_path / "bert"))
     run, config = run_with(monkeypatch, tmp_path, {"item_id": ["a"], "text": ["milk"]}, text)
-    onemall.train(run, config)
-    assert {"tokenize", "finetune_items", "train"} <= set(made)
+    train(run, config)
+    assert {"tokenize", "finetune_items", "train_model"} <= set(made)
     made.clear()
-    onemall.train(run, config)
+    train(run, config)
     assert made == ["present"]
     made.clear()
     make_encoder(tmp_path / "bert", ["milk"], seed=1)
     with pytest.raises(
         UserError, match="stages/alignment was made from have changed; give another --run, or --replace"
     ):
-        onemall.train(run, config)
+        train(run, config)
     assert made == []
-    onemall.train(Run.open(run.path, config, replace=True), config)
-    assert {"tokenize", "finetune_items", "train", "compare"} <= set(made) and "write_examples" not in made
+    train(Run.open(run.path, config, replace=True), config)
+    assert {"tokenize", "finetune_items", "train_model", "compare"} <= set(made) and "write_examples" not in made
+
+
+def test_the_alignment_is_a_stage(monkeypatch, tmp_path, made):
+    make_encoder(tmp_path / "bert", ["milk"])
+    text = EncoderConfig(model=str(tmp_path / "bert"))
+    run, config = run_with(monkeypatch, tmp_path, {"item_id": ["a"], "text": ["milk"]}, text)
+    with pytest.raises(UserError, match="--only train: the stage alignment, which it is trained from, is not trained"):
+        train(run, config, only="train")
+    assert made == []
+    train(run, config, until="alignment")
+    assert made == ["finetune_items"] and not (run.path / "semantic_ids").exists()
+    train(run, config, only="train")
+    assert made.count("finetune_items") == 1 and {"tokenize", "train_model", "compare"} <= set(made)
+    # Another training needs no other alignment.
+    changed = replace(config, batch_size=config.batch_size + 1)
+    with pytest.raises(UserError, match=r"batch_size \(64 there, 65 now\); give another --run, or --replace"):
+        train(Run.open(run.path, changed), changed)
+    made.clear()
+    train(Run.open(run.path, changed, replace=True), changed)
+    assert {"train_model", "compare"} <= set(made) and not {"finetune_items", "tokenize"} & set(made)
 
 
 def test_items_with_embeddings_need_no_encoder(monkeypatch, tmp_path, made):
     text = EncoderConfig(model="no_such_package_here")
     run, config = run_with(monkeypatch, tmp_path, {"item_id": ["a"], "embedding": [[1.0]]}, text)
-    onemall.train(run, config)
+    train(run, config)
     assert "tokenize" in made

@@ -93,29 +93,38 @@ def _comparison(run: Run, system: str) -> Section | None:
 
 
 def _curves(run: Run) -> Section | None:
-    series = defaultdict(list)
+    """A group of curves for each stage, in the order in which they are trained."""
+    stages = {name: defaultdict(list) for name in run.stages_there()}
     if run.metrics_file.exists():
         for line in run.metrics_file.read_text().splitlines():
-            for name, point in _points(line):
-                series[name].append(point)
-    if not series:
+            for stage, name, point in _points(line):
+                stages.setdefault(stage, defaultdict(list))[name].append(point)
+    groups = [_stage_curves(stage, series, len(stages) > 1) for stage, series in stages.items() if series]
+    if not groups:
         return None
+    return "training", "Training", "As logged, over training steps.", "".join(groups)
+
+
+def _stage_curves(stage: str, series: dict[str, list], titled: bool) -> str:
     names = sorted(series, key=lambda name: ("loss" not in name, name))
-    figures = "".join(curve(name, _thinned(sorted(series[name]))) for name in names)
-    return "training", "Training", "As logged, over training steps.", f'<div class="curves">{figures}</div>'
+    figures = "".join(curve(f"{stage} {name}".strip(), _thinned(sorted(series[name]))) for name in names)
+    title = f"<h3>Stage {escape(stage)}</h3>" if titled and stage else ""
+    return f'{title}<div class="curves">{figures}</div>'
 
 
-def _points(line: str) -> list[tuple[str, tuple[float, float]]]:
-    """(name, (step, value)) of every finite number on a line of metrics.jsonl; none of one cut short by a crash."""
+def _points(line: str) -> list[tuple[str, str, tuple[float, float]]]:
+    """(stage, name, (step, value)) of every finite number on a line of metrics.jsonl; none of one cut short by a crash.
+
+    The stage is empty on a line that names none.
+    """
     try:
         logged = json.loads(line)
     except json.JSONDecodeError:
         return []
     if not isinstance(logged, dict) or "step" not in logged:
         return []
-    kind = " ".join(str(logged[key]) for key in ("stage", "split", "kind") if isinstance(logged.get(key), str))
     return [
-        (f"{kind} {key}".strip(), (logged["step"], value))
+        (str(logged.get("stage", "")), key, (logged["step"], value))
         for key, value in logged.items()
         if key not in ("step", "time", "wall_time", "timestamp")
         and isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)

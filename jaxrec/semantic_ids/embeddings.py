@@ -57,10 +57,18 @@ TOWER = "item_tower.safetensors"
 MEND = "run the tokenize phase again"
 
 
-def finetune_items(tables: Path, folder: Path, text_config: EncoderConfig, config: FinetuneConfig, seed: int) -> Path:
+def finetune_items(
+    tables: Path,
+    folder: Path,
+    text_config: EncoderConfig,
+    config: FinetuneConfig,
+    seed: int,
+    metrics_path: Path | None = None,
+) -> Path:
     """Fine-tunes the text encoder, or a projection, on the item pairs of a tables folder (OneMall §3.1.2).
 
     Goes on from the checkpoints in `folder`; returns the folder in it that holds the result for `finetune.load`.
+    metrics_path: the file that gets the log lines; None: metrics.jsonl in `folder`.
 
     Raises:
       UserError: the items bring embeddings of their own, or there are no pairs.
@@ -73,7 +81,7 @@ def finetune_items(tables: Path, folder: Path, text_config: EncoderConfig, confi
         )
     pairs = read_pairs(tables / "pairs.parquet", config.kinds)
     typed = {"i2i": TextPairs(pairs[:, 0], pairs[:, 1])}
-    tuned = finetune.finetune(read_texts(items), typed, config, text_config, folder, seed)
+    tuned = finetune.finetune(read_texts(items), typed, config, text_config, folder, seed, metrics_path)
     finetune.save(tuned, folder / "tuned")
     return folder / "tuned"
 

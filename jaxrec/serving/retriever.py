@@ -183,11 +183,9 @@ class Retriever:
 
     def _load_recommender(self, config: dict) -> Recommender:
         # Imported here: a system brings JAX along, and a wrong run directory should be refused before that.
-        from jaxrec.systems import SYSTEMS
+        from jaxrec.systems import load_recommender
 
-        if self.system not in SYSTEMS:
-            raise UserError(f"{self.run.config_file}: unknown system {self.system!r}; known are {', '.join(SYSTEMS)}")
-        return SYSTEMS[self.system].load_recommender(self.run)
+        return load_recommender(self.run)
 
     def answer(
         self,

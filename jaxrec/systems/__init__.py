@@ -1,41 +1,106 @@
 """Systems: each puts the parts together for one published system, from a source to an evaluated run.
 
-A system is a package: `config.py` what decides a run, `model.py` the model fitted to a run's items, `training.py` its
-losses and batches.
+A system is a package of three files: `config.py` what decides a run, `model.py` the model fitted to a run's items,
+`training.py` its losses, batches and stages. Every phase and stage reads what the ones before it wrote into the run
+directory, is skipped when its inputs are unchanged, and can be killed and run again.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from jaxrec.evaluation.baselines import Recommender
-from jaxrec.run import Run
+from jaxrec.config import UserError, fingerprint, from_json
+from jaxrec.run import Run, console
+from jaxrec.systems import generative
+from jaxrec.systems.comparison import TrainedRecommender, compare, present
+from jaxrec.systems.config import RunConfig
 from jaxrec.systems.onemall import model as onemall_model
 from jaxrec.systems.onemall import training as onemall_training
+from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.rankgr import model as rankgr_model
 from jaxrec.systems.rankgr import training as rankgr_training
+from jaxrec.systems.rankgr.config import RankGRRunConfig
 from jaxrec.systems.sequential import model as sequential_model
 from jaxrec.systems.sequential import training as sequential_training
-from jaxrec.systems.sequential.config import NAMES
+from jaxrec.systems.sequential.config import NAMES, SequentialConfig
 from jaxrec.systems.tiger import model as tiger_model
 from jaxrec.systems.tiger import training as tiger_training
+from jaxrec.systems.tiger.config import TigerConfig
+from jaxrec.training.stages import Stage, best_variables, check_names, run_stages
 
 
-class System(NamedTuple):
-    """How a system is trained and loaded."""
+@dataclass(frozen=True)
+class System:
+    """What a system is made of; `train` and `load_recommender` do the rest."""
 
-    train: Callable[[Run, Any], None]
-    """(run, config): runs every phase that is not done yet, and prints the comparison table"""
-    load_recommender: Callable[[Run], Recommender]
-    """the trained model of a run, in its best state"""
+    config: type[RunConfig]
+    """The class of its configuration."""
+    assemble: Callable[[Run, Any], Any]
+    """assemble(run, config): the model fitted to the items of a trained run."""
+    stages: Callable[[Run, Any], tuple[Stage, ...]]
+    """stages(run, config): its trainings in order; the last one is served."""
+    recommender: Callable[[Any, dict, Any], TrainedRecommender] = generative.recommender
+    """recommender(assembly, variables, config): the trained model, ready to recommend."""
 
 
-TIGER = System(tiger_training.train, tiger_model.load_recommender)
-SEQUENTIAL = System(sequential_training.train, sequential_model.load_recommender)
+TIGER = System(TigerConfig, tiger_model.assemble, tiger_training.stages)
+SEQUENTIAL = System(
+    SequentialConfig, sequential_model.assemble, sequential_training.stages, sequential_model.recommender
+)
 
-SYSTEMS = {
-    "onemall": System(onemall_training.train, onemall_model.load_recommender),
-    "rankgr": System(rankgr_training.train, rankgr_model.load_recommender),
+SYSTEMS: dict[str, System] = {
+    "onemall": System(OneMallConfig, onemall_model.assemble, onemall_training.stages),
+    "rankgr": System(RankGRRunConfig, rankgr_model.assemble_trained, rankgr_training.stages),
     "tiger": TIGER,
     "forge": TIGER,
 } | dict.fromkeys(NAMES, SEQUENTIAL)
 """By the name that a configuration gives as its `system`."""
+
+
+def check(path: Path, config: RunConfig, until: str = "", only: str = "") -> None:
+    """What can be refused before a run directory is made, of which a configuration then is part.
+
+    Raises:
+      UserError: the configuration contradicts itself, or its system has no stage of that name.
+    """
+    if config.system not in SYSTEMS:
+        known = ", ".join(SYSTEMS)
+        raise UserError(f"configuration key 'system': there is no {config.system!r}; it is one of {known}")
+    config.check()
+    check_names(SYSTEMS[config.system].stages(Run(path), config), until, only)
+
+
+def train(run: Run, config: RunConfig, *, until: str = "", only: str = "") -> None:
+    """Runs every phase and stage that is not done yet, and prints the comparison table when the last stage is trained.
+
+    until, only: as `jaxrec.training.stages.run_stages`.
+    """
+    trained = run_stages(run, SYSTEMS[config.system].stages(run, config), until=until, only=only)
+    if trained is None:
+        console.print(f"the stage {until or only} is trained; the same command without it goes on", markup=False)
+        return
+    run.phase(
+        "evaluation",
+        fingerprint(trained, config.evaluation_inputs()),
+        lambda folder: compare(run, load_recommender(run), config.evaluation, folder),
+    )
+    present(run)
+
+
+def load_recommender(run: Run) -> TrainedRecommender:
+    """The trained model of a run, in its best state where it was validated, ready to recommend.
+
+    Raises:
+      UserError: the run is not trained yet, or on other data than are there, it is of an unknown system, or no
+        checkpoint of it can be read.
+    """
+    _, values = Run.load(run.path)
+    name = str(values.get("system"))
+    if name not in SYSTEMS:
+        raise UserError(f"{run.config_file}: unknown system {name!r}; known are {', '.join(SYSTEMS)}")
+    run.check_trained()
+    system = SYSTEMS[name]
+    config = from_json(system.config, values)
+    variables = best_variables(run.path / run.training)
+    return system.recommender(system.assemble(run, config), variables, config)

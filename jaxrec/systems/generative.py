@@ -1,123 +1,126 @@
-"""What the systems with semantic IDs share: a configuration, the phases of a run, training, the trained model.
+"""What the systems with semantic IDs share: a configuration, a supervised stage, batches, the trained model.
 
     source ─▶ tables ─▶ semantic IDs ─▶ examples ─▶ training ─▶ evaluation ─▶ report
 
-Every phase reads what the ones before it wrote into the run directory, is skipped when its inputs are unchanged, and
-can be killed and run again. A system adds what it reads, a model, a loss and batches.
+A system adds what it reads, a model, a loss and batches.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import jax
+import numpy as np
+import pyarrow.parquet as pq
 from jax.tree_util import Partial
 
-from jaxrec.config import check_least, fingerprint
-from jaxrec.data.prepare import PrepareConfig
-from jaxrec.data.sources import AnySource
+from jaxrec.data.examples import Records
+from jaxrec.data.pipeline import CutToFeatures, Features, batches, cut_index
 from jaxrec.run import TRAINING, Run
 from jaxrec.semantic_ids.quantizers.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.table.collisions import CollisionConfig
-from jaxrec.systems.comparison import EvaluationConfig, compare, present
-from jaxrec.systems.phases import prepare_with_ids
+from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.versions import trained_space
+from jaxrec.systems.config import RunConfig
+from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_with_ids
 from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender
-from jaxrec.systems.validation import check_training, make_validation
-from jaxrec.text.align import AlignConfig
-from jaxrec.text.encoder import EncoderConfig
-from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.systems.validation import make_validation
 from jaxrec.text.scenarios import TowersConfig
-from jaxrec.training import checkpoint
-from jaxrec.training.loop import LoopConfig, TrainState
-from jaxrec.training.minimise import minimise
-from jaxrec.training.optim import OptimConfig
+from jaxrec.training.loop import TrainState
 from jaxrec.training.prefetch import BatchIterator
-from jaxrec.training.sharding import MeshConfig
+from jaxrec.training.stages import Stage, Task, minimise
 from jaxrec.training.step import Loss
 
 
 @dataclass(frozen=True)
-class GenerativeRunConfig:
+class GenerativeRunConfig(RunConfig):
     """What decides a run of any of these systems; each adds `features`, `model` and `objective`."""
 
-    data: AnySource
-    """Where the logs come from."""
-    system: str = ""
-    """Which system this configures, and its name in tables."""
-    seed: int = 0
-    """Seed of everything that is drawn."""
-    batch_size: int = 128
-    """Contexts in a training step, over all hosts."""
-    prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    """Cleaning, splits and pair statistics."""
-    text: EncoderConfig = field(default_factory=EncoderConfig)
-    """Text encoder."""
-    align: AlignConfig | FinetuneConfig = field(default_factory=AlignConfig)
-    """Contrastive alignment of the embeddings: by a projection and a free vector an item, or of the text encoder."""
     scenarios: TowersConfig | None = None
     """Embeddings by scenario: a video's product beside it, live streams by an item tower; None: by the texts alone."""
     semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
     """Quantizers."""
     collisions: CollisionConfig = field(default_factory=CollisionConfig)
     """What is done about items that share a semantic ID."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser."""
-    training: LoopConfig = field(default_factory=LoopConfig)
-    """Length of training, logging, checkpoints, evaluation on the validation split."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """Layout of the devices."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
-    """Beam search."""
-    validation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(split="valid", max_users=2000))
-    """Who is measured while training, every `training.evaluate_every` steps."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """What is measured at the end."""
+    """Beam search of the trained model; another one needs no new training."""
+    validation_decoding: DecodingConfig | None = None
+    """Beam search of the validation while training; None: a copy of `decoding` as the configuration file gives it."""
 
-    before_training: ClassVar[tuple[str, ...]] = (
-        *("data", "system", "prepare", "text", "align", "scenarios", "semantic_ids", "collisions"),
-        *("decoding", "validation", "evaluation"),
-    )
-    """Fields that training depends on through what they made, or not at all."""
+    of_phases: ClassVar[tuple[str, ...]] = (*RunConfig.of_phases, "scenarios", "semantic_ids", "collisions")
+    of_validation: ClassVar[tuple[str, ...]] = (*RunConfig.of_validation, "validation_decoding")
+    of_evaluation: ClassVar[tuple[str, ...]] = (*RunConfig.of_evaluation, "decoding")
 
     def __post_init__(self):
-        check_least(self, "", seed=0, batch_size=1)
-        self.validation.check_validation()
-
-    def check(self) -> None:
-        """What only the whole configuration shows, as `jaxrec.systems.validation.check_training`."""
-        check_training(self)
-
-    def training_inputs(self) -> dict[str, Any]:
-        """What a training depends on beside tables and IDs; the final evaluation may change without a new one."""
-        names = [each.name for each in fields(self) if each.name not in self.before_training]
-        if self.training.evaluate_every:
-            names += ["decoding", "validation"]
-        return {name: getattr(self, name) for name in names}
+        super().__post_init__()
+        if self.validation_decoding is None:
+            # A value of its own: flags that change `decoding` leave it as it is.
+            object.__setattr__(self, "validation_decoding", self.decoding)
 
 
-def run_phases(
-    run: Run,
-    config: GenerativeRunConfig,
-    train: Callable[[Path], TrainState],
-    load: Callable[[], GenerativeRecommender],
-    *inputs: Any,
-) -> None:
-    """Runs every phase that is not done yet, and prints the comparison table.
+class TrainedItems(NamedTuple):
+    """The items that a run's model is fitted to, and the behaviors of its source."""
 
-    Args:
-      train: trains into a folder, or goes on with what it finds there.
-      load: the trained model.
-      inputs: what training depends on beside the configuration and the phases before.
+    item_ids: list[str]
+    counts: np.ndarray
+    """int64 [I]: how often each item was taken in training"""
+    space: SemanticIdSpace
+    """their semantic IDs"""
+    behaviors: tuple[str, ...]
+    """names, weakest first"""
+    wanted: np.ndarray
+    """bool [behaviors]: the target behaviors"""
+
+
+def read_items(run: Run, config: GenerativeRunConfig) -> TrainedItems:
+    """Reads the items of a run and their semantic IDs.
+
+    Raises:
+      UserError: a file is missing, or an item has no semantic ID.
     """
-    ids, examples = prepare_with_ids(run, config)
-    trained = run.stage(TRAINING, fingerprint(ids, examples, *inputs, config.training_inputs()), train)
-    run.phase(
-        "evaluation",
-        fingerprint(trained, config.decoding, config.evaluation),
-        lambda folder: compare(run, load(), config.evaluation, folder),
-    )
-    present(run)
+    items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
+    item_ids, counts = items["item_id"].to_pylist(), items["count"].to_numpy()
+    behaviors = tuple(config.data.behaviors)
+    wanted = np.isin(behaviors, config.data.target_behaviors)
+    return TrainedItems(item_ids, counts, trained_space(run.semantic_ids, item_ids, counts), behaviors, wanted)
+
+
+def supervised(
+    run: Run, config: GenerativeRunConfig, train: Callable[[Task], Any], weights: Callable[[], Sequence[Any]] = tuple
+) -> tuple[Stage, ...]:
+    """The stages of a system that is trained once on the targets of its contexts, behind that of the text encoder.
+
+    weights: returns digests of the pretrained weights that `train` reads.
+    """
+    before = alignment(run, config, with_ids=True)
+
+    def data() -> tuple[Any, ...]:
+        return *weights(), *prepare_with_ids(run, config)
+
+    needs = (ALIGNMENT,) if before else ()
+    return *before, Stage(TRAINING, config.training_inputs(), data, train, needs=needs)
+
+
+def train_model(
+    assembly: Assembly,
+    config: GenerativeRunConfig,
+    mean_loss: Callable[..., Any],
+    batches: BatchIterator,
+    task: Task,
+    *,
+    counted: Loss | None = None,
+) -> TrainState:
+    """As `jaxrec.training.stages.minimise`, validated by beam search.
+
+    mean_loss: mean_loss(assembly, config, catalogue, params, extra, batch, key); where the task has frozen stages,
+    their variables come behind the catalogue.
+    """
+    # A decoding that doesn't fit the IDs is refused before the training, not behind it.
+    recommender(assembly, {}, config)
+    evaluate = make_validation(assembly, config.features, config.validation_decoding, config.validation)
+    loss = bound_loss(mean_loss, assembly, config)
+    return minimise(loss, assembly.init, batches, config, task, evaluate=evaluate, counted=counted)
 
 
 def bound_loss(mean_loss: Callable[..., Any], assembly: Assembly, config: GenerativeRunConfig) -> Loss:
@@ -125,28 +128,43 @@ def bound_loss(mean_loss: Callable[..., Any], assembly: Assembly, config: Genera
     return Partial(partial(mean_loss, assembly, config), assembly.catalogue)
 
 
-def train_model(
-    assembly: Assembly,
+def training_cuts(
+    assembly: Assembly, *, min_history: int = 1, max_per_record: int | None = None
+) -> tuple[Records, np.ndarray]:
+    """The training records, and their cuts at sessions with a target behavior, as `jaxrec.data.pipeline.cut_index`."""
+    records = Records(assembly.examples, "train")
+    names = [assembly.behaviors[index] for index in assembly.target_behaviors]
+    return records, cut_index(records, names, min_history=min_history, max_per_record=max_per_record)
+
+
+def context_batches(
+    records: Records,
+    cuts: np.ndarray,
+    example: CutToFeatures,
     config: GenerativeRunConfig,
-    loss: Loss,
-    batches: BatchIterator,
-    folder: Path,
-    metrics_path: Path,
-    *,
-    counted: Loss | None = None,
-) -> TrainState:
-    """As `jaxrec.training.minimise.minimise`, with the beam search over the validation split on the way."""
-    evaluate = make_validation(assembly, config.features, config.decoding, config.validation)
-    return minimise(loss, assembly.init, batches, config, folder, metrics_path, evaluate=evaluate, counted=counted)
+    lengths: Sequence[int] | None = None,
+) -> Iterator[Features]:
+    """Batches of contexts with their targets, without end, in an order that the seed decides.
 
-
-def load_trained(run: Run, assembly: Assembly, config: GenerativeRunConfig) -> GenerativeRecommender:
-    """The trained model of a run, in its best state where it was measured on the way, ready to recommend.
-
-    Raises:
-      UserError: the run is not trained yet, or on other data than are there, or no checkpoint of it can be read.
+    Args:
+      cuts: int [n, 2] of (record, session).
+      example: (record, session, rng) -> the arrays of one context and its targets.
+      lengths: int [n], the bucket of `config.features` that each cut is padded to; None: of what is before the session.
     """
-    run.check_trained()
-    trained = checkpoint.load_best(run.path / TRAINING, "params", "extra")
-    variables = {"params": trained["params"], **trained["extra"]}
+    if lengths is None:
+        lengths = [config.features.bucket_of(records[record], session) for record, session in cuts]
+    return batches(
+        records,
+        cuts,
+        example,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        buckets=np.searchsorted(config.features.buckets, np.array(lengths)),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def recommender(assembly: Assembly, variables: dict, config: GenerativeRunConfig) -> GenerativeRecommender:
+    """The trained model of a run, ready to recommend."""
     return GenerativeRecommender(assembly, variables, config.features, config.decoding)

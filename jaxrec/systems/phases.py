@@ -1,5 +1,9 @@
-"""The phases that systems begin with: source ─▶ tables ─▶ semantic IDs or text embeddings, and ─▶ examples."""
+"""The phases that systems begin with: source ─▶ tables ─▶ semantic IDs or text embeddings, and ─▶ examples.
 
+The text encoder may be fine-tuned in between: the stage `alignment`.
+"""
+
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -7,29 +11,49 @@ import pyarrow.parquet as pq
 from jaxrec.config import fingerprint
 from jaxrec.data.examples import write_examples
 from jaxrec.data.prepare import prepare, tells_answer_time
-from jaxrec.run import Run
+from jaxrec.run import Run, stage_path
 from jaxrec.semantic_ids.embeddings import finetune_items
 from jaxrec.semantic_ids.table.versions import check_replaceable, replacing
 from jaxrec.semantic_ids.tokenize import embed, tokenize
 from jaxrec.text.encoder import EncoderConfig, load_encoder
 from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.training.stages import Stage, Task
 
-ALIGNMENT = "stages/alignment"
+ALIGNMENT = "alignment"
+"""The stage that fine-tunes the text encoder."""
+
+
+def alignment(run: Run, config: Any, with_ids: bool) -> tuple[Stage, ...]:
+    """The stage that fine-tunes the text encoder; none where the configuration asks for no fine-tuning.
+
+    with_ids: semantic IDs are made of the embeddings; the stage is refused where those there can't be replaced.
+    """
+    if not isinstance(config.align, FinetuneConfig):
+        return ()
+
+    def data() -> tuple[Any, ...]:
+        tables, encoder = prepare_tables(run, config), _encoder(run, config.text)
+        if with_ids:
+            check_replaceable(run.semantic_ids, _id_inputs(config, tables, encoder))
+        return tables, *encoder
+
+    def train(task: Task) -> None:
+        finetune_items(run.tables, task.folder, config.text, config.align, config.seed, task.metrics_path)
+
+    return (Stage(ALIGNMENT, (config.align, config.seed), data, train),)
 
 
 def prepare_with_ids(run: Run, config: Any) -> tuple[str, str]:
     """Makes tables, semantic IDs and examples where they are not there yet; fingerprints of the IDs and the examples.
 
     config: a system's, with the fields data, prepare, text, align, scenarios, semantic_ids, collisions and seed, as
-    `jaxrec.systems.onemall.config.OneMallConfig` has them.
+    `jaxrec.systems.onemall.config.OneMallConfig` has them. Where it fine-tunes the text encoder, the stage `alignment`
+    comes before.
     """
     tables = prepare_tables(run, config)
-    encoder = _encoder(run, config.text)
     id_configs = (config.align, config.semantic_ids, config.collisions)
-    scenarios = () if config.scenarios is None else (config.scenarios,)
-    id_inputs = fingerprint(tables, *encoder, *id_configs, *scenarios, config.seed)
+    id_inputs = _id_inputs(config, tables, _encoder(run, config.text))
     check_replaceable(run.semantic_ids, id_inputs)
-    _finetune(run, config, tables, encoder)
     ids = run.phase(
         "semantic_ids",
         id_inputs,
@@ -39,7 +63,7 @@ def prepare_with_ids(run: Run, config: Any) -> tuple[str, str]:
             config.text,
             *id_configs,
             config.seed,
-            tuned=run.place(ALIGNMENT) / "tuned",
+            tuned=_tuned(run),
             scenarios=config.scenarios,
         ),
         replacing=lambda folder: replacing(folder, id_inputs),
@@ -53,14 +77,10 @@ def prepare_with_embeddings(run: Run, config: Any) -> tuple[str, str]:
     config: with the fields data, prepare, text, align and seed.
     """
     tables = prepare_tables(run, config)
-    encoder = _encoder(run, config.text)
-    _finetune(run, config, tables, encoder)
     embeddings = run.phase(
         "embeddings",
-        fingerprint(tables, *encoder, config.align, config.seed),
-        lambda folder: embed(
-            run.tables, folder, config.text, config.align, config.seed, tuned=run.place(ALIGNMENT) / "tuned"
-        ),
+        fingerprint(tables, *_encoder(run, config.text), config.align, config.seed),
+        lambda folder: embed(run.tables, folder, config.text, config.align, config.seed, tuned=_tuned(run)),
     )
     return embeddings, prepare_examples(run, config, tables)
 
@@ -82,14 +102,16 @@ def prepare_examples(run: Run, config: Any, tables: str) -> str:
     )
 
 
-def _finetune(run: Run, config: Any, tables: str, encoder: tuple) -> None:
-    """The stage that fine-tunes the text encoder, where the configuration asks for one."""
-    if isinstance(config.align, FinetuneConfig):
-        run.stage(
-            ALIGNMENT,
-            fingerprint(tables, *encoder, config.align, config.seed),
-            lambda folder: finetune_items(run.tables, folder, config.text, config.align, config.seed),
-        )
+def _id_inputs(config: Any, tables: str, encoder: tuple) -> str:
+    """The fingerprint of all that semantic IDs are made from."""
+    scenarios = () if config.scenarios is None else (config.scenarios,)
+    id_configs = (config.align, config.semantic_ids, config.collisions)
+    return fingerprint(tables, *encoder, *id_configs, *scenarios, config.seed)
+
+
+def _tuned(run: Run) -> Path:
+    """The folder with the fine-tuned text encoder, where there is one."""
+    return run.place(stage_path(ALIGNMENT)) / "tuned"
 
 
 def _encoder(run: Run, text: EncoderConfig) -> tuple:

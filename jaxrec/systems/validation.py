@@ -25,8 +25,10 @@ def make_validation(
     """evaluate(state) -> {"recall@10": ..., "ndcg@10": ..., ...}, for `jaxrec.training.loop.fit`.
 
     All items are ranked, those of the history too unless `config.exclude_history`. The same users every time:
-    `config.max_users` of the split `config.split`, drawn by the seed. Their histories end before that split, of which
-    training sees nothing. Where nobody has a session in it, {}. Nothing is read before the first call.
+    `config.max_users` of the split `config.split`, drawn by the seed. Their histories end before that split, which
+    is not trained on. Without a user who has a session in it, {}. Nothing is read before the first call.
+
+    decoding: the beam search, `validation_decoding` of the configuration.
     """
     made: dict[str, Any] = {}
 

@@ -110,6 +110,7 @@ def finetune(
     text_config: EncoderConfig,
     folder: Path,
     seed: int = 0,
+    metrics_path: Path | None = None,
 ) -> Tuned:
     """Aligns the encoder of `text_config` on pairs of texts.
 
@@ -119,9 +120,9 @@ def finetune(
         of weight 0, takes no part.
       config: what is trained, and how.
       text_config: the encoder to begin with.
-      folder: gets `checkpoints/` and `metrics.jsonl`, with the loss and each term's value; the same training, stopped,
-        goes on from it.
+      folder: gets `checkpoints/`; the same training, stopped, goes on from it.
       seed: of the split, the batches and the projection.
+      metrics_path: the file that gets lines with the loss and each term's value; None: metrics.jsonl in `folder`.
 
     Returns:
       The tuned encoder. Its figures, before and after: <term>_recall@50 of held-out pairs, rank_accuracy (share of two
@@ -147,7 +148,8 @@ def finetune(
         if not len(train[name].left):
             raise UserError(f"{name}: all {len(kept.left)} pairs are held out: give more pairs, or lower held_out")
         probes[name] = make_probe(name, train[name], held_out, len(texts))
-    params = _train(encoder, texts, before, train, config, text_config, folder, seed)
+    metrics_path = metrics_path or Path(folder) / "metrics.jsonl"
+    params = _train(encoder, texts, before, train, config, text_config, folder, seed, metrics_path)
     if config.trains == "encoder":
         tuned = Tuned(with_params(encoder, params), None, {})
     else:
@@ -343,6 +345,7 @@ def _train(
     text_config: EncoderConfig,
     folder: Path,
     seed: int,
+    metrics_path: Path,
 ) -> dict:
     """The trained weights, of the encoder or of a projection."""
     if config.trains == "encoder":
@@ -370,7 +373,7 @@ def _train(
         PairBatches(terms, make_inputs, _origin(encoder, texts, pairs, config, text_config, seed), folder),
         config=config.training,
         folder=Path(folder) / "checkpoints",
-        metrics_path=Path(folder) / "metrics.jsonl",
+        metrics_path=metrics_path,
         stage="alignment",
     )
     return state.params

@@ -141,12 +141,12 @@ def fit(
       state: the first state; its buffers are donated.
       folder: where the checkpoints of this stage are.
       metrics_path: the file that gets a JSON line per log and evaluation; a folder `tensorboard` is made beside it.
-      stage: the name of this training in metrics.jsonl.
-      flops_per_step: model FLOPs of a step, or a function of the batch; for the share of the machine's peak, which is
-        said to be higher in truth where they are not exact.
+      stage: the name of this training in metrics.jsonl, in TensorBoard and on the progress bar.
+      flops_per_step: model FLOPs of a step, or a function of the batch; for the share of the machine's peak. Where the
+        count is a lower bound, the log says so.
       evaluate: called every `config.evaluation_steps` and at the end with the state; its values are logged under
-        "valid/", after a line of the training so far. `config.monitor` is one of them; no values at all, where there is
-        nobody to measure, decide nothing.
+        "valid/", after a line of the training so far. `config.monitor` is one of them. An empty dict, where there are
+        no validation cases, is ignored.
       on_log: called with every line that is logged.
 
     Returns:
@@ -241,15 +241,16 @@ def _monitored(values: dict[str, float], config: LoopConfig) -> float:
 
 
 def as_partial(function: Callable) -> Partial:
-    """The function as a pytree of the arrays that it was bound to."""
+    """The function as a pytree whose leaves are its bound arrays."""
     return function if isinstance(function, Partial) else Partial(function)
 
 
 def _programs() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Functions of the step and its arguments, of this training alone, with which their programs are freed.
+    """(one_step, train): the step alone, jitted; and the step with the running sums of its metrics, to be jitted.
 
-    The first is the step itself, jitted so that it is traced once, for the names of its metrics and for the second,
-    which adds the metrics to the totals and notes the first step whose loss isn't finite.
+    `train` calls `one_step` and notes the first step whose loss is not finite. The metrics' names come from
+    `one_step` before the first batch, so that the step is traced once. Both are made anew for every training: their
+    compiled programs are freed with them.
     """
     one_step = jax.jit(lambda step_fn, state, batch: step_fn(state, batch))
 

@@ -20,6 +20,15 @@ compiled step. With `functools.partial` they would be constants in it, gigabytes
 """
 
 
+def bind(loss: Callable[..., Any], *arrays: Any) -> Partial:
+    """A loss with its next arguments bound: those too are arguments of the compiled step.
+
+    A `Partial` of a `Partial` would hide the arrays of the inner one inside a function, as constants.
+    """
+    known = as_partial(loss)
+    return Partial(known.func, *known.args, *arrays, **known.keywords)
+
+
 def make_state(variables: dict, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
     """The state before the first step; of `variables`, what is not "params" is updated without a gradient."""
     params, extra = variables["params"], {name: value for name, value in variables.items() if name != "params"}

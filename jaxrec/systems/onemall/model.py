@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
-from jaxrec.config import from_json
 from jaxrec.data.attributes import attribute_indices, later_attribute_indices
 from jaxrec.data.features import AGES, FeatureConfig, cut
 from jaxrec.data.popularity import PopularityByPeriod, read_popularity
@@ -34,10 +33,9 @@ from jaxrec.models.prior import Prior, build_prior
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
-from jaxrec.semantic_ids.table.versions import trained_space
-from jaxrec.systems.generative import load_trained
+from jaxrec.systems.generative import read_items
 from jaxrec.systems.onemall.config import OneMallConfig
-from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_later_embeddings
+from jaxrec.systems.recommender import filled_up, with_later_embeddings
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 PATCH = 1024
@@ -46,7 +44,7 @@ PATCH = 1024
 
 @dataclass(frozen=True, eq=False)
 class OneMallAssembly:
-    """The model and the catalogue that it speaks of."""
+    """The model, fitted to the items of a run."""
 
     model: CrossDecoder
     catalogue: CatalogueArrays
@@ -187,9 +185,7 @@ def assemble(run: Run, config: OneMallConfig) -> OneMallAssembly:
       UserError: a file is missing or doesn't fit the items, or an attribute is no column of the items table.
     """
     items = pq.read_table(run.tables / "items.parquet")
-    counts = items["count"].to_numpy()
-    item_ids = items["item_id"].to_pylist()
-    space = trained_space(run.semantic_ids, item_ids, counts)
+    item_ids, counts, space, behaviors, wanted = read_items(run, config)
     attributes, sizes = attribute_indices(items, config.attributes)
     lately = read_popularity(run.tables, len(items), config.data.target_behaviors, config.popularity)
     # One event more for everybody, so that an item nobody took in training has a finite log-probability.
@@ -201,9 +197,7 @@ def assemble(run: Run, config: OneMallConfig) -> OneMallAssembly:
         log_q=jnp.asarray(log_q, jnp.float32),
         prior=build_prior(space.codes, lately.weights, space.codebook_sizes),
     )
-    behaviors = tuple(config.data.behaviors)
     model = CrossDecoder(config.model, behaviors, space.codebook_sizes, sizes, len(items), AGES)
-    wanted = np.isin(behaviors, config.data.target_behaviors)
     later = functools.partial(later_attribute_indices, items.select(list(config.attributes)), config.attributes)
     return OneMallAssembly(model, catalogue, space, lately, run.examples, wanted, later)
 
@@ -218,9 +212,3 @@ def _make_table(model: CrossDecoder, variables: dict, catalogue: CatalogueArrays
 def _put(table: jax.Array, rows: jax.Array, vectors: jax.Array) -> jax.Array:
     """A copy of the table with other vectors at rows int32 [n], which may repeat with the same vector."""
     return table.at[rows].set(vectors)
-
-
-def load_recommender(run: Run) -> GenerativeRecommender:
-    """The trained model of a run, as `jaxrec.systems.generative.load_trained`."""
-    config = from_json(OneMallConfig, Run.load(run.path)[1])
-    return load_trained(run, assemble(run, config), config)

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,25 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.data import features
-from jaxrec.data.examples import Records
-from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.losses.contrastive import in_batch_softmax
 from jaxrec.losses.likelihood import next_token
 from jaxrec.models.cross_decoder import CatalogueArrays
 from jaxrec.nn.moe import balance
 from jaxrec.run import Run
-from jaxrec.systems.generative import bound_loss, run_phases, train_model
+from jaxrec.systems.generative import bound_loss, context_batches, supervised, train_model, training_cuts
 from jaxrec.systems.onemall.config import OneMallConfig
-from jaxrec.systems.onemall.model import OneMallAssembly, assemble, load_recommender
-from jaxrec.training.loop import TrainState
+from jaxrec.systems.onemall.model import OneMallAssembly, assemble
+from jaxrec.training.stages import Stage, Task
 from jaxrec.training.step import Loss
 
 
-def fit(assembly: OneMallAssembly, config: OneMallConfig, folder: Path, metrics_path: Path) -> TrainState:
-    """As `jaxrec.systems.generative.train_model`."""
-    loss = bound_loss(mean_loss, assembly, config)
-    batches, counted = training_batches(assembly, config), exact_loss(assembly, config)
-    return train_model(assembly, config, loss, batches, folder, metrics_path, counted=counted)
+def stages(run: Run, config: OneMallConfig) -> tuple[Stage, ...]:
+    """One supervised stage."""
+
+    def train(task: Task) -> None:
+        assembly = assemble(run, config)
+        batches, counted = training_batches(assembly, config), exact_loss(assembly, config)
+        train_model(assembly, config, mean_loss, batches, task, counted=counted)
+
+    return supervised(run, config, train)
 
 
 def mean_loss(
@@ -108,10 +109,7 @@ def move_biases(biases: dict, loads: Iterable[dict], rate: float) -> dict:
 
 def training_batches(assembly: OneMallAssembly, config: OneMallConfig):
     """Batches of contexts with their targets, without end, in an order that the seed decides."""
-    records = Records(assembly.examples, "train")
-    names = [assembly.behaviors[index] for index in assembly.target_behaviors]
-    cuts = cut_index(records, names, min_history=config.min_history)
-    buckets = np.array([features.bucket_of(records[record], session, config.features) for record, session in cuts])
+    records, cuts = training_cuts(assembly, min_history=config.min_history)
 
     def example(record: dict, session: int, rng: np.random.Generator) -> dict:
         context = features.cut(
@@ -119,23 +117,4 @@ def training_batches(assembly: OneMallAssembly, config: OneMallConfig):
         )
         return context | features.targets(record, session, config.features, wanted=assembly.wanted, rng=rng)
 
-    return batches(
-        records,
-        cuts,
-        example,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        buckets=np.searchsorted(config.features.buckets, buckets),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def train(run: Run, config: OneMallConfig) -> None:
-    """Runs every phase that is not done yet, and prints the comparison table."""
-    run_phases(
-        run,
-        config,
-        lambda folder: fit(assemble(run, config), config, folder, run.metrics_file),
-        lambda: load_recommender(run),
-    )
+    return context_batches(records, cuts, example, config)

@@ -32,7 +32,7 @@ class RankGRObjective:
     level_weights: tuple[float, ...] = ()
     """Weight of each level's items in next-token prediction; empty: 1 for all, as published (Eq. 9)."""
     rank_from: int | None = None
-    """The lowest level whose items the rank head learns to find: 0 for all, as published (Eq. 16 with Eq. 9); None:
+    """The lowest level whose items are positives of the rank head: 0 for all, as published (Eq. 16 with Eq. 9); None:
     that of the target behaviors."""
     rank_weight: float = 1.0
     """Weight of the rank head's loss (Eq. 17: 1)."""
@@ -51,8 +51,8 @@ class RankGRRunConfig(GenerativeRunConfig):
     system: str = "rankgr"
     """Which system this configures."""
     pretrained: str = ""
-    """A folder with a Qwen2 or Qwen2.5 in Hugging Face's layout to begin from, whose sizes replace those of
-    `model.backbone`; empty: from scratch."""
+    """A folder with a Qwen2 or Qwen2.5 in Hugging Face's layout, with which the backbone is initialised; its sizes
+    replace those of `model.backbone`. Empty: fresh parameters."""
     min_history: int = 1
     """Events that must come before a session for it to be trained on."""
     sessions_per_user: int = 0
@@ -74,7 +74,7 @@ class RankGRRunConfig(GenerativeRunConfig):
         checked_levels(self)
 
     # The weights themselves count, wherever they lie.
-    before_training: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.before_training, "pretrained")
+    of_phases: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.of_phases, "pretrained")
 
 
 def checked_levels(config: RankGRRunConfig) -> np.ndarray:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow.parquet as pq
 from flax import struct
 from jax.sharding import Mesh
 
@@ -20,13 +19,12 @@ from jaxrec.models.causal import CausalConfig
 from jaxrec.models.huggingface import load_qwen2
 from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig, RankInputs
-from jaxrec.run import TRAINING, Run, read_json, write_json
+from jaxrec.run import Run, read_json, write_json
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
-from jaxrec.semantic_ids.table.versions import trained_space
-from jaxrec.systems.generative import load_trained
+from jaxrec.systems.generative import read_items
 from jaxrec.systems.rankgr.config import RankGRRunConfig, checked_levels
-from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_later_embeddings, with_later_prior
+from jaxrec.systems.recommender import filled_up, with_later_embeddings, with_later_prior
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 BACKBONE = "backbone.json"
@@ -44,7 +42,7 @@ class RankGRCatalogue:
 
 @dataclass(frozen=True, eq=False)
 class RankGRAssembly:
-    """The model and the catalogue that it speaks of."""
+    """The model, fitted to the items of a run."""
 
     model: RankGR
     space: SemanticIdSpace
@@ -184,12 +182,7 @@ def assemble(run: Run, config: RankGRRunConfig, folder: Path | None = None) -> R
         behaviors, no behavior is read, items share IDs that the rank head takes for one item's, or the folder with
         pretrained weights isn't one of a Qwen2.
     """
-    items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
-    counts = items["count"].to_numpy()
-    item_ids = items["item_id"].to_pylist()
-    space = trained_space(run.semantic_ids, item_ids, counts)
-    behaviors = tuple(config.data.behaviors)
-    wanted = np.isin(behaviors, config.data.target_behaviors)
+    item_ids, counts, space, behaviors, wanted = read_items(run, config)
     levels = checked_levels(config)
     _check(config, space)
     backbone, pretrained = config.model.backbone, None
@@ -201,7 +194,7 @@ def assemble(run: Run, config: RankGRRunConfig, folder: Path | None = None) -> R
         kept = ("dropout", "target_dropout", "dtype", "restrict")
         backbone = replace(loaded, **{name: getattr(backbone, name) for name in kept})
     backbone = fit_vocabulary(backbone, space.codebook_sizes)
-    model = RankGR(replace(config.model, backbone=backbone), len(items), len(behaviors), AGES)
+    model = RankGR(replace(config.model, backbone=backbone), len(item_ids), len(behaviors), AGES)
     embeddings = read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids) if config.model.embeddings else None
     prior = popularity_prior(space.codes, counts, space.codebook_sizes) if config.model.prior else None
     return RankGRAssembly(model, space, behaviors, wanted, levels, counts, run.examples, pretrained, embeddings, prior)
@@ -246,7 +239,6 @@ def write_backbone(folder: Path, config: RankGRConfig) -> None:
     write_json(folder / BACKBONE, to_json(config.backbone))
 
 
-def load_recommender(run: Run) -> GenerativeRecommender:
-    """As `jaxrec.systems.generative.load_trained`; the weights that it began from aren't needed."""
-    config = from_json(RankGRRunConfig, Run.load(run.path)[1])
-    return load_trained(run, assemble(run, config, run.path / TRAINING), config)
+def assemble_trained(run: Run, config: RankGRRunConfig) -> RankGRAssembly:
+    """As `assemble`, of a trained run; the pretrained weights are not needed any more."""
+    return assemble(run, config, run.path / run.training)

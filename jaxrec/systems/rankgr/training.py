@@ -5,7 +5,7 @@ itself after those before them (Eq. 2), and drawn pseudo-exposures.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +15,44 @@ import numpy as np
 
 from jaxrec.config import UserError
 from jaxrec.data import leveled_sessions
-from jaxrec.data.examples import Records
-from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.data.sources.files import digest
 from jaxrec.losses.likelihood import ROWS, full_softmax, log_likelihood, next_token
 from jaxrec.losses.preference import has_preference, ldpo
 from jaxrec.models.huggingface import CONFIG_FILE
 from jaxrec.models.rankgr import RankContext
-from jaxrec.run import TRAINING, Run, read_json, write_json
-from jaxrec.systems.generative import bound_loss, run_phases, train_model
+from jaxrec.run import TRAINING, Run, read_json, stage_path, write_json
+from jaxrec.systems.generative import bound_loss, context_batches, supervised, train_model, training_cuts
 from jaxrec.systems.rankgr.config import RankGRRunConfig, check_level_weights
-from jaxrec.systems.rankgr.model import (
-    RankGRAssembly,
-    RankGRCatalogue,
-    assemble,
-    load_recommender,
-    write_backbone,
-)
+from jaxrec.systems.rankgr.model import RankGRAssembly, RankGRCatalogue, assemble, write_backbone
 from jaxrec.training.loop import TrainState
+from jaxrec.training.stages import Stage, Task
 from jaxrec.training.step import Loss
 
 WEIGHTS = "pretrained.json"
-"""In the folder of the training: which weights it began from."""
+"""The file in the stage's folder that says which pretrained weights it was initialised with."""
 
 
-def fit(assembly: RankGRAssembly, config: RankGRRunConfig, folder: Path, metrics_path: Path) -> TrainState:
+def stages(run: Run, config: RankGRRunConfig) -> tuple[Stage, ...]:
+    """One supervised stage, from fresh or from pretrained weights."""
+    kept = run.path / stage_path(TRAINING) / WEIGHTS
+    # Gigabytes are digested once, and only when the stage's turn has come.
+    weights = cache(partial(_weights, config.pretrained, kept))
+    if config.pretrained and not Path(config.pretrained).is_dir():
+        weights()  # A missing folder is refused before any work.
+
+    def train(task: Task) -> None:
+        if config.pretrained:
+            write_json(task.folder / WEIGHTS, {"folder": config.pretrained, "files": weights()})
+        fit(assemble(run, config), config, task)
+
+    return supervised(run, config, train, weights)
+
+
+def fit(assembly: RankGRAssembly, config: RankGRRunConfig, task: Task) -> TrainState:
     """As `jaxrec.systems.generative.train_model`."""
-    write_backbone(folder, assembly.model.config)
-    loss, batches = bound_loss(mean_loss, assembly, config), training_batches(assembly, config)
-    return train_model(assembly, config, loss, batches, folder, metrics_path, counted=counted_loss(assembly, config))
+    write_backbone(task.folder, assembly.model.config)
+    counted = counted_loss(assembly, config)
+    return train_model(assembly, config, mean_loss, training_batches(assembly, config), task, counted=counted)
 
 
 def mean_loss(
@@ -183,7 +192,7 @@ def level_weights(assembly: RankGRAssembly, config: RankGRRunConfig) -> jax.Arra
 
 
 def draw_targets(key: jax.Array, targets: dict, count: int) -> jax.Array:
-    """Which targets the rank head learns from in this step: places int32 [B, R] of `pack`, R <= count.
+    """The positives that the rank head is trained on in this step: int32 [B, R], indices along L of `pack`, R <= count.
 
     Drawn uniformly from the session's positives, then from those of the history: the first R would always be the
     strongest and the earliest. Where there are fewer than R positives, other places fill the row.
@@ -247,9 +256,8 @@ def rank_loss(
 
 def training_batches(assembly: RankGRAssembly, config: RankGRRunConfig) -> Iterator[dict]:
     """Batches of contexts with their targets, without end, in an order that the seed decides."""
-    records, features = Records(assembly.examples, "train"), config.features
-    names = [assembly.behaviors[index] for index in assembly.target_behaviors]
-    cuts = cut_index(records, names, min_history=config.min_history, max_per_record=config.sessions_per_user or None)
+    most, features = config.sessions_per_user or None, config.features
+    records, cuts = training_cuts(assembly, min_history=config.min_history, max_per_record=most)
     levels, positive = assembly.levels, rank_from(assembly, config)
     lengths, room = np.empty(len(cuts), np.int64), 0
     for row, (index, session) in enumerate(cuts):
@@ -270,28 +278,7 @@ def training_batches(assembly: RankGRAssembly, config: RankGRRunConfig) -> Itera
         following = leveled_sessions.next_items(context, features, rng) if features.next_items else {}
         return context | held | following
 
-    return batches(
-        records,
-        cuts,
-        example,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        buckets=np.searchsorted(features.buckets, lengths),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def train(run: Run, config: RankGRRunConfig) -> None:
-    """Runs every phase that is not done yet, and prints the comparison table."""
-    weights = _weights(config.pretrained, run.path / TRAINING / WEIGHTS)
-
-    def trained(folder: Path) -> TrainState:
-        if weights:
-            write_json(folder / WEIGHTS, {"folder": config.pretrained, "files": weights})
-        return fit(assemble(run, config), config, folder, run.metrics_file)
-
-    run_phases(run, config, trained, lambda: load_recommender(run), weights)
+    return context_batches(records, cuts, example, config, lengths)
 
 
 def _weights(folder: str, kept: Path) -> list:

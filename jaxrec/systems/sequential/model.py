@@ -11,16 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
-from jaxrec.config import from_json
 from jaxrec.data.prepare import tells_answer_time
 from jaxrec.decoding.top import top
 from jaxrec.evaluation.cases import History
 from jaxrec.models.sequential import ItemFacts, SequentialModel
-from jaxrec.run import TRAINING, Run
+from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.systems.recommender import repeated_item
 from jaxrec.systems.sequential.config import SequentialConfig
-from jaxrec.training import checkpoint
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 SIZES = 1, 8, 32, 128
@@ -29,7 +27,7 @@ SIZES = 1, 8, 32, 128
 
 @dataclass(frozen=True, eq=False)
 class SequentialAssembly:
-    """The model and what it is asked for."""
+    """The model, fitted to the items of a run."""
 
     model: SequentialModel
     lengths: tuple[int, ...]
@@ -211,13 +209,6 @@ def assemble(run: Run, config: SequentialConfig) -> SequentialAssembly:
     return SequentialAssembly(model, config.lengths, ItemFacts(jnp.asarray(log_q), embeddings), run.examples, wanted)
 
 
-def load_recommender(run: Run) -> SequentialRecommender:
-    """The trained model of a run, in its best state, ready to recommend.
-
-    Raises:
-      UserError: the run is not trained yet, or on other data than are there, or no checkpoint of it can be read.
-    """
-    run.check_trained()
-    config = from_json(SequentialConfig, Run.load(run.path)[1])
-    params = checkpoint.load_best(run.path / TRAINING, "params")["params"]
-    return SequentialRecommender(assemble(run, config), params)
+def recommender(assembly: SequentialAssembly, variables: dict, config: SequentialConfig) -> SequentialRecommender:
+    """The trained model of a run, ready to recommend."""
+    return SequentialRecommender(assembly, variables["params"])

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxrec.config import UserError, fingerprint
+from jaxrec.config import UserError
 from jaxrec.data.examples import Records
 from jaxrec.data.pipeline import Features, array_batches, merge_small
 from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
 from jaxrec.models.sequential import Bert4RecConfig, ItemFacts
 from jaxrec.run import TRAINING, Run
-from jaxrec.systems.comparison import compare, present
-from jaxrec.systems.phases import prepare_examples, prepare_tables, prepare_with_embeddings
+from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_examples, prepare_tables, prepare_with_embeddings
 from jaxrec.systems.sequential.config import FullSoftmax, Objective, SampledSoftmax, SequentialConfig
 from jaxrec.systems.sequential.model import (
     Histories,
@@ -26,23 +24,35 @@ from jaxrec.systems.sequential.model import (
     SequentialRecommender,
     assemble,
     disjoint_windows,
-    load_recommender,
 )
 from jaxrec.systems.validation import CUTOFFS, validation_cases, validation_metrics
 from jaxrec.training.loop import TrainState
-from jaxrec.training.minimise import minimise
+from jaxrec.training.stages import Stage, Task, minimise
 from jaxrec.training.step import Loss
 
 TRIES = 4
 """Draws of a negative that the user doesn't have."""
 
 
-def fit(assembly: SequentialAssembly, config: SequentialConfig, folder: Path, metrics_path: Path) -> TrainState:
-    """As `jaxrec.training.minimise.minimise`, with the ranking of the validation split on the way."""
-    evaluate = validation(assembly, config) if config.training.evaluate_every else None
-    objective, counted = (bound_loss(assembly, each) for each in (config.objective, at_once(config.objective)))
-    batches = training_batches(assembly, config)
-    return minimise(objective, assembly.init, batches, config, folder, metrics_path, evaluate=evaluate, counted=counted)
+def stages(run: Run, config: SequentialConfig) -> tuple[Stage, ...]:
+    """One supervised stage, behind that of the text encoder where the model reads text embeddings."""
+    embeddings = config.model.embeddings
+    before = alignment(run, config, with_ids=False) if embeddings else ()
+
+    def data() -> tuple[str, ...]:
+        if embeddings:
+            return prepare_with_embeddings(run, config)
+        return (prepare_examples(run, config, prepare_tables(run, config)),)
+
+    def train(task: Task) -> None:
+        assembly = assemble(run, config)
+        evaluate = validation(assembly, config) if config.training.evaluate_every else None
+        loss, counted = (bound_loss(assembly, each) for each in (config.objective, at_once(config.objective)))
+        batches = training_batches(assembly, config)
+        minimise(loss, assembly.init, batches, config, task, evaluate=evaluate, counted=counted)
+
+    needs = (ALIGNMENT,) if before else ()
+    return *before, Stage(TRAINING, config.training_inputs(), data, train, needs=needs)
 
 
 def bound_loss(assembly: SequentialAssembly, objective: Objective) -> Loss:
@@ -196,24 +206,3 @@ def validation(assembly: SequentialAssembly, config: SequentialConfig) -> Callab
         return validation_metrics(ranked, cases, rule)
 
     return evaluate
-
-
-def train(run: Run, config: SequentialConfig) -> None:
-    """Runs every phase that is not done yet, and prints the comparison table."""
-    if config.model.embeddings:
-        inputs = prepare_with_embeddings(run, config)
-    else:
-        inputs = (prepare_examples(run, config, prepare_tables(run, config)),)
-    names = ("seed", "model", "objective", "batch_size", "lengths", "optim", "training", "mesh")
-    measured = (config.validation,) if config.training.evaluate_every else ()
-    trained = run.stage(
-        TRAINING,
-        fingerprint(*inputs, *(getattr(config, name) for name in names), *measured),
-        lambda folder: fit(assemble(run, config), config, folder, run.metrics_file),
-    )
-    run.phase(
-        "evaluation",
-        fingerprint(trained, config.evaluation),
-        lambda folder: compare(run, load_recommender(run), config.evaluation, folder),
-    )
-    present(run)

@@ -77,11 +77,11 @@ class TigerConfig(GenerativeRunConfig):
     makes contexts as many times shorter as IDs have levels."""
     own_tokens: bool = False
     """An item of the context has a token of its own beside its codes' (`positions` "items"), so that it need not be
-    made out by the combination of its codes; it begins as what the ID was made of. One that came after training does
-    without."""
+    made out by the combination of its codes; it is initialised with the embedding that the ID was made of. An item that
+    came after training has none."""
     prior: bool = False
-    """The decoder begins with how popular each ID is among those that begin as it does, and learns what to add; off, as
-    published, it learns this too"""
+    """A popularity prior is added to the decoder's logits: the log-share of each code among the items with its prefix.
+    Off, as published: the decoder learns popularity itself."""
     model: EncoderDecoderConfig = field(default_factory=lambda: EncoderDecoderConfig(dropout=0.1))
     """Sizes and parts of the model; vocabulary, levels and start token follow from the IDs."""
     objective: TigerObjective = field(default_factory=TigerObjective)

@@ -11,12 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow.parquet as pq
 from flax import struct
 from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
-from jaxrec.config import from_json
 from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.vocabulary import ContextTokens, Levels, to_tokens
@@ -24,9 +22,8 @@ from jaxrec.nn.geometry import principal_axes
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.table.space import SemanticIdSpace
-from jaxrec.semantic_ids.table.versions import trained_space
-from jaxrec.systems.generative import load_trained
-from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_later_prior
+from jaxrec.systems.generative import read_items
+from jaxrec.systems.recommender import filled_up, with_later_prior
 from jaxrec.systems.tiger.config import TigerConfig
 from jaxrec.training.sharding import init_sharded
 
@@ -43,7 +40,7 @@ class TigerCatalogue:
 
 @dataclass(frozen=True, eq=False)
 class TigerAssembly:
-    """The model and the catalogue that it speaks of."""
+    """The model, fitted to the items of a run."""
 
     model: EncoderDecoder
     space: SemanticIdSpace
@@ -159,11 +156,7 @@ def assemble(run: Run, config: TigerConfig) -> TigerAssembly:
     Raises:
       UserError: a file is missing or doesn't fit the items.
     """
-    items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
-    counts, item_ids = items["count"].to_numpy(), items["item_id"].to_pylist()
-    space = trained_space(run.semantic_ids, item_ids, counts)
-    behaviors = tuple(config.data.behaviors)
-    wanted = np.isin(behaviors, config.data.target_behaviors)
+    item_ids, counts, space, behaviors, wanted = read_items(run, config)
     others = config.users + (len(counts) if config.own_tokens else 0)
     model = EncoderDecoder(fit_vocabulary(config.model, space.codebook_sizes, others))
     prior = popularity_prior(space.codes, counts, space.codebook_sizes) if config.prior else None
@@ -192,9 +185,3 @@ def fit_vocabulary(config: EncoderDecoderConfig, sizes: tuple[int, ...], others:
     offsets = np.cumsum([START + 1, *sizes])
     levels: Levels = tuple(zip(offsets[:-1].tolist(), sizes, strict=True))
     return replace(config, vocabulary=int(offsets[-1]) + others, levels=levels, start_token=START)
-
-
-def load_recommender(run: Run) -> GenerativeRecommender:
-    """The trained model of a run, as `jaxrec.systems.generative.load_trained`."""
-    config = from_json(TigerConfig, Run.load(run.path)[1])
-    return load_trained(run, assemble(run, config), config)

@@ -9,7 +9,6 @@ Two ways to make contexts of the prefixes:
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,20 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.data import item_sequences
-from jaxrec.data.examples import Records
-from jaxrec.data.pipeline import batches, cut_index
 from jaxrec.losses.likelihood import next_token
 from jaxrec.run import Run
-from jaxrec.systems.generative import bound_loss, run_phases, train_model
+from jaxrec.systems.generative import context_batches, supervised, train_model, training_cuts
 from jaxrec.systems.tiger.config import TigerConfig
-from jaxrec.systems.tiger.model import TigerAssembly, TigerCatalogue, assemble, load_recommender
-from jaxrec.training.loop import TrainState
+from jaxrec.systems.tiger.model import TigerAssembly, TigerCatalogue, assemble
+from jaxrec.training.stages import Stage, Task
 
 
-def fit(assembly: TigerAssembly, config: TigerConfig, folder: Path, metrics_path: Path) -> TrainState:
-    """As `jaxrec.systems.generative.train_model`."""
-    loss = bound_loss(mean_loss, assembly, config)
-    return train_model(assembly, config, loss, training_batches(assembly, config), folder, metrics_path)
+def stages(run: Run, config: TigerConfig) -> tuple[Stage, ...]:
+    """One supervised stage."""
+
+    def train(task: Task) -> None:
+        assembly = assemble(run, config)
+        train_model(assembly, config, mean_loss, training_batches(assembly, config), task)
+
+    return supervised(run, config, train)
 
 
 def mean_loss(
@@ -72,14 +73,11 @@ def losses(
 
 def training_batches(assembly: TigerAssembly, config: TigerConfig) -> Iterator[dict]:
     """Batches of contexts with their targets, without end, in an order that the seed decides."""
-    records, wanted, features = Records(assembly.examples, "train"), assembly.wanted, config.features
+    wanted, features, lengths = assembly.wanted, config.features, None
+    records, cuts = training_cuts(assembly)
     if config.model.causal:
         cuts = item_sequences.overlapping_windows(item_sequences.counts_of(records, wanted), features)
         lengths = np.minimum(cuts[:, 1] - 1, features.buckets[-1])
-    else:
-        names = [assembly.behaviors[index] for index in assembly.target_behaviors]
-        cuts = cut_index(records, names, min_history=1)
-        lengths = np.array([features.bucket_of(records[record], session) for record, session in cuts])
 
     def example(record: dict, place: int, rng: np.random.Generator) -> dict:
         # Users that aren't known are served too, so that some are trained on.
@@ -90,23 +88,4 @@ def training_batches(assembly: TigerAssembly, config: TigerConfig) -> Iterator[d
         context = features.cut(record, place, behaviors=len(assembly.behaviors), wanted=wanted)
         return context | item_sequences.following(record, place, config.objective.targets, wanted=wanted)
 
-    return batches(
-        records,
-        cuts,
-        example,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        buckets=np.searchsorted(features.buckets, lengths),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def train(run: Run, config: TigerConfig) -> None:
-    """Runs every phase that is not done yet, and prints the comparison table."""
-    run_phases(
-        run,
-        config,
-        lambda folder: fit(assemble(run, config), config, folder, run.metrics_file),
-        lambda: load_recommender(run),
-    )
+    return context_batches(records, cuts, example, config, lengths)

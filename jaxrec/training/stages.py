@@ -1,0 +1,238 @@
+"""A training as an ordered list of named stages, each in its own folder `stages/<name>/` of the run directory.
+
+    stages = (
+        Stage("likelihood", settings, data, train_likelihood),
+        Stage("preference", settings, data, train_preference, start="likelihood", frozen=("likelihood",)),
+    )
+    run_stages(run, stages)                       # trains those that are not trained yet
+    run_stages(run, stages, only="preference")
+
+A stage is trained when its fingerprint is the one that its folder was marked with. The fingerprint holds those of the
+stages that it starts from or reads frozen, so that a stage is trained anew when an earlier one was, and earlier stages
+stay as they are when a later one changes. Each goes on from its own checkpoints after a stop, to the same bits.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrec.config import UserError, fingerprint
+from jaxrec.run import Run, stage_path
+from jaxrec.training import checkpoint
+from jaxrec.training.flops import step_flops
+from jaxrec.training.loop import LoopConfig, TrainState, fit
+from jaxrec.training.optim import OptimConfig, make_optimizer, path_name
+from jaxrec.training.prefetch import BatchIterator
+from jaxrec.training.sharding import MeshConfig, make_mesh
+from jaxrec.training.step import Loss, bind, make_state, make_step
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the function that trains a stage is given."""
+
+    name: str
+    """The stage, as its log lines and the progress bar name it."""
+    folder: Path
+    """Where its checkpoints are."""
+    metrics_path: Path
+    """The metrics.jsonl that gets its lines."""
+    start: dict | None = None
+    """The variables {"params", ...} that replace the fresh ones: the best state of the stage that it starts from."""
+    frozen: dict[str, dict] = field(default_factory=dict)
+    """The variables of the best state of each stage that the loss reads, by the stage's name."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a system."""
+
+    name: str
+    """Its name, and that of its folder."""
+    settings: Any
+    """Configuration values that decide its result: loss, optimiser, number of steps, seed; for the fingerprint."""
+    data: Callable[[], Sequence[Any]]
+    """Runs the phases that make its data; returns their fingerprints, and those of weights read from other folders."""
+    train: Callable[[Task], Any]
+    """Trains to the end, from the newest checkpoint in the task's folder if there is one; usually by `minimise`."""
+    start: str = ""
+    """The earlier stage whose best state initialises this one; empty: what `train` itself draws or reads."""
+    frozen: tuple[str, ...] = ()
+    """The earlier stages whose best state the loss reads and never changes: a reference policy, a reward model."""
+    needs: tuple[str, ...] = ()
+    """Further earlier stages, whose results the phases of `data` read."""
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """The stages that must be trained before this one."""
+        return tuple(dict.fromkeys([*([self.start] if self.start else []), *self.frozen, *self.needs]))
+
+
+class TrainingFields(Protocol):
+    """What a configuration says of one training."""
+
+    seed: int
+    optim: OptimConfig
+    training: LoopConfig
+    mesh: MeshConfig
+
+
+def check_names(stages: Sequence[Stage], until: str = "", only: str = "") -> None:
+    """Whether there are stages of the names that `run_stages` is given.
+
+    Raises:
+      UserError: there are not, or both are given.
+    """
+    names = [stage.name for stage in stages]
+    for option, given in (("--until", until), ("--only", only)):
+        if given and given not in names:
+            raise UserError(f"{option} {given}: there is no such stage; there are {', '.join(names)}")
+    if until and only:
+        raise UserError("--until and --only exclude each other; give one of them")
+
+
+def run_stages(run: Run, stages: Sequence[Stage], *, until: str = "", only: str = "") -> str | None:
+    """Trains the stages that are not trained yet, in their order.
+
+    Args:
+      until: the last stage that is trained; empty for all.
+      only: the one stage that is trained; the stages that it is trained from must be.
+
+    Returns:
+      The fingerprint of the last stage of all; None where that stage was not reached.
+
+    Raises:
+      UserError: as `check_names`; a stage that the only one is trained from is not trained; or what `Run.stage`
+        refuses.
+    """
+    by_name = _check(stages)
+    check_names(stages, until, only)
+    run.stage_names = tuple(by_name)
+    closure = _earlier(by_name, only) if only else set()
+    results: dict[str, str] = {}
+    for stage in stages:
+        if only and stage.name not in {only, *closure}:
+            continue
+        inputs = fingerprint(*stage.data(), stage.settings, *(results[name] for name in _chained(stage)))
+        path = stage_path(stage.name)
+        if stage.name in closure and not run.is_trained(path, inputs):
+            raise UserError(
+                f"--only {only}: the stage {stage.name}, which it is trained from, is not trained with this "
+                f"configuration in {run.path}; train it with --until {stage.name}, or leave --only out"
+            )
+        needed = {stage_path(name) for name in _earlier(by_name, stage.name)}
+        results[stage.name] = run.stage(path, inputs, lambda folder, stage=stage: _train(run, stage, folder), needed)
+        if stage.name in (until, only):
+            break
+    return results.get(stages[-1].name)
+
+
+def minimise(
+    loss: Loss,
+    init: Callable[[int, Mesh | None], dict],
+    batches: BatchIterator,
+    config: TrainingFields,
+    task: Task,
+    *,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    counted: Loss | None = None,
+) -> TrainState:
+    """Trains a stage to the end, or until validation gets no better, from its newest checkpoint if there is one.
+
+    Args:
+      loss: loss(params, extra, batch, key); where the task has frozen stages, loss(frozen, params, extra, batch, key)
+        with their variables by name. They are arguments of the compiled step, not constants in it.
+      init: fresh variables from a seed, laid out over the mesh if there is one.
+      evaluate: as for `jaxrec.training.loop.fit`.
+      counted: the loss whose FLOPs are logged, where `loss` also computes some that the model does not need.
+
+    Raises:
+      UserError: as `jaxrec.training.loop.fit`; or the state that it starts from has other shapes.
+    """
+    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    optimizer = make_optimizer(config.optim, config.training.steps)
+    variables = init(config.seed, mesh)
+    if task.start is not None:
+        variables = _started(task, variables)
+    if task.frozen:
+        frozen = {name: _like(each, variables) for name, each in task.frozen.items()}
+        loss, counted = bind(loss, frozen), counted and bind(counted, frozen)
+    return fit(
+        make_step(loss, optimizer, config.seed),
+        make_state(variables, optimizer, mesh),
+        batches,
+        config=config.training,
+        folder=task.folder,
+        metrics_path=task.metrics_path,
+        stage=task.name,
+        mesh=mesh,
+        flops_per_step=step_flops(counted or loss, variables),
+        evaluate=evaluate,
+    )
+
+
+def best_variables(folder: Path) -> dict:
+    """The variables {"params", ...} of a stage's best state, of its last one where nothing was evaluated."""
+    best = checkpoint.load_best(folder, "params", "extra")
+    return {"params": best["params"], **best["extra"]}
+
+
+def _train(run: Run, stage: Stage, folder: Path) -> None:
+    def best(name: str) -> dict:
+        return best_variables(run.place(stage_path(name)))
+
+    # The state is donated: a stage that is read frozen too is loaded a second time.
+    start, frozen = best(stage.start) if stage.start else None, {name: best(name) for name in stage.frozen}
+    stage.train(Task(stage.name, folder, run.log_of(stage_path(stage.name)), start, frozen))
+
+
+def _check(stages: Sequence[Stage]) -> dict[str, Stage]:
+    """The stages by name, each of which is trained from earlier ones alone."""
+    by_name: dict[str, Stage] = {}
+    for stage in stages:
+        if missing := [name for name in stage.earlier if name not in by_name]:
+            raise ValueError(f"stage {stage.name} is trained from {missing[0]}, which is no stage before it")
+        if stage.name in by_name:
+            raise ValueError(f"two stages are called {stage.name}")
+        by_name[stage.name] = stage
+    return by_name
+
+
+def _chained(stage: Stage) -> Iterable[str]:
+    """The stages whose fingerprints are part of this one's; of `needs` the data's fingerprints tell."""
+    return dict.fromkeys(name for name in (stage.start, *stage.frozen) if name)
+
+
+def _earlier(by_name: dict[str, Stage], name: str) -> set[str]:
+    """All stages that a stage is trained from, over others too."""
+    direct = by_name[name].earlier
+    return set(direct).union(*(_earlier(by_name, each) for each in direct))
+
+
+def _started(task: Task, fresh: dict) -> dict:
+    """The variables that the stage starts from, laid out over the devices as the fresh ones are."""
+    wanted, given = (_shapes(tree) for tree in (fresh, task.start))
+    for name in [*wanted, *given]:
+        if wanted.get(name) != given.get(name):
+            raise UserError(
+                f"stage {task.name}: {name} is {given.get(name, 'missing')} in the stage that it starts from and "
+                f"{wanted.get(name, 'missing')} here; give both stages the same model"
+            )
+    return _like(task.start, fresh)
+
+
+def _like(variables: dict, fresh: dict) -> dict:
+    """Variables on the devices of the fresh ones; those of another model stay where they are."""
+    if _shapes(variables) != _shapes(fresh):
+        return variables
+    # Over the host: every process of several holds the whole value here.
+    return jax.tree.map(lambda value, like: jax.device_put(np.asarray(value), like.sharding), variables, fresh)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
