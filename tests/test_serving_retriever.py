@@ -174,12 +174,16 @@ def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
         ('{"user_id": "1", "k": "7"}', 'k should be a valid integer, not "7"'),
         (
             '{"user_id": "1", "topk": 3}',
-            "unknown field topk; known are user_id, history, k, exclude_history, filter, blocked, allowed, now",
+            "unknown field topk; known are user_id, history, query, prefix, k, exclude_history, filter, blocked, "
+            "allowed, now",
         ),
-        ('{"history": [{"item": "a"}]}', "history[0].item_id is missing"),
+        (
+            '{"history": [{"item": "a"}]}',
+            "unknown field history[0].item; known are item_id, behavior, timestamp, query",
+        ),
         (
             '{"history": [{"item_id": "a", "x": 1}]}',
-            "unknown field history[0].x; known are item_id, behavior, timestamp",
+            "unknown field history[0].x; known are item_id, behavior, timestamp, query",
         ),
         (
             '{"history": [{"item_id": "a"}, {"item_id": "b", "timestamp": 1700000000000}]}',

@@ -13,6 +13,7 @@ from ibis import _
 from jaxrec.config import UserError
 from jaxrec.data.cleaning import KCore, drop_repeats, k_core
 from jaxrec.data.pairs import PairConfig, build_pairs
+from jaxrec.data.queries import EVENT, count_kinds, has_queries, join_activity, part_of, query_tables, search_rows
 from jaxrec.data.splits import TimeSplit, assign_splits, number_sessions
 from jaxrec.data.tables import RawTables, Source, count_rows, spilling_into, store, write_table
 from jaxrec.run import progress
@@ -55,13 +56,11 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
         # Large tables are freed as soon as the next one is made, so that two of them are the most there ever are.
         bars.update(task, advance=1, description="Preparing: cleaning and splitting")
         events = store(engine, _clean(raw, source, config, dropped), instead_of=raw.events)
-        events = store(engine, number_sessions(events, source), instead_of=events)
-        size = count_rows(events)
-        events = store(engine, assign_splits(engine, events, source, config.time_split), instead_of=events)
-        dropped["after the last target"] = size - count_rows(events)
+        events, activity = _split(raw, events, source, config, dropped)
         bars.update(task, advance=1, description="Preparing: items and users")
         items = _items(raw, events, source, config)
-        users = events.select("user_id").distinct().order_by("user_id").to_pyarrow()
+        users = (events if activity is None else activity).select("user_id").distinct().order_by("user_id").to_pyarrow()
+        queries = None if activity is None else query_tables(engine, raw, activity, users)
         events = store(engine, _index(raw, events, items, users), instead_of=events)
         train = events.filter((_.split == "train") & _.behavior.isin(source.target_behaviors))
         counts = train.group_by("item").agg(n=_.count()).to_pyarrow()
@@ -72,9 +71,11 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
         bars.update(task, advance=1, description="Preparing: writing")
         statistics = _statistics(source, raw, events, items, users, pairs, {k: n for k, n in dropped.items() if n})
         statistics["answer_time"] = tells_answer_time(source, config)
+        if queries is not None:
+            statistics |= {name: table.num_rows for name, table in queries.files().items()}
+            events = search_rows(engine, events, queries.searches)
+            _write(folder, raw, **queries.files())
         _write(folder, raw, items=items, users=users, pairs=pairs, events=_sorted_events(events))
-        if raw.queries is not None:
-            write_table(_known_users(raw.queries, events), folder / "queries.parquet")
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
         bars.update(task, advance=1, description=f"Prepared {items.num_rows:,} items, {users.num_rows:,} users")
     return statistics
@@ -84,6 +85,32 @@ def _write(folder: Path, raw: RawTables, **tables: pa.Table) -> None:
     extra = {name: table.order_by(table.columns[:2]).to_pyarrow() for name, table in raw.extra.items()}
     for name, table in {**tables, **extra}.items():
         write_table(table, folder / f"{name}.parquet")
+
+
+def _split(
+    raw: RawTables, events: ibis.Table, source: Source, config: PrepareConfig, dropped: dict[str, int]
+) -> tuple[ibis.Table, ibis.Table | None]:
+    """The events with `session`, `strength` and `split`; and all activity with these, where there are queries.
+
+    The activity holds the events too (`jaxrec.data.queries.join_activity`): a session is numbered and split by all that
+    happened in it.
+    """
+    engine, names = raw.engine, events.columns
+    rows = events
+    if has_queries(raw):
+        # The limits of the k-core are on users with target events; a user beyond them is dropped altogether.
+        users = events.select("user_id").distinct() if config.k_core != KCore() else None
+        rows = store(engine, join_activity(raw, events, users), instead_of=events)
+    rows = store(engine, number_sessions(rows, source), instead_of=rows)
+    before = count_kinds(rows)
+    rows = store(engine, assign_splits(engine, rows, source, config.time_split), instead_of=rows)
+    after = count_kinds(rows)
+    for kind, count in before.items():
+        of = "" if kind == EVENT else f"{kind} "
+        dropped[f"{of}after the last target"] = count - after.get(kind, 0)
+    if not has_queries(raw):
+        return rows, None
+    return store(engine, part_of(rows, EVENT, [*names, "session", "strength", "split"])), rows
 
 
 def _clean(raw: RawTables, source: Source, config: PrepareConfig, dropped: dict[str, int]) -> ibis.Table:
@@ -134,14 +161,6 @@ def _sorted_events(events: ibis.Table) -> pa.Table:
     order = ["user", "session", "timestamp", "strength", "item"]
     table = events.order_by([*order, *extra]).select(*columns, *extra).to_pyarrow()
     return table.set_column(columns.index("session"), "session", table["session"].cast(pa.int32()))
-
-
-def _known_users(queries: ibis.Table, events: ibis.Table) -> pa.Table:
-    return (
-        queries.semi_join(events, "user_id")
-        .order_by(list(dict.fromkeys(["user_id", "timestamp", *queries.columns])))
-        .to_pyarrow()
-    )
 
 
 def _scatter(index: pa.ChunkedArray, values: pa.ChunkedArray, size: int) -> list[int]:

@@ -1,15 +1,23 @@
-"""Tables: what a source hands over, the engine that works on them, and the folder that everybody else reads.
+"""Tables: the raw tables of a source, the engine that computes on tables, and the prepared folder.
 
 A source reads logs into a `RawTables`: ibis tables on one engine (DuckDB by default; nothing below is DuckDB's own
 except `connect`, and `jaxrec.data.spark` connects to Spark). `jaxrec.data.prepare` cleans, splits and indexes them and
 writes the folder that `Tables` reads:
 
-    items.parquet    sorted by item_id; the row number is the item index used everywhere later
-    events.parquet   sorted by (user, session, timestamp, strength of the behavior, item)
-    users.parquet    sorted by user_id; the row number is the user index
-    pairs.parquet    item pairs that belong together, see `jaxrec.data.pairs`
-    statistics.json  what is in the tables, and what was dropped and why
-    queries.parquet, live_streams.parquet ... where the source has them
+    items.parquet        sorted by item_id; the row number is the item index used everywhere later
+    events.parquet       sorted by (user, session, timestamp, strength of the behavior, item)
+    users.parquet        sorted by user_id; the row number is the user index
+    pairs.parquet        item pairs that belong together, see `jaxrec.data.pairs`
+    statistics.json      counts of the tables, and the rows that were dropped, by reason
+
+Where the source has searches or suggestions (`jaxrec.data.queries`):
+
+    searches.parquet     sorted by (user, timestamp); the row number is the column `search` of events.parquet
+    suggestions.parquet  sorted by (user, timestamp, prefix)
+    queries.parquet      the distinct queries, sorted; the row number is the index of a query
+    prefixes.parquet     the distinct prefixes, sorted; the row number is the index of a prefix
+
+Further tables of a source (`RawTables.extra`) are written under their own names: live_streams.parquet.
 """
 
 import json
@@ -37,6 +45,12 @@ from jaxrec.data.spark import store_rows
 SPLITS = ("train", "valid", "test")
 Split = Literal["leave_one_out", "last_session", "time"]
 
+FEEDBACK = ("order", "item_click", "click", "show", "not_show", "random")
+"""The feedback on a suggested query, strongest first (OneSug §3.3): clicked, and an item ordered after it; clicked, and
+an item clicked after it; clicked; shown; not shown; drawn at random."""
+CHOSEN = FEEDBACK[:3]
+"""The feedback on a suggested query that the user chose."""
+
 EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "behavior", "session_id")
 
 # In the names of tables that `store` makes, and in no other.
@@ -46,22 +60,27 @@ _PRIME = 2_147_483_647
 
 @dataclass(frozen=True)
 class RawTables:
-    """What a source hands over, before cleaning. All ibis tables live on `engine`."""
+    """A source's tables before cleaning. All ibis tables live on `engine`."""
 
     engine: BaseBackend
     """The ibis backend that holds the tables."""
     items: ibis.Table
     """item_id str, title str, text str, category str, brand str, price float64 and any further attributes."""
     events: ibis.Table
-    """user_id str, item_id str, timestamp int64 seconds, behavior str, session_id str; no nulls; or more."""
-    queries: ibis.Table | None = None
-    """user_id str, timestamp int64, prefix str, query str, feedback str."""
+    """user_id str, item_id str, timestamp int64 seconds, behavior str, session_id str; no nulls; optional further
+    columns. `search_id` str is the search that led to the event, null for none."""
+    searches: ibis.Table | None = None
+    """search_id str (unique), user_id str, timestamp int64 seconds, query str, session_id str; no nulls. A session_id
+    names one session of the user in all three tables."""
+    suggestions: ibis.Table | None = None
+    """user_id str, timestamp int64 seconds, prefix str, query str, feedback str (of FEEDBACK), session_id str; no
+    nulls. The rows of one (user_id, timestamp, prefix) are the queries suggested for one typed prefix."""
     extra: dict[str, ibis.Table] = field(default_factory=dict)
-    """Further tables, by the name of the file that they become."""
+    """Further tables, by the name of their file in the prepared folder."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows that the source itself left out, by reason."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Entries for statistics.json that only the source knows."""
+    """Entries that the source adds to statistics.json."""
 
 
 class Source(Protocol):
