@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ibis
-from ibis import _
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
@@ -102,9 +101,6 @@ class Folder:
         )
         path, events, unknown = self._events(engine, folder, items, searches is not None)
         dropped = {"event of an unknown item": unknown}
-        if searches is None and suggestions is None and "search_id" not in events.columns:
-            events = store(engine, _with_sessions(events, self.session_gap_seconds).drop("_row"))
-            return RawTables(engine, items, events, dropped=dropped)
         if "search_id" in events.columns:
             linked = link(engine, path, events, searches, self.session_gap_seconds)
             events, searches, dropped["link to an unknown search"] = linked.events, linked.searches, linked.unknown
@@ -152,15 +148,6 @@ class Folder:
                 f"write the ids the same way in both files, or add the items"
             )
         return path, typed.semi_join(items, "item_id"), unknown
-
-
-def _with_sessions(events: ibis.Table, gap: int) -> ibis.Table:
-    """Fills session_id where it is null with a number that rises after every pause of more than `gap` seconds."""
-    in_order = ibis.window(group_by="user_id", order_by=["timestamp", "_row"])
-    so_far = ibis.window(group_by="user_id", order_by=["timestamp", "_row"], rows=(None, 0))
-    events = events.mutate(_pause=(_.timestamp - _.timestamp.lag().over(in_order)).fill_null(0) > gap)
-    events = events.mutate(_number=_._pause.cast("int64").sum().over(so_far).cast("string").lpad(9, "0"))
-    return events.mutate(session_id=_.session_id.coalesce(_._number)).drop("_pause", "_number")
 
 
 def _items(engine: BaseBackend, folder: Path) -> ibis.Table:

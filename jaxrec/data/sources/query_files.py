@@ -184,12 +184,13 @@ def _free_prefix(table: ibis.Table) -> str:
 def fill_sessions(
     engine: BaseBackend, gap: int, events: ibis.Table, searches: ibis.Table | None, suggestions: ibis.Table | None
 ) -> tuple[ibis.Table, ibis.Table | None, ibis.Table | None]:
-    """Fills session_id where it is null, over events, searches and suggestions together.
+    """Fills session_id where it is null: rows of a user without a longer pause than `gap` seconds are one session.
+
+    Where there are searches or suggestions, they and the events share their sessions:
 
     A search takes the session of the first event that it led to, and an event the session of the search that led to it.
     Any other row takes the session of the user's nearest earlier row that has one, else of the nearest later row, as
-    long as no pause between them exceeds `gap` seconds. Without such a row, the rows between two such pauses are one
-    session.
+    long as no longer pause is between them.
     """
     parts = {"event": events, "search": searches, "suggestion": suggestions}
     parts = {kind: table for kind, table in parts.items() if table is not None}
@@ -197,16 +198,16 @@ def fill_sessions(
         led = events.filter(_.search_id.notnull() & _.session_id.notnull())
         first = ibis.row_number().over(group_by="search_id", order_by=["timestamp", "_row"])
         led = led.mutate(_place=first).filter(_._place == 0).select(key=_.search_id, led=_.session_id)
-        searches = searches.left_join(store(engine, led), searches.search_id == _.key)
+        searches = searches.left_join(store(engine, led), [("search_id", "key")])
         parts["search"] = store(engine, searches.mutate(session_id=_.session_id.coalesce(_.led)).drop("key", "led"))
         by = store(engine, parts["search"].select(key=_.search_id, of=_.session_id))
-        linked = events.left_join(by, events.search_id == _.key)
+        linked = events.left_join(by, [("search_id", "key")])
         parts["event"] = store(engine, linked.mutate(session_id=_.session_id.coalesce(_.of)).drop("key", "of"))
     rows = [
         table.select("user_id", "timestamp", "session_id", "_row", _kind=ibis.literal(place, "int64"))
         for place, table in enumerate(parts.values())
     ]
-    rows = store(engine, _sessions(ibis.union(*rows) if len(rows) > 1 else rows[0], gap))
+    rows = store(engine, _sessions(ibis.union(*rows) if len(rows) > 1 else rows[0], gap, shared=len(rows) > 1))
     filled = {}
     for place, (kind, table) in enumerate(parts.items()):
         mine = rows.filter(_._kind == place).select("_row", session=_.session_id)
@@ -216,13 +217,16 @@ def fill_sessions(
     return filled["event"], filled.get("search"), filled.get("suggestion")
 
 
-def _sessions(rows: ibis.Table, gap: int) -> ibis.Table:
-    """The rows with session_id filled."""
+def _sessions(rows: ibis.Table, gap: int, shared: bool = False) -> ibis.Table:
+    """The rows with session_id filled: of the nearest row if `shared`, else a number that rises after every pause."""
     order = ["timestamp", "_kind", "_row"]
     in_order = ibis.window(group_by="user_id", order_by=order)
     so_far = ibis.window(group_by="user_id", order_by=order, rows=(None, 0))
     rows = rows.mutate(_pause=(_.timestamp - _.timestamp.lag().over(in_order)).fill_null(0) > gap)
     rows = rows.mutate(_stretch=_._pause.cast("int64").sum().over(so_far))
+    number = _._stretch.cast("string").lpad(9, "0")
+    if not shared:
+        return rows.mutate(session_id=_.session_id.coalesce(number))
     stretch = ["user_id", "_stretch"]
     given = _.session_id.notnull().cast("int64")
     rows = rows.mutate(
@@ -234,6 +238,5 @@ def _sessions(rows: ibis.Table, gap: int) -> ibis.Table:
         _before=_.session_id.max().over(ibis.window(group_by=[*stretch, "_earlier"])),
         _after=_.session_id.max().over(ibis.window(group_by=[*stretch, "_later"])),
     )
-    number = _._stretch.cast("string").lpad(9, "0")
     before = ibis.ifelse(_._earlier > 0, _._before, ibis.null("string"))
     return rows.mutate(session_id=_.session_id.coalesce(before, _._after, number))
