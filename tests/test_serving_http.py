@@ -63,6 +63,9 @@ def test_filters_over_http(client):
         ('{"history": [{"item": "a"}]}', 422,
          "unknown field history[0].item; known are item_id, behavior, timestamp, query"),
         ("{}", 422, "give either user_id or history"),
+        ('{"user_id": "u1", "query": "shoes"}', 422,
+         "the system 'none' of this run reads no queries; leave query and prefix out of the request, and searches out "
+         "of its history"),
         ('{"user_id": "u1", "event": 3}', 422,
          "unknown field event; known are user_id, history, query, prefix, k, exclude_history, filter, blocked, "
          "allowed, now"),
