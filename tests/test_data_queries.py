@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +14,9 @@ from jaxrec.data.examples import read_records, write_examples
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import Folder, SyntheticMall
 from jaxrec.data.tables import CHOSEN, FEEDBACK, SPLITS
+from jaxrec.evaluation import evaluate, fit_baselines, make_cases
+
+BEHAVIORS = Folder.behaviors
 
 T = 1_700_000_000
 ITEMS = [{"item_id": name, "title": f"Title {name}"} for name in ("a", "b", "c")]
@@ -235,6 +239,31 @@ def test_the_fingerprint_follows_the_searches(folder):
     assert len(found) == 4
 
 
+def test_the_example_of_the_docs_is_read(tmp_path):
+    """docs/sources.md shows a file of each table: its name, then its rows in one column."""
+    text = (Path(__file__).parent.parent / "docs" / "sources.md").read_text().split("### Searches and suggestions")[1]
+    lines = [line[4:] for line in text.split("- **search_id**")[0].splitlines() if line.startswith("    ")]
+    width = len(lines[0]) - len(lines[0].split(maxsplit=1)[1])
+    files = {}
+    for line in lines:
+        if name := line[:width].strip():
+            rows = files.setdefault(name, [])
+        rows.append(line[width:])
+    for name, rows in files.items():
+        (tmp_path / name).write_text("\n".join(rows) + "\n")
+    write(tmp_path, items=[{"item_id": name, "title": name} for name in ("p7", "p9")])
+    raw = Folder(tmp_path).load()
+    assert set(files) == {"searches.csv", "events.csv", "suggestions.csv"}
+    assert rows_of(raw.events, "item_id", "behavior", "search_id")[:2] == [
+        ("p7", "click", "q1"),
+        ("p7", "purchase", "q1"),
+    ]
+    assert rows_of(raw.suggestions, "query", "feedback")[2] == ("running shoes", "order")
+    assert {
+        row[0] for table in (raw.events, raw.searches, raw.suggestions) for row in rows_of(table, "session_id")
+    } == {"000000000"}
+
+
 # ---- prepared, against loops -----------------------------------------------------------------------------------------
 
 
@@ -416,6 +445,20 @@ def test_records_hold_the_rows_of_the_tables(prepared, split):
         assert record["item"].tolist() == [row["item"] for _, row in mine["events"]]
     counts = json.loads((examples / "examples.json").read_text())["splits"][split]
     assert counts["searches"] == sum(len(record["search_query"]) for record in records) > 0
+
+
+def test_models_of_items_alone_are_measured_as_before(prepared):
+    """Users who only search are no case, searches are no event, and the baselines count events alone."""
+    _, examples, statistics = prepared
+    records = list(read_records(examples, "test"))
+    targets, items = [BEHAVIORS.index("purchase")], statistics["items"]
+    fields = ("user", "item", "behavior", "timestamp", "session", "split", "answer_time")
+    plain = [{name: record[name] for name in fields} for record in records if len(record["item"])]
+    rows = [
+        evaluate(fit_baselines(found, items, targets), make_cases(found, targets), cutoffs=(3,))
+        for found in (records, plain)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) > 10
 
 
 def test_a_k_core_drops_the_searches_of_the_users_that_it_drops(tmp_path):

@@ -66,7 +66,7 @@ SUGGESTION_DTYPES = {
 
 
 def write_examples(tables: Path, folder: Path, behaviors: Sequence[str], answer_time: bool = True) -> None:
-    """Writes the records of all splits from the events.parquet of `tables`, and its searches and suggestions.
+    """Writes the records of all splits from the events, searches and suggestions of `tables`.
 
     Args:
       behaviors: names in rising order of strength; a record holds their indices.
@@ -93,7 +93,7 @@ def write_examples(tables: Path, folder: Path, behaviors: Sequence[str], answer_
 
 
 class Records(Sequence[Record]):
-    """Random access to the records of a split; decoded ones are kept, up to `cache_bytes`.
+    """Random access to the records of a split; decoded records are cached, up to `cache_bytes`.
 
     Attributes:
       sessions: {column: array}, the sessions file.
@@ -215,7 +215,7 @@ class _Users(tfds.core.GeneratorBasedBuilder):
         dtypes = next(iter(self._records.values())).dtypes
         columns = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in dtypes.items()}
         features = tfds.features.FeaturesDict({"user": tfds.features.Scalar(dtype=np.int32), **columns})
-        # In order of users: whoever reads shuffles, and record numbers stay meaningful.
+        # In order of users: readers shuffle, and record numbers stay meaningful.
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Record]]]:

@@ -24,19 +24,19 @@ class PrepareConfig:
     """How raw tables are cleaned, split and paired."""
 
     k_core: KCore = field(default_factory=KCore)
-    """Limits on rare items and users, on top of what the source drops itself."""
+    """Limits on rare items and users, in addition to the rows that the source drops."""
     time_split: TimeSplit = field(default_factory=TimeSplit)
     """Boundaries, for sources that are split by time."""
     pairs: PairConfig = field(default_factory=PairConfig)
     """Item pairs."""
     answer_time: bool | None = None
-    """Whether models are told when the session that they predict begins, or only when the event before it was. None:
-    they are, as a server knows when it is asked, but not with leave_one_out: there it is the time of the very event
-    that is predicted, and which events share a day says much about which they are."""
+    """Whether models know the start time of the session that they predict, or only the time of the event before. None:
+    True, since a server knows the time of a request, but False with leave_one_out: there the start time is the time of
+    the predicted event itself, and events of one day say much about one another."""
 
 
 def tells_answer_time(source: Source, config: PrepareConfig) -> bool:
-    """Whether models are told when the session that they predict begins (`PrepareConfig.answer_time`)."""
+    """Whether models know the start time of the session that they predict (`PrepareConfig.answer_time`)."""
     return source.split != "leave_one_out" if config.answer_time is None else config.answer_time
 
 
@@ -114,7 +114,7 @@ def _split(
 
 
 def _clean(raw: RawTables, source: Source, config: PrepareConfig, dropped: dict[str, int]) -> ibis.Table:
-    """The events that are used: of known items, without repeats, inside the k-core."""
+    """The events of known items, without repeats, inside the k-core."""
     size = count_rows(raw.events)
     if size == 0:
         raise UserError(f"{type(source).__name__} gave no events; check its path and its limits")
@@ -139,7 +139,7 @@ def _clean(raw: RawTables, source: Source, config: PrepareConfig, dropped: dict[
 
 
 def _items(raw: RawTables, events: ibis.Table, source: Source, config: PrepareConfig) -> pa.Table:
-    """The catalogue in the order of its indices; without a limit on users per item, items nobody touched stay in it."""
+    """The catalogue in the order of its indices; without a limit on users per item, it keeps items without events."""
     items = raw.items
     if config.k_core.min_users_per_item:
         items = items.semi_join(events.filter(_.behavior.isin(source.target_behaviors)), "item_id")

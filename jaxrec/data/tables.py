@@ -46,8 +46,8 @@ SPLITS = ("train", "valid", "test")
 Split = Literal["leave_one_out", "last_session", "time"]
 
 FEEDBACK = ("order", "item_click", "click", "show", "not_show", "random")
-"""The feedback on a suggested query, strongest first (OneSug §3.3): clicked, and an item ordered after it; clicked, and
-an item clicked after it; clicked; shown; not shown; drawn at random."""
+"""The feedback on a suggested query, strongest first (OneSug Table 1): an item was bought through the query; an item was
+clicked through it; the query was clicked; it was shown; recalled but not shown; drawn at random from the candidates."""
 CHOSEN = FEEDBACK[:3]
 """The feedback on a suggested query that the user chose."""
 
@@ -84,7 +84,7 @@ class RawTables:
 
 
 class Source(Protocol):
-    """Where the logs come from: a frozen dataclass whose fields are its configuration."""
+    """A place that logs come from: a frozen dataclass whose fields are its configuration."""
 
     split: Split
 
@@ -94,7 +94,7 @@ class Source(Protocol):
 
     @property
     def target_behaviors(self) -> tuple[str, ...]:
-        """The behaviors that are to be predicted."""
+        """The behaviors that are predicted."""
 
     def load(self) -> RawTables:
         """Reads the logs. Raises UserError where they can't be used."""
@@ -116,7 +116,7 @@ class Tables:
 
     @classmethod
     def read(cls, folder: Path, event_columns: Sequence[str] | None = None) -> "Tables":
-        """Reads a prepared folder; `event_columns` limits what is read of the largest file.
+        """Reads a prepared folder; `event_columns` are the columns read of events.parquet, the largest file.
 
         Raises:
           UserError: the folder holds no prepared tables.
@@ -133,8 +133,8 @@ class Tables:
 def connect() -> BaseBackend:
     """A fresh embedded DuckDB. Results don't depend on its threads: wherever order matters, it is explicit.
 
-    What is larger than its memory goes into the folder of `spilling_into`, else of the system's temporary files. The
-    memory is $JAXREC_DUCKDB_MEMORY, such as 8GB, or half of the machine's.
+    Results larger than its memory are spilled to the folder of `spilling_into`, else to the system's temporary files.
+    The memory is $JAXREC_DUCKDB_MEMORY, such as 8GB, or half of the machine's.
 
     Raises:
       UserError: $JAXREC_DUCKDB_MEMORY is no size.
@@ -156,7 +156,7 @@ _SPILL: ContextVar[Path | None] = ContextVar("spill", default=None)
 
 @contextmanager
 def spilling_into(folder: Path) -> Iterator[None]:
-    """Engines that are connected inside keep in `folder` what exceeds their memory; it is removed at the end."""
+    """Engines connected inside spill to `folder` what exceeds their memory; the folder is removed at the end."""
     token = _SPILL.set(folder)
     try:
         yield
@@ -203,7 +203,7 @@ def free(engine: BaseBackend, table: ibis.Table) -> None:
 
 
 def is_stored(table: ibis.Table) -> bool:
-    """Whether this is a table that `store` made, not an expression or a table of somebody else."""
+    """Whether `store` made this table; False for an expression or any other table."""
     operation = table.op()
     return isinstance(operation, DatabaseTable) and operation.name.startswith(f"ibis_{_STORED}_")
 

@@ -10,7 +10,7 @@ from jaxrec.config import UserError
 
 
 def require(path: Path, what: str) -> Path:
-    """Returns `path`. Raises UserError, which says what it should hold, if there is no such file."""
+    """Returns `path`. Raises UserError, which names the expected content, if there is no such file."""
     if not path.is_file():
         raise UserError(f"{path} is missing; it should hold {what}")
     return path

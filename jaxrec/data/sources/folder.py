@@ -60,7 +60,7 @@ class Folder:
     behaviors: tuple[str, ...] = ("pseudo_exposure", "exposure", "click", "cart", "purchase")
     """All behaviors in the log, from weak to strong."""
     target_behaviors: tuple[str, ...] = ("purchase",)
-    """The behaviors that are to be predicted."""
+    """The behaviors that are predicted."""
     split: Split = "last_session"
     """How validation and test are held out."""
     session_gap_seconds: int = 1800
@@ -77,7 +77,7 @@ class Folder:
         """Reads and checks the files.
 
         Raises:
-          UserError: anything that is listed in the module's docstring is missing, mistyped or contradictory.
+          UserError: a required file or column is missing, a value is mistyped, or two values contradict each other.
         """
         if not self.target_behaviors or set(self.target_behaviors) - set(self.behaviors):
             raise UserError(
@@ -236,10 +236,10 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _read(engine: BaseBackend, folder: Path, name: str, wanted: Wanted) -> tuple[Path, ibis.Table]:
-    """A file as a table with a column `_row`, numbered from 1; prints what each column was taken for.
+    """A file as a table with a column `_row`, numbered from 1; prints the type read for each column.
 
     Raises:
-      UserError: it is missing, empty or lacks a column, or what `read_file` refuses.
+      UserError: the file is missing, is empty, lacks a column, or is refused by `read_file`.
     """
     path = _find(folder, name)
     if path is None:
@@ -261,7 +261,7 @@ def _read(engine: BaseBackend, folder: Path, name: str, wanted: Wanted) -> tuple
 
 
 def _described(table: ibis.Table, wanted: Wanted, unused: list[str]) -> str:
-    """What the columns of a file were taken for, in one line."""
+    """The types read for the columns of a file, in one line."""
     groups: dict[str, list[str]] = {}
     for name in (name for name in table.columns if name != "_row"):
         kind = table[name].type()

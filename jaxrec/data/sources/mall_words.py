@@ -24,7 +24,7 @@ def goods(taste: int) -> str:
 
 
 def item_title(kind: str, index: int, scenario: str) -> str:
-    """'Blue running shoes no. 17', and for a video or a stream what it is."""
+    """'Blue running shoes no. 17', with the format of a video or a stream."""
     return FORMATS[scenario].format(f"{COLORS[index % len(COLORS)].capitalize()} {kind} no. {index}")
 
 

@@ -38,7 +38,7 @@ _VISIBLE = r"[^\s\p{Z}\x00]"
 
 @dataclass(frozen=True)
 class Linked:
-    """Events with `search_id`, the searches that it names, and how many events named a search that there is not."""
+    """Events with `search_id`, the searches, and the number of events that named an unknown search."""
 
     events: ibis.Table
     searches: ibis.Table | None
@@ -184,13 +184,12 @@ def _free_prefix(table: ibis.Table) -> str:
 def fill_sessions(
     engine: BaseBackend, gap: int, events: ibis.Table, searches: ibis.Table | None, suggestions: ibis.Table | None
 ) -> tuple[ibis.Table, ibis.Table | None, ibis.Table | None]:
-    """Fills session_id where it is null: rows of a user without a longer pause than `gap` seconds are one session.
+    """Fills session_id where it is null: a pause of more than `gap` seconds begins a new session of a user.
 
-    Where there are searches or suggestions, they and the events share their sessions:
-
-    A search takes the session of the first event that it led to, and an event the session of the search that led to it.
-    Any other row takes the session of the user's nearest earlier row that has one, else of the nearest later row, as
-    long as no longer pause is between them.
+    Searches, suggestions and events share their sessions. A search takes the session of the first event that it led to,
+    and an event the session of the search that led to it. Any other row takes the session of the user's nearest earlier
+    row that has one, else of the nearest later row, as long as no such pause is between them. A log of events alone
+    shares nothing: each row without a session_id is in the session of its place between two pauses.
     """
     parts = {"event": events, "search": searches, "suggestion": suggestions}
     parts = {kind: table for kind, table in parts.items() if table is not None}

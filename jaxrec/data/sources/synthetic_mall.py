@@ -64,7 +64,7 @@ class SyntheticMall:
     search leads to nothing. With 0 there are no searches and no suggestions. The other logs do not depend on it."""
 
     def fingerprint(self) -> str:
-        """Of this configuration, on which alone the logs depend. It does not change for a mall without searches."""
+        """Of this configuration, on which alone the logs depend; `searched` counts where there are searches."""
         values = to_json(self)
         if not self.searched:
             del values["searched"]
@@ -127,7 +127,7 @@ class SyntheticMall:
 
 @dataclass(frozen=True)
 class Mall:
-    """The planted truth and what the shoppers did. U users, T sessions, I items, J tastes of a user."""
+    """The planted truth and the actions of the shoppers. U users, T sessions, I items, J tastes of a user."""
 
     taste_of_item: np.ndarray
     """int64 [I]"""
@@ -247,7 +247,7 @@ def _draw_tastes(rng: np.random.Generator, tastes: np.ndarray, weights: np.ndarr
 def _draw_shown(
     rng: np.random.Generator, taste_of_item: np.ndarray, tastes: np.ndarray, weights: np.ndarray, config: SyntheticMall
 ) -> np.ndarray:
-    """What a recommender that knows the users' tastes, but not what they are after today, chooses: int64 [U, T, 2 n].
+    """The items chosen by a recommender that knows the users' tastes, but not the taste of today: int64 [U, T, 2 n].
 
     It puts items of the user's tastes first, so that they are shown rather than chosen in vain.
     """
@@ -350,7 +350,7 @@ def _items(config: SyntheticMall, mall: Mall) -> pa.Table:
 
 
 def _live_streams(config: SyntheticMall, mall: Mall) -> pa.Table:
-    """What every live stream sells from each midnight on: up to five product cards of its taste, drawn anew."""
+    """The products of every live stream from each midnight on: up to five product cards of its taste, drawn anew."""
     rng = np.random.default_rng([config.seed, 4])
     names = identifiers("i", np.arange(config.items), config.items).to_pylist()
     columns: dict[str, list] = {"item_id": [], "timestamp": [], "product_ids": []}
