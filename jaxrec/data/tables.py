@@ -46,8 +46,8 @@ SPLITS = ("train", "valid", "test")
 Split = Literal["leave_one_out", "last_session", "time"]
 
 FEEDBACK = ("order", "item_click", "click", "show", "not_show", "random")
-"""The feedback on a suggested query, strongest first (OneSug Table 1): an item was bought through the query; an item was
-clicked through it; the query was clicked; it was shown; recalled but not shown; drawn at random from the candidates."""
+"""The feedback on a suggested query, strongest first (OneSug Table 1): an item bought through the query; an item
+clicked through it; the query clicked; shown; recalled and not shown; drawn at random from the candidates."""
 CHOSEN = FEEDBACK[:3]
 """The feedback on a suggested query that the user chose."""
 
