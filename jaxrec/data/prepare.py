@@ -74,8 +74,8 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
         if queries is not None:
             statistics |= {name: table.num_rows for name, table in queries.files().items()}
             events = search_rows(engine, events, queries.searches)
-            _write(folder, raw, **queries.files())
-        _write(folder, raw, items=items, users=users, pairs=pairs, events=_sorted_events(events))
+        files = {} if queries is None else queries.files()
+        _write(folder, raw, items=items, users=users, pairs=pairs, events=_sorted_events(events), **files)
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
         bars.update(task, advance=1, description=f"Prepared {items.num_rows:,} items, {users.num_rows:,} users")
     return statistics
@@ -90,10 +90,9 @@ def _write(folder: Path, raw: RawTables, **tables: pa.Table) -> None:
 def _split(
     raw: RawTables, events: ibis.Table, source: Source, config: PrepareConfig, dropped: dict[str, int]
 ) -> tuple[ibis.Table, ibis.Table | None]:
-    """The events with `session`, `strength` and `split`; and all activity with these, where there are queries.
+    """The events with `session`, `strength` and `split`; and all activity with these columns, where there are queries.
 
-    The activity holds the events too (`jaxrec.data.queries.join_activity`): a session is numbered and split by all that
-    happened in it.
+    Sessions are numbered and split over all activity (`jaxrec.data.queries.join_activity`), which holds the events too.
     """
     engine, names = raw.engine, events.columns
     rows = events
