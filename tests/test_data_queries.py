@@ -14,7 +14,7 @@ from jaxrec.data.examples import read_records, write_examples
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import Folder, SyntheticMall
 from jaxrec.data.tables import CHOSEN, FEEDBACK, SPLITS
-from jaxrec.evaluation import evaluate, fit_baselines, make_cases
+from jaxrec.evaluation import evaluate, fit_baselines, make_cases, prefix_cases, search_cases
 
 BEHAVIORS = Folder.behaviors
 
@@ -203,6 +203,11 @@ def test_searches_without_an_id_get_one_that_nobody_has(folder):
     found = rows_of(Folder(folder).load().searches, "timestamp", "search_id")
     ids = [row[1] for row in found]
     assert len(set(ids)) == 3 and {"row 2", "q3"} < set(ids) and None not in ids
+    write(folder, searches=without(SEARCHES, "search_id"), events=without(EVENTS, "search_id"))
+    made = rows_of(Folder(folder).load().searches, "search_id")[0][0]
+    write(folder, events=[{**row, "search_id": made} for row in EVENTS[:1]])
+    with pytest.raises(UserError, match="1 of 1 events name a search that the searches file lacks"):
+        Folder(folder).load()
 
 
 def test_rows_without_a_session_share_that_of_the_rows_around_them(folder):
@@ -445,6 +450,28 @@ def test_records_hold_the_rows_of_the_tables(prepared, split):
         assert record["item"].tolist() == [row["item"] for _, row in mine["events"]]
     counts = json.loads((examples / "examples.json").read_text())["splits"][split]
     assert counts["searches"] == sum(len(record["search_query"]) for record in records) > 0
+
+
+@pytest.mark.parametrize("kept", ["searches", "suggestions"])
+def test_a_log_may_have_searches_or_suggestions_alone(tmp_path, kept):
+    """Searches that led to no event give no links, and suggestions without searches give cases too."""
+    random_folder(tmp_path, 3)
+    for name in {"searches", "suggestions"} - {kept}:
+        (tmp_path / f"{name}.jsonl").unlink()
+    write(tmp_path, events=without([json.loads(line) for line in (tmp_path / "events.jsonl").open()], "search_id"))
+    (tmp_path / "tables").mkdir(), (tmp_path / "examples").mkdir()
+    statistics = prepare(Folder(tmp_path), PrepareConfig(), tmp_path / "tables")
+    write_examples(tmp_path / "tables", tmp_path / "examples", BEHAVIORS)
+    records = read_records(tmp_path / "examples", "test")
+    events = read(tmp_path / "tables", "events")
+    if kept == "searches":
+        assert {row["search"] for row in events} == {-1} and "suggestion_query" not in records[0]
+        assert all((record["search"] == -1).all() for record in records) and "prefixes" not in statistics
+        assert any(len(record["search_query"]) for record in records) and not len(search_cases(records, [4]))
+    else:
+        assert "search" not in events[0] and "search" not in records[0] and "search_query" not in records[0]
+        cases = prefix_cases(records)
+        assert len(cases) and cases.new[cases.where].all() and "searches" not in statistics
 
 
 def test_models_of_items_alone_are_measured_as_before(prepared):

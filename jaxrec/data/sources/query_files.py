@@ -46,7 +46,10 @@ class Linked:
 
 
 def typed_searches(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.Table:
-    """The checked searches: search_id (given to those without), user_id, timestamp, query, session_id or null, _row."""
+    """The checked searches: search_id, user_id, timestamp, query, session_id or null, _row, _made.
+
+    A search without a search_id gets one that no other search has; `_made` marks these.
+    """
     check_words(path, table, ("query",), SEARCHES.ids)
     seconds = as_seconds(table, "timestamp")
     search_id = as_text(table.search_id) if "search_id" in table.columns else ibis.null("string")
@@ -67,6 +70,7 @@ def typed_searches(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.T
             query=as_text(table["query"]),
             session_id=as_text(table.session_id) if "session_id" in table.columns else ibis.null("string"),
             _row=table._row,
+            _made=table._id.isnull(),
         ),
         instead_of=table,
     )
@@ -107,12 +111,12 @@ def link(engine: BaseBackend, path: Path, events: ibis.Table, searches: ibis.Tab
     if searches is None:
         return _searches_of_events(engine, path, events, gap)
     named = events.select("search_id", "user_id", "timestamp", "query", "_row").filter(_.search_id.notnull())
-    by_id = searches.select("search_id", of=_.user_id, at=_.timestamp, searched=_["query"])
+    by_id = searches.filter(~_._made).select("search_id", of=_.user_id, at=_.timestamp, searched=_["query"])
     _check_links(path, store(engine, named.inner_join(by_id, "search_id")))
     events = store(engine, events.mutate(_named=_.search_id.notnull() | _["query"].notnull()), instead_of=events)
     by_query = _latest(events.filter(_.search_id.isnull() & _["query"].notnull()), searches)
     known = ibis.union(
-        named.semi_join(searches, "search_id").select("_row", found=_.search_id), by_query.select("_row", "found")
+        named.semi_join(by_id, "search_id").select("_row", found=_.search_id), by_query.select("_row", "found")
     )
     linked = events.left_join(store(engine, known), "_row")
     linked = linked.select(*[name for name in events.columns if name not in ("search_id", "query")], search_id=_.found)
@@ -210,7 +214,7 @@ def fill_sessions(
     filled = {}
     for place, (kind, table) in enumerate(parts.items()):
         mine = rows.filter(_._kind == place).select("_row", session=_.session_id)
-        columns = [name for name in table.columns if name not in ("session_id", "_row")]
+        columns = [name for name in table.columns if name != "session_id" and not name.startswith("_")]
         joined = table.drop("session_id").inner_join(mine, "_row")
         filled[kind] = store(engine, joined.select(*columns, session_id=_.session))
     return filled["event"], filled.get("search"), filled.get("suggestion")
