@@ -1,8 +1,8 @@
 """Searches of the synthetic mall, and the queries that it suggests for typed prefixes.
 
 A query names a taste, so a search tells which goods the shopper wants. Three kinds of searches are planted, each at
-most once a session: for the basket, which is ordered; for the browsed items, which are clicked; and one for a random
-taste, after which nothing happens. The shown, clicked, carted and bought items of the first two carry its search_id.
+most once a session: for the basket, which is bought; for the browsed items, which are clicked; and for a random taste,
+without any event after it. The events of the basket and of the browsed items carry the search_id of their search.
 
 A shopper types some letters of the query. The mall then suggests queries that begin with them, the searched one among
 them. Sometimes one letter is typed first and no suggestion is chosen.
@@ -103,7 +103,7 @@ def suggestions_table(searches: Searches, users: int, sessions: int) -> pa.Table
 def _suggest(
     rng: np.random.Generator, timestamp: np.ndarray, query: list[str], kind: np.ndarray, known: list[str]
 ) -> dict[str, list]:
-    """What was typed before each search, the suggested queries and the feedback on them."""
+    """The prefixes typed before each search, the suggested queries and the feedback on them."""
     length, first = rng.integers(2, 8, len(query)), rng.random(len(query)) < 0.3
     drawn = rng.integers(0, len(known), len(query))
     rows = []
