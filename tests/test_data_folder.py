@@ -27,7 +27,8 @@ EVENTS = [
     {"user_id": "u2", "item_id": "v1", "timestamp": T, "behavior": "purchase"},
     {"user_id": "u1", "item_id": "v1", "timestamp": T + 9000, "behavior": "purchase"},
 ]
-QUERIES = [{"user_id": "u1", "timestamp": T, "prefix": "sh", "query": "shoes", "feedback": "order"}]
+SEARCHES = [{"user_id": "u1", "timestamp": T - 5, "query": "shoes", "search_id": "q1"}]
+SUGGESTIONS = [{"user_id": "u1", "timestamp": T - 9, "prefix": "sh", "query": "shoes", "feedback": "order"}]
 
 
 def write(folder, name, rows, suffix="jsonl"):
@@ -55,14 +56,14 @@ def folder(tmp_path):
 def test_the_formats_agree(folder):
     results = []
     for suffix in ("jsonl", "csv", "parquet"):
-        for name, rows in (("items", ITEMS), ("events", EVENTS), ("queries", QUERIES)):
+        files = {"items": ITEMS, "events": EVENTS, "searches": SEARCHES, "suggestions": SUGGESTIONS}
+        for name, rows in files.items():
             write(folder, name, rows, suffix)
         raw = Folder(folder).load()
-        results.append(
-            [table.order_by(table.columns).to_pyarrow().to_pylist() for table in (raw.items, raw.events, raw.queries)]
-        )
+        tables = (raw.items, raw.events, raw.searches, raw.suggestions)
+        results.append([table.order_by(table.columns).to_pyarrow().to_pylist() for table in tables])
     assert results[0] == results[1] == results[2]
-    items, events, queries = results[0]
+    items, events, searches, suggestions = results[0]
     assert items[0] == {"item_id": "p1", "title": "Red shoes", "text": "Red shoes. Shoes. A", "category": "Shoes",
                         "brand": "A", "price": 10.5,
      "scenario": "product_card", "color": "red"}  # fmt: skip
@@ -75,7 +76,8 @@ def test_the_formats_agree(folder):
         "2",
         "0",
     ]
-    assert queries == QUERIES
+    assert searches == [{**SEARCHES[0], "session_id": "000000000"}]
+    assert suggestions == [{**SUGGESTIONS[0], "session_id": "000000000"}]
 
 
 @pytest.mark.parametrize("time", ["2023-11-14 22:13:20", "2023-11-14T22:13:20Z", "2023-11-14T23:13:20+01:00"])
@@ -99,14 +101,13 @@ def test_session_id_and_further_columns_are_kept(folder):
             **row,
             "session_id": None if n == 0 else "mine",
             "scenario": "product_card",
-            "query": "shoes",
             "watch_seconds": 1.5,
         }
         for n, row in enumerate(EVENTS)
     ]
     write(folder, "events", rows)
     events = Folder(folder).load().events
-    assert {"scenario", "query", "watch_seconds"} <= set(events.columns)
+    assert {"scenario", "watch_seconds"} <= set(events.columns)
     assert sorted(events.session_id.to_pyarrow().to_pylist()) == ["000000000", "mine", "mine", "mine", "mine"]
 
 
@@ -270,8 +271,16 @@ FAULTS = {
         [{**row, "embedding": ["a"]} for row in ITEMS],
         "'embedding', row 1: holds something else than numbers",
     ),
-    "feedback": ("queries", changed(QUERIES, 0, feedback="liked"), "queries.jsonl, column 'feedback', row 1: 'liked'"),
-    "query column": ("queries", without(QUERIES, "query"), "queries.jsonl: the column 'query' is missing"),
+    "feedback": (
+        "suggestions",
+        changed(SUGGESTIONS, 0, feedback="liked"),
+        "suggestions.jsonl, column 'feedback', row 1: 'liked' is none of order, item_click, click, show,",
+    ),
+    "query column": (
+        "suggestions",
+        without(SUGGESTIONS, "query"),
+        "suggestions.jsonl: the column 'query' is missing",
+    ),
 }
 
 

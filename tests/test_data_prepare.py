@@ -162,6 +162,22 @@ def test_the_first_repeat_keeps_its_further_columns():
     assert drop_repeats(store(engine, table)).to_pyarrow().to_pylist()[0]["scenario"] == "early"
 
 
+def test_an_event_that_a_search_led_to_is_no_repeat_of_one_before_it():
+    engine = connect()
+    table = pa.table(
+        {
+            "user_id": ["u"] * 5,
+            "item_id": ["i"] * 5,
+            "timestamp": [1, 2, 3, 4, 5],
+            "behavior": ["click"] * 5,
+            "session_id": ["s"] * 5,
+            "search_id": pa.array([None, None, "q1", "q1", "q2"], pa.string()),
+        }
+    )
+    kept = drop_repeats(store(engine, table)).order_by("timestamp").to_pyarrow().to_pylist()
+    assert [(row["timestamp"], row["search_id"]) for row in kept] == [(1, None), (3, "q1"), (5, "q2")]
+
+
 def plain_k_core(rows, config):
     rows = set(rows)
     turn = 0

@@ -1,9 +1,12 @@
-"""Test cases and tie shuffling."""
+"""Test cases of sessions, searches and prefixes; tie shuffling."""
 
 import numpy as np
 import pytest
+from search_records import random_record
 
-from jaxrec.evaluation.cases import make_cases, shuffle_ties, tied_fraction
+from jaxrec.config import UserError
+from jaxrec.data.tables import FEEDBACK, SPLITS
+from jaxrec.evaluation.cases import make_cases, prefix_cases, search_cases, shuffle_ties, tied_fraction
 
 
 def record(user, events):
@@ -104,3 +107,124 @@ def test_tied_fraction_counts_users_whose_last_two_events_tie():
 
 def test_baskets_tie_by_nature():
     assert tied_fraction([single(0, [1, 2], [1, 1]), SHOPPER]) == 0
+
+
+# ---- searches and prefixes -------------------------------------------------------------------------------------------
+
+
+def search_oracle(records, targets, split):
+    """(user, query, moment, truths, the events before, the searches before) of every search that led to a target."""
+    found = []
+    for record in records:
+        events = list(
+            zip(*(record[f].tolist() for f in ("item", "behavior", "timestamp", "split", "search")), strict=True)
+        )
+        searches = list(zip(*(record[f"search_{f}"].tolist() for f in ("query", "timestamp", "split")), strict=True))
+        for place, (query, moment, of) in enumerate(searches):
+            led = {i for i, b, _, s, search in events if search == place and b in targets and s == split}
+            if of != split or not led:
+                continue
+            before = sorted((i, b, t) for i, b, t, _, _ in events if t < moment)
+            had = {i for i, b, _ in before if b in targets}
+            earlier = sorted((q, t) for q, t, _ in searches if t < moment)
+            found.append((record["user"], query, moment, sorted(led), sorted(led - had), before, earlier))
+    return found
+
+
+def held(history):
+    events = sorted(zip(*(history[f].tolist() for f in ("item", "behavior", "timestamp")), strict=True))
+    return events, sorted(zip(history["search_query"].tolist(), history["search_timestamp"].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_cases_of_searches_by_loops(split):
+    records = [random_record(seed) for seed in range(60)]
+    cases = search_cases(records, (1, 2), split)
+    expected = search_oracle(records, (1, 2), SPLITS.index(split))
+    assert len(cases) == len(expected) > 10 and cases.cold == 0
+    for row, (user, query, moment, truths, new, before, earlier) in enumerate(expected):
+        history = cases.histories[row]
+        assert (cases.users[row], history["user"], history["query"], history["now"]) == (user, user, query, moment)
+        assert cases.targets[row][cases.where[row]].tolist() == truths
+        assert cases.targets[row][cases.new[row]].tolist() == new
+        assert held(history) == (before, earlier)
+        assert not {"split", "search_split", "suggestion_split"} & set(history)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_cases_of_prefixes_by_loops(split):
+    records = [random_record(seed) for seed in range(60)]
+    cases, place, expected = prefix_cases(records, split), SPLITS.index(split), []
+    names = ("prefix", "query", "feedback", "timestamp", "session", "split")
+    for record in records:
+        typed = {}
+        for prefix, query, feedback, time, session, of in zip(
+            *(record[f"suggestion_{name}"].tolist() for name in names), strict=True
+        ):
+            if of == place and FEEDBACK[feedback] in ("order", "item_click", "click"):
+                chosen = typed.setdefault((time, session, prefix), {})
+                chosen[query] = min(feedback, chosen.get(query, 9))
+        expected += [(record, *key, typed[key]) for key in sorted(typed)]
+    assert len(cases) == len(expected) > 10
+    for row, (record, moment, session, prefix, chosen) in enumerate(expected):
+        history = cases.histories[row]
+        assert (history["user"], history["prefix"], history["now"]) == (record["user"], prefix, moment)
+        assert cases.targets[row][cases.where[row]].tolist() == sorted(chosen)
+        assert cases.levels[row][cases.where[row]].tolist() == [chosen[query] for query in sorted(chosen)]
+        before = record["search_timestamp"] < moment
+        known = set(record["search_query"][before].tolist())
+        assert cases.targets[row][cases.new[row]].tolist() == sorted(set(chosen) - known)
+        assert sorted(history["search_query"].tolist()) == sorted(record["search_query"][before].tolist())
+        assert sorted(history["item"].tolist()) == sorted(record["item"][record["timestamp"] < moment].tolist())
+        seen = (record["suggestion_timestamp"] < moment) & (record["suggestion_session"] < session)
+        assert history["suggestion_query"].tolist() == record["suggestion_query"][seen].tolist()
+    taken = cases.take([3, 1])
+    np.testing.assert_array_equal(taken.levels, cases.levels[[3, 1]])
+
+
+def test_no_case_holds_anything_from_its_question_on():
+    """Nothing later, and no feedback on the suggestions of the question's own session, whatever their time."""
+    records = [random_record(seed) for seed in range(60)]
+    for cases in (search_cases(records, (1, 2)), prefix_cases(records)):
+        for history in cases.histories:
+            for name in ("timestamp", "search_timestamp", "suggestion_timestamp"):
+                assert (history[name] < history["now"]).all()
+    session = {**random_record(3)}
+    session["suggestion_session"] = np.zeros_like(session["suggestion_session"])
+    assert all(not len(history["suggestion_query"]) for history in prefix_cases([session], "train").histories)
+
+
+def test_the_time_of_a_question_is_hidden_where_the_record_hides_it():
+    records = [{**random_record(seed), "answer_time": False} for seed in range(60)]
+    for cases in (search_cases(records, (1, 2)), prefix_cases(records)):
+        for history in cases.histories:
+            times = [*history["timestamp"].tolist(), *history["search_timestamp"].tolist()]
+            assert history["now"] == max(times, default=0)
+    assert any(not len(history["item"]) for history in search_cases(records, (1, 2), "train").histories)
+
+
+def test_a_case_of_a_session_holds_the_searches_of_earlier_sessions():
+    records = [random_record(seed) for seed in range(40)]
+    cases = make_cases(records, (1, 2), "valid")
+    by_user = {record["user"]: record for record in records}
+    for user, history in zip(cases.users.tolist(), cases.histories, strict=True):
+        record = by_user[user]
+        asked = (record["split"] == 1) & (record["behavior"] > 0)
+        earlier = record["search_session"] < record["session"][asked][0]
+        assert history["search_query"].tolist() == record["search_query"][earlier].tolist()
+    assert len(cases) > 10
+
+
+def test_data_without_searches_has_no_cases_of_searches():
+    with pytest.raises(UserError, match="the records hold no searches; use data with a table of searches"):
+        search_cases([SHOPPER], (1,))
+    with pytest.raises(UserError, match="the records hold no suggestions"):
+        prefix_cases([SHOPPER])
+    assert len(search_cases([], (1,))) == len(prefix_cases([])) == 0
+
+
+def test_a_shuffled_event_keeps_the_search_that_led_to_it():
+    before = {**single(3, list(range(8)), [5] * 8), "search": np.arange(8, dtype=np.int32)}
+    after = shuffle_ties(before, 0)
+    assert after["item"].tolist() != before["item"].tolist()
+    np.testing.assert_array_equal(after["item"], after["search"])

@@ -60,10 +60,15 @@ def test_filters_over_http(client):
         ("[1]", 422, 'a request is a JSON object such as {"user_id": "123"}'),
         ("", 422, "the request has no body"),
         ('{"user_id": "u1", "k": 0}', 422, "k should be greater than or equal to 1, not 0"),
-        ('{"history": [{"item": "a"}]}', 422, "history[0].item_id is missing"),
+        ('{"history": [{"item": "a"}]}', 422,
+         "unknown field history[0].item; known are item_id, behavior, timestamp, query"),
         ("{}", 422, "give either user_id or history"),
+        ('{"user_id": "u1", "query": "shoes"}', 422,
+         "the system 'none' of this run reads no queries; leave query and prefix out of the request, and searches out "
+         "of its history"),
         ('{"user_id": "u1", "event": 3}', 422,
-         "unknown field event; known are user_id, history, k, exclude_history, filter, blocked, allowed, now"),
+         "unknown field event; known are user_id, history, query, prefix, k, exclude_history, filter, blocked, "
+         "allowed, now"),
         ('{"user_id": "u1", "filter": {"price": {"min": 3, "max": 1}}}', 422,
          "filter.price has min 3 above max 1: no item can match"),
         ('{"user_id": "u1", "filter": {"price": NaN}}', 422,

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_run import LINES, NextInLine, write_run
+from serving_run import LINES, QUERY_REQUESTS, NextInLine, write_run
 
 from jaxrec.config import UserError
 from jaxrec.serving.retriever import AT_ONCE, Retriever, batch_sizes
@@ -174,12 +174,16 @@ def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
         ('{"user_id": "1", "k": "7"}', 'k should be a valid integer, not "7"'),
         (
             '{"user_id": "1", "topk": 3}',
-            "unknown field topk; known are user_id, history, k, exclude_history, filter, blocked, allowed, now",
+            "unknown field topk; known are user_id, history, query, prefix, k, exclude_history, filter, blocked, "
+            "allowed, now",
         ),
-        ('{"history": [{"item": "a"}]}', "history[0].item_id is missing"),
+        (
+            '{"history": [{"item": "a"}]}',
+            "unknown field history[0].item; known are item_id, behavior, timestamp, query",
+        ),
         (
             '{"history": [{"item_id": "a", "x": 1}]}',
-            "unknown field history[0].x; known are item_id, behavior, timestamp",
+            "unknown field history[0].x; known are item_id, behavior, timestamp, query",
         ),
         (
             '{"history": [{"item_id": "a"}, {"item_id": "b", "timestamp": 1700000000000}]}',
@@ -209,6 +213,34 @@ def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
         ('{"user_id": "1", "\\ud800": 1}', f"\\ud800 {HALF}"),
         (b'{"user_id": "\xed\xa0\x80"}', f"user_id {HALF}"),
         (f'{{"user_id": "1", "k": {"[" * 900}{"]" * 900}}}', "this is no JSON: nested too deeply"),
+        ('{"history": [{}]}', "history[0].item_id is missing"),
+        ('{"history": [{"item_id": "a"}, {"item_id": null}]}', "history[1].item_id is missing"),
+        (
+            '{"history": [{"query": "sh", "behavior": "click"}]}',
+            "history[0].behavior is given without an item_id; leave it out of a search",
+        ),
+        ('{"user_id": "1", "query": ""}', "query is empty; give the typed text, or leave it out"),
+        ('{"user_id": "1", "prefix": " \\u3000"}', "prefix is empty; give the typed text, or leave it out"),
+        ('{"history": [{"query": "\\n"}]}', "history[0].query is empty; give the typed text, or leave it out"),
+        ('{"user_id": "1", "query": "a", "prefix": "a"}', "give either query or prefix"),
+        ('{"query": "a"}', "give either user_id or history"),
+        ('{"user_id": "1", "query": 7}', "query should be a valid string, not 7"),
+        ('{"user_id": "1", "query": ["a"]}', 'query should be a valid string, not ["a"]'),
+        (
+            f'{{"user_id": "1", "query": "{"x" * 1001}"}}',
+            f'query String should have at most 1000 characters, not "{"x" * 59}',
+        ),
+        (
+            f'{{"history": [{{"query": "{"x" * 1001}"}}]}}',
+            f'history[0].query String should have at most 1000 characters, not "{"x" * 59}',
+        ),
+        ('{"user_id": "1", "prefix": "\\ud800"}', f"prefix {HALF}"),
+        (b'{"user_id": "1", "query": "\xed\xa0\x80"}', f"query {HALF}"),
+        ('{"history": [{"item_id": "a", "query": "\\udc00"}]}', f"history[0].query {HALF}"),
+        (
+            '{"history": [{"query": "a"}, {"item_id": "b", "timestamp": 17}]}',
+            "some events of the history have a timestamp and some have none; give it for all or none",
+        ),
         (
             '{"history": [{"item_id": "a"}, {"item_id": "b", "timestamp": 17}]}',
             "some events of the history have a timestamp and some have none; give it for all or none",
@@ -230,6 +262,61 @@ def test_any_line_is_a_request_or_one_printable_sentence(line):
         assert 0 < len(str(error).encode()) < 2000 and "\n" not in str(error)
     else:
         assert parse_request(request.model_dump_json(exclude_none=True)) == request
+
+
+@settings(max_examples=250, deadline=None)
+@given(value=QUERY_REQUESTS)
+def test_any_query_is_read_as_written_or_refused_in_one_sentence(value):
+    """The rules once more, over the values: which requests with queries are good."""
+    entries, typed = value["history"], [value.get("query"), value.get("prefix")]
+    texts = [text for text in [*typed, *(entry.get("query") for entry in entries)] if text is not None]
+    timed = {entry.get("timestamp") is not None for entry in entries}
+    good = (
+        all(text in ("sh", "shoes", " red", "x" * 1000) for text in texts)
+        and None in typed
+        and len(timed) < 2
+        and all(entry.get("item_id") is not None or entry.get("query") is not None for entry in entries)
+        and all(entry.get("item_id") is not None or entry.get("behavior") is None for entry in entries)
+    )
+    try:
+        request = parse_request(json.dumps(value))
+    except UserError as error:
+        assert not good and 0 < len(str(error).encode()) < 2000 and "\n" not in str(error)
+    else:
+        assert good and [request.query, request.prefix] == typed
+        assert [event.query for event in request.history] == [entry.get("query") for entry in entries]
+        assert request.has_query == bool(texts)
+
+
+QUERIES = [
+    {"user_id": "u1", "query": "shoes"},
+    {"user_id": "u1", "prefix": "sh"},
+    {"user_id": "stranger", "query": "shoes"},
+    {"history": [{"item_id": "a", "query": "shoes"}]},
+    {"history": [{"item_id": "a"}, {"query": "shoes"}]},
+    {"history": [], "prefix": "sh"},
+]
+
+
+def test_a_recommender_that_reads_no_query_refuses_it_and_answers_the_others(retriever):
+    answers = retriever.answer([Request(user_id="u1"), *(Request(**query) for query in QUERIES), Request(user_id="u1")])
+    assert answers[0] == answers[-1] and isinstance(answers[0], Answer)
+    message = (
+        "the system 'none' of this run reads no queries; leave query and prefix out of the request, and searches out "
+        "of its history"
+    )
+    assert [str(answer) for answer in answers[1:-1]] == [message] * len(QUERIES)
+
+
+def test_requests_without_queries_are_what_they_were():
+    """The text of a request of an earlier version comes back byte for byte."""
+    for text in (
+        '{"user_id":"1","k":10,"exclude_history":false}',
+        '{"history":[{"item_id":"a","behavior":"click","timestamp":17},{"item_id":"b","timestamp":18}],"k":3,'
+        '"exclude_history":true,"filter":{"price":{"min":5}},"blocked":["x"],"allowed":[],"now":20}',
+    ):
+        request = parse_request(text)
+        assert request.model_dump_json(exclude_none=True) == text and not request.has_query
 
 
 @settings(max_examples=120, deadline=None)

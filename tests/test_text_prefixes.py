@@ -91,7 +91,7 @@ def test_a_log_that_cannot_be_used_is_named():
 def test_alignment_finds_the_queries_of_prefixes_it_has_not_seen(tmp_path):
     """OneSug Eq. 1 on the prefixes of a synthetic mall, with a random encoder that reads letters."""
     found = co_occurrence(
-        SyntheticMall(users=60, items=100, tastes=10, sessions_per_user=4).load().queries.to_pyarrow()
+        SyntheticMall(users=60, items=100, tastes=10, sessions_per_user=4, searched=1).load().suggestions.to_pyarrow()
     )
     texts, pairs = found.pairs()
     spelled = [" ".join(text.replace(" ", "_")) for text in texts]

@@ -28,9 +28,9 @@ def attribute_indices(items: pa.Table, columns: Sequence[str]) -> tuple[np.ndarr
 
 
 def later_attribute_indices(items: pa.Table, columns: Sequence[str], later: pa.Table) -> np.ndarray:
-    """Attributes int32 [n, A] of items that came later, numbered as those of `items` are.
+    """Attributes int32 [n, A] of later items, in the numbering of the attributes of `items`.
 
-    A word that no earlier item has is 0, as if it were missing; a number goes to the bucket that it falls in.
+    A word that no earlier item has is 0, as a missing value is. A number goes to the bucket that it falls in.
     """
     indices = [_indices(name, items[name].combine_chunks(), later[name].combine_chunks()) for name in columns]
     return np.stack(indices, axis=1) if indices else np.zeros((len(later), 0), np.int32)

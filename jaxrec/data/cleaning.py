@@ -23,8 +23,8 @@ class KCore:
 
 
 def drop_repeats(events: ibis.Table) -> ibis.Table:
-    """Keeps the first of the events with equal (user_id, session_id, item_id, behavior)."""
-    keys = ["user_id", "session_id", "item_id", "behavior"]
+    """Keeps the first of the events with equal (user_id, session_id, item_id, behavior) and, if known, search_id."""
+    keys = ["user_id", "session_id", "item_id", "behavior", *(["search_id"] if "search_id" in events.columns else [])]
     # The columns that are not keys make the order of events at one time definite.
     further = sorted(set(events.columns) - {*keys, "timestamp"})
     if not further:

@@ -3,10 +3,14 @@
     <folder>/users/1.0.0/                the TFDS dataset: splits train, valid, test; a record a user, in their order
     <folder>/sessions_<split>.parquet    record, session, split, start (events before it), count, behaviors (a bit each)
     <folder>/examples.json               the ordered behaviors, the number of records and events per split, and whether
-                                         models are told when a session that they predict begins
+                                         models are told the start time of a predicted session (`answer_time`)
 
-A record of `train` holds the train events; of `valid` those and the valid events; of `test` all. The sessions file lets
-cuts be chosen without reading the records.
+A record of `train` holds the train events; of `valid` the train and valid events; of `test` all events. The sessions
+file lets cuts be chosen without reading the records.
+
+Where the tables hold searches or suggestions, a record holds the user's searches or suggestions too, in order of time
+and of the same splits. They are stored as indices of texts (rows of queries.parquet and prefixes.parquet): a few bytes
+each, whatever the texts. A log without them has records without their fields.
 """
 
 import shutil
@@ -14,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +30,17 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import tqdm_utils
 
 from jaxrec.config import UserError
-from jaxrec.data.tables import SPLITS
+from jaxrec.data.tables import FEEDBACK, SPLITS
 from jaxrec.run import read_json, track, write_json
 
 Record = dict[str, Any]
 """user int; item int32, behavior int8, timestamp int64, session int32, split int8, each [T]; answer_time bool: whether
-the time of a session may be told to who predicts it."""
+the start time of a predicted session is known to the model.
+
+With searches: search_query int32 (row of queries.parquet), search_timestamp int64, search_session int32, search_split
+int8, each [R] in order of time; search int32 [T]: the place in them of the search that led to the event, -1 for none.
+With suggestions: suggestion_prefix int32 (row of prefixes.parquet), suggestion_query int32, suggestion_feedback int8
+(index in FEEDBACK), suggestion_timestamp, suggestion_session, suggestion_split, each [G] in order of time."""
 
 EVENT_DTYPES = {
     "item": np.int32,
@@ -39,10 +49,24 @@ EVENT_DTYPES = {
     "session": np.int32,
     "split": np.int8,
 }
+SEARCH_DTYPES = {
+    "search_query": np.int32,
+    "search_timestamp": np.int64,
+    "search_session": np.int32,
+    "search_split": np.int8,
+}
+SUGGESTION_DTYPES = {
+    "suggestion_prefix": np.int32,
+    "suggestion_query": np.int32,
+    "suggestion_feedback": np.int8,
+    "suggestion_timestamp": np.int64,
+    "suggestion_session": np.int32,
+    "suggestion_split": np.int8,
+}
 
 
 def write_examples(tables: Path, folder: Path, behaviors: Sequence[str], answer_time: bool = True) -> None:
-    """Writes the records of all splits from `tables`/events.parquet.
+    """Writes the records of all splits from the events, searches and suggestions of `tables`.
 
     Args:
       behaviors: names in rising order of strength; a record holds their indices.
@@ -51,13 +75,12 @@ def write_examples(tables: Path, folder: Path, behaviors: Sequence[str], answer_
     Raises:
       UserError: a column is missing, a behavior is unknown, or there are no train events.
     """
-    events = _read_events(tables / "events.parquet", behaviors)
+    logs = [_read_events(tables / "events.parquet", behaviors), *_read_queries(tables)]
     slices, counts = {}, {}
     for index, split in enumerate(SPLITS):
-        keep = _rows_of_split(events["user"], events["split"], index)
-        slices[split] = _Slices(events["user"][keep], {name: events[name][keep] for name in EVENT_DTYPES})
+        slices[split] = _slices_of_split(logs, index)
         pq.write_table(_sessions(slices[split]), folder / f"sessions_{split}.parquet")
-        counts[split] = {"records": len(slices[split]), "events": int(keep.sum())}
+        counts[split] = {"records": len(slices[split]), **slices[split].sizes()}
     if not counts["train"]["events"]:
         raise UserError(f"{tables / 'events.parquet'} has no train events; use more data or another split")
     with _quiet():
@@ -70,7 +93,7 @@ def write_examples(tables: Path, folder: Path, behaviors: Sequence[str], answer_
 
 
 class Records(Sequence[Record]):
-    """Random access to the records of a split; decoded ones are kept, up to `cache_bytes`.
+    """Random access to the records of a split; decoded records are cached, up to `cache_bytes`.
 
     Attributes:
       sessions: {column: array}, the sessions file.
@@ -128,20 +151,53 @@ def read_records(folder: Path, split: str, cache_bytes: int = 1 << 30) -> Record
     return Records(Path(folder), split, cache_bytes)
 
 
-class _Slices(Sequence[Record]):
-    """The records of a split as slices of its event columns, which are sorted by user."""
+@dataclass(frozen=True)
+class _Log:
+    """One kind of rows, sorted by user: events, searches or suggestions."""
 
-    def __init__(self, user: np.ndarray, columns: dict[str, np.ndarray]):
-        self.columns = columns
-        self.users, self.starts = np.unique(user, return_index=True)
-        self.ends = np.append(self.starts[1:], len(user))[: len(self.users)]
+    kind: str
+    user: np.ndarray
+    columns: dict[str, np.ndarray]
+    """The columns of a record, one of them the split."""
+
+    @property
+    def split(self) -> np.ndarray:
+        return next(column for name, column in self.columns.items() if name.endswith("split"))
+
+    def take(self, keep: np.ndarray) -> "_Log":
+        return _Log(self.kind, self.user[keep], {name: column[keep] for name, column in self.columns.items()})
+
+
+class _Slices(Sequence[Record]):
+    """The records of a split as slices of the columns of its logs. The first log is that of the events."""
+
+    def __init__(self, logs: Sequence[_Log]):
+        self.logs = logs
+        self.users = np.unique(np.concatenate([log.user for log in logs]))
+        self.starts = [np.searchsorted(log.user, self.users) for log in logs]
+        self.ends = [np.searchsorted(log.user, self.users, side="right") for log in logs]
 
     def __len__(self) -> int:
         return len(self.users)
 
     def __getitem__(self, index: int) -> Record:
-        rows = slice(self.starts[index], self.ends[index])
-        return {"user": self.users[index], **{name: column[rows] for name, column in self.columns.items()}}
+        record = {"user": self.users[index]}
+        for log, starts, ends in zip(self.logs, self.starts, self.ends, strict=True):
+            rows = slice(starts[index], ends[index])
+            record |= {name: column[rows] for name, column in log.columns.items()}
+            if log.kind == "searches":
+                # From rows of the log to places in the record; every search of an event is of the same user.
+                record["search"] = np.where(record["search"] < 0, -1, record["search"] - rows.start).astype(np.int32)
+        return record
+
+    @property
+    def dtypes(self) -> dict[str, type]:
+        """The arrays of a record."""
+        return {name: column.dtype.type for log in self.logs for name, column in log.columns.items()}
+
+    def sizes(self) -> dict[str, int]:
+        """Rows of each log."""
+        return {log.kind: len(log.user) for log in self.logs}
 
 
 class _Users(tfds.core.GeneratorBasedBuilder):
@@ -156,9 +212,10 @@ class _Users(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         # Tensor, since Sequence would decode to Python lists.
-        columns = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in EVENT_DTYPES.items()}
+        dtypes = next(iter(self._records.values())).dtypes
+        columns = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in dtypes.items()}
         features = tfds.features.FeaturesDict({"user": tfds.features.Scalar(dtype=np.int32), **columns})
-        # In order of users: whoever reads shuffles, and record numbers stay meaningful.
+        # In order of users: readers shuffle, and record numbers stay meaningful.
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Record]]]:
@@ -187,8 +244,8 @@ def _quiet() -> Iterator[None]:
         tqdm_utils._active = active
 
 
-def _read_events(path: Path, behaviors: Sequence[str]) -> dict[str, np.ndarray]:
-    """The columns as arrays: behaviors and splits as indices."""
+def _read_events(path: Path, behaviors: Sequence[str]) -> _Log:
+    """The events; behaviors and splits as indices."""
     names = ["user", *EVENT_DTYPES]
     try:
         schema = pq.read_schema(path)
@@ -196,11 +253,34 @@ def _read_events(path: Path, behaviors: Sequence[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is missing; run train.py again on this run directory") from error
     if missing := [name for name in names if name not in schema.names]:
         raise UserError(f"{path} has no column {missing[0]!r}; delete the folder {path.parent} to have it made again")
-    table = pq.read_table(path, columns=names)
+    table = pq.read_table(path, columns=[*names, *(["search"] if "search" in schema.names else [])])
     events = {name: table[name].to_numpy() for name in ("user", "item", "timestamp", "session")}
     events["behavior"] = _indices(table["behavior"], behaviors, path, "behavior")
     events["split"] = _indices(table["split"], SPLITS, path, "split")
-    return {name: column.astype(EVENT_DTYPES.get(name, np.int32), copy=False) for name, column in events.items()}
+    columns = {name: events[name].astype(dtype, copy=False) for name, dtype in EVENT_DTYPES.items()}
+    if "search" in table.column_names:
+        columns["search"] = table["search"].to_numpy().astype(np.int32, copy=False)
+    return _Log("events", events["user"].astype(np.int32, copy=False), columns)
+
+
+def _read_queries(tables: Path) -> Iterator[_Log]:
+    """The searches and the suggestions, where there are any; texts, feedback and splits as indices."""
+    for kind, dtypes in (("searches", SEARCH_DTYPES), ("suggestions", SUGGESTION_DTYPES)):
+        path = tables / f"{kind}.parquet"
+        if not path.is_file():
+            continue
+        table = pq.read_table(path)
+        found = {
+            "query": table["query_index"].to_numpy(),
+            "timestamp": table["timestamp"].to_numpy(),
+            "session": table["session"].to_numpy(),
+            "split": _indices(table["split"], SPLITS, path, "split"),
+        }
+        if kind == "suggestions":
+            found["prefix"] = table["prefix_index"].to_numpy()
+            found["feedback"] = _indices(table["feedback"], FEEDBACK, path, "feedback")
+        columns = {name: found[name.split("_")[1]].astype(dtype, copy=False) for name, dtype in dtypes.items()}
+        yield _Log(kind, table["user"].to_numpy(), columns)
 
 
 def _indices(column: pa.ChunkedArray, names: Sequence[str], path: Path, field: str) -> np.ndarray:
@@ -212,17 +292,26 @@ def _indices(column: pa.ChunkedArray, names: Sequence[str], path: Path, field: s
     return found.to_numpy()
 
 
-def _rows_of_split(user: np.ndarray, split: np.ndarray, index: int) -> np.ndarray:
-    """True for the events up to split `index` of the users who have an event in it."""
-    has = np.zeros(user.max(initial=-1) + 1, bool)
-    has[user[split == index]] = True
-    return has[user] & (split <= index)
+def _slices_of_split(logs: Sequence[_Log], index: int) -> _Slices:
+    """The rows up to split `index` of the users who have a row in that split."""
+    has = np.zeros(max(log.user.max(initial=-1) for log in logs) + 1, bool)
+    for log in logs:
+        has[log.user[log.split == index]] = True
+    keep = {log.kind: has[log.user] & (log.split <= index) for log in logs}
+    kept = [log.take(keep[log.kind]) for log in logs]
+    if "searches" in keep:
+        # An event may be kept without the search that led to it, where the sessions of a user overlap in time.
+        row = np.where(keep["searches"], np.cumsum(keep["searches"]) - 1, -1)
+        events = kept[0].columns
+        events["search"] = np.where(events["search"] < 0, -1, row[events["search"]]).astype(np.int32)
+    return _Slices(kept)
 
 
 def _sessions(records: _Slices) -> pa.Table:
     """One row a session of every record."""
-    session, behavior = records.columns["session"], records.columns["behavior"]
-    record = np.repeat(np.arange(len(records), dtype=np.int32), records.ends - records.starts)
+    columns, starts = records.logs[0].columns, records.starts[0]
+    session, behavior = columns["session"], columns["behavior"]
+    record = np.repeat(np.arange(len(records), dtype=np.int32), records.ends[0] - starts)
     changes = (np.diff(record, prepend=-1) != 0) | (np.diff(session, prepend=-1) != 0)
     first = np.flatnonzero(changes)
     bits = np.left_shift(np.uint64(1), behavior.astype(np.uint64))
@@ -230,8 +319,8 @@ def _sessions(records: _Slices) -> pa.Table:
         {
             "record": record[first],
             "session": session[first],
-            "split": records.columns["split"][first],
-            "start": (first - records.starts[record[first]]).astype(np.int32),
+            "split": columns["split"][first],
+            "start": (first - starts[record[first]]).astype(np.int32),
             "count": np.diff(first, append=len(session)).astype(np.int32),
             "behaviors": np.bitwise_or.reduceat(bits, first) if len(first) else bits,
         }

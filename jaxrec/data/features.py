@@ -1,4 +1,4 @@
-"""From what a user did to the fixed-shape arrays that a model reads (NumPy; no model here).
+"""A user's events as the fixed-shape arrays that a model reads (NumPy; no model here).
 
 A record holds one user's events in order; a *cut* before a session turns the earlier part into a context and the
 session into targets. Storage grows with events, not with cuts.
@@ -17,11 +17,11 @@ HABITS = 4  # numbers told of each item of the past, and of the user
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """How much of the past a model reads, and how many targets it learns from at once."""
+    """Lengths of the histories that a model reads, and the number of targets per context."""
 
     history_lengths: tuple[int, ...] = (500,)
     """most recent events of each behavior that the Query-Formers read (OneMall: 500), weakest behavior first; the last
-    number also stands for those that follow"""
+    number holds for all stronger behaviors too"""
     past_length: int = 256
     """most recent distinct items of the past, for the uncompressed part and the habit head"""
     targets: int = 16
@@ -72,7 +72,7 @@ def cut(record: dict, session: int, config: FeatureConfig, *, behaviors: int, wa
 def targets(record: dict, session: int, config: FeatureConfig, *, wanted: np.ndarray, rng: np.random.Generator) -> dict:
     """The distinct target items of the session(s) from `session` on: target int32 [L], target_where bool [L].
 
-    More than L are thinned out at random.
+    Of more than L, a random subset of L is taken.
     """
     start, stop = np.searchsorted(record["session"], [session, session + config.target_sessions])
     taken = record["item"][start:stop][wanted[record["behavior"][start:stop]]]
@@ -83,7 +83,7 @@ def targets(record: dict, session: int, config: FeatureConfig, *, wanted: np.nda
 
 
 def bucket_of(record: dict, session: int, config: FeatureConfig) -> int:
-    """The length that a cut is padded to: the smallest bucket that holds what is read of every behavior."""
+    """The padded length of a cut: the smallest bucket that holds the events that are read of every behavior."""
     stop = int(np.searchsorted(record["session"], session))
     counts = np.bincount(record["behavior"][:stop])
     longest = max((min(count, config.length(behavior)) for behavior, count in enumerate(counts)), default=0)
@@ -91,7 +91,7 @@ def bucket_of(record: dict, session: int, config: FeatureConfig) -> int:
 
 
 def _past(record: dict, stop: int, wanted: np.ndarray, now: int, size: int) -> dict:
-    """The distinct target items before `stop`, the most recent first, with how habitual each is."""
+    """The distinct target items before `stop`, most recent first, with the habit features of each."""
     index = np.flatnonzero(wanted[record["behavior"][:stop]])[::-1]
     items, sessions, times = record["item"][index], record["session"][index], record["timestamp"][index]
     distinct, first, inverse, counts = np.unique(items, return_index=True, return_inverse=True, return_counts=True)
@@ -130,9 +130,10 @@ def _sequence(name: str, items: np.ndarray, seconds: np.ndarray, size: int) -> d
 
 
 def asked_at(record: dict, stop: int) -> int:
-    """When the items from event `stop` of a record on are asked for, in seconds; what comes next of a history: `now`.
+    """The time of the question for the items from event `stop` of a record on, in Unix seconds.
 
-    That is when they were taken or, where the record doesn't tell (`answer_time`), when the event before them was.
+    That is the time of event `stop` or, where `answer_time` of the record is False, the time of the event before. A
+    history has no event `stop`: there it is `now`, if given, else the time of the last event.
     """
     times = record["timestamp"]
     if stop < len(times) and record.get("answer_time", True):

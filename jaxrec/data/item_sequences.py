@@ -4,7 +4,7 @@
 
     cut before d      item [a b c -]  mask [1 1 1 0]      the past of one target: `ItemSequenceConfig.cut`
     whole             item [a b c d]  target [b c d e]    every item after the first is a target: `whole`
-                                      before [1 2 3 4]    which sees so many of the items
+                                      before [1 2 3 4]    the number of items that each target sees
 
 Only events of the target behaviors are read. Sequences are aligned left.
 """
@@ -17,16 +17,16 @@ import numpy as np
 from jaxrec.data.padding import bucket, check_buckets, padded
 
 NOBODY = -1
-"""The user of a history that does not say whose it is."""
+"""The user of a history without a known user."""
 
 
 @dataclass(frozen=True)
 class ItemSequenceConfig:
-    """How much of a sequence a model reads."""
+    """Length buckets of the sequences that a model reads."""
 
     buckets: tuple[int, ...] = (4, 8, 12, 20)
-    """lengths that sequences are padded to; a batch holds sequences of one bucket; the last is also the most that is
-    read (TIGER: 20)"""
+    """lengths that sequences are padded to; a batch holds sequences of one bucket; the last is also the longest
+    sequence that is read (TIGER: 20)"""
 
     def __post_init__(self):
         check_buckets(self.buckets)
@@ -59,10 +59,10 @@ def following(record: dict, session: int, count: int, *, wanted: np.ndarray) -> 
 
 
 def overlapping_windows(counts: np.ndarray, config: ItemSequenceConfig) -> np.ndarray:
-    """How to read whole sequences of `counts` [n] items: int32 [m, 2] of (sequence, end), where a window ends.
+    """The windows that cover whole sequences of `counts` [n] items: int32 [m, 2] of (sequence, end of the window).
 
-    A window holds the last bucket's items and one more. Longer sequences take several that overlap by half, so that
-    each of their targets, which are in one window alone, has at least half a window before it.
+    A window holds one item more than the last bucket. Longer sequences take several windows that overlap by half. Each
+    target is in one window alone, with at least half a window before it.
     """
     size = config.buckets[-1]
     more = np.maximum(-(-(counts - size - 1) // _step(size)), 0)
@@ -76,8 +76,8 @@ def whole(record: dict, end: int, config: ItemSequenceConfig, *, wanted: np.ndar
     """The window of a record that ends before its item number `end`, for models that read it once for all targets.
 
     Returns item int32 [S], mask bool [S], user int32 []; target int32 [S], before int32 [S]: how many of the items came
-    in earlier sessions than the target; target_rank int32 [S]: 0, or -1 where there is no target. A target that nothing
-    comes before is none.
+    in earlier sessions than the target; target_rank int32 [S]: 0, or -1 where there is no target. Items whose
+    `before` is 0 are no targets.
     """
     keep = np.flatnonzero(wanted[record["behavior"]])[:end]
     items, sessions = record["item"][keep], record["session"][keep]

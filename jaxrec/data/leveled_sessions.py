@@ -19,10 +19,10 @@ DAY = 86_400
 
 @dataclass(frozen=True)
 class LeveledSessionConfig:
-    """How much of the past a model reads, and what it learns from at once."""
+    """Lengths of the histories that a model reads, and the targets of a training example."""
 
     buckets: tuple[int, ...] = (4, 8, 16, 50)
-    """lengths that histories are padded to; a batch holds those of one bucket; the last is also the most that's read"""
+    """lengths that histories are padded to; a batch holds those of one bucket; the last is also the longest history"""
     weakest: int = 0
     """the weakest behavior that histories hold, counted from 0 in the source's order; sessions hold them all"""
     targets: int = 16
@@ -40,7 +40,7 @@ class LeveledSessionConfig:
     def cut(self, record: dict, session: int, *, behaviors: int, wanted: np.ndarray) -> dict[str, np.ndarray]:
         """The history before `session`: item, behavior, gap int32 [S] and mask bool [S], S its bucket.
 
-        gap: the time since the event before, in half powers of two of days, which doesn't tell of what comes later.
+        gap: the time since the event before, in half powers of two of days; it leaks nothing of later events.
         """
         index = self._read(record, session)
         size = bucket(self.buckets, len(index))
@@ -59,7 +59,7 @@ class LeveledSessionConfig:
         return bucket(self.buckets, len(self._read(record, session)))
 
     def _read(self, record: dict, session: int) -> np.ndarray:
-        """Rows of the events that a history holds, rising: of an item's events in a session the strongest (or last)."""
+        """Rows of the events in a history, rising: of an item's events in a session the strongest (or last) alone."""
         stop = int(np.searchsorted(record["session"], session))
         index = np.flatnonzero(record["behavior"][:stop] >= self.weakest)
         # An item's events are neighbours in this order, the one to keep the last of them.
@@ -115,7 +115,7 @@ def targets(
 def positives_left_out(
     record: dict, session: int, config: LeveledSessionConfig, level_of: np.ndarray, positive: int
 ) -> int:
-    """How many items of a session stand on level `positive` or above and find no place among its targets."""
+    """The number of items of a session at level `positive` or above that are left out of its targets."""
     _, level = _levels(record, session, level_of)
     return max(int((level >= positive).sum()) - config.targets, 0)
 

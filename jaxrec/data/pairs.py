@@ -22,7 +22,7 @@ _UNIT = 1 << 30
 
 @dataclass(frozen=True)
 class PairConfig:
-    """Which pairs are kept, and how much work is spent on frequent items."""
+    """Limits on the pairs that are kept, and on the work for frequent items."""
 
     max_pairs_per_item: int = 40
     """An item is in at most this many pairs of a kind, counting both ends (OneMall §3.1.1)."""
@@ -75,7 +75,7 @@ def itemcf_scores(engine: BaseBackend, events: ibis.Table, group: list[str], con
     Args:
       engine: where the result is kept.
       events: distinct user, session, item.
-      group: the columns that say what two items have in common.
+      group: the columns whose equal values make two items co-occur.
       config: limits.
 
     Returns:
@@ -103,7 +103,7 @@ def nearest(pairs: ibis.Table, count: int) -> ibis.Table:
 
 
 def swing_scores(engine: BaseBackend, events: ibis.Table, candidates: ibis.Table, config: PairConfig) -> ibis.Table:
-    """Swing: two items are close when users who share little else share both.
+    """Swing: two items are close if users who share few other items share both.
 
         s(i, j) = sum over user pairs u < v of U_i and U_j of  w_u w_v / (alpha + |I_u and I_v|),  w_u = 1 / sqrt(|I_u|)
 
@@ -140,7 +140,7 @@ def swing_scores(engine: BaseBackend, events: ibis.Table, candidates: ibis.Table
 def common_users(users: ibis.Table, pairs: ibis.Table) -> ibis.Table:
     """The users who have both items of a pair (item, other, user).
 
-    Looks at the users of the rarer item only, so that an item that everybody has costs no more than its partners.
+    Reads the users of the rarer item only, so that the most frequent item costs no more than its partners.
 
     Args:
       users: distinct user, item.
@@ -155,7 +155,7 @@ def common_users(users: ibis.Table, pairs: ibis.Table) -> ibis.Table:
 
 
 def user_overlap(users: ibis.Table, wanted: ibis.Table) -> ibis.Table:
-    """The number of items that two users share (user, partner, overlap), by the way that touches fewer rows.
+    """The number of items that two users share (user, partner, overlap), by the method that reads fewer rows.
 
     Args:
       users: distinct user, item.

@@ -1,7 +1,7 @@
-"""The input pipeline: which histories are cut where, and batches of them.
+"""The input pipeline: cuts of histories, and batches of them.
 
-A **cut** is (record, session): the history is what the user did before the session, the targets are in it. Cuts are
-made into features when they are read, so storage grows with events and not with windows. Batches hold cuts of one
+A **cut** is (record, session): the history is all events before the session, the targets are in the session. Features
+are computed when a cut is read, so storage grows with events and not with windows. Batches hold cuts of one
 length bucket each, in an order that depends on (seed, epoch) alone. They come from a grain dataset whose element is a
 whole batch: grain's iterator keeps the position (`get_state`, `set_state`), and takes no time per example.
 """
@@ -68,7 +68,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Features]:
-    """An iterator over batches, with `get_state()` and `set_state(state)` to go on at the same bits.
+    """An iterator over batches, with `get_state()` and `set_state(state)` to resume with the same bits.
 
     Args:
       cuts: int [n, 2] of (record, session).
@@ -113,7 +113,7 @@ def array_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Features]:
-    """Like `batches`, where a whole batch can be taken out of arrays at once: no time in Python for each example.
+    """Like `batches`, for batches that can be taken out of arrays at once, without Python code per example.
 
     Args:
       take: rows int64 [B / processes], all of one bucket -> named arrays with that many rows.
@@ -124,9 +124,9 @@ def array_batches(
 
 
 def merge_small(buckets: np.ndarray, least: int) -> np.ndarray:
-    """Buckets int [n], rising in length, where those of fewer rows than `least` are joined to longer ones.
+    """Buckets int [n], rising in length; buckets of fewer rows than `least` are merged into longer buckets.
 
-    Rows of a short bucket fit into a longer one, so that on a small log more is padded and nothing left out.
+    Rows of a short bucket fit into a longer one: a small log has more padding, and no row is left out.
     """
     counts = np.bincount(buckets)
     joined, into, rows = np.zeros(len(counts), np.int64), len(counts) - 1, 0
@@ -162,7 +162,7 @@ def _iterate(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
-    """Which cuts are in which batch of which epoch."""
+    """The cuts of every batch of every epoch."""
 
     groups: np.ndarray
     batch_size: int

@@ -1,6 +1,6 @@
-"""Popularity as it was at any time: what sold before each period, with a share of the popularity over the whole log.
+"""Popularity by period: counts of the events before each period, mixed with the popularity over the whole log.
 
-That share (`floor`) and the first period know later events too, as any popularity over all training events does.
+The mixed-in share (`floor`) and the first period count later events too, as a popularity over all training events does.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class PopularityConfig:
 
 @dataclass(frozen=True)
 class PopularityByPeriod:
-    """weights float64 [P, I], rows sum to 1: how popular items were when period p began; first_day: day of period 0."""
+    """weights float64 [P, I], rows sum to 1: the popularity at the start of period p; first_day: day of period 0."""
 
     weights: np.ndarray
     first_day: int
@@ -47,7 +47,7 @@ def popularity_by_period(
 ) -> PopularityByPeriod:
     """From training events: items int [n] and timestamps int64 [n] in seconds.
 
-    The last period begins after the last event, so that whoever asks later gets what was popular at the end.
+    The last period begins after the last event: later days get the popularity at the end of the log.
     """
     overall = np.bincount(items, minlength=num_items) + 1.0
     overall /= overall.sum()

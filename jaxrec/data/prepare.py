@@ -13,6 +13,7 @@ from ibis import _
 from jaxrec.config import UserError
 from jaxrec.data.cleaning import KCore, drop_repeats, k_core
 from jaxrec.data.pairs import PairConfig, build_pairs
+from jaxrec.data.queries import EVENT, count_kinds, has_queries, join_activity, part_of, query_tables, search_rows
 from jaxrec.data.splits import TimeSplit, assign_splits, number_sessions
 from jaxrec.data.tables import RawTables, Source, count_rows, spilling_into, store, write_table
 from jaxrec.run import progress
@@ -23,19 +24,19 @@ class PrepareConfig:
     """How raw tables are cleaned, split and paired."""
 
     k_core: KCore = field(default_factory=KCore)
-    """Limits on rare items and users, on top of what the source drops itself."""
+    """Limits on rare items and users, in addition to the rows that the source drops."""
     time_split: TimeSplit = field(default_factory=TimeSplit)
     """Boundaries, for sources that are split by time."""
     pairs: PairConfig = field(default_factory=PairConfig)
     """Item pairs."""
     answer_time: bool | None = None
-    """Whether models are told when the session that they predict begins, or only when the event before it was. None:
-    they are, as a server knows when it is asked, but not with leave_one_out: there it is the time of the very event
-    that is predicted, and which events share a day says much about which they are."""
+    """Whether models know the start time of the session that they predict, or only the time of the event before. None:
+    True, since a server knows the time of a request, but False with leave_one_out: there the start time is the time of
+    the predicted event itself, and events of one day say much about one another."""
 
 
 def tells_answer_time(source: Source, config: PrepareConfig) -> bool:
-    """Whether models are told when the session that they predict begins (`PrepareConfig.answer_time`)."""
+    """Whether models know the start time of the session that they predict (`PrepareConfig.answer_time`)."""
     return source.split != "leave_one_out" if config.answer_time is None else config.answer_time
 
 
@@ -55,13 +56,11 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
         # Large tables are freed as soon as the next one is made, so that two of them are the most there ever are.
         bars.update(task, advance=1, description="Preparing: cleaning and splitting")
         events = store(engine, _clean(raw, source, config, dropped), instead_of=raw.events)
-        events = store(engine, number_sessions(events, source), instead_of=events)
-        size = count_rows(events)
-        events = store(engine, assign_splits(engine, events, source, config.time_split), instead_of=events)
-        dropped["after the last target"] = size - count_rows(events)
+        events, activity = _split(raw, events, source, config, dropped)
         bars.update(task, advance=1, description="Preparing: items and users")
         items = _items(raw, events, source, config)
-        users = events.select("user_id").distinct().order_by("user_id").to_pyarrow()
+        users = (events if activity is None else activity).select("user_id").distinct().order_by("user_id").to_pyarrow()
+        queries = None if activity is None else query_tables(engine, raw, activity, users)
         events = store(engine, _index(raw, events, items, users), instead_of=events)
         train = events.filter((_.split == "train") & _.behavior.isin(source.target_behaviors))
         counts = train.group_by("item").agg(n=_.count()).to_pyarrow()
@@ -72,9 +71,11 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
         bars.update(task, advance=1, description="Preparing: writing")
         statistics = _statistics(source, raw, events, items, users, pairs, {k: n for k, n in dropped.items() if n})
         statistics["answer_time"] = tells_answer_time(source, config)
-        _write(folder, raw, items=items, users=users, pairs=pairs, events=_sorted_events(events))
-        if raw.queries is not None:
-            write_table(_known_users(raw.queries, events), folder / "queries.parquet")
+        if queries is not None:
+            statistics |= {name: table.num_rows for name, table in queries.files().items()}
+            events = search_rows(engine, events, queries.searches)
+        files = {} if queries is None else queries.files()
+        _write(folder, raw, items=items, users=users, pairs=pairs, events=_sorted_events(events), **files)
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
         bars.update(task, advance=1, description=f"Prepared {items.num_rows:,} items, {users.num_rows:,} users")
     return statistics
@@ -86,8 +87,33 @@ def _write(folder: Path, raw: RawTables, **tables: pa.Table) -> None:
         write_table(table, folder / f"{name}.parquet")
 
 
+def _split(
+    raw: RawTables, events: ibis.Table, source: Source, config: PrepareConfig, dropped: dict[str, int]
+) -> tuple[ibis.Table, ibis.Table | None]:
+    """The events with `session`, `strength` and `split`; and all activity with these columns, where there are queries.
+
+    Sessions are numbered and split over all activity (`jaxrec.data.queries.join_activity`), which holds the events too.
+    """
+    engine, names = raw.engine, events.columns
+    rows = events
+    if has_queries(raw):
+        # The limits of the k-core are on users with target events; a user beyond them is dropped altogether.
+        users = events.select("user_id").distinct() if config.k_core != KCore() else None
+        rows = store(engine, join_activity(raw, events, users), instead_of=events)
+    rows = store(engine, number_sessions(rows, source), instead_of=rows)
+    before = count_kinds(rows)
+    rows = store(engine, assign_splits(engine, rows, source, config.time_split), instead_of=rows)
+    after = count_kinds(rows)
+    for kind, count in before.items():
+        of = "" if kind == EVENT else f"{kind} "
+        dropped[f"{of}after the last target"] = count - after.get(kind, 0)
+    if not has_queries(raw):
+        return rows, None
+    return store(engine, part_of(rows, EVENT, [*names, "session", "strength", "split"])), rows
+
+
 def _clean(raw: RawTables, source: Source, config: PrepareConfig, dropped: dict[str, int]) -> ibis.Table:
-    """The events that are used: of known items, without repeats, inside the k-core."""
+    """The events of known items, without repeats, inside the k-core."""
     size = count_rows(raw.events)
     if size == 0:
         raise UserError(f"{type(source).__name__} gave no events; check its path and its limits")
@@ -112,7 +138,7 @@ def _clean(raw: RawTables, source: Source, config: PrepareConfig, dropped: dict[
 
 
 def _items(raw: RawTables, events: ibis.Table, source: Source, config: PrepareConfig) -> pa.Table:
-    """The catalogue in the order of its indices; without a limit on users per item, items nobody touched stay in it."""
+    """The catalogue in the order of its indices; without a limit on users per item, it keeps items without events."""
     items = raw.items
     if config.k_core.min_users_per_item:
         items = items.semi_join(events.filter(_.behavior.isin(source.target_behaviors)), "item_id")
@@ -134,14 +160,6 @@ def _sorted_events(events: ibis.Table) -> pa.Table:
     order = ["user", "session", "timestamp", "strength", "item"]
     table = events.order_by([*order, *extra]).select(*columns, *extra).to_pyarrow()
     return table.set_column(columns.index("session"), "session", table["session"].cast(pa.int32()))
-
-
-def _known_users(queries: ibis.Table, events: ibis.Table) -> pa.Table:
-    return (
-        queries.semi_join(events, "user_id")
-        .order_by(list(dict.fromkeys(["user_id", "timestamp", *queries.columns])))
-        .to_pyarrow()
-    )
 
 
 def _scatter(index: pa.ChunkedArray, values: pa.ChunkedArray, size: int) -> list[int]:

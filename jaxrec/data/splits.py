@@ -1,4 +1,4 @@
-"""Sessions and splits: which part of a user's log is held out."""
+"""Sessions, and the split of a user's log into training, validation and test."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class TimeSplit:
 def number_sessions(events: ibis.Table, source: Source) -> ibis.Table:
     """Adds `session` (0, 1, 2 .. inside a user, in time order) and `strength`, the rank of the behavior.
 
-    Leave-one-out holds out single events, so there a session is one target event with the weaker events that led to it.
+    Leave-one-out holds out single events, so there a session is one target event with the weaker events before it.
     """
     strength = ibis.cases(*((_.behavior == name, rank) for rank, name in enumerate(source.behaviors)), else_=-1)
     events = events.mutate(strength=strength.cast("int32"))
@@ -47,8 +47,8 @@ def assign_splits(engine: BaseBackend, events: ibis.Table, source: Source, confi
     """Adds `split` in {train, valid, test}, a function of (user, session) that never falls along a user's sessions.
 
     - leave_one_out, last_session: the last session with a target event is test, the one before it valid. Sessions
-      without a target event belong to the split of the next one with; after the last they are dropped. Users with
-      fewer than three sessions with targets are all train.
+      without a target event belong to the split of the next session with one; those after the last are dropped. All
+      sessions of users with fewer than three sessions with targets are train.
     - time: a session is valid or test when it, or one before it, ended at or after the boundary. So no event of train
       happens after the boundary.
 

@@ -1,15 +1,23 @@
-"""Tables: what a source hands over, the engine that works on them, and the folder that everybody else reads.
+"""Tables: the raw tables of a source, the engine that computes on tables, and the prepared folder.
 
 A source reads logs into a `RawTables`: ibis tables on one engine (DuckDB by default; nothing below is DuckDB's own
 except `connect`, and `jaxrec.data.spark` connects to Spark). `jaxrec.data.prepare` cleans, splits and indexes them and
 writes the folder that `Tables` reads:
 
-    items.parquet    sorted by item_id; the row number is the item index used everywhere later
-    events.parquet   sorted by (user, session, timestamp, strength of the behavior, item)
-    users.parquet    sorted by user_id; the row number is the user index
-    pairs.parquet    item pairs that belong together, see `jaxrec.data.pairs`
-    statistics.json  what is in the tables, and what was dropped and why
-    queries.parquet, live_streams.parquet ... where the source has them
+    items.parquet        sorted by item_id; the row number is the item index used everywhere later
+    events.parquet       sorted by (user, session, timestamp, strength of the behavior, item)
+    users.parquet        sorted by user_id; the row number is the user index
+    pairs.parquet        item pairs that belong together, see `jaxrec.data.pairs`
+    statistics.json      counts of the tables, and the rows that were dropped, by reason
+
+Where the source has searches or suggestions (`jaxrec.data.queries`):
+
+    searches.parquet     sorted by (user, timestamp); the row number is the column `search` of events.parquet
+    suggestions.parquet  sorted by (user, timestamp, prefix)
+    queries.parquet      the distinct queries, sorted; the row number is the index of a query
+    prefixes.parquet     the distinct prefixes, sorted; the row number is the index of a prefix
+
+Further tables of a source (`RawTables.extra`) are written under their own names: live_streams.parquet.
 """
 
 import json
@@ -37,6 +45,12 @@ from jaxrec.data.spark import store_rows
 SPLITS = ("train", "valid", "test")
 Split = Literal["leave_one_out", "last_session", "time"]
 
+FEEDBACK = ("order", "item_click", "click", "show", "not_show", "random")
+"""The feedback on a suggested query, strongest first (OneSug Table 1): an item bought through the query; an item
+clicked through it; the query clicked; shown; recalled and not shown; drawn at random from the candidates."""
+CHOSEN = FEEDBACK[:3]
+"""The feedback on a suggested query that the user chose."""
+
 EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "behavior", "session_id")
 
 # In the names of tables that `store` makes, and in no other.
@@ -46,26 +60,31 @@ _PRIME = 2_147_483_647
 
 @dataclass(frozen=True)
 class RawTables:
-    """What a source hands over, before cleaning. All ibis tables live on `engine`."""
+    """A source's tables before cleaning. All ibis tables live on `engine`."""
 
     engine: BaseBackend
     """The ibis backend that holds the tables."""
     items: ibis.Table
     """item_id str, title str, text str, category str, brand str, price float64 and any further attributes."""
     events: ibis.Table
-    """user_id str, item_id str, timestamp int64 seconds, behavior str, session_id str; no nulls; or more."""
-    queries: ibis.Table | None = None
-    """user_id str, timestamp int64, prefix str, query str, feedback str."""
+    """user_id str, item_id str, timestamp int64 seconds, behavior str, session_id str; no nulls; optional further
+    columns. `search_id` str is the search that led to the event, null for none."""
+    searches: ibis.Table | None = None
+    """search_id str (unique), user_id str, timestamp int64 seconds, query str, session_id str; no nulls. A session_id
+    names one session of the user in all three tables."""
+    suggestions: ibis.Table | None = None
+    """user_id str, timestamp int64 seconds, prefix str, query str, feedback str (of FEEDBACK), session_id str; no
+    nulls. The rows of one (user_id, timestamp, prefix) are the queries suggested for one typed prefix."""
     extra: dict[str, ibis.Table] = field(default_factory=dict)
-    """Further tables, by the name of the file that they become."""
+    """Further tables, by the name of their file in the prepared folder."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows that the source itself left out, by reason."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Entries for statistics.json that only the source knows."""
+    """Entries that the source adds to statistics.json."""
 
 
 class Source(Protocol):
-    """Where the logs come from: a frozen dataclass whose fields are its configuration."""
+    """A place that logs come from: a frozen dataclass whose fields are its configuration."""
 
     split: Split
 
@@ -75,7 +94,7 @@ class Source(Protocol):
 
     @property
     def target_behaviors(self) -> tuple[str, ...]:
-        """The behaviors that are to be predicted."""
+        """The behaviors that are predicted."""
 
     def load(self) -> RawTables:
         """Reads the logs. Raises UserError where they can't be used."""
@@ -97,7 +116,7 @@ class Tables:
 
     @classmethod
     def read(cls, folder: Path, event_columns: Sequence[str] | None = None) -> "Tables":
-        """Reads a prepared folder; `event_columns` limits what is read of the largest file.
+        """Reads a prepared folder; `event_columns` are the columns read of events.parquet, the largest file.
 
         Raises:
           UserError: the folder holds no prepared tables.
@@ -114,8 +133,8 @@ class Tables:
 def connect() -> BaseBackend:
     """A fresh embedded DuckDB. Results don't depend on its threads: wherever order matters, it is explicit.
 
-    What is larger than its memory goes into the folder of `spilling_into`, else of the system's temporary files. The
-    memory is $JAXREC_DUCKDB_MEMORY, such as 8GB, or half of the machine's.
+    Results larger than its memory are spilled to the folder of `spilling_into`, else to the system's temporary files.
+    The memory is $JAXREC_DUCKDB_MEMORY, such as 8GB, or half of the machine's.
 
     Raises:
       UserError: $JAXREC_DUCKDB_MEMORY is no size.
@@ -137,7 +156,7 @@ _SPILL: ContextVar[Path | None] = ContextVar("spill", default=None)
 
 @contextmanager
 def spilling_into(folder: Path) -> Iterator[None]:
-    """Engines that are connected inside keep in `folder` what exceeds their memory; it is removed at the end."""
+    """Engines connected inside spill to `folder` what exceeds their memory; the folder is removed at the end."""
     token = _SPILL.set(folder)
     try:
         yield
@@ -184,7 +203,7 @@ def free(engine: BaseBackend, table: ibis.Table) -> None:
 
 
 def is_stored(table: ibis.Table) -> bool:
-    """Whether this is a table that `store` made, not an expression or a table of somebody else."""
+    """Whether `store` made this table; False for an expression or any other table."""
     operation = table.op()
     return isinstance(operation, DatabaseTable) and operation.name.startswith(f"ibis_{_STORED}_")
 

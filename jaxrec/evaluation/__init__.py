@@ -6,7 +6,7 @@ rows = evaluate(models, cases) + evaluate_ties_shuffled(records, num_items, targ
 """
 
 from jaxrec.evaluation.baselines import Recommender, fit_baselines
-from jaxrec.evaluation.cases import Cases, make_cases, shuffle_ties, tied_fraction
+from jaxrec.evaluation.cases import Cases, make_cases, prefix_cases, search_cases, shuffle_ties, tied_fraction
 from jaxrec.evaluation.comparison import comparison_tables, evaluate, evaluate_ties_shuffled, standing_table, standings
 from jaxrec.evaluation.metrics import id_accuracy, ranking_metrics, validity_rate
 
@@ -19,7 +19,9 @@ __all__ = [
     "fit_baselines",
     "id_accuracy",
     "make_cases",
+    "prefix_cases",
     "ranking_metrics",
+    "search_cases",
     "shuffle_ties",
     "standing_table",
     "standings",

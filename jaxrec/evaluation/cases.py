@@ -1,41 +1,57 @@
-"""Test cases cut from what users did: the history before a session, and the items that the session then held.
+"""Test cases: a history, optionally a query or a prefix, and the truths.
 
-The order of events with equal timestamps is an accident of storage, yet a model can learn it (data sets stored in the
-order of their item ids leak the answer). `shuffle_ties` makes the same data without that accident.
+    make_cases     history before a session          truths: the items of the session
+    search_cases   history before a search, query    truths: the items that the search led to
+    prefix_cases   history before a prefix, prefix   truths: the suggested queries that the user chose
+
+No history holds an event, a search or a suggestion at or after the time of its question. Feedback on the suggestions of
+the question's own session is left out too, since it was given at an unknown later time.
+
+The order of events with equal timestamps is an accident of storage, yet a model can learn that order (data sets stored
+in the order of their item ids leak the truths). `shuffle_ties` puts such events in random order.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jaxrec.config import UserError
 from jaxrec.data.features import asked_at
-from jaxrec.data.tables import SPLITS
+from jaxrec.data.searches import before_moment, before_session, led_to
+from jaxrec.data.tables import CHOSEN, FEEDBACK, SPLITS
 
 History = dict[str, np.ndarray]
 Record = dict[str, np.ndarray]
 
-EVENT_FIELDS = ("item", "behavior", "timestamp", "session")
-
 
 @dataclass(frozen=True)
 class Cases:
-    """U questions with their answers, as rectangles padded to the longest list of targets."""
+    """U histories with their truths, as rectangles padded to the longest list of truths."""
 
     users: np.ndarray
     """int32 [U]."""
     histories: list[History]
-    """One a case: item int32 [T], behavior int8 [T], timestamp int64 [T], session int32 [T], T >= 1; `user` int32;
-    `now` int: when the target session begins or, where the record doesn't tell (`answer_time`), the last event's time.
+    """One a case: item int32 [T], behavior int8 [T], timestamp int64 [T], session int32 [T]; `user` int32; `now` int:
+    the start of the target session, or the time of the search or prefix. Where `answer_time` of the record is False,
+    `now` is the time of the last event or search of the history instead. T >= 1 in a case of a session.
+
+    Of a record with searches or suggestions, also their fields (`jaxrec.data.examples.Record`, without the split). In a
+    case of a search: `query` int32, a row of queries.parquet. In a case of a prefix: `prefix` int32, a row of
+    prefixes.parquet.
     """
     targets: np.ndarray
-    """int32 [U, L], distinct within a row, -1 where `where` is False."""
+    """int32 [U, L], distinct within a row, -1 where `where` is False: items, or queries in cases of prefixes."""
     where: np.ndarray
     """bool [U, L]."""
     new: np.ndarray
-    """bool [U, L]: the targets that the user's history does not hold under a target behavior."""
+    """bool [U, L]: the truths that are not in the history: items under a target behavior, queries as searches."""
     cold: int = 0
-    """Users left out because nothing comes before their target session."""
+    """Users left out because their history is empty; cases of searches and prefixes may have an empty history."""
+    levels: np.ndarray | None = None
+    """int8 [U, L], in cases of prefixes: the strongest feedback on each query, an index in FEEDBACK; -1 in the padding.
+    """
 
     def __len__(self) -> int:
         return len(self.histories)
@@ -44,15 +60,17 @@ class Cases:
         """The cases of these rows, e.g. `cases.take(range(256))` for a quick look during training."""
         rows = np.asarray(rows, np.int64)
         histories = [self.histories[row] for row in rows]
-        return Cases(self.users[rows], histories, self.targets[rows], self.where[rows], self.new[rows])
+        levels = None if self.levels is None else self.levels[rows]
+        arrays = (self.targets[rows], self.where[rows], self.new[rows])
+        return Cases(self.users[rows], histories, *arrays, levels=levels)
 
 
 def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split: str = "test") -> Cases:
-    """Cases of one split: the targets are what `split` holds, the history is all that came before their first session.
+    """One case a user: the truths are the target items of `split`, the history is all before their first session.
 
     A record is one user's events in order with `split` int8 [T] (index into SPLITS). Only events whose behavior is one
-    of `target_behaviors` are targets; sessions of the split that hold none and come before belong to the history. Users
-    without a target are left out, users without a history too, and counted.
+    of `target_behaviors` are truths; earlier sessions of the split without a truth belong to the history. Users without
+    a truth are left out. Users without a history are left out and counted.
     """
     place = SPLITS.index(split)
     users, histories, targets, new, cold = [], [], [], [], 0
@@ -69,12 +87,86 @@ def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split
             continue
         now = asked_at(record, int(np.argmin(before)))
         users.append(int(record["user"]))
-        history = {field: record[field][before] for field in EVENT_FIELDS}
+        history = before_session(record, record["session"][first])
         histories.append({**history, "now": now, "user": np.int32(record["user"])})
         targets.append(answer)
         new.append(~np.isin(answer, record["item"][wanted & before]))
     padded, where = _pad(targets, -1, np.int32)
     return Cases(np.array(users, np.int32), histories, padded, where, _pad(new, False, bool)[0], cold)
+
+
+def search_cases(records: Iterable[Record], target_behaviors: Sequence[int], split: str = "test") -> Cases:
+    """One case a search of `split` that led to target items of `split`: the truths are these items.
+
+    The history is all that happened strictly before the search, also in its own session, and may be empty.
+
+    Raises:
+      UserError: the records hold no searches.
+    """
+    place, found = SPLITS.index(split), []
+    for record in records:
+        _check_holds(record, "search_query", "searches")
+        wanted = np.isin(record["behavior"], target_behaviors)
+        truth = wanted & (record["split"] == place)
+        for search in np.flatnonzero(record["search_split"] == place):
+            truths = led_to(record, search, truth)
+            if not len(truths):
+                continue
+            history = before_moment(record, record["search_timestamp"][search], record["search_session"][search])
+            question = {"query": np.int32(record["search_query"][search])}
+            had = history["item"][np.isin(history["behavior"], target_behaviors)]
+            history |= _asked(record, history, record["search_timestamp"][search])
+            found.append((history | question, truths, ~np.isin(truths, had)))
+    return _cases_of(found)
+
+
+def prefix_cases(records: Iterable[Record], split: str = "test") -> Cases:
+    """One case a typed prefix of `split` for which the user chose a suggested query: the truths are the chosen queries.
+
+    The suggestions of one (timestamp, session, prefix) are one prefix. The history is all that happened strictly before
+    it, and may be empty. `levels` are the strongest feedback on each truth.
+
+    Raises:
+      UserError: the records hold no suggestions.
+    """
+    place, found = SPLITS.index(split), []
+    for record in records:
+        _check_holds(record, "suggestion_query", "suggestions")
+        chosen = (record["suggestion_feedback"] < len(CHOSEN)) & (record["suggestion_split"] == place)
+        names = ("suggestion_timestamp", "suggestion_session", "suggestion_prefix")
+        asked = np.stack([record[name][chosen].astype(np.int64) for name in names], axis=1)
+        for moment, session, prefix in np.unique(asked, axis=0):
+            rows = np.flatnonzero(chosen)[(asked == (moment, session, prefix)).all(1)]
+            truths, row = np.unique(record["suggestion_query"][rows], return_inverse=True)
+            levels = np.full(len(truths), len(FEEDBACK), np.int8)
+            np.minimum.at(levels, row, record["suggestion_feedback"][rows])
+            history = before_moment(record, int(moment), int(session))
+            new = ~np.isin(truths, history.get("search_query", []))
+            history |= _asked(record, history, int(moment))
+            found.append((history | {"prefix": np.int32(prefix)}, truths, new, levels))
+    levels, _ = _pad([each[3] for each in found], -1, np.int8)
+    return dataclasses.replace(_cases_of([each[:3] for each in found]), levels=levels)
+
+
+def _cases_of(found: Sequence[tuple[History, np.ndarray, np.ndarray]]) -> Cases:
+    """Cases of (history, truths, new)."""
+    histories, truths, new = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [])
+    padded, where = _pad(truths, -1, np.int32)
+    users = np.array([history["user"] for history in histories], np.int32)
+    return Cases(users, histories, padded, where, _pad(new, False, bool)[0])
+
+
+def _asked(record: Record, history: History, moment: int) -> dict:
+    """The user, and `now`: the moment, or the last time of the history where the moment is not told."""
+    if not record.get("answer_time", True):
+        times = np.concatenate([history["timestamp"], history.get("search_timestamp", [])])
+        moment = times.max(initial=0)
+    return {"now": int(moment), "user": np.int32(record["user"])}
+
+
+def _check_holds(record: Record, field: str, name: str) -> None:
+    if field not in record:
+        raise UserError(f"the records hold no {name}; use data with a table of {name}, or cases of another kind")
 
 
 def _pad(rows: list[np.ndarray], fill: int | bool, dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -87,9 +179,9 @@ def _pad(rows: list[np.ndarray], fill: int | bool, dtype: type) -> tuple[np.ndar
 
 
 def tied_fraction(records: Iterable[Record]) -> float:
-    """Share of users whose last two events carry one timestamp, so that their order means nothing.
+    """Share of users whose last two events have equal timestamps, so that their order means nothing.
 
-    0 wherever any session holds several events: the lines of a basket share their time by nature, and are one target.
+    0 if any session holds several events: the events of a basket share their timestamp by nature, and are one target.
     """
     tied = users = 0
     for record in records:
@@ -101,11 +193,12 @@ def tied_fraction(records: Iterable[Record]) -> float:
 
 
 def shuffle_ties(record: Record, seed: int) -> Record:
-    """The same events with those of equal timestamp in random order; `session` and `split` stay with the position.
+    """The record with events of equal timestamp in random order; `session` and `split` keep their positions.
 
-    So the last event is still the test item, but which of the tied events that is, chance decides. Depends on `seed`
-    and the user alone, never on the order of the records.
+    So the last position is still the test item, and which of the tied events stands there is random. The order depends
+    on `seed` and the user alone, not on the order of the records.
     """
     chance = np.random.default_rng([seed, int(record["user"])]).random(len(record["item"]))
     order = np.lexsort((chance, record["timestamp"]))
-    return {**record, "item": record["item"][order], "behavior": record["behavior"][order]}
+    moved = (field for field in ("item", "behavior", "search") if field in record)
+    return {**record, **{field: record[field][order] for field in moved}}

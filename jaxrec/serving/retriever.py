@@ -39,6 +39,7 @@ from jaxrec.serving.schema import MAX_K, Answer, Event, Item, Request
 LOG = logging.getLogger(__name__)
 SPARE = 1 << 16
 """New items that a recommender without semantic IDs has room for."""
+NO_QUERIES = "reads no queries; leave query and prefix out of the request, and searches out of its history"
 NOTHING_ALLOWED = "the filters of this request allow no item of the catalogue"
 DEPTHS = (10, 50, 100, MAX_K)
 """The model ranks to one of these depths: a program is compiled for each at most."""
@@ -253,8 +254,10 @@ class Retriever:
         Removed items are history too. Ids that the request blocks or allows are looked up as well.
 
         Raises:
-          UserError: an unknown behavior.
+          UserError: an unknown behavior, or a query for a recommender that reads none.
         """
+        if request.has_query and not getattr(self.recommender, "reads_queries", False):
+            raise UserError(f"the system {self.system!r} of this run {NO_QUERIES}")
         version = version or self.catalogue.current
         ignored = [item for item in [*(request.blocked or ()), *(request.allowed or ())] if version.row(item) is None]
         if request.history is None:

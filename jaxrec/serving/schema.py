@@ -1,10 +1,11 @@
-"""Requests and answers: what a line of a request file, or the body of a POST, may say."""
+"""Requests and answers: the fields of a line of a request file, and of the body of a POST."""
 
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -14,6 +15,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from jaxrec.catalogue.predicates import parse_where
 from jaxrec.config import UserError
@@ -24,6 +26,8 @@ MAX_LISTED = 10_000
 """Item ids that a request may block or allow; what is more is a filter."""
 MAX_TEXT = 10_000
 """Characters of an id or a name."""
+MAX_QUERY = 1_000
+"""Characters of a query or a prefix."""
 MAX_SENTENCE = 500
 """Characters of an error, which may quote what a request holds."""
 HALF = "holds half a character (a lone surrogate); give whole ones"
@@ -31,8 +35,16 @@ NESTED = "this is no JSON: nested too deeply"
 MILLISECONDS = 100_000_000_000
 """Seconds reach this in the year 5138; a larger time is in milliseconds."""
 
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "is empty; give the typed text, or leave it out")
+    return text
+
+
 # The length is what has pydantic read the text as Unicode: without it a lone surrogate would pass.
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+Query = Annotated[str, StringConstraints(max_length=MAX_QUERY), AfterValidator(_not_blank)]
 Seconds = Annotated[int, Field(ge=0, lt=MILLISECONDS, strict=True)]
 
 
@@ -41,19 +53,24 @@ class NoJsonError(UserError):
 
 
 class Event(BaseModel):
-    """One thing that a user did."""
+    """An event of a user, or a search: an entry with a query and without an item."""
 
     model_config = ConfigDict(extra="forbid")
 
-    item_id: Text = Field(description="An item of the catalogue that the run was trained on.")
+    item_id: Text | None = Field(None, description="An item of the catalogue that the run was trained on.")
     behavior: Text | None = Field(None, description="Default: the weakest behavior that counts as a target.")
     timestamp: Seconds | None = Field(
         None, description="Seconds since 1970; events of one timestamp are one session. Give it for all or for none."
     )
+    query: Query | None = Field(
+        None,
+        description="Without item_id: a search of the user. With it: the query of the search that led to the event.",
+    )
 
 
 class Request(BaseModel):
-    """Who asks: a user that the run knows, or a history given inline, oldest first."""
+    """A user that the run knows, or a history given inline, oldest first. Product search adds a query, query suggestion
+    a prefix."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -66,12 +83,15 @@ class Request(BaseModel):
                     "filter": {"category": ["shoes", "bags"], "price": {"min": 5, "max": 20}, "in_stock": True},
                     "blocked": ["1003037"],
                 },
+                {"history": [{"query": "boots"}, {"item_id": "1003037", "query": "boots"}], "query": "rain boots"},
             ]
         },
     )
 
     user_id: Text | None = Field(None, description="A user of the run; one that it does not know gets popular items.")
     history: Annotated[list[Event], Field(max_length=MAX_HISTORY)] | None = None
+    query: Query | None = Field(None, description="The query that items are wanted for, as typed.")
+    prefix: Query | None = Field(None, description="The typed prefix that queries are wanted for, as typed.")
     k: int = Field(10, ge=1, le=MAX_K, strict=True, description="The most items wanted.")
     exclude_history: bool = Field(
         False,
@@ -105,10 +125,29 @@ class Request(BaseModel):
     def _one_source(self) -> "Request":
         if (self.user_id is None) == (self.history is None):
             raise ValueError("give either user_id or history")
+        if self.query is not None and self.prefix is not None:
+            raise ValueError("give either query or prefix")
+        for place, event in enumerate(self.history or ()):
+            if event.item_id is None:
+                _check_search(place, event)
         timed = {event.timestamp is not None for event in self.history or ()}
         if len(timed) == 2:
             raise ValueError("some events of the history have a timestamp and some have none; give it for all or none")
         return self
+
+    @property
+    def has_query(self) -> bool:
+        """Whether the request or its history holds a query or a prefix."""
+        asked = self.query is not None or self.prefix is not None
+        return asked or any(event.query is not None for event in self.history or ())
+
+
+def _check_search(place: int, event: Event) -> None:
+    """Raises ValueError unless an entry of a history without an item is a search."""
+    if event.query is None:
+        raise ValueError(f"history[{place}].item_id is missing")
+    if event.behavior is not None:
+        raise ValueError(f"history[{place}].behavior is given without an item_id; leave it out of a search")
 
 
 class Item(BaseModel):
@@ -183,6 +222,8 @@ def _explain(error: dict[str, Any]) -> str:
             return str(error["ctx"]["error"])
         case "string_unicode":
             return f"{where} {HALF}"
+        case "blank":
+            return f"{where} {error['msg']}"
         case "less_than" if path[-1] in ("timestamp", "now"):
             return f"{where} is {_shown(error['input'])}, which looks like milliseconds; give seconds since 1970"
     return f"{where} {error['msg'].removeprefix('Input ')}, not {_shown(error['input'])}"

@@ -54,8 +54,8 @@ def co_occurrence(log: pa.Table, config: PrefixConfig = PrefixConfig()) -> CoOcc
     """Counts which queries followed which prefixes.
 
     Args:
-      log: prefix str, query str, feedback str, one row a suggestion, as in queries.parquet. Rows without a prefix or
-        a query are left out. A prefix whose queries were all passed over is kept, with none.
+      log: prefix str, query str, feedback str, one row a suggestion: the train rows of suggestions.parquet. Rows
+        without a prefix or a query are left out. A prefix without a query that counts is kept, with no query.
 
     Raises:
       UserError: a column is missing, or no query of the log has the wanted feedback.

@@ -35,7 +35,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Typed:
-    """A column converted to the type that it should have, with the checks that it could be."""
+    """A column converted to its type, with the checks that every value can be converted."""
 
     value: ibis.Value
     checks: list[Check]
@@ -70,7 +70,7 @@ def check_words(path: Path, table: ibis.Table, texts: Sequence[str], ids: Sequen
     12.0 and '12' would be two users, and 123456789012 is 1.23456789012e+11.
 
     Raises:
-      UserError: a column isn't; those that the table doesn't have are passed over.
+      UserError: a column is of another type. Columns that the table lacks are skipped.
     """
     for name in (name for name in (*ids, *texts) if name in table.columns):
         kind = table[name].type()
@@ -95,7 +95,7 @@ def choice(table: ibis.Table, column: str, allowed: Sequence[str], mend: str) ->
 
 
 def as_number(table: ibis.Table, column: str) -> Typed:
-    """A column of finite numbers or nulls as float64; NaN is null, as where it stands for a missing number."""
+    """A column of finite numbers or nulls as float64; NaN is null, a missing number."""
     value = table[column]
     if value.type().is_floating():
         number = ibis.ifelse(value.isnan(), None, value.cast("float64"))

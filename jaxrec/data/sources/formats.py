@@ -40,7 +40,7 @@ _LONGEST_FIELD = 1 << 24
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is read of a file."""
+    """The columns that are read of a file."""
 
     names: tuple[str, ...]
     """Columns that jaxrec knows. Upper and lower case are the same in their names."""

@@ -145,7 +145,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _fault(line: str) -> str:
-    """What is wrong with the first bad event of a line."""
+    """The fault of the first bad event of a line."""
     position, token = next((n, token) for n, token in enumerate(line.split(), 1) if not _TOKEN.fullmatch(token))
     shown = token if len(token) <= 60 else token[:60] + "..."
     fields = token.split("+")
@@ -171,7 +171,7 @@ def _visits(pause: np.ndarray, starts: np.ndarray, lengths: list[int], gap: int)
 
 
 def _items(item: np.ndarray, category: np.ndarray) -> pa.Table:
-    """One row an item; where it is in several categories, the one seen first. A number is all that is known of each."""
+    """One row an item; with the first of its categories. Nothing but its number is known of an item."""
     distinct, first = np.unique(item, return_index=True)
     ids, categories = pa.array(distinct).cast(pa.string()), pa.array(category[first]).cast(pa.string())
     join = pc.binary_join_element_wise

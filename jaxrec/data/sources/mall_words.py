@@ -1,4 +1,9 @@
-"""Words of the synthetic mall: what a taste is called, what its items are called, what is typed to find them."""
+"""Words of the synthetic mall: names of tastes, titles of items, queries."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
 
 NOUNS = (
     "running shoes", "coffee beans", "garden tools", "phone cases", "board games", "winter coats", "cat food",
@@ -19,10 +24,16 @@ def goods(taste: int) -> str:
 
 
 def item_title(kind: str, index: int, scenario: str) -> str:
-    """'Blue running shoes no. 17', and for a video or a stream what it is."""
+    """'Blue running shoes no. 17', with the format of a video or a stream."""
     return FORMATS[scenario].format(f"{COLORS[index % len(COLORS)].capitalize()} {kind} no. {index}")
 
 
-def query_of(kind: str) -> str:
-    """What is typed to find goods."""
-    return kind
+def queries_of(kind: str) -> tuple[str, ...]:
+    """The queries for a kind of goods, the most frequent first; some begin alike, so that a prefix leaves a choice."""
+    return kind, f"{kind} sale", f"cheap {kind}", f"best {kind}"
+
+
+def identifiers(prefix: str, index: Sequence[int] | np.ndarray, size: int) -> pa.Array:
+    """Identifiers whose text order is their number order: i007."""
+    width = len(str(size - 1))
+    return pa.array([f"{prefix}{i:0{width}d}" for i in range(size)], pa.string()).take(pa.array(index))

@@ -10,15 +10,15 @@ The catalogue holds product cards, short videos that sell one product, and live 
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from jaxrec.config import UserError, fingerprint
-from jaxrec.data.sources.mall_words import goods, item_title, query_of
+from jaxrec.config import UserError, fingerprint, to_json
+from jaxrec.data.sources.mall_searches import Searches, plant_searches, searches_table, suggestions_table
+from jaxrec.data.sources.mall_words import goods, identifiers, item_title
 from jaxrec.data.tables import RawTables, Split, connect, store
 
 DAY = 86_400
@@ -59,25 +59,54 @@ class SyntheticMall:
     """How validation and test are held out."""
     seed: int = 0
     """Seed of everything."""
+    searched: float = 0.0
+    """Probability that a session's basket is searched for; half as often the browsed items are, a tenth as often a
+    search leads to nothing. With 0 there are no searches and no suggestions. The other logs do not depend on it."""
 
     def fingerprint(self) -> str:
-        """Of this configuration, which is all that the logs depend on."""
-        return fingerprint("synthetic_mall", self)
+        """Of this configuration, on which alone the logs depend; `searched` counts where there are searches."""
+        values = to_json(self)
+        if not self.searched:
+            del values["searched"]
+        return fingerprint("synthetic_mall", values)
 
     def load(self) -> RawTables:
         """Makes the logs. Raises UserError for sizes that can't be."""
         self._check()
         mall, engine = _plant(self), connect()
-        events, queries = _events(self, mall), _queries(self, mall)
-        best = {f"recall@{k}": best_possible_recall(self, mall, k) for k in (1, 5, 10, 50)}
+        facts = {"best_possible": {f"recall@{k}": best_possible_recall(self, mall, k) for k in (1, 5, 10, 50)}}
+        searches, tables = None, {}
+        if self.searched:
+            searches, size = self.plant_searches(), (self.users, self.sessions_per_user)
+            tables = {"searches": searches_table(searches, *size), "suggestions": suggestions_table(searches, *size)}
+            facts["best_possible_search"] = {f"recall@{k}": self.best_possible_search(k) for k in (1, 5, 10, 50)}
         return RawTables(
             engine,
             store(engine, _items(self, mall)),
-            store(engine, events),
-            store(engine, queries),
+            store(engine, _events(self, mall, searches)),
+            **{name: store(engine, table) for name, table in tables.items()},
             extra={"live_streams": store(engine, _live_streams(self, mall))},
-            facts={"best_possible": best},
+            facts=facts,
         )
+
+    def plant_searches(self) -> Searches:
+        """The searches and suggestions, with their planted truth."""
+        mall = _plant(self)
+        before_shown = max(10 * self.exposures_per_session - 5, 0)
+        basket = mall.taste_of_item[mall.basket[..., 0]]
+        browsed = mall.taste_of_item[mall.browsed[..., 0]] if self.browsed_per_session else np.full_like(basket, -1)
+        rng = np.random.default_rng([self.seed, 5])
+        return plant_searches(rng, (basket, browsed), _session_starts(self) + before_shown, self.tastes, self.searched)
+
+    def best_possible_search(self, k: int) -> float:
+        """Exact expected recall@k, on baskets of one taste, of an oracle who knows the shares and the searched taste.
+
+        The mean over the tastes of the users' last baskets.
+        """
+        mall = _plant(self)
+        worth = _worth(self, mall)
+        best = [np.sort(worth[mall.taste_of_item == taste])[::-1][:k].sum() for taste in range(self.tastes)]
+        return float(np.mean(np.array(best)[mall.taste_of_item[mall.basket[:, -1, 0]]]))
 
     def best_possible_recall(self, k: int) -> float:
         """Exact expected recall@k, on each user's last basket, of an oracle who knows the planted shares and tastes."""
@@ -91,14 +120,14 @@ class SyntheticMall:
             raise UserError(f"tastes_per_user={self.tastes_per_user} must be between 1 and tastes={self.tastes}")
         if self.users < 1 or self.sessions_per_user < 1:
             raise UserError("users and sessions_per_user must be at least 1")
-        for name in ("surprise", "recommended"):
+        for name in ("surprise", "recommended", "searched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)} is a probability; give a number from 0 to 1")
 
 
 @dataclass(frozen=True)
 class Mall:
-    """The planted truth and what the shoppers did. U users, T sessions, I items, J tastes of a user."""
+    """The planted truth and the actions of the shoppers. U users, T sessions, I items, J tastes of a user."""
 
     taste_of_item: np.ndarray
     """int64 [I]"""
@@ -143,10 +172,7 @@ def best_possible_recall(config: SyntheticMall, mall: Mall, k: int) -> float:
     P(z) = (1 - surprise) [z announced] + surprise w(z). Recall is linear in the items, so item i is worth
     P(taste of i) mean_n(inclusion_n(i) / n), and the k items worth most are the best list.
     """
-    worth = np.zeros(config.items)
-    for taste in range(config.tastes):
-        inside = np.flatnonzero(mall.taste_of_item == taste)
-        worth[inside] = np.mean([inclusion(mall.share[inside], size) / size for size in BASKET_SIZES], axis=0)
+    worth = _worth(config, mall)
     rows = np.arange(config.users)
     belief = np.zeros((config.users, config.tastes))
     belief[rows[:, None], mall.user_tastes] = config.surprise * mall.user_weights
@@ -156,6 +182,15 @@ def best_possible_recall(config: SyntheticMall, mall: Mall, k: int) -> float:
         values = user_belief[mall.taste_of_item] * worth
         total += np.sort(values)[::-1][:k].sum()
     return float(total / config.users)
+
+
+def _worth(config: SyntheticMall, mall: Mall) -> np.ndarray:
+    """The expected recall that each item adds to a list when the basket is of its taste: float64 [I]."""
+    worth = np.zeros(config.items)
+    for taste in range(config.tastes):
+        inside = np.flatnonzero(mall.taste_of_item == taste)
+        worth[inside] = np.mean([inclusion(mall.share[inside], size) / size for size in BASKET_SIZES], axis=0)
+    return worth
 
 
 @functools.lru_cache(maxsize=2)
@@ -212,7 +247,7 @@ def _draw_tastes(rng: np.random.Generator, tastes: np.ndarray, weights: np.ndarr
 def _draw_shown(
     rng: np.random.Generator, taste_of_item: np.ndarray, tastes: np.ndarray, weights: np.ndarray, config: SyntheticMall
 ) -> np.ndarray:
-    """What a recommender that knows the users' tastes, but not what they are after today, chooses: int64 [U, T, 2 n].
+    """The items chosen by a recommender that knows the users' tastes, but not the taste of today: int64 [U, T, 2 n].
 
     It puts items of the user's tastes first, so that they are shown rather than chosen in vain.
     """
@@ -250,64 +285,50 @@ def _session_starts(config: SyntheticMall) -> np.ndarray:
     )
 
 
-def _events(config: SyntheticMall, mall: Mall) -> pa.Table:
+def _events(config: SyntheticMall, mall: Mall, searches: Searches | None = None) -> pa.Table:
     """A session, ten seconds a step: chosen in vain, shown, clicked, carted, bought (after all but the first)."""
     half = config.exposures_per_session
+    basket, browsed = [(mall.basket, 0)], [(mall.browsed, 1)]
     steps = [
-        ("pseudo_exposure", mall.shown[..., half:]),
-        ("exposure", np.concatenate([mall.shown[..., :half], mall.browsed, mall.basket], axis=-1)),
-        ("click", np.concatenate([mall.basket, mall.browsed], axis=-1)),
-        ("cart", mall.basket),
-        ("purchase", mall.basket),
+        ("pseudo_exposure", [(mall.shown[..., half:], None)]),
+        ("exposure", [(mall.shown[..., :half], None), *browsed, *basket]),
+        ("click", [*basket, *browsed]),
+        ("cart", basket),
+        ("purchase", basket),
     ]
     starts, parts, offset = _session_starts(config), [], 0
-    for behavior, items in steps:
+    for behavior, blocks in steps:
+        items = np.concatenate([block for block, _ in blocks], axis=-1)
         user, session, place = np.nonzero(items >= 0)
         item = items[user, session, place]
         parts.append(
             pa.table(
                 {
-                    "user_id": _names("u", user, config.users),
-                    "item_id": _names("i", item, config.items),
+                    "user_id": identifiers("u", user, config.users),
+                    "item_id": identifiers("i", item, config.items),
                     "timestamp": starts[user, session] + 10 * (offset + place),
                     "behavior": pa.array(np.full(len(user), behavior), pa.string()),
-                    "session_id": _names("s", session, config.sessions_per_user),
+                    "session_id": identifiers("s", session, config.sessions_per_user),
                     "scenario": pa.array(np.array(SCENARIOS)[mall.scenario[item]], pa.string()),
                 }
             )
         )
+        if searches is not None:
+            led = np.concatenate([_led(searches, block, of) for block, of in blocks], axis=-1)[user, session, place]
+            led = pa.array(led, mask=led < 0)
+            parts[-1] = parts[-1].append_column("search_id", searches.ids().take(led))
         offset += items.shape[-1]
     return pa.concat_tables(parts)
 
 
-def _queries(config: SyntheticMall, mall: Mall) -> pa.Table:
-    """What was typed before each purchase (order) and each browsed item (item_click), and one query shown in vain."""
-    rng = np.random.default_rng([config.seed, 2])
-    starts, parts = _session_starts(config), []
-    queries = [query_of(goods(taste)) for taste in range(config.tastes)]
-    random_items = mall.shown[..., :1]
-    for feedback, items in (("order", mall.basket), ("item_click", mall.browsed), ("show", random_items)):
-        user, session, place = np.nonzero(items >= 0)
-        words = [queries[taste] for taste in mall.taste_of_item[items[user, session, place]]]
-        lengths = rng.integers(2, 8, len(words))
-        parts.append(
-            pa.table(
-                {
-                    "user_id": _names("u", user, config.users),
-                    "timestamp": starts[user, session] + place,
-                    "prefix": pa.array(
-                        [word[:length] for word, length in zip(words, lengths, strict=True)], pa.string()
-                    ),
-                    "query": pa.array(words, pa.string()),
-                    "feedback": pa.array([feedback] * len(words), pa.string()),
-                }
-            )
-        )
-    return pa.concat_tables(parts)
+def _led(searches: Searches, items: np.ndarray, kind: int | None) -> np.ndarray:
+    """The number of the search that led to each of some items of a session: int64 [U, T, n], -1 for none."""
+    led = np.full(items.shape[:2], -1) if kind is None else searches.led[..., kind]
+    return np.broadcast_to(led[..., None], items.shape)
 
 
 def _items(config: SyntheticMall, mall: Mall) -> pa.Table:
-    names = _names("i", np.arange(config.items), config.items).to_pylist()
+    names = identifiers("i", np.arange(config.items), config.items).to_pylist()
     rng = np.random.default_rng([config.seed, 3])
     kinds = [goods(taste) for taste in mall.taste_of_item]
     titles = [
@@ -329,9 +350,9 @@ def _items(config: SyntheticMall, mall: Mall) -> pa.Table:
 
 
 def _live_streams(config: SyntheticMall, mall: Mall) -> pa.Table:
-    """What every live stream sells from each midnight on: up to five product cards of its taste, drawn anew."""
+    """The products of every live stream from each midnight on: up to five product cards of its taste, drawn anew."""
     rng = np.random.default_rng([config.seed, 4])
-    names = _names("i", np.arange(config.items), config.items).to_pylist()
+    names = identifiers("i", np.arange(config.items), config.items).to_pylist()
     columns: dict[str, list] = {"item_id": [], "timestamp": [], "product_ids": []}
     for stream in np.flatnonzero(mall.scenario == 2):
         cards = np.flatnonzero((mall.taste_of_item == mall.taste_of_item[stream]) & (mall.scenario == 0))
@@ -341,9 +362,3 @@ def _live_streams(config: SyntheticMall, mall: Mall) -> pa.Table:
             columns["product_ids"].append([names[i] for i in rng.permutation(cards)[:5]])
     types = {"item_id": pa.string(), "timestamp": pa.int64(), "product_ids": pa.list_(pa.string())}
     return pa.table({name: pa.array(columns[name], of) for name, of in types.items()})
-
-
-def _names(prefix: str, index: Sequence[int] | np.ndarray, size: int) -> pa.Array:
-    """Identifiers whose text order is their number order: i007."""
-    width = len(str(size - 1))
-    return pa.array([f"{prefix}{i:0{width}d}" for i in range(size)], pa.string()).take(pa.array(index))

@@ -1,0 +1,119 @@
+"""The last searches and items of a user before a moment, as fixed-shape arrays (NumPy; no model and no tokenizer here).
+
+    record  event     a     b   c d      recent_queries(record, 2, 25)   query [x y]  mask [1 1]
+            search      x y     y        recent_items(record, 3, 25)     item  [a b c]  item_query [- y y]
+            time      0 ... 10 20 30
+
+Queries are rows of queries.parquet, -1 for none: a text or its tokens are looked up in an array by them. Sequences are
+aligned left, the oldest entry first.
+"""
+
+import numpy as np
+
+from jaxrec.data.examples import SEARCH_DTYPES, SUGGESTION_DTYPES, Record
+
+NO_QUERY = -1
+
+
+def recent_queries(record: Record, count: int, moment: int | None = None) -> dict[str, np.ndarray]:
+    """The last searches strictly before `moment` (Unix seconds; None: all of the record).
+
+    Returns:
+      query int32 [count], NO_QUERY in the padding; query_timestamp int64 [count]; query_mask bool [count].
+    """
+    index = np.flatnonzero(_before(record["search_timestamp"], moment))
+    index = index[max(len(index) - count, 0) :]
+    return {
+        "query": _padded(record["search_query"][index], count, np.int32, NO_QUERY),
+        "query_timestamp": _padded(record["search_timestamp"][index], count, np.int64),
+        "query_mask": np.arange(count) < len(index),
+    }
+
+
+def recent_items(
+    record: Record, count: int, moment: int | None = None, *, wanted: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The last events strictly before `moment` (Unix seconds; None: all of the record), in order of time.
+
+    Args:
+      wanted: bool [behaviors], the behaviors that are read, such as clicks; None for all.
+
+    Returns:
+      item int32 [count]; item_timestamp int64 [count]; item_query int32 [count], the query of the search that led to
+      the event, NO_QUERY for none and in the padding; item_mask bool [count].
+    """
+    keep = _before(record["timestamp"], moment)
+    if wanted is not None:
+        keep = keep & wanted[record["behavior"]]
+    index = np.flatnonzero(keep)
+    # Sessions may overlap in time, and events are stored by session.
+    index = index[np.argsort(record["timestamp"][index], kind="stable")]
+    index = index[max(len(index) - count, 0) :]
+    return {
+        "item": _padded(record["item"][index], count, np.int32),
+        "item_timestamp": _padded(record["timestamp"][index], count, np.int64),
+        "item_query": _padded(query_of_events(record)[index], count, np.int32, NO_QUERY),
+        "item_mask": np.arange(count) < len(index),
+    }
+
+
+def query_of_events(record: Record) -> np.ndarray:
+    """The query of the search that led to each event: int32 [T], NO_QUERY for none."""
+    search = record["search"]
+    queries = np.append(record["search_query"], np.int32(NO_QUERY))
+    return queries[search]
+
+
+def led_to(record: Record, search: int, where: np.ndarray | None = None) -> np.ndarray:
+    """The distinct items that one search (its place in the record) led to, of the events in `where` bool [T]."""
+    led = record["search"] == search
+    return np.unique(record["item"][led if where is None else led & where])
+
+
+def before_moment(record: Record, moment: int, session: int) -> Record:
+    """The part of a record that was known at `moment` (Unix seconds) of `session`.
+
+    Events and searches strictly before the moment, also those of the session. Suggestions of earlier sessions alone:
+    the feedback on a suggestion comes after it, and how long after is not recorded.
+    """
+    part = {"events": record["timestamp"] < moment}
+    if "search_query" in record:
+        part["searches"] = record["search_timestamp"] < moment
+    if "suggestion_query" in record:
+        earlier = record["suggestion_session"] < session
+        part["suggestions"] = earlier & (record["suggestion_timestamp"] < moment)
+    return _select(record, **part)
+
+
+def before_session(record: Record, session: int) -> Record:
+    """The part of a record in the sessions before `session`."""
+    part = {"events": record["session"] < session}
+    if "search_query" in record:
+        part["searches"] = record["search_session"] < session
+    if "suggestion_query" in record:
+        part["suggestions"] = record["suggestion_session"] < session
+    return _select(record, **part)
+
+
+def _select(
+    record: Record, events: np.ndarray, searches: np.ndarray | None = None, suggestions: np.ndarray | None = None
+) -> Record:
+    """The rows of a record where the masks are True. A search that is not kept led to no event."""
+    part = {field: record[field][events] for field in ("item", "behavior", "timestamp", "session")}
+    if searches is not None:
+        place = np.append(np.where(searches, np.cumsum(searches) - 1, -1), -1)
+        part["search"] = place[record["search"][events]].astype(np.int32)
+        part |= {field: record[field][searches] for field in SEARCH_DTYPES if field != "search_split"}
+    if suggestions is not None:
+        part |= {field: record[field][suggestions] for field in SUGGESTION_DTYPES if field != "suggestion_split"}
+    return part
+
+
+def _before(timestamps: np.ndarray, moment: int | None) -> np.ndarray:
+    return np.ones(len(timestamps), bool) if moment is None else timestamps < moment
+
+
+def _padded(values: np.ndarray, count: int, dtype: type, fill: int = 0) -> np.ndarray:
+    result = np.full(count, fill, dtype)
+    result[: len(values)] = values
+    return result
