@@ -24,13 +24,13 @@ from jaxrec.evaluation import make_cases
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import popularity_prior
 from jaxrec.run import TRAINING, Run, read_json
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.tiger.config import TigerObjective
 from jaxrec.systems.tiger.model import TigerAssembly, fit_vocabulary, load_recommender, own_tokens
 from jaxrec.systems.tiger.training import losses, mean_loss, train
+from jaxrec.targets import SemanticIdSpace
 from jaxrec.training import checkpoint
 from jaxrec.training.step import make_state, make_step
 

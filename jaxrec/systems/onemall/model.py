@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from flax import struct
 from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
@@ -27,15 +28,24 @@ from jaxrec.models.cross_decoder import CrossDecoder
 from jaxrec.models.prior import Prior, build_prior
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.semantic_ids.table.versions import trained_space
 from jaxrec.systems.generative import load_trained
 from jaxrec.systems.onemall.config import OneMallConfig
-from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_later_embeddings
+from jaxrec.systems.recommender import GenerativeRecommender, Served, filled_up, with_later_embeddings
+from jaxrec.targets import SemanticIdSpace
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 PATCH = 1024
 """Rows of items that came later are made so many at once; of more, all rows are made again."""
+
+
+@struct.dataclass(kw_only=True)
+class OneMallServed(Served):
+    """OneMall's arrays: of all items what the model reads, and its vector of each."""
+
+    catalogue: CatalogueArrays
+    table: jax.Array
+    """float32 [I, D]"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,38 +99,38 @@ class OneMallAssembly:
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
-    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
-        """{"variables", "catalogue", "table"}: the model's vector of every item, of the trained catalogue or a version.
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> OneMallServed:
+        """The arrays of the trained catalogue, or of a version.
 
         Trained rows are as they were, but for their codes; later ones are made of what was given with them.
         """
         if version is None:
             table = _make_table(self.model, variables, self.catalogue)
-            return {"variables": variables, "catalogue": self.catalogue, "table": table}
+            return OneMallServed(variables=variables, catalogue=self.catalogue, table=table)
         changed = np.arange(len(version))
         if before is not None:
             same = np.zeros(len(version), bool)
             same[: len(before)] = (version.codes[: len(before)] == before.codes).all(1)
             changed = np.flatnonzero(~same)
-        catalogue = self._catalogue(version, None if before is None else before.served["catalogue"].prior)
+        catalogue = self._catalogue(version, None if before is None else before.served.catalogue.prior)
         if before is None or len(changed) > PATCH:
             table = self.table(variables, catalogue, np.arange(version.capacity))
         else:
             rows = np.resize(changed, PATCH)
-            table = _put(before.served["table"], rows, self.table(variables, catalogue, rows))
-        return {"variables": variables, "catalogue": catalogue, "table": table}
+            table = _put(before.served.table, rows, self.table(variables, catalogue, rows))
+        return OneMallServed(variables=variables, catalogue=catalogue, table=table)
 
-    def context(self, served: dict, arrays: dict[str, jax.Array]) -> Context:
+    def context(self, served: OneMallServed, arrays: dict[str, jax.Array]) -> Context:
         """B contexts from stacked arrays of `jaxrec.data.features.cut`."""
-        inputs, table = self.features(arrays), served["table"]
-        return self.model.apply(served["variables"], inputs, served["catalogue"], table=table, method="prefill")
+        inputs = self.features(arrays)
+        return self.model.apply(served.variables, inputs, served.catalogue, table=served.table, method="prefill")
 
-    def extend(self, served: dict, context: Context, tokens: jax.Array | None, cache: Any, level: int):
+    def extend(self, served: OneMallServed, context: Context, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
-        return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
+        return self.model.apply(served.variables, context, tokens, cache, level, method="extend")
 
-    def rescore(self, served: dict, context: Context, likelihood_weight: float) -> None:
-        """Beams are chosen by the log-probabilities."""
+    def rescore(self, served: OneMallServed, context: Context, likelihood_weight: float) -> None:
+        """None: beams are ranked by their log-probabilities."""
 
     def table(self, variables: dict, catalogue: CatalogueArrays, rows: np.ndarray) -> jax.Array:
         """The model's vectors of some rows: float32 [n, D]."""
@@ -172,7 +182,7 @@ def assemble(run: Run, config: OneMallConfig) -> OneMallAssembly:
     items = pq.read_table(run.tables / "items.parquet")
     counts = items["count"].to_numpy()
     item_ids = items["item_id"].to_pylist()
-    space = trained_space(run.semantic_ids, item_ids, counts)
+    space = SemanticIdSpace.of(trained_space(run.semantic_ids, item_ids, counts))
     attributes, sizes = attribute_indices(items, config.attributes)
     lately = read_popularity(run.tables, len(items), config.data.target_behaviors, config.popularity)
     # One event more for everybody, so that an item nobody took in training has a finite log-probability.

@@ -23,11 +23,11 @@ from jaxrec.models.vocabulary import Levels, to_tokens
 from jaxrec.nn.geometry import principal_axes
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.semantic_ids.table.versions import trained_space
 from jaxrec.systems.generative import load_trained
-from jaxrec.systems.recommender import GenerativeRecommender, filled_up, with_later_prior
+from jaxrec.systems.recommender import GenerativeRecommender, Served, filled_up, with_later_prior
 from jaxrec.systems.tiger.config import TigerConfig
+from jaxrec.targets import SemanticIdSpace
 from jaxrec.training.sharding import init_sharded
 
 START = 0
@@ -39,6 +39,14 @@ class TigerCatalogue:
 
     codes: jax.Array
     prior: Prior | None = None
+
+
+@struct.dataclass(kw_only=True)
+class TigerServed(Served):
+    """TIGER's arrays: codes int32 [I, M] of all items and, if the decoder begins with it, the prior."""
+
+    codes: jax.Array
+    prior: Prior | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,25 +137,25 @@ class TigerAssembly:
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
-    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
-        """{"variables", "codes", "prior"}: a new item is its codes, and needs nothing else."""
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> TigerServed:
+        """A new item is its codes, and needs nothing else."""
         codes, prior = self.space.codes.astype(np.int32), self.prior
         if version is not None:
             codes = filled_up(version.codes.astype(np.int32), version.capacity)
             prior = with_later_prior(prior, version, before)
-        return {"variables": variables, "codes": jnp.asarray(codes), "prior": prior}
+        return TigerServed(variables=variables, codes=jnp.asarray(codes), prior=prior)
 
-    def context(self, served: dict, arrays: dict[str, jax.Array]) -> EncodedContext:
+    def context(self, served: TigerServed, arrays: dict[str, jax.Array]) -> EncodedContext:
         """B contexts from stacked arrays of `ItemSequenceConfig.cut`."""
-        tokens, mask = self.tokens(served["codes"], arrays)
-        return self.model.apply(served["variables"], tokens, mask, False, served["prior"], method="prefill")
+        tokens, mask = self.tokens(served.codes, arrays)
+        return self.model.apply(served.variables, tokens, mask, False, served.prior, method="prefill")
 
-    def extend(self, served: dict, context: EncodedContext, tokens: jax.Array | None, cache: Any, level: int):
+    def extend(self, served: TigerServed, context: EncodedContext, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
-        return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
+        return self.model.apply(served.variables, context, tokens, cache, level, method="extend")
 
-    def rescore(self, served: dict, context: EncodedContext, likelihood_weight: float) -> None:
-        """Beams are chosen by the log-probabilities."""
+    def rescore(self, served: TigerServed, context: EncodedContext, likelihood_weight: float) -> None:
+        """None: beams are ranked by their log-probabilities."""
 
 
 def assemble(run: Run, config: TigerConfig) -> TigerAssembly:
@@ -158,7 +166,7 @@ def assemble(run: Run, config: TigerConfig) -> TigerAssembly:
     """
     items = pq.read_table(run.tables / "items.parquet", columns=["item_id", "count"])
     counts, item_ids = items["count"].to_numpy(), items["item_id"].to_pylist()
-    space = trained_space(run.semantic_ids, item_ids, counts)
+    space = SemanticIdSpace.of(trained_space(run.semantic_ids, item_ids, counts))
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
     others = config.users + (len(counts) if config.own_tokens else 0)
