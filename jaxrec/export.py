@@ -158,7 +158,12 @@ def export_modules(recommender: Any, config: ExportConfig) -> tuple[dict[str, ja
 
     A module maps (weights {name: array}, requests {name: array [batch, ...]}) to {name: array [batch, ...]}, as
     `jaxrec.targets.TargetSpace.outputs`; `batch` is symbolic.
+
+    Raises:
+      UserError: filters, where nothing is listed.
     """
+    if config.filters and not len(recommender.space):
+        raise UserError("--filters restricts listed answers, but this run generates any text; leave it out")
     leaves, tree = jax.tree_util.tree_flatten_with_path(recommender.served)
     served = {jax.tree_util.keystr(path, simple=True, separator="/"): array for path, array in leaves}
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in served.items()}

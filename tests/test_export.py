@@ -193,6 +193,8 @@ def test_loaded_with_the_library_from_histories(folder, recommender):
     answers = artefact.retrieve(inputs)
     np.testing.assert_array_equal(answers["items"], items)
     np.testing.assert_allclose(answers["scores"], scores, atol=2e-5)
+    for shown, row, score in zip(artefact.show(answers), items, answers["scores"], strict=True):
+        assert shown == [(IDS[item], value) for item, value in zip(row, score.tolist(), strict=True)]
     with pytest.raises(UserError, match="input 'user' is missing; the inputs are"):
         artefact.retrieve({name: array for name, array in inputs.items() if name != "user"})
     with pytest.raises(UserError, match="input 'allowed' is no input of this artefact"):

@@ -128,6 +128,11 @@ def test_new_items_come_and_the_texts_stay(model, retriever):
     assert [each.text for each in answer.texts] == before
 
 
+def test_an_exported_filter_needs_a_list(tmp_path):
+    with pytest.raises(UserError, match="--filters restricts listed answers, but this run generates any text"):
+        write_artefact(build(False), ITEMS, tmp_path / "artefact", ExportConfig(filters=True))
+
+
 def test_an_export_shows_the_same_texts(model, tmp_path):
     write_artefact(model, ITEMS, tmp_path / "artefact", ExportConfig(k=3, platforms=("cpu",)), {"system": "texts"})
     artefact = export.load(tmp_path / "artefact")

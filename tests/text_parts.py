@@ -20,7 +20,7 @@ BEHAVIORS = ("exposure", "purchase", "coupon")
 WANTED = np.array([False, True, True])
 LETTERS = "|abB "
 """Tokens of `Letters`; the first ends a text. Two of them read alike, and a space at an end reads as nothing."""
-FEATURES = ItemSequenceConfig(buckets=(2, 4))
+FEATURES = ItemSequenceConfig(buckets=(4,))
 
 
 class Letters:

@@ -16,7 +16,7 @@ import threading
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ class TextSpace:
     config: TextSpaceConfig = TextSpaceConfig()
     vocabulary: int = 0
     """tokens V that the model gives probabilities; 0: the tokenizer's"""
+    numbers: "TextNumbers" = field(init=False, repr=False)
+    """the numbers of texts, listed or not"""
 
     kind = "texts"
     levels = None
@@ -135,7 +137,7 @@ class TextSpace:
         """`jaxrec.decoding.text_search`, as `TargetSpace.search`."""
         if rescore is not None or candidates or not isinstance(width, int):
             raise UserError(
-                "texts are searched with one beam width and are not rescored: give neither levels nor rank head"
+                "texts are searched with one beam width and are not rescored: leave out beams a level and a rank head"
             )
         constrained = constrained and trie is not None
         return text_search(
