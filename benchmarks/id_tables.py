@@ -36,7 +36,7 @@ from jaxrec.run import console, report_user_errors
 from jaxrec.semantic_ids import FsqConfig, OpqConfig, ResidualConfig, RqVaeConfig, SemanticIdConfig
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.quality import collisions, independent_coding_rate, prefix_use, reconstruction_error
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.space import SemanticIds
 from jaxrec.text.align import AlignConfig, align, apply_all
 from jaxrec.text.encoder import embed_texts
 
@@ -100,7 +100,7 @@ def measure(x: np.ndarray, config: SemanticIdConfig, test: np.ndarray) -> dict:
     """The figures of one way to quantize x f32 [I, D]; test: int [n, 2], who should find whom."""
     books = codebooks.fit(jax.random.key(0), x, config)
     codes = codebooks.encode_catalogue(books, x, config)
-    space = SemanticIdSpace(codes, books.sizes)
+    space = SemanticIds(codes, books.sizes)
     recall, rank = found(codebooks.decode(books, space.ids), space.leaf, x, test)
     return id_figures(space) | {
         "error": round(reconstruction_error(codes, x, partial(codebooks.decode, books))[-1], 4),
@@ -109,7 +109,7 @@ def measure(x: np.ndarray, config: SemanticIdConfig, test: np.ndarray) -> dict:
     }
 
 
-def id_figures(space: SemanticIdSpace) -> dict:
+def id_figures(space: SemanticIds) -> dict:
     """What the IDs alone tell."""
     shared = collisions(space.counts)
     return {

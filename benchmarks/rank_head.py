@@ -17,8 +17,8 @@ from jaxrec.data.features import AGES
 from jaxrec.decoding import beam_search, build_trie
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.rankgr import RankConfig, RankGR, RankGRConfig
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.rankgr.model import RankGRAssembly, fit_vocabulary
+from jaxrec.targets import SemanticIdSpace
 
 SIZES, ITEMS, LENGTH, CANDIDATES = (256, 256, 256), 100_000, 50, 4
 SMALL = CausalConfig(width=128, heads=4, groups=4, head_dim=32, hidden=256, layers=2, rotary_base=1e4)
@@ -38,7 +38,7 @@ def make_search(backbone: CausalConfig, rank: RankConfig, batch: int, width: int
     counts = np.ones(ITEMS, np.int64)
     one = np.zeros(1, int)
     assembly = RankGRAssembly(model, SemanticIdSpace(codes, SIZES), ("purchase",), one == 0, one, counts)
-    served = {**assembly.serve(assembly.init(0)), "trie": build_trie(codes, SIZES)}
+    served = assembly.serve(assembly.init(0)).replace(trie=build_trie(codes, SIZES))
     arrays = {
         "item": rng.integers(0, ITEMS, (batch, LENGTH)).astype(np.int32),
         "behavior": np.zeros((batch, LENGTH), np.int32),
@@ -53,7 +53,7 @@ def make_search(backbone: CausalConfig, rank: RankConfig, batch: int, width: int
         return beam_search(
             partial(assembly.extend, served, context),
             None,
-            served["trie"],
+            served.trie,
             batch=batch,
             beam_width=width,
             rescore=assembly.rescore(served, context, 0.5 if rank.loss == "softmax" else 0.0),

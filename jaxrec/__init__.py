@@ -1,6 +1,6 @@
 """jaxrec: generative retrieval for commerce in JAX and Flax.
 
-One trained model reads what a shopper did and generates the semantic IDs of items by beam search.
+One trained model reads what a shopper did and generates the semantic IDs of items, or texts, by beam search.
 
 Dimension letters, used in einsums, names and docstrings; never another letter:
 
@@ -12,8 +12,8 @@ Dimension letters, used in einsums, names and docstrings; never another letter:
                                                             I  items
 
 Packages import only from those before them:
-config, run, page, programs, nn, losses, training, data, text, semantic_ids, models, decoding, catalogue, evaluation,
-systems, serving, export.
+config, run, page, programs, nn, losses, training, data, text, semantic_ids, models, decoding, targets, catalogue,
+evaluation, systems, serving, export.
 """
 
 __version__ = "0.1.0"

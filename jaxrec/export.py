@@ -2,8 +2,9 @@
 
     python -m jaxrec.export runs/<name> --to DIR
 
-The whole retrieval (feature arrays -> context -> beam over the trie -> items) is one function of two dictionaries of
-arrays, `(weights, requests) -> answers`, exported by `jax.export` for a batch of any size and for CPU, CUDA and TPU:
+The whole retrieval (feature arrays -> context -> beam over the trie -> items or texts) is one function of two
+dictionaries of arrays, `(weights, requests) -> answers`, exported by `jax.export` for a batch of any size and for CPU,
+CUDA and TPU:
 
     DIR/
       manifest.json             inputs, outputs, weights, sizes, versions, and the sha256 of every other file
@@ -12,6 +13,7 @@ arrays, `(weights, requests) -> answers`, exported by `jax.export` for a batch o
       catalogue.safetensors     what the model knows of the items
       trie.safetensors          the semantic IDs that the beam may say
       items.jsonl               line i (from 0) is item i: {"item_id": ...}
+      texts.jsonl, text_space.json, tokenizer.model or .json, text_tokenizer.json: of a run that answers with texts
 
 Only arrays that the function reads are written. docs/export.md describes the inputs, and has the few lines that answer
 with jax and safetensors alone; `load` is for those who have jaxrec.
@@ -46,6 +48,7 @@ from jaxrec.run import Run, console, read_json, report_user_errors, sync, track,
 from jaxrec.semantic_ids.table.versions import trained_version
 from jaxrec.systems import SYSTEMS, load_recommender
 from jaxrec.systems.generative import GenerativeRunConfig
+from jaxrec.targets import Found, load_text_space
 
 FORMAT = 1
 MANIFEST, ITEMS = "manifest.json", "items.jsonl"
@@ -55,12 +58,6 @@ FILES = {"variables": "model.safetensors", "trie": "trie.safetensors"}
 CATALOGUE = "catalogue.safetensors"
 READERS = {reader.__name__: reader for reader in (FeatureConfig, ItemSequenceConfig, LeveledSessionConfig)}
 """What makes the inputs of histories, by the name in the manifest."""
-OUTPUTS = {
-    "items": "line of items.jsonl from 0, best first; -1 = none",
-    "scores": "log-probability of the item's semantic ID, or what a rank head made of it; -inf = none",
-    "valid": "whether there is an item",
-    "nan": "the model gave NaN for this request, which has no valid item then: weights or inputs are damaged",
-}
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,12 @@ class ExportConfig:
     """What an artefact answers, and where."""
 
     k: int = 10
-    """items a request gets"""
+    """items or texts a request gets"""
     beam_width: int | None = None
     """beams; default: decoding.beam_width of the run. As many as items if that is more"""
     filters: bool = False
-    """take one more input `allowed`, bool [batch, items]: the items that each request may get"""
+    """take one more input `allowed`, bool [batch, items], or [batch, texts] of a run that answers with texts of a list:
+    what each request may get"""
     platforms: tuple[str, ...] = PLATFORMS
     """where the artefact runs"""
 
@@ -139,6 +137,7 @@ def write_artefact(
                 (partial / _module_file(length)).write_bytes(module.serialize())
             lines = (json.dumps({"item_id": item}, ensure_ascii=False) + "\n" for item in item_ids)
             (partial / ITEMS).write_text("".join(lines), encoding="utf-8")
+            recommender.space.save(partial)
             manifest["files"] = {path.name: _file_record(path) for path in sorted(partial.iterdir())}
             write_json(partial / MANIFEST, manifest | {"fingerprint": fingerprint(manifest)})
             for path in [*partial.iterdir(), partial]:
@@ -155,9 +154,14 @@ def write_artefact(
 def export_modules(recommender: Any, config: ExportConfig) -> tuple[dict[str, jax.Array], dict[int, Any]]:
     """(the arrays that the retrieval reads, by name; `jax.export.Exported` of each length bucket).
 
-    A module maps (weights {name: array}, requests {name: array [batch, ...]}) to {name of OUTPUTS: array [batch, ...]};
-    `batch` is symbolic.
+    A module maps (weights {name: array}, requests {name: array [batch, ...]}) to {name: array [batch, ...]}, as
+    `jaxrec.targets.TargetSpace.outputs`; `batch` is symbolic.
+
+    Raises:
+      UserError: filters, where nothing is listed.
     """
+    if config.filters and not len(recommender.space):
+        raise UserError("--filters restricts listed answers, but this run generates any text; leave it out")
     leaves, tree = jax.tree_util.tree_flatten_with_path(recommender.served)
     served = {jax.tree_util.keystr(path, simple=True, separator="/"): array for path, array in leaves}
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in served.items()}
@@ -168,8 +172,8 @@ def export_modules(recommender: Any, config: ExportConfig) -> tuple[dict[str, ja
         filled = [weights[name] if name in weights else jnp.zeros_like(like) for name, like in shapes.items()]
         requests = dict(requests)
         allowed = requests.pop("allowed", None)
-        items, scores, nan = recommender.retrieve(jax.tree.unflatten(tree, filled), requests, allowed, width, config.k)
-        return {"items": items, "scores": scores, "valid": items >= 0, "nan": nan}
+        found = recommender.retrieve(jax.tree.unflatten(tree, filled), requests, allowed, width, config.k)
+        return recommender.space.outputs(found)
 
     lengths = sorted(set(recommender.feature_config.buckets))
     read = _read_by(retrieve, shapes, _requests(recommender, lengths[0], config, 1))
@@ -197,8 +201,7 @@ def _requests(recommender: Any, length: int, config: ExportConfig, batch: Any) -
     arrays = _cut(_EMPTY, only, recommender.assembly.behaviors, recommender.assembly.wanted)
     shapes = {name: jax.ShapeDtypeStruct((batch, *each.shape), each.dtype) for name, each in arrays.items()}
     if config.filters:
-        items = len(recommender.assembly.space.codes)
-        shapes["allowed"] = jax.ShapeDtypeStruct((batch, items), np.dtype(bool))
+        shapes["allowed"] = jax.ShapeDtypeStruct((batch, len(recommender.space)), np.dtype(bool))
     return shapes
 
 
@@ -218,9 +221,7 @@ def _cut(history: History, config: Any, behaviors: Sequence[str], wanted: np.nda
 
 def _describe(recommender: Any, item_ids: Sequence[str], config: ExportConfig, weights: dict, modules: dict) -> dict:
     """The manifest, but for the files."""
-    assembly, space = recommender.assembly, recommender.assembly.space
-    if len(item_ids) != len(space.codes):
-        raise UserError(f"there are {len(item_ids)} item ids for {len(space.codes)} items with semantic IDs; give all")
+    assembly, space = recommender.assembly, recommender.space
     first, width = next(iter(modules.values())), _width(recommender, config)
     return {
         "format": FORMAT,
@@ -228,14 +229,9 @@ def _describe(recommender: Any, item_ids: Sequence[str], config: ExportConfig, w
         "jax": jax.__version__,
         "calling_convention": first.calling_convention_version,
         "platforms": list(config.platforms),
-        "catalogue": {
-            "fingerprint": _catalogue_fingerprint(item_ids, space.codes),
-            "items": len(item_ids),
-            "levels": space.levels,
-            "codebook_sizes": list(space.codebook_sizes),
-        },
+        "catalogue": space.describe(item_ids),
         "k": config.k,
-        "beam_widths": [width] * space.levels if isinstance(width, int) else list(width),
+        "beam_widths": [width] * (space.levels or 1) if isinstance(width, int) else list(width),
         "reader": type(recommender.feature_config).__name__,
         "features": to_json(recommender.feature_config),
         "behaviors": list(assembly.behaviors),
@@ -246,7 +242,7 @@ def _describe(recommender: Any, item_ids: Sequence[str], config: ExportConfig, w
             for length, module in modules.items()
         ],
         "outputs": {
-            name: _array(aval) | {"meaning": OUTPUTS[name]}
+            name: _array(aval) | {"meaning": space.meanings[name]}
             for name, aval in jax.tree.unflatten(first.out_tree, first.out_avals).items()
         },
         "weights": {name: _array(array) | {"file": _file_of(name)} for name, array in weights.items()},
@@ -270,13 +266,6 @@ def _file_of(name: str) -> str:
 
 def _module_file(length: int) -> str:
     return f"retrieve_{length}.stablehlo"
-
-
-def _catalogue_fingerprint(item_ids: Sequence[str], codes: np.ndarray) -> str:
-    """16 hexadecimal digits that change with the items, their order or their semantic IDs."""
-    digest = hashlib.sha256(json.dumps(list(item_ids)).encode())
-    digest.update(np.ascontiguousarray(codes, np.int32).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _write_arrays(folder: Path, weights: dict[str, jax.Array], catalogue: str) -> None:
@@ -307,6 +296,7 @@ class Artefact:
         files = {array["file"] for array in manifest["weights"].values()}
         self.weights = jax.device_put({k: v for file in sorted(files) for k, v in load_file(folder / file).items()})
         self.features = from_json(READERS[manifest["reader"]], manifest["features"])
+        self._texts = load_text_space(folder) if "texts" in manifest["catalogue"] else None
         self._calls = {}
         for module in manifest["modules"]:
             exported = jax_export.deserialize(bytearray((folder / module["file"]).read_bytes()))
@@ -330,6 +320,20 @@ class Artefact:
         """
         module = self._module(requests)
         return jax.device_get(self._calls[module["length"]](self.weights, requests))
+
+    def show(self, outputs: dict[str, np.ndarray]) -> list[list[tuple[str, float]]]:
+        """The answers of `retrieve` by request, best first: (item id, or text; score)."""
+        k, scores, nan = self.manifest["k"], outputs["scores"], outputs["nan"]
+        if self._texts is None:
+            found = outputs["items"], scores
+        else:
+            answers = outputs.get("texts", np.full_like(scores, -1, np.int32))
+            found = self._texts.read(Found(answers, scores, nan, outputs.get("tokens")), k)
+        names = self.item_ids.__getitem__ if self._texts is None else lambda answer: self._texts.show([answer])[0]
+        return [
+            [(names(answer), float(score)) for answer, score in zip(*row, strict=True) if answer >= 0]
+            for row in zip(*found, strict=True)
+        ]
 
     def _module(self, requests: dict[str, np.ndarray]) -> dict[str, Any]:
         """The module that takes these inputs."""

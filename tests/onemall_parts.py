@@ -10,8 +10,8 @@ from jaxrec.data.features import AGES, FeatureConfig, cut
 from jaxrec.data.popularity import PopularityByPeriod
 from jaxrec.models.cross_decoder import CatalogueArrays, CrossDecoder, CrossDecoderConfig
 from jaxrec.models.prior import build_prior
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.onemall.model import OneMallAssembly
+from jaxrec.targets import SemanticIdSpace
 
 BEHAVIORS = ("click", "purchase")
 SIZES = (4, 3, 2)

@@ -11,9 +11,9 @@ from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.prior import popularity_prior
 from jaxrec.models.rankgr import RankConfig, RankGR, RankGRConfig
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.rankgr.config import behavior_levels
 from jaxrec.systems.rankgr.model import RankGRAssembly, fit_vocabulary
+from jaxrec.targets import SemanticIdSpace
 
 BEHAVIORS = ("exposure", "click", "purchase")
 SIZES = (4, 3, 2)

@@ -12,7 +12,7 @@ from html_page import check, check_stands_alone
 
 from jaxrec.config import UserError
 from jaxrec.evaluation.report import write_report
-from jaxrec.semantic_ids import SemanticIdSpace, write_codes
+from jaxrec.semantic_ids import SemanticIds, write_codes
 from jaxrec.semantic_ids.table.quality import quality
 
 EVIL = '<script>alert("1")</script>&\'"'
@@ -111,7 +111,7 @@ def test_quality_is_flattened(report):
 def test_quality_and_tree_of_what_the_tokenizer_writes(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     codes = np.stack([np.zeros(61), np.arange(61) % 20, np.arange(61)], axis=1).astype(np.int32)
-    space = SemanticIdSpace(codes, (4, 20, 64))
+    space = SemanticIds(codes, (4, 20, 64))
     write_codes(tmp_path / "run" / "semantic_ids" / "codes.parquet", [f"i{n:02}" for n in range(61)], space)
     (tmp_path / "run" / "semantic_ids" / "quality.json").write_text(json.dumps(quality(space)))
     text = check(write_report(tmp_path / "run")).text

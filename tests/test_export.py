@@ -35,6 +35,7 @@ from jaxrec.config import UserError, fingerprint
 from jaxrec.export import ExportConfig, write_artefact
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.systems.sequential.model import SequentialRecommender
+from jaxrec.targets import SemanticIdSpace
 
 ROOT = Path(__file__).parent.parent
 BATCHES = (1, 3, 8)
@@ -82,11 +83,12 @@ def requests(recommender):
 @pytest.fixture(scope="module")
 def expected(recommender, requests):
     """(length, batch) -> (items, scores, nan) of the jitted function in this process."""
-    return {
-        (length, batch): jax.device_get(recommender._search(recommender.served, first(arrays, batch), None, WIDTH, K))
-        for length, arrays in requests.items()
-        for batch in BATCHES
-    }
+    answers = {}
+    for length, arrays in requests.items():
+        for batch in BATCHES:
+            found = recommender._search(recommender.served, first(arrays, batch), None, WIDTH, K)
+            answers[length, batch] = jax.device_get((found.answers, found.scores, found.nan))
+    return answers
 
 
 def first(arrays: dict, count: int) -> dict:
@@ -190,6 +192,8 @@ def test_loaded_with_the_library_from_histories(folder, recommender):
     answers = artefact.retrieve(inputs)
     np.testing.assert_array_equal(answers["items"], items)
     np.testing.assert_allclose(answers["scores"], scores, atol=2e-5)
+    for shown, row, score in zip(artefact.show(answers), items, answers["scores"], strict=True):
+        assert shown == [(IDS[item], value) for item, value in zip(row, score.tolist(), strict=True)]
     with pytest.raises(UserError, match="input 'user' is missing; the inputs are"):
         artefact.retrieve({name: array for name, array in inputs.items() if name != "user"})
     with pytest.raises(UserError, match="input 'allowed' is no input of this artefact"):
@@ -244,12 +248,16 @@ def test_a_file_of_another_version_of_the_catalogue_is_refused(folder, tmp_path,
         export.load(copy)
 
 
+def fingerprint_of(item_ids: list[str], codes: np.ndarray) -> str:
+    return SemanticIdSpace(codes, (4, 4)).describe(item_ids)["fingerprint"]
+
+
 def test_the_fingerprint_of_a_catalogue_changes_with_items_order_and_codes():
     codes = np.array([[0, 1], [2, 3]])
-    original = export._catalogue_fingerprint(["a", "b"], codes)
-    assert original == export._catalogue_fingerprint(["a", "b"], codes.astype(np.int64))
+    original = fingerprint_of(["a", "b"], codes)
+    assert original == fingerprint_of(["a", "b"], codes.astype(np.int64))
     others = [(["b", "a"], codes), (["a", "c"], codes), (["a", "b"], codes[::-1])]
-    assert original not in [export._catalogue_fingerprint(*other) for other in others]
+    assert original not in [fingerprint_of(*other) for other in others]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from jaxrec.systems import SYSTEMS
 ROOT = Path(__file__).parent.parent
 ORDER = (
     "config", "run", "page", "programs", "nn", "losses", "training", "data", "text", "semantic_ids",
-    "models", "decoding", "catalogue", "evaluation", "systems", "serving", "export",
+    "models", "decoding", "targets", "catalogue", "evaluation", "systems", "serving", "export",
 )  # fmt: skip
 SOURCES = sorted((ROOT / "jaxrec").rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

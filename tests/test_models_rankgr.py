@@ -11,8 +11,8 @@ import pytest
 from rankgr_parts import FEATURES, ITEMS, MODEL, SIZES, make_arrays, make_assembly, make_record, make_variables
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
+from jaxrec.targets import SemanticIdSpace
 
 IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)
 PRIOR = dataclasses.replace(MODEL, prior=True)
@@ -241,7 +241,7 @@ def test_items_are_scored_by_themselves_at_the_end_of_the_beam(config):
         context = assembly.context(served, make_arrays([RECORDS[row]], features))
         factors = (
             assembly.model.apply(variables, context.own.state[:, 0], method="item_query"),
-            assembly.model.apply(variables, served["table"], method="item_vectors"),
+            assembly.model.apply(variables, served.table, method="item_vectors"),
         )
         log_probs = assembly.model.apply(variables, context, assembly.space.ids[None], method="score").log_probs
         expected = np.asarray(factors[1] @ factors[0][0])[first] + 0.5 * np.asarray(log_probs)[0].sum(-1)
@@ -252,7 +252,7 @@ def test_items_are_scored_by_themselves_at_the_end_of_the_beam(config):
 
 def test_item_vectors_are_sums_and_cosines_are_divided_by_the_temperature():
     assembly, params = make_assembly(COSINE), make_variables(COSINE)["params"]
-    table = np.asarray(assembly.serve({"params": params})["table"])
+    table = np.asarray(assembly.serve({"params": params}).table)
     codes = sum(
         np.asarray(params["backbone"]["embed"]["table"])[assembly.space.codes[:, level] + offset]
         for level, (offset, _) in enumerate(assembly.model.config.backbone.levels)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import Codebooks, FsqConfig, SemanticIdSpace
+from jaxrec.semantic_ids import Codebooks, FsqConfig, SemanticIds
 from jaxrec.semantic_ids.quantizers import codebooks, fsq
 from jaxrec.semantic_ids.quantizers.opq import Opq
 from jaxrec.semantic_ids.quantizers.residual import Residual
@@ -319,7 +319,7 @@ def test_a_hundred_thousand_items_with_many_surplus():
     codes = codebooks.encode(books, x)
     moved = resolve(codes, books.sizes, NEAREST, x, books)
     assert moved.changed["moved"] > 10_000 and moved.changed["without_room"] == 0
-    assert SemanticIdSpace(moved.codes, moved.sizes).counts.max() == 1
+    assert SemanticIds(moved.codes, moved.sizes).counts.max() == 1
     again = resolve(codes, books.sizes, NEAREST, x, books)
     np.testing.assert_array_equal(again.codes, moved.codes)
 

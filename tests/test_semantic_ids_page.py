@@ -8,13 +8,13 @@ from html_page import check, check_stands_alone
 
 from jaxrec.config import UserError
 from jaxrec.page import page
-from jaxrec.semantic_ids import SemanticIdSpace
+from jaxrec.semantic_ids import SemanticIds
 from jaxrec.semantic_ids.table.page import PageItems, figure_tables, percent, tree_section, write_page
 from jaxrec.semantic_ids.table.quality import quality
 
 EVIL = '<script>alert("1")</script>&\'"'
 CODES = np.array([[0, n % 20, n % 3] for n in range(90)] + [[7, 0, 0]] * 12 + [[7, 1, 2]], np.int32)
-SPACE = SemanticIdSpace(CODES, (8, 20, 3))
+SPACE = SemanticIds(CODES, (8, 20, 3))
 IDS = [f"i{n:03}" for n in range(103)]
 TITLES = [f"Title {n}" for n in range(101)] + [None, EVIL]
 CATEGORIES = ["Tea"] * 60 + ["Soap"] * 30 + [None] * 12 + [EVIL]
@@ -88,14 +88,14 @@ def test_examples_share_all_codes_but_the_last_and_have_several_ids(written):
 
 def test_no_shared_ids_no_shared_prefixes_no_titles(tmp_path):
     codes = np.arange(4, dtype=np.int32)[:, None] * np.ones((1, 2), np.int32)
-    write_page(tmp_path / "a.html", SemanticIdSpace(codes, (4, 4)), list("abcd"))
+    write_page(tmp_path / "a.html", SemanticIds(codes, (4, 4)), list("abcd"))
     text = check(tmp_path / "a.html").text
     assert "Every item has an ID of its own." in text and "Items that share" not in text and "<3,3> d" in text
     assert "What is kept" not in text
 
 
 def test_a_single_level_has_a_page(tmp_path):
-    write_page(tmp_path / "a.html", SemanticIdSpace(np.zeros((3, 1), np.int32), (2,)), list("abc"))
+    write_page(tmp_path / "a.html", SemanticIds(np.zeros((3, 1), np.int32), (2,)), list("abc"))
     assert "<0> 3 items" in check(tmp_path / "a.html").text
 
 
@@ -107,7 +107,7 @@ def test_it_is_the_same_bytes_when_written_again(written, tmp_path):
 
 
 def test_popularity_comes_from_the_space_unless_given():
-    space = SemanticIdSpace(CODES, SPACE.codebook_sizes, POPULARITY)
+    space = SemanticIds(CODES, SPACE.codebook_sizes, POPULARITY)
     assert tree_section(PageItems(space, IDS)) == tree_section(PageItems(SPACE, IDS, counts=POPULARITY))
     assert tree_section(PageItems(space, IDS)) != tree_section(PageItems(SPACE, IDS))
 

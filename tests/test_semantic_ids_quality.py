@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids import SemanticIdSpace
+from jaxrec.semantic_ids import SemanticIds
 from jaxrec.semantic_ids.table import quality as figures
 from jaxrec.semantic_ids.table.quality import (
     bucket_sizes,
@@ -28,7 +28,7 @@ from jaxrec.semantic_ids.table.quality import (
 )
 
 CODES = np.array([[1, 0], [0, 2], [1, 0], [0, 2], [0, 2], [1, 1]], np.int32)
-SPACE = SemanticIdSpace(CODES, (2, 3))
+SPACE = SemanticIds(CODES, (2, 3))
 COUNTS = np.array([3, 2, 1])
 """Items under <0,2>, <1,0> and <1,1>."""
 
@@ -38,7 +38,7 @@ def crowd():
     """60 items of 3 levels with few codes, so that prefixes and whole IDs are shared, and their embeddings."""
     rng = np.random.default_rng(0)
     codes = np.stack([rng.integers(0, size, 60) for size in (3, 4, 5)], axis=1).astype(np.int32)
-    return SemanticIdSpace(codes, (3, 4, 5)), rng.normal(size=(60, 4)).astype(np.float32)
+    return SemanticIds(codes, (3, 4, 5)), rng.normal(size=(60, 4)).astype(np.float32)
 
 
 def test_collisions_by_hand():
@@ -92,7 +92,7 @@ def test_prefix_use_counts_as_a_dictionary_does(crowd):
 def test_utilization_of_more_ids_than_64_bits_count():
     sizes = (2**31 - 1,) * 5
     codes = np.random.default_rng(0).integers(0, 2**31 - 1, (7, 5)).astype(np.int32)
-    assert prefix_use(SemanticIdSpace(codes, sizes))[-1]["utilization"] == pytest.approx(7 / 2.0**155)
+    assert prefix_use(SemanticIds(codes, sizes))[-1]["utilization"] == pytest.approx(7 / 2.0**155)
 
 
 def test_bucket_sizes_by_hand():
@@ -169,14 +169,14 @@ def test_recall_by_prefix_is_the_mean_over_all_orders_of_ties(k):
     rows = np.array([0, 2, 5])
     neighbours = np.stack([rng.permutation([i for i in range(7) if i != row])[:k] for row in rows])
     slow = [recall_of_every_order(codes, row, near.tolist()) for row, near in zip(rows, neighbours, strict=True)]
-    np.testing.assert_allclose(recall_by_prefix(SemanticIdSpace(codes, (2, 2, 2)), rows, neighbours), slow)
+    np.testing.assert_allclose(recall_by_prefix(SemanticIds(codes, (2, 2, 2)), rows, neighbours), slow)
 
 
 def test_neighbours_are_kept_by_codes_that_keep_everything():
     x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
-    own = SemanticIdSpace(np.arange(40, dtype=np.int32)[:, None], (40,))
+    own = SemanticIds(np.arange(40, dtype=np.int32)[:, None], (40,))
     assert neighbour_recall(own, x, lambda codes: x[codes[:, 0]])["neighbour_recall@10"] == 1.0
-    same = SemanticIdSpace(np.zeros((40, 1), np.int32), (40,))
+    same = SemanticIds(np.zeros((40, 1), np.int32), (40,))
     recalls = neighbour_recall(same, x, lambda codes: x[codes[:, 0]])
     assert recalls["neighbour_recall@10"] < 0.6
     # Whether all share an ID or none does, ten of 39 others are as good as drawn.
@@ -186,7 +186,7 @@ def test_neighbours_are_kept_by_codes_that_keep_everything():
 
 def test_neighbours_by_id_are_those_of_the_cluster():
     x = np.concatenate([np.arange(4), 100 + np.arange(4)])[:, None].astype(np.float32)
-    clusters = SemanticIdSpace(np.repeat([0, 1], 4)[:, None].astype(np.int32), (2,))
+    clusters = SemanticIds(np.repeat([0, 1], 4)[:, None].astype(np.int32), (2,))
     assert neighbour_recall(clusters, x, k=3) == {"neighbour_recall_by_id@3": 1.0}
 
 
@@ -195,7 +195,7 @@ def test_quality_of_ids_alone_and_of_a_digit_against_duplicates():
     assert (bare["items"], bare["distinct_ids"], bare["codebook_sizes"]) == (6, 3, [2, 3])
     assert "neighbour_recall_by_id@10" not in bare and "reconstruction_error" not in bare
     digits = np.array([[0], [0], [1], [1], [2], [0]], np.int32)
-    told_apart = quality(SemanticIdSpace(np.hstack([CODES, digits]), (2, 3, 3)))
+    told_apart = quality(SemanticIds(np.hstack([CODES, digits]), (2, 3, 3)))
     assert told_apart["conflict_rate"] == told_apart["duplicate_rate"] == 0
     assert told_apart["prefixes"][:2] == bare["prefixes"]  # Cut before the digit, they are the IDs as they were.
     assert told_apart["prefixes"][1]["duplicate_rate"] == pytest.approx(1 - 3 / 6)
@@ -211,7 +211,7 @@ def test_quality_is_plain_json(crowd):
 
 
 def test_a_single_item_has_figures():
-    one = SemanticIdSpace(np.zeros((1, 2), np.int32), (4, 4))
+    one = SemanticIds(np.zeros((1, 2), np.int32), (4, 4))
     made = quality(one, np.ones((1, 3), np.float32), lambda codes: np.ones((len(codes), 3), np.float32))
     assert made["neighbour_recall@10"] == made["neighbour_recall_by_id@10"] == 1.0
     assert made["conflict_rate"] == 0 and made["reconstruction_error"] == [0, 0]
@@ -219,6 +219,6 @@ def test_a_single_item_has_figures():
 
 def test_what_cannot_be_measured_is_named(crowd):
     with pytest.raises(UserError, match="no semantic IDs to measure"):
-        quality(SemanticIdSpace(np.zeros((0, 2), np.int32), (4, 4)))
+        quality(SemanticIds(np.zeros((0, 2), np.int32), (4, 4)))
     with pytest.raises(UserError, match="59 embeddings do not fit 60 IDs"):
         quality(crowd[0], crowd[1][:59])

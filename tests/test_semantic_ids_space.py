@@ -15,7 +15,7 @@ from jaxrec.semantic_ids import (
     FsqConfig,
     ResidualConfig,
     SemanticIdConfig,
-    SemanticIdSpace,
+    SemanticIds,
     read_codes,
     write_codes,
 )
@@ -31,14 +31,14 @@ ITEMS = list("abcdef")
 
 @pytest.fixture
 def space():
-    return SemanticIdSpace(CODES, (2, 3), popularity=np.array([5, 1, 7, 9, 1, 0]))
+    return SemanticIds(CODES, (2, 3), popularity=np.array([5, 1, 7, 9, 1, 0]))
 
 
 def test_an_id_lists_its_items_most_popular_first(space):
     assert space.items((1, 0)).tolist() == [2, 0]
     assert space.items(np.array([0, 2])).tolist() == [3, 1, 4]  # equally popular: the lower index first
     assert space.items((0, 0)).tolist() == []
-    assert SemanticIdSpace(CODES, (2, 3)).items((1, 0)).tolist() == [0, 2]
+    assert SemanticIds(CODES, (2, 3)).items((1, 0)).tolist() == [0, 2]
     np.testing.assert_array_equal(space.ids, [[0, 2], [1, 0], [1, 1]])
     np.testing.assert_array_equal(space.ids[space.leaf], CODES)
     assert space.to_text(CODES[1]) == "<0,2>" and space.to_text(CODES[1][:1]) == "<0>"
@@ -46,9 +46,9 @@ def test_an_id_lists_its_items_most_popular_first(space):
 
 def test_codes_outside_their_codebook_are_refused():
     with pytest.raises(UserError, match="item 1 has code 2 at level 2"):
-        SemanticIdSpace(CODES, (2, 2))
+        SemanticIds(CODES, (2, 2))
     with pytest.raises(UserError, match="do not fit 3 levels"):
-        SemanticIdSpace(CODES, (2, 3, 4))
+        SemanticIds(CODES, (2, 3, 4))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_codes_outside_their_codebook_are_refused():
 def test_ids_are_grouped_as_unique_rows_are(sizes):
     rng = np.random.default_rng(0)
     few = np.stack([rng.integers(0, min(size, 3), 200) * ((size - 1) // 2 or 1) % size for size in sizes], axis=1)
-    space = SemanticIdSpace(few.astype(np.int32), sizes)
+    space = SemanticIds(few.astype(np.int32), sizes)
     ids, leaf, counts = np.unique(few, axis=0, return_inverse=True, return_counts=True)
     np.testing.assert_array_equal(space.ids, ids)
     np.testing.assert_array_equal(space.leaf, leaf.reshape(-1))
@@ -66,7 +66,7 @@ def test_ids_are_grouped_as_unique_rows_are(sizes):
 
 
 def test_no_items_have_no_ids():
-    empty = SemanticIdSpace(np.zeros((0, 2), np.int32), (2, 3))
+    empty = SemanticIds(np.zeros((0, 2), np.int32), (2, 3))
     assert empty.ids.shape == (0, 2) and len(empty.leaf) == len(empty.counts) == 0
     assert empty.items((0, 1)).tolist() == []
 

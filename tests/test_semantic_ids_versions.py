@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from jaxrec.config import UserError, load_config
 from jaxrec.run import Run
-from jaxrec.semantic_ids import Codebooks, SemanticIdSpace, commands, read_codes, write_codes
+from jaxrec.semantic_ids import Codebooks, SemanticIds, commands, read_codes, write_codes
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.quantizers.residual import Residual
 from jaxrec.semantic_ids.table.changes import append, reencode, remove
@@ -55,7 +55,7 @@ def make_folder(folder, x, config=KEEP, levels=LEVELS, embeddings=True):
     codebooks.save(books, folder / "codebooks.safetensors")
     resolved = resolve(codebooks.encode(books, x), books.sizes, config, x, books)
     ids = [chr(ord("a") + row) for row in range(len(x))]
-    write_codes(folder / "codes.parquet", ids, SemanticIdSpace(resolved.codes, resolved.sizes))
+    write_codes(folder / "codes.parquet", ids, SemanticIds(resolved.codes, resolved.sizes))
     (folder / "quality.json").write_text(json.dumps({"collisions": resolved.changed}))
     if embeddings:
         save_file({"embeddings": x}, folder / "embeddings.safetensors")

@@ -251,7 +251,7 @@ def test_new_items_come_with_the_ids_that_append_gave_them(real):
     version = real.add(table)
     assert version.codes[COUNT:].tolist() == [[1, 0, 0], [3, 2, 1]]
     np.testing.assert_allclose(version.embeddings, stands_for[::-1], atol=1e-6)
-    np.testing.assert_allclose(version.served["catalogue"].embeddings[COUNT : COUNT + 2], stands_for[::-1], atol=1e-6)
+    np.testing.assert_allclose(version.served.catalogue.embeddings[COUNT : COUNT + 2], stands_for[::-1], atol=1e-6)
     assert [item.title for item in ask(real, history=HISTORY, allowed=["n0"]).items] == ["Zero"]
     given = np.ones((1, 6), np.float32)
     append(folder, ["n2"], stands_for[:1])

@@ -179,7 +179,7 @@ def plain_losses(assembly, params, batch: dict) -> dict:
         tables.append(found[:, 0])
     sums = {"next_token": 0.0, "ldpo": 0.0, "rank": 0.0}
     score = [sum(table[n, code] for table, code in zip(tables, codes[n])) for n in range(len(rows))]
-    smoothing, items = objective.smoothing, served["table"]
+    smoothing, items = objective.smoothing, served.table
     for n, each in enumerate(rows):
         mean = sum(table[n].mean() for table in tables)
         sums["next_token"] -= each["weight"] * ((1 - smoothing) * score[n] + smoothing * mean)
@@ -362,7 +362,7 @@ def test_serving_other_parameters_compiles_nothing_and_nothing_keeps_the_assembl
     used.recommend([make_record(0, 6)], 3)
     other = jax.tree.map(lambda x: 2 * x, variables)
     with count_compilations() as compiled:
-        served = used.served | assembly.serve(other)
+        served = assembly.serve(other).replace(trie=used.served.trie)
         used.recommend([make_record(0, 6)], 3, served=served)
     assert compiled == []
     alive = weakref.ref(used), weakref.ref(assembly)

@@ -25,8 +25,8 @@ from jaxrec.catalogue.live import LiveCatalogue
 from jaxrec.config import UserError
 from jaxrec.evaluation.cases import Cases
 from jaxrec.models.prior import build_prior
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
+from jaxrec.targets import SemanticIdSpace
 
 IDS = np.array(list(itertools.product(*map(range, SIZES))), np.int32)
 TWO_LENGTHS = dataclasses.replace(FEATURES, buckets=(3, 6))
@@ -168,7 +168,7 @@ def test_decoding_that_cant_be_is_named(bad):
 
 def test_a_damaged_model_is_told(recommender, monkeypatch):
     damaged = jax.tree.map(lambda x: x * np.nan, recommender.variables)
-    monkeypatch.setitem(recommender.served, "variables", damaged)
+    monkeypatch.setattr(recommender, "served", recommender.served.replace(variables=damaged))
     with pytest.raises(FloatingPointError, match="NaN"):
         recommender.recommend(HISTORIES[:1], ITEMS)
 
@@ -231,7 +231,7 @@ def test_a_training_that_is_measured_again_compiles_nothing(recommender):
 
     def measure(factor: float):
         served = assembly.serve(jax.tree.map(lambda x: x * factor, recommender.variables))
-        return recommender.recommend(HISTORIES, 3, served=recommender.served | served)
+        return recommender.recommend(HISTORIES, 3, served=served.replace(trie=recommender.served.trie))
 
     measure(1.0)
     with count_compilations() as compiled:
@@ -333,9 +333,9 @@ def test_new_items_are_scored_and_read_by_codes_and_embedding(recommender):
     assert (items == ITEMS).any(1).all() and (items == ITEMS + 1).any(1).all()
     # Another ID for a known item: its vector in histories changes with it, as in a table made anew.
     swapped = live.swap(version.items, np.concatenate([NEW_ROWS[:1], codes[1:]]), popularity=popularity)
-    fresh = old.table(recommender.variables, swapped.served["catalogue"], np.arange(ITEMS + 2))
-    np.testing.assert_allclose(swapped.served["table"][: ITEMS + 2], fresh, atol=1e-6)
-    assert np.abs(swapped.served["table"][0] - version.served["table"][0]).max() > 1e-3
+    fresh = old.table(recommender.variables, swapped.served.catalogue, np.arange(ITEMS + 2))
+    np.testing.assert_allclose(swapped.served.table[: ITEMS + 2], fresh, atol=1e-6)
+    assert np.abs(swapped.served.table[0] - version.served.table[0]).max() > 1e-3
 
 
 def test_changes_compile_nothing_and_growth_is_compiled_before_anybody_asks(recommender):

@@ -25,7 +25,6 @@ from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import popularity_prior
 from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import TRAINING, Run, read_json
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems import load_recommender, train
@@ -33,6 +32,7 @@ from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.tiger.config import TigerObjective
 from jaxrec.systems.tiger.model import TigerAssembly, fit_vocabulary, own_tokens
 from jaxrec.systems.tiger.training import losses, mean_loss
+from jaxrec.targets import SemanticIdSpace
 from jaxrec.training import checkpoint
 from jaxrec.training.step import make_state, make_step
 

@@ -15,11 +15,11 @@ from jaxrec.data.features import AGES, FeatureConfig, cut, targets
 from jaxrec.data.popularity import PopularityByPeriod
 from jaxrec.models.cross_decoder import CatalogueArrays, CrossDecoder
 from jaxrec.models.prior import build_prior
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.onemall.model import OneMallAssembly
 from jaxrec.systems.onemall.training import mean_loss
+from jaxrec.targets import SemanticIdSpace
 from jaxrec.training.optim import make_optimizer
 from jaxrec.training.step import make_state, make_step
 

@@ -12,7 +12,7 @@
 from jaxrec.decoding.beam import BeamResult, Candidates, Rescore, beam_search, expand_items
 from jaxrec.decoding.filters import Allowed, ItemFilter, ItemOrder, Mask, build_filter, stack
 from jaxrec.decoding.rollout import Rollouts, rollout
-from jaxrec.decoding.text_beam import TextResult, distinct_texts, text_search
+from jaxrec.decoding.text_beam import TextResult, text_search
 from jaxrec.decoding.trie import Trie, build_text_trie, build_trie
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "build_filter",
     "build_text_trie",
     "build_trie",
-    "distinct_texts",
     "expand_items",
     "rollout",
     "stack",

@@ -6,7 +6,6 @@ compete for a place, so a short text that is the best after division by its leng
 results are the best of all that were set aside; there is no early stop, whose saving an unrolled search can't use.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -125,28 +124,6 @@ def text_search(
         beams, parents = grown(beams, known, level, grid, best, index, in_order=True)
         cache = reorder(cache, parents)
     return _best_texts(ended, beams.bad, trie, results, length_penalty)
-
-
-def distinct_texts(
-    result: TextResult, detokenize: Callable[[list[int]], str], k: int
-) -> list[list[tuple[str, float, int]]]:
-    """The k best texts of each request that differ as a reader sees them, on the host.
-
-    Different tokens may spell one text; the best of them stands for it. Search with more `results` than k, so that k
-    remain. Returns per request (text, score, leaf), best first; `detokenize` gets the tokens without the end.
-    """
-    host = jax.tree.map(np.asarray, result)
-    answers = []
-    for row in range(len(host.valid)):
-        best: dict[str, tuple[str, float, int]] = {}
-        for place in np.flatnonzero(host.valid[row]):
-            if len(best) == k:
-                break
-            tokens = host.tokens[row, place, : host.lengths[row, place] - 1].tolist()
-            text = detokenize(tokens)
-            best.setdefault(text, (text, float(host.scores[row, place]), int(host.leaf[row, place])))
-        answers.append(list(best.values()))
-    return answers
 
 
 @flax.struct.dataclass

@@ -21,6 +21,9 @@ from jaxrec.run import progress
 
 SUBSETS = ("all", "new", "new_in_full_ranking")
 SEMANTIC_IDS = "semantic_ids"  # the subset of what is measured of a model's IDs: accuracy per level, validity
+TEXTS = "texts"  # the same of a model's texts: accuracy of their tokens, validity
+TEACHER_FORCED = {"items": SEMANTIC_IDS, "texts": TEXTS}
+"""The subset of what is measured of targets, by the kind of their space."""
 TIES_SHUFFLED = " (ties shuffled)"
 
 Row = dict[str, str | float | int]
@@ -107,6 +110,7 @@ SHOWN = (
     "acc_sid1",
     "acc_sid2",
     "acc_sid3",
+    "acc_token",
     "validity",
 )
 
@@ -118,7 +122,7 @@ def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> li
         values, counts = pivot(group)
         shown = [metric for metric in metrics if any(metric in row for row in values.values())]
         best = {metric: max(row.get(metric, 0.0) for row in values.values()) for metric in shown}
-        unit = "targets" if subset == SEMANTIC_IDS else "users"
+        unit = "targets" if subset in TEACHER_FORCED.values() else "users"
         title = f"{split}, {subset.replace('_', ' ')} ({max(counts.values()):,.0f} {unit})"
         table = Table(title=title, title_justify="left")
         table.add_column("model")

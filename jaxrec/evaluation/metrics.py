@@ -1,8 +1,10 @@
-"""Ranking metrics over items: Recall, HR, NDCG and MRR at several cutoffs, all as (sum, count) pairs.
+"""Ranking metrics: Recall, HR, NDCG and MRR at several cutoffs, all as (sum, count) pairs.
 
-A ranking is an array of item indices, best first, -1 where it has ended. Everything follows from one matrix: which
-positions of the ranking are hits. Sums and counts add up over batches and hosts; divide once, at the end (`mean`).
-Hits count items, never semantic IDs: an ID shared by several items is expanded to its items before it comes here.
+A ranking is an array of answers by number, best first, -1 where it has ended: of items by their indices, or of texts by
+the numbers that their target space gives them, equal numbers for one text in any spelling (`jaxrec.targets`).
+Everything follows from one matrix: which positions of the ranking are hits. Sums and counts add up over batches and
+hosts; divide once, at the end (`mean`). Hits count items, never semantic IDs: an ID shared by several items is expanded
+to its items before it comes here.
 """
 
 from collections.abc import Sequence
@@ -124,13 +126,25 @@ def id_accuracy(log_probs: Sequence, codes, where) -> dict[str, tuple]:
     }
 
 
+def token_accuracy(log_probs: Sequence, tokens, where) -> tuple:
+    """Teacher-forced accuracy@1 of the tokens of texts, as (sum, count) over all tokens.
+
+    `log_probs`: one [..., V] array a token (logits will do), each computed given the true tokens before; `tokens` int32
+    [..., M]; `where` bool [..., M].
+    """
+    right = [(scores.argmax(-1) == tokens[..., place]) & where[..., place] for place, scores in enumerate(log_probs)]
+    return sum(each.sum() for each in right), where.sum()
+
+
 def validity_rate(valid, where=None) -> tuple:
-    """(sum, count) of the generated IDs that name an item: `valid` bool [B, W], of those where `where` bool [B, W].
+    """(sum, count) of the generated targets that are listed: `valid` bool [B, W], of those where `where` bool [B, W].
 
     UserError where the two are of different shapes.
     """
     if where is None:
         return valid.sum(), valid.size
     if where.shape != valid.shape:
-        raise UserError(f"where {list(where.shape)} is not shaped like valid {list(valid.shape)}: give one value an ID")
+        raise UserError(
+            f"where {list(where.shape)} is not shaped like valid {list(valid.shape)}: give one value a target"
+        )
     return (valid & where).sum(), where.sum()

@@ -19,7 +19,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from jaxrec.evaluation.comparison import SEMANTIC_IDS, SHOWN, Row, is_system, pivot, standings, verdict
+from jaxrec.evaluation.comparison import (
+    SEMANTIC_IDS,
+    SHOWN,
+    TEACHER_FORCED,
+    TEXTS,
+    Row,
+    is_system,
+    pivot,
+    standings,
+    verdict,
+)
 from jaxrec.page import Section, curve, number, score_table, tiles, write
 from jaxrec.run import Run, read_json
 from jaxrec.semantic_ids.table.page import PageItems, figure_tables, tree_section
@@ -30,11 +40,14 @@ SUBSET_TITLES = {
     "all": "Everything in the target session",
     "new": "Looking for something new",
     SEMANTIC_IDS: "Semantic IDs, code by code",
+    TEXTS: "Texts, token by token",
     "new_in_full_ranking": "New items inside the full ranking",
 }
 SUBSET_NOTES = {
     SEMANTIC_IDS: "how often the likeliest code is the true one, the codes before it being known; "
     "validity: the share of existing IDs among ten beams without the trie",
+    TEXTS: "how often the likeliest token is the true one, the tokens before it being known; "
+    "validity: the share of listed texts among ten beams without the trie",
     "all": "full ranking, repeat purchases count",
     "new": "what the user already had is taken out of every ranking, and only new targets count",
     "new_in_full_ranking": "the full ranking against new targets only",
@@ -84,7 +97,7 @@ def _comparison(run: Run, system: str) -> Section | None:
     for (split, subset), group in groupby(sorted(rows, key=_place), key=lambda row: (row["split"], row["subset"])):
         values, counts = pivot(group)
         metrics = [metric for metric in SHOWN_METRICS if any(metric in row for row in values.values())]
-        unit = "targets" if subset == SEMANTIC_IDS else "users"
+        unit = "targets" if subset in TEACHER_FORCED.values() else "users"
         note = f"{split}, {max(counts.values()):,.0f} {unit}; {SUBSET_NOTES.get(subset, '')}".rstrip("; ")
         parts.append(f"<h3>{escape(SUBSET_TITLES.get(subset, subset))} <small>{escape(note)}</small></h3>")
         parts.append(score_table(values, metrics, [model for model in values if is_system(model, system)]))

@@ -19,7 +19,7 @@ from jaxrec.semantic_ids.quantizers.opq import OpqConfig
 from jaxrec.semantic_ids.quantizers.residual import ResidualConfig
 from jaxrec.semantic_ids.quantizers.rqvae import RqVaeConfig
 from jaxrec.semantic_ids.table.collisions import CollisionConfig, resolve
-from jaxrec.semantic_ids.table.space import SemanticIdSpace, read_codes, write_codes
+from jaxrec.semantic_ids.table.space import SemanticIds, read_codes, write_codes
 
 __all__ = [
     "BalancedConfig",
@@ -31,7 +31,7 @@ __all__ = [
     "ResidualConfig",
     "RqVaeConfig",
     "SemanticIdConfig",
-    "SemanticIdSpace",
+    "SemanticIds",
     "decode",
     "encode",
     "encode_catalogue",

@@ -24,7 +24,7 @@ from jaxrec.semantic_ids.quantizers.rows import check_width
 from jaxrec.semantic_ids.table import collisions
 from jaxrec.semantic_ids.table.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.table.quality import neighbour_recall, quality, reconstruction_error
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.space import SemanticIds
 from jaxrec.semantic_ids.tokenize import write_space
 
 
@@ -84,7 +84,7 @@ def write_ids(
     books = codebooks.fit(key, scan.x, id_config)
     codes = np.concatenate(list(encode(books, items)))
     resolved = resolve(codes, books.sizes, collision_config, popularity=scan.counts)
-    space = SemanticIdSpace(resolved.codes, resolved.sizes, scan.counts)
+    space = SemanticIds(resolved.codes, resolved.sizes, scan.counts)
     figures = quality(space) | _kept(space, scan.rows, scan.x, books) | {"collisions": resolved.changed}
     write_space(folder, books, space, scan.item_ids, figures)
     return figures
@@ -99,9 +99,9 @@ def _check_collisions(config: CollisionConfig, items: Items, sample_rows: int) -
         )
 
 
-def _kept(space: SemanticIdSpace, rows: np.ndarray, x: np.ndarray, books: Codebooks) -> dict:
+def _kept(space: SemanticIds, rows: np.ndarray, x: np.ndarray, books: Codebooks) -> dict:
     """The figures that need embeddings, of some items alone: rows int64 [n], x f32 [n, D]."""
-    some, decode = SemanticIdSpace(space.codes[rows], space.codebook_sizes), partial(codebooks.decode, books)
+    some, decode = SemanticIds(space.codes[rows], space.codebook_sizes), partial(codebooks.decode, books)
     figures = {"reconstruction_error": reconstruction_error(some.codes, x, decode)}
     figures |= neighbour_recall(some, x, decode)
     sampled = {"rows": len(rows), "of": len(space.codes), "figures": list(figures), "codebooks_fitted_to_it": True}

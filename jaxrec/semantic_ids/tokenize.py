@@ -18,7 +18,7 @@ from jaxrec.semantic_ids.table import collisions
 from jaxrec.semantic_ids.table.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.table.page import write_page
 from jaxrec.semantic_ids.table.quality import quality
-from jaxrec.semantic_ids.table.space import ItemIds, SemanticIdSpace, write_codes
+from jaxrec.semantic_ids.table.space import ItemIds, SemanticIds, write_codes
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
@@ -113,7 +113,7 @@ def write_ids(
     books = codebooks.fit(key, embeddings, id_config)
     codes = codebooks.encode_catalogue(books, embeddings, id_config)
     resolved = resolve(codes, books.sizes, collision_config, embeddings, books, popularity)
-    space = SemanticIdSpace(resolved.codes, resolved.sizes, popularity)
+    space = SemanticIds(resolved.codes, resolved.sizes, popularity)
     figures = quality(space, embeddings, partial(codebooks.decode, books), pairs)
     figures |= {"collisions": resolved.changed, **(more or {})}
     write_space(folder, books, space, item_ids, figures, titles, categories)
@@ -124,7 +124,7 @@ def write_ids(
 def write_space(
     folder: Path,
     books: Codebooks,
-    space: SemanticIdSpace,
+    space: SemanticIds,
     item_ids: ItemIds,
     figures: dict,
     titles: Sequence[str | None] | None = None,

@@ -29,6 +29,7 @@ from jaxrec.config import UserError, to_json
 from jaxrec.run import Run, fault_point, progress, read_json, sync, track, write_json, writing
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request, parse_request
+from jaxrec.targets.texts import TARGETS
 
 WINDOW_LINES, WINDOW_BYTES, WINDOW_ITEMS = 4096, 1 << 24, 1 << 17
 """A window ends when it has so many lines, bytes, or items asked for."""
@@ -293,7 +294,7 @@ def _hash_of(file: BinaryIO, size: int) -> Any:
 def _run_digest(run: Run) -> str:
     """Changes with everything in a run that answers depend on."""
     digest = hashlib.sha256()
-    for folder in (run.tables, run.semantic_ids):
+    for folder in (run.tables, run.semantic_ids, run.place(TARGETS)):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(run.path)}\0".encode())
             with path.open("rb") as file:

@@ -2,7 +2,7 @@
 
 It knows the catalogue, with what was published since the training (`python -m jaxrec.semantic_ids append --publish`),
 and everything each user did up to the end of the log (the test sessions are history by now).
-Whoever it knows nothing about gets the most popular items, marked as such.
+Whoever it knows nothing about gets the most popular items (or texts, of a run that answers with texts), marked as such.
 
 The catalogue may change while it serves (`Retriever.catalogue`, `Retriever.add`): every call of `answer` works with the
 one version that was current when it began.
@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +33,8 @@ from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.later import check_known, read_later
 from jaxrec.semantic_ids.table.space import read_codes, rows_in
 from jaxrec.semantic_ids.table.versions import BOOKS, CODES, read_version, trained_version
-from jaxrec.serving.schema import MAX_K, Answer, Event, Item, Request
+from jaxrec.serving.answers import ANSWERS, Answers
+from jaxrec.serving.schema import MAX_K, Answer, Event, Request
 
 LOG = logging.getLogger(__name__)
 SPARE = 1 << 16
@@ -59,6 +59,7 @@ class Retriever:
 
     Attributes:
       sizes: what batches of the model are padded to; None for a model that pads by itself.
+      answers: what the run answers with, items or texts.
       ready: whether `warm_up` was called.
     """
 
@@ -94,8 +95,11 @@ class Retriever:
         self._read_events(len(users))
         self.recommender = recommender or self._load_recommender(config)
         self.sizes = self._sizes(batch_size)
-        self.catalogue = self._live(items)
-        if getattr(self.recommender, "space", None) is not None:
+        space = getattr(self.recommender, "space", None)
+        self.answers: Answers = ANSWERS["items" if space is None else space.kind](space, self.target_behaviors)
+        known = None if space is None else space.item_codes
+        self.catalogue = self._live(items, known)
+        if known is not None:
             self._take_published(items)
 
     def _sizes(self, batch_size: int | None) -> tuple[int, ...] | None:
@@ -108,16 +112,14 @@ class Retriever:
             self.recommender.config = config = dataclasses.replace(config, batch_size=batch_size)
         return batch_sizes(config.batch_size)
 
-    def _live(self, items: pa.Table) -> LiveCatalogue:
-        """The catalogue of the run as its first version."""
+    def _live(self, items: pa.Table, known: tuple[np.ndarray, tuple[int, ...]] | None) -> LiveCatalogue:
+        """The catalogue of the run as its first version; known: the items' codes and codebook sizes."""
         counts = items["count"].fill_null(0).to_numpy()
-        space = getattr(self.recommender, "space", None)
-        if space is None:
+        if known is None:
             # A recommender that doesn't generate IDs: every item is its own, only so that filters have an order.
-            rows = np.arange(len(items), dtype=np.int32)[:, None]
-            return LiveCatalogue(items, rows, (max(len(items), 1) + SPARE,), popularity=counts)
+            known = np.arange(len(items), dtype=np.int32)[:, None], (max(len(items), 1) + SPARE,)
         model = self.recommender if hasattr(self.recommender, "serve_version") else None
-        return LiveCatalogue(items, space.codes, space.codebook_sizes, popularity=counts, model=model)
+        return LiveCatalogue(items, *known, popularity=counts, model=model)
 
     def _take_published(self, items: pa.Table) -> None:
         """Brings the catalogue to what was published after the training: items that came, left or were encoded anew."""
@@ -223,8 +225,8 @@ class Retriever:
             elif len(history["item"]):
                 known.append((row, history))
             else:
-                items = version.most_popular(request.k, allowed[row])
-                answers[row] = self._answer(version, items, version.popularity[items], "popular", ignored[row])
+                popular = self.answers.popular(version, request.k, allowed[row])
+                answers[row] = self._answer(version, *popular, "popular", ignored[row])
 
         def call(pair: tuple[int, History]) -> tuple[bool, int]:
             row = pair[0]
@@ -238,8 +240,8 @@ class Retriever:
                 rows, histories = zip(*pairs[start : start + at_once], strict=True)
                 filters = [allowed[row] for row in rows] if filtered else None
                 ranked = self._recommend(version, list(histories), depth, filters)
-                for row, items, scores in zip(rows, *ranked, strict=True):
-                    answers[row] = self._answer(version, items[: requests[row].k], scores, "model", ignored[row])
+                for row, best, scores in zip(rows, *ranked, strict=True):
+                    answers[row] = self._answer(version, best[: requests[row].k], scores, "model", ignored[row])
         return answers
 
     def depth(self, k: int) -> int:
@@ -278,18 +280,8 @@ class Retriever:
     def _allowed(
         self, request: Request, within: Predicate | np.ndarray | None, history: History, version: Version
     ) -> Allowed | None:
-        """What the request may get; None = everything."""
-        blocked = [row for row in map(version.row, request.blocked or ()) if row is not None]
-        only = None
-        if request.allowed is not None:
-            only = [row for row in map(version.row, request.allowed) if row is not None]
-        if request.exclude_history:
-            blocked.extend(history["item"][np.isin(history["behavior"], self.target_behaviors)].tolist())
-        masks = [version.mask(each) for each in (request.filter, within) if each is not None and not _is_empty(each)]
-        if not (masks or blocked or only is not None):
-            return None
-        mask = masks[0] & masks[1] if len(masks) == 2 else next(iter(masks), None)
-        return version.order.allowed(mask, blocked=blocked, only=only)
+        """The answers that the request may get; None = all."""
+        return self.answers.allowed(request, within, history, version)
 
     def _inline(self, events: list[Event], version: Version) -> History:
         """A history given in the request, in order of time. Without times, each event is a session, just happened."""
@@ -343,15 +335,11 @@ class Retriever:
         return kept_items, kept_scores
 
     def _answer(
-        self, version: Version, items: np.ndarray, scores: np.ndarray, source: str, ignored: list[str]
+        self, version: Version, answers: np.ndarray, scores: np.ndarray, source: str, ignored: list[str]
     ) -> Answer:
-        pairs = [(int(item), float(score)) for item, score in zip(items, scores, strict=False) if item >= 0]
-        table = version.items.select(["item_id", "title"]).take(pa.array([item for item, _ in pairs], pa.int64()))
-        listed = [
-            Item(item_id=row["item_id"], title=row["title"] or "", score=score)
-            for row, (_, score) in zip(table.to_pylist(), pairs, strict=True)
-        ]
-        return Answer(items=listed, source=source, ignored=ignored or None)
+        pairs = [(int(answer), float(score)) for answer, score in zip(answers, scores, strict=False) if answer >= 0]
+        listed = self.answers.listed(version, [answer for answer, _ in pairs], [score for _, score in pairs])
+        return Answer(**listed, source=source, ignored=ignored or None)
 
     def warm_up(self, sizes: Sequence[int] = (1,)) -> None:
         """Runs every program that `sizes` requests at a time can need, smallest first: whoever asks need not wait.
@@ -362,21 +350,17 @@ class Retriever:
         version = self.catalogue.current
         lengths = self.recommender.every_length() if hasattr(self.recommender, "every_length") else []
         depths = sorted({self.depth(depth) for depth in DEPTHS})
-        everything = version.order.allowed()
-        calls = itertools.product(depths, sizes, lengths, (None, everything))
+        filters = (None, version.order.allowed()) if self.answers.filtered else (None,)
+        calls = itertools.product(depths, sizes, lengths, filters)
         for depth, size, history, allowed in track(list(calls), "compile"):
             self._recommend(version, [history] * size, depth, None if allowed is None else [allowed] * size)
         # Accelerators pad lists of blocked items as well; the rest of an answer is warm after the first one.
-        for history in lengths[:1]:
+        for history in lengths[:1] if self.answers.filtered else ():
             for listed in itertools.takewhile(lambda count: count < len(version.popular), LIST_SIZES):
                 blocked = version.order.allowed(blocked=version.popular[:listed])
                 self._recommend(version, [history], depths[0], [blocked])
         for item in version.most_popular(1):
             asked = {"history": [{"item_id": version.items["item_id"][int(item)].as_py()}]}
-            for more in ({}, {"exclude_history": True}):
+            for more in ({}, {"exclude_history": True}) if self.answers.filtered else ({},):
                 self.answer([Request.model_validate(asked | more)])
         self.ready = True
-
-
-def _is_empty(predicate: Any) -> bool:
-    return isinstance(predicate, dict | tuple) and not predicate

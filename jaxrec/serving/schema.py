@@ -92,7 +92,7 @@ class Request(BaseModel):
     history: Annotated[list[Event], Field(max_length=MAX_HISTORY)] | None = None
     query: Query | None = Field(None, description="The query that items are wanted for, as typed.")
     prefix: Query | None = Field(None, description="The typed prefix that queries are wanted for, as typed.")
-    k: int = Field(10, ge=1, le=MAX_K, strict=True, description="The most items wanted.")
+    k: int = Field(10, ge=1, le=MAX_K, strict=True, description="The most items or texts wanted.")
     exclude_history: bool = Field(
         False,
         strict=True,
@@ -158,16 +158,24 @@ class Item(BaseModel):
     score: float = Field(description="The model's log-probability of the item's ID; for popular items, their count.")
 
 
-class Answer(BaseModel):
-    """The items, best first."""
+class GeneratedText(BaseModel):
+    """One generated text."""
 
-    items: list[Item]
+    text: str
+    score: float = Field(description="The model's log-probability of the text; for popular texts, their count.")
+
+
+class Answer(BaseModel):
+    """The answers, best first: items or, of a run that generates texts, texts."""
+
+    items: list[Item] | None = Field(None, description="Of a run that answers with items.")
+    texts: list[GeneratedText] | None = Field(None, description="Of a run that answers with texts.")
     source: Literal["model", "popular"] = Field(description="popular: nothing is known about this user.")
     ignored: list[str] | None = Field(None, description="Item ids of the request that the catalogue does not know.")
-    note: str | None = Field(None, description="Why there are no items.")
+    note: str | None = Field(None, description="Why there are no answers.")
 
     def to_json(self) -> str:
-        """One line of JSON; without `ignored` and `note` where there is nothing to say."""
+        """One line of JSON, without the fields that say nothing."""
         return self.model_dump_json(exclude_none=True)
 
 

@@ -22,14 +22,20 @@ from jaxrec.evaluation import (
     standing_table,
     standings,
 )
-from jaxrec.evaluation.comparison import SEMANTIC_IDS
+from jaxrec.evaluation.cases import Record
+from jaxrec.evaluation.comparison import TEACHER_FORCED
 from jaxrec.evaluation.metrics import CUTOFFS, mean
 from jaxrec.evaluation.report import write_report
 from jaxrec.run import Run, console, read_json, write_json
+from jaxrec.targets.semantic_ids import held_items, show_items
 
 
 class TrainedRecommender(Recommender, Protocol):
-    """A system's trained model, with what it was made of; a generative one also has `diagnose(cases)`."""
+    """A system's trained model, with what it was made of.
+
+    A generative one also has `space`, its target space, and `diagnose(cases)`; without, answers are items. An assembly
+    whose targets are not the items of later sessions has `cases(split)`: cases whose targets are answers of its space.
+    """
 
     assembly: Any
 
@@ -78,12 +84,13 @@ def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folde
     """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`."""
     assembly = model.assembly
     items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
-    records = list(Records(assembly.examples, config.split))
-    cases = draw(make_cases(records, assembly.target_behaviors, config.split), config)
-    name = read_json(run.config_file)["system"]
-    baselines = fit_baselines(records, items, targets) if config.baselines else {}
+    name, kind = read_json(run.config_file)["system"], model.space.kind if hasattr(model, "space") else "items"
+    compared = config.baselines and kind == "items"
+    records = list(Records(assembly.examples, config.split)) if kind == "items" else []
+    cases = draw(cases_of(assembly, config.split, records), config)
+    baselines = fit_baselines(records, items, targets) if compared else {}
     rows = evaluate({**baselines, name: model}, cases, split=config.split, cutoffs=config.cutoffs)
-    if config.baselines:
+    if compared:
         rows += evaluate_ties_shuffled(
             records, items, targets, split=config.split, seed=config.seed, cutoffs=config.cutoffs
         )
@@ -91,7 +98,7 @@ def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folde
         {
             "model": name,
             "split": config.split,
-            "subset": SEMANTIC_IDS,
+            "subset": TEACHER_FORCED[kind],
             "metric": metric,
             "value": mean(pair),
             "count": pair[1],
@@ -116,6 +123,17 @@ def present(run: Run) -> None:
     console.print(f"report: {report}", markup=False)
 
 
+def cases_of(assembly: Any, split: str, records: Sequence[Record] | None = None) -> Cases:
+    """The cases of a split: the assembly's own, or the items of each user's first session in it.
+
+    records: the example records of the split, where they are read already.
+    """
+    if hasattr(assembly, "cases"):
+        return assembly.cases(split)
+    records = Records(assembly.examples, split) if records is None else records
+    return make_cases(records, assembly.target_behaviors, split)
+
+
 def draw(cases: Cases, config: EvaluationConfig) -> Cases:
     """Some of the cases: `config.max_users` of them, the same for the same seed; all if there are no more."""
     if not 0 < config.max_users < len(cases):
@@ -129,26 +147,25 @@ def _shown(run: Run, model: Recommender, cases: Cases, count: int) -> list[dict]
     users = pq.read_table(run.tables / "users.parquet")["user_id"].to_pylist()
     rows = np.linspace(0, len(cases) - 1, min(count, len(cases))).astype(int)
     some = cases.take(rows)
-    items, scores = model.recommend(some.histories, 10)
-    return [
-        _one(users[some.users[row]], some, row, items[row], scores[row], titles, model.assembly.wanted)
-        for row in range(len(some))
-    ]
-
-
-def _one(user: str, cases: Cases, row: int, items, scores, titles: Sequence[str], wanted: np.ndarray) -> dict:
-    history = cases.histories[row]
-    owned = history["item"][wanted[history["behavior"]]]
-    targets = cases.targets[row][cases.where[row]]
-    generated = [
-        {"title": titles[item], "score": float(score), "hit": bool(item in targets), "new": bool(item not in owned)}
-        for item, score in zip(items, scores, strict=True)
-        if item >= 0
-    ]
-    recent = list(dict.fromkeys(owned[::-1].tolist()))[:20][::-1]
-    return {
-        "user": user,
-        "history": [titles[item] for item in recent],
-        "targets": [titles[item] for item in targets],
-        "generated": generated,
-    }
+    answers, scores = model.recommend(some.histories, 10)
+    wanted, space = model.assembly.wanted, getattr(model, "space", None)
+    show, held = (show_items, held_items) if space is None else (space.show, space.held)
+    shown = []
+    for row, history in enumerate(some.histories):
+        right, had = some.targets[row][some.where[row]], held(history, wanted)
+        generated = [
+            {"title": show([answer], titles)[0], "score": float(score), "hit": bool(answer in right),
+             "new": bool(answer not in had)}
+            for answer, score in zip(answers[row], scores[row], strict=True)
+            if answer >= 0
+        ]  # fmt: skip
+        recent = list(dict.fromkeys(held_items(history, wanted)[::-1].tolist()))[:20][::-1]
+        shown.append(
+            {
+                "user": users[some.users[row]],
+                "history": show_items(recent, titles),
+                "targets": show(right, titles),
+                "generated": generated,
+            }
+        )
+    return shown

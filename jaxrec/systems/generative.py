@@ -20,12 +20,12 @@ from jaxrec.data.pipeline import CutToFeatures, Features, batches, cut_index
 from jaxrec.run import TRAINING, Run
 from jaxrec.semantic_ids.quantizers.codebooks import SemanticIdConfig
 from jaxrec.semantic_ids.table.collisions import CollisionConfig
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.semantic_ids.table.versions import trained_space
 from jaxrec.systems.config import RunConfig
 from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_with_ids
 from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender
 from jaxrec.systems.validation import make_validation
+from jaxrec.targets import SemanticIdSpace
 from jaxrec.text.scenarios import TowersConfig
 from jaxrec.training.loop import TrainState
 from jaxrec.training.prefetch import BatchIterator
@@ -83,7 +83,8 @@ def read_items(run: Run, config: GenerativeRunConfig) -> TrainedItems:
     item_ids, counts = items["item_id"].to_pylist(), items["count"].to_numpy()
     behaviors = tuple(config.data.behaviors)
     wanted = np.isin(behaviors, config.data.target_behaviors)
-    return TrainedItems(item_ids, counts, trained_space(run.semantic_ids, item_ids, counts), behaviors, wanted)
+    space = SemanticIdSpace.of(trained_space(run.semantic_ids, item_ids, counts))
+    return TrainedItems(item_ids, counts, space, behaviors, wanted)
 
 
 def supervised(

@@ -1,7 +1,8 @@
-"""A trained model that recommends: histories in, ranked items out, by beam search over the catalogue's trie.
+"""A trained model that recommends: histories in, ranked answers out, by beam search.
 
-It knows a model only by its `Assembly`: how a history becomes a context, and how a beam gets one more code. So every
-generative system is searched, measured, served live and exported by the same code.
+It knows a model only by its `Assembly`: how a history becomes a context, and how a beam gets one more token. It knows
+what the tokens mean only by the assembly's target space (`jaxrec.targets`): items or texts. So every generative system
+is searched, measured, served live and exported by the same code.
 """
 
 import functools
@@ -9,24 +10,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.catalogue.version import Version
 from jaxrec.config import UserError, check_least
-from jaxrec.decoding.beam import Rescore, beam_search, expand_items
+from jaxrec.decoding.beam import Rescore
 from jaxrec.decoding.filters import Allowed, ItemFilter, ItemOrder, stack
-from jaxrec.decoding.trie import build_trie
+from jaxrec.decoding.trie import Trie
 from jaxrec.evaluation.cases import Cases, History
-from jaxrec.evaluation.metrics import add, id_accuracy, validity_rate
+from jaxrec.evaluation.metrics import add, id_accuracy, token_accuracy, validity_rate
 from jaxrec.models.prior import Prior, popularity_prior
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.targets import Found, TargetSpace
 
 Item = TypeVar("Item")
 
 FIRST = 10
-"""IDs of a beam search without the trie whose validity is measured."""
+"""Targets of a beam search without the trie whose validity is measured."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class DecodingConfig:
     """Beam search."""
 
     beam_width: int = 64
-    """beams; where more items are asked for, as many beams as items"""
+    """beams; where more answers are asked for, as many beams as answers"""
     batch_size: int = 32
     """histories that are decoded together, at most"""
     beam_widths: tuple[int, ...] = ()
     """beams of every level (RankGR: 500, 1400) in place of `beam_width`; never more than there are prefixes. Where more
-    items are asked for, the last level has as many"""
+    items are asked for, the last level has as many. Texts have no levels"""
     candidates: tuple[int, ...] = ()
     """candidates of every level that a rank head scores (RankGR's lambda: 1400, 1400); at least the beams, which is
     the default"""
@@ -50,11 +52,22 @@ class DecodingConfig:
         check_least(self, "decoding", beam_width=1, batch_size=1, beam_widths=1, candidates=1, likelihood_weight=0)
 
 
-class Assembly(Protocol):
-    """A model fitted to one catalogue, as the recommender sees it. What `serve` returns is only handed back to it."""
+@flax.struct.dataclass(kw_only=True)
+class Served:
+    """Arrays that answers are computed from and no request changes; a system adds its own. A pytree, which is an
+    argument of the compiled functions, not a constant in them."""
 
-    space: SemanticIdSpace
-    """the semantic IDs of the items that the model was trained on"""
+    variables: Any
+    """the model's: {"params", ...}"""
+    trie: Trie | None = None
+    """the listed answers; None where nothing is listed, and before the recommender adds it"""
+
+
+class Assembly(Protocol):
+    """A model fitted to one catalogue, as the recommender sees it."""
+
+    space: TargetSpace
+    """what the tokens of the model's targets mean"""
     wanted: np.ndarray
     """bool [behaviors]: the target behaviors"""
     examples: Any
@@ -75,24 +88,27 @@ class Assembly(Protocol):
         """Indices of the target behaviors."""
         ...
 
-    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
-        """What contexts and codes are computed from, as arrays by name; "trie" is added to them.
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> Served:
+        """The arrays that contexts and tokens are computed from, without the trie.
 
-        version: a version of a live catalogue, whose first rows are the items of `space`; arrays have room for its
-        `capacity`. before: the version before, of the same capacity, if there was one.
+        version: a version of a live catalogue, whose first rows are the items that the model was trained on; arrays
+        have room for its `capacity`. before: the version before, of the same capacity, if there was one.
         """
         ...
 
-    def context(self, served: dict, arrays: dict[str, jax.Array]) -> Any:
-        """B contexts from stacked arrays that the system's features (`cut`) made."""
+    def context(self, served: Any, arrays: dict[str, jax.Array]) -> Any:
+        """B contexts from `serve`'s arrays and stacked arrays that the system's features (`cut`) made."""
         ...
 
-    def extend(self, served: dict, context: Any, tokens: jax.Array | None, cache: Any, level: int):
+    def extend(self, served: Any, context: Any, tokens: jax.Array | None, cache: Any, level: int):
         """As `jaxrec.decoding.beam_search` calls it."""
         ...
 
-    def rescore(self, served: dict, context: Any, likelihood_weight: float) -> Rescore | None:
-        """What chooses beams in place of the log-probabilities, if anything does; these count so much beside it."""
+    def rescore(self, served: Any, context: Any, likelihood_weight: float) -> Rescore | None:
+        """The function that rescores beams, or None: beams are then ranked by their log-probabilities.
+
+        Its scores are added to `likelihood_weight` times the log-probabilities.
+        """
         ...
 
 
@@ -117,6 +133,11 @@ class GenerativeRecommender:
         self.assembly, self.feature_config, self.config = assembly, feature_config, config
         for name in ("beam_widths", "candidates"):
             given, levels = getattr(config, name), assembly.space.levels
+            if given and levels is None:
+                raise UserError(
+                    f"configuration key 'decoding.{name}' gives a number a level, but {assembly.space.kind} have no "
+                    "levels; leave it out, and set decoding.beam_width"
+                )
             if given and len(given) != levels:
                 raise UserError(
                     f"configuration key 'decoding.{name}' has {len(given)} numbers, but semantic IDs have {levels} "
@@ -129,20 +150,18 @@ class GenerativeRecommender:
         self._measure = jax.jit(self._accuracies)
 
     @functools.cached_property
-    def served(self) -> dict:
-        """What answers need and no request changes; an argument of the compiled functions, not a constant in them."""
-        space = self.assembly.space
-        trie = build_trie(space.codes, space.codebook_sizes, order=space.popularity)
-        return {**self.assembly.serve(self._variables), "trie": trie}
+    def served(self) -> Served:
+        """The arrays of the trained catalogue, and the trie of the listed answers."""
+        return self.assembly.serve(self._variables).replace(trie=self.space.build_trie())
 
     @functools.cached_property
     def order(self) -> ItemOrder:
-        """Where items stand in the trie of `served`."""
-        return ItemOrder(self.served["trie"])
+        """Where answers stand in the trie of `served`."""
+        return ItemOrder(self.served.trie)
 
     @property
-    def space(self) -> SemanticIdSpace:
-        """The semantic IDs of the items that the model was trained on."""
+    def space(self) -> TargetSpace:
+        """What the tokens of the model's targets mean."""
         return self.assembly.space
 
     @property
@@ -157,20 +176,21 @@ class GenerativeRecommender:
         exclude_history: bool = False,
         *,
         allowed: Sequence[Allowed] | None = None,
-        served: dict | None = None,
+        served: Served | None = None,
         sizes: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best items of each history: items int32 [B, k] (-1 = none) and log-probabilities float32 [B, k].
+        """The k best answers to each history: int32 [B, k] (-1 = none) and their log-probabilities float32 [B, k].
 
-        `exclude_history` leaves out the history's target items. Items that share an ID share its score and stand in
-        falling popularity. `allowed` says which items each history may get, in the order of the trie of `served`, which
-        is that of a version of a live catalogue (`serve_version`) or by default of the trained one. Batches are padded
-        to one of `sizes`, which rise; by default to `config.batch_size`, for which the fewest programs are compiled.
+        `exclude_history` leaves out the answers that the history holds under a target behavior. Items that share an ID
+        share its score and stand in falling popularity. `allowed` says which answers each history may get, in the order
+        of the trie of `served`, which is that of a version of a live catalogue (`serve_version`) or by default of the
+        trained one. Batches are padded to one of `sizes`, which rise; by default to `config.batch_size`, for which the
+        fewest programs are compiled.
         """
         served = self.served if served is None else served
-        if exclude_history:
+        if exclude_history and served.trie is not None:
             allowed = self._unseen(histories)
-        items = np.full((len(histories), k), -1, np.int32)
+        answers = np.full((len(histories), k), -1, np.int32)
         scores = np.full((len(histories), k), -np.inf, np.float32)
         width = self.width(k)
 
@@ -181,17 +201,19 @@ class GenerativeRecommender:
                 yield rows, self._search(served, arrays, few, width, k)
 
         for rows, search in _one_ahead(searches()):
-            found_items, found_scores, nan = jax.device_get(search)
-            if nan.any():
+            found: Found = jax.device_get(search)
+            if found.nan.any():
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
-            items[rows], scores[rows] = found_items[: len(rows)], found_scores[: len(rows)]
-        return items, scores
+            of_batch, of_scores = self.space.read(found, k)
+            answers[rows], scores[rows] = of_batch[: len(rows)], of_scores[: len(rows)]
+        return answers, scores
 
     def diagnose(self, cases: Cases) -> dict[str, tuple[float, float]]:
-        """As (sum, count): accuracy of each level given the true ones before it (OneMall Table 1), and `validity`.
+        """As (sum, count): teacher-forced accuracy of the targets' tokens, and `validity`.
 
-        That is the share of existing IDs among the first 10 of a beam search without the trie, with the beams of a
-        search for 10 items.
+        The accuracy is one a level (OneMall Table 1), or of all tokens together where targets have no levels. Validity
+        is the share of listed targets among the first 10 of a beam search without the trie, with the beams of a search
+        for 10 answers; it is left out where nothing is listed.
         """
         sums: dict[str, tuple[float, float]] = {}
         for rows, arrays in self._batches(cases.histories):
@@ -200,12 +222,13 @@ class GenerativeRecommender:
             target[: len(rows)] = np.where(cases.where[rows], cases.targets[rows], 0)
             where[: len(rows)] = cases.where[rows]
             real = np.arange(self.config.batch_size) < len(rows)
-            measured = self._measure(self.served, arrays, self.space.codes[target], where, real)
+            tokens, real_tokens = self.space.tokens(target)
+            measured = self._measure(self.served, arrays, tokens, real_tokens & where[..., None], where, real)
             sums = add(sums, jax.device_get(measured))
         return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
 
     def width(self, k: int) -> int | tuple[int, ...]:
-        """Beams where k items are asked for: one number, or one a level."""
+        """Beams where k answers are asked for: one number, or one a level."""
         if self.config.beam_widths:
             *before, last = self.config.beam_widths
             return (*before, max(last, k))
@@ -244,9 +267,9 @@ class GenerativeRecommender:
         return self.feature_config.cut(history, end, behaviors=behaviors, wanted=wanted)
 
     def _unseen(self, histories: list[History]) -> list[Allowed]:
-        """What each user doesn't have yet."""
-        seen = (history["item"][self.assembly.wanted[history["behavior"]]] for history in histories)
-        return [self.order.allowed(blocked=items) for items in seen]
+        """The answers that each history does not hold yet."""
+        held = (self.space.held(history, self.assembly.wanted) for history in histories)
+        return [self.order.allowed(blocked=answers) for answers in held]
 
     def _note(self, arrays: dict, item_filter: ItemFilter | None, width: int | tuple, k: int) -> None:
         """Remembers which shapes were asked for, so that `warm_up` can ask for them again."""
@@ -257,73 +280,70 @@ class GenerativeRecommender:
 
     def retrieve(
         self,
-        served: dict,
+        served: Served,
         arrays: dict,
         allowed: jax.Array | ItemFilter | None,
         width: int | tuple[int, ...],
         k: int,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> Found:
         """The whole retrieval as a pure function of arrays: what is jitted here and exported by `jaxrec.export`.
 
         served: as `self.served`; arrays: stacked features of B histories; allowed: bool [B, I], a filter made
-        of it, or None for everything.
-        Returns items int32 [B, k] (-1 = none), scores float32 [B, k] (log-probabilities, or what a rank head made of
-        them), and bool [B]: the model gave NaN.
+        of it, or None for everything. Scores are log-probabilities, or what a rank head made of them.
         """
         context = self.assembly.context(served, arrays)
-        rescore, candidates = self.assembly.rescore(served, context, self.config.likelihood_weight), None
-        if rescore is not None and self.config.candidates:
-            widths = (width,) * self.space.levels if isinstance(width, int) else width
-            candidates = tuple(map(max, self.config.candidates, widths))
-        result = beam_search(
+        result = self.space.search(
             functools.partial(self.assembly.extend, served, context),
-            None,
-            served["trie"],
+            served.trie,
             batch=_batch_size(arrays),
-            beam_width=width,
+            width=width,
+            k=k,
             allowed=allowed,
-            rescore=rescore,
-            candidates=candidates,
+            rescore=self.assembly.rescore(served, context, self.config.likelihood_weight),
+            candidates=self.config.candidates,
         )
-        return *expand_items(served["trie"], result, k=k, allowed=allowed), result.nan
+        return self.space.expand(served.trie, result, k=k, allowed=allowed)
 
     # ---- a catalogue that changes ------------------------------------------------------------------------------------
 
-    def serve_version(self, version: Version, before: Version | None) -> dict:
+    def serve_version(self, version: Version, before: Version | None) -> Served:
         """The arrays of a version of the catalogue, as `served`, with room for more items.
 
         The first version's rows are those that the model was trained on. A removed item changes no score of the others.
         """
+        trie = self.served.trie if self.space.item_codes is None else version.trie
         if before is not None and version.codes is before.codes and version.capacity == before.capacity:
-            return {**before.served, "trie": version.trie}
+            return before.served.replace(trie=trie)
         grown = before is None or version.capacity != before.capacity
-        arrays = self.assembly.serve(self._variables, version, None if grown else before)
-        return {**arrays, "trie": version.trie}
+        return self.assembly.serve(self._variables, version, None if grown else before).replace(trie=trie)
 
-    def warm_up(self, served: dict) -> None:
+    def warm_up(self, served: Served) -> None:
         """Runs every search that was asked for so far once, on arrays of zeros: whoever asks next need not wait."""
         for (_, filtered, width, k), arrays in list(self._signatures.items()):
-            few = _stack([ItemOrder(served["trie"]).allowed()], _batch_size(arrays)) if filtered else None
+            few = _stack([ItemOrder(served.trie).allowed()], _batch_size(arrays)) if filtered else None
             jax.block_until_ready(self._search(served, arrays, few, width, k))
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
-    def _accuracies(self, served, arrays, codes, where, real):
+    def _accuracies(self, served, arrays, tokens, real_tokens, where, real):
+        """tokens int32 [B, L, M], real_tokens bool [B, L, M], where bool [B, L]: real targets; real bool [B]: cases."""
         context = self.assembly.context(served, arrays)
         extend = functools.partial(self.assembly.extend, served, context)
-        codes = codes.astype(jnp.int32)
         log_probs, cache = extend(None, None, 0)
         log_probs = [jnp.broadcast_to(log_probs, (*where.shape, log_probs.shape[-1]))]
         cache = jax.tree.map(lambda x: jnp.repeat(x, where.shape[1], axis=1), cache)
-        for level in range(1, codes.shape[-1]):
-            following, cache = extend(codes[..., level - 1], cache, level)
+        for level in range(1, tokens.shape[-1]):
+            following, cache = extend(tokens[..., level - 1], cache, level)
             log_probs.append(following)
-        batch, width = _batch_size(arrays), self.width(FIRST)
-        free = beam_search(extend, None, served["trie"], batch=batch, beam_width=width, constrained=False)
-        first = free.valid[:, :FIRST]
-        return id_accuracy(log_probs, codes, where) | {
-            "validity": validity_rate(first, jnp.broadcast_to(real[:, None], first.shape))
-        }
+        if self.space.levels is None:
+            measured = {"acc_token": token_accuracy(log_probs, tokens, real_tokens)}
+        else:
+            measured = id_accuracy(log_probs, tokens, where)
+        if served.trie is None:
+            return measured
+        options = {"batch": _batch_size(arrays), "width": self.width(FIRST), "k": FIRST}
+        first = self.space.search(extend, served.trie, **options, constrained=False).valid[:, :FIRST]
+        return measured | {"validity": validity_rate(first, jnp.broadcast_to(real[:, None], first.shape))}
 
 
 def _batch_size(arrays: dict[str, jax.Array]) -> int:
@@ -357,7 +377,7 @@ def with_later_prior(trained: Prior | None, version: Version, before: Version | 
     """The popularity prior of a version's items, shaped like that of the version `before`; None for a model without."""
     if trained is None:
         return None
-    like = None if before is None else before.served["prior"]
+    like = None if before is None else before.served.prior
     return popularity_prior(version.codes, version.popularity, trained.sizes, capacity=version.capacity, like=like)
 
 

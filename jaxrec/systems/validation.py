@@ -7,11 +7,10 @@ import numpy as np
 
 from jaxrec.config import UserError
 from jaxrec.data.examples import Records
-from jaxrec.decoding.trie import build_trie
 from jaxrec.evaluation import Cases, make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import METRICS, mean
 from jaxrec.run import console
-from jaxrec.systems.comparison import EvaluationConfig, draw
+from jaxrec.systems.comparison import EvaluationConfig, cases_of, draw
 from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender, Reader
 from jaxrec.text.finetune import FinetuneConfig
 from jaxrec.training.loop import TrainState
@@ -34,13 +33,12 @@ def make_validation(
 
     def measure(state: TrainState) -> dict[str, float]:
         if not made:
-            records, space = Records(assembly.examples, config.split), assembly.space
-            made["cases"] = validation_cases(records, assembly.target_behaviors, config)
-            made["trie"] = build_trie(space.codes, space.codebook_sizes, order=space.popularity)
+            made["cases"] = measured_cases(cases_of(assembly, config.split), config)
+            made["trie"] = assembly.space.build_trie()
             made["model"] = GenerativeRecommender(assembly, {}, features, decoding)
         if not len(made["cases"]):
             return {}
-        served = {**assembly.serve({"params": state.params, **state.extra}), "trie": made["trie"]}
+        served = assembly.serve({"params": state.params, **state.extra}).replace(trie=made["trie"])
         cases = made["cases"]
         ranked, _ = made["model"].recommend(cases.histories, max(CUTOFFS), config.exclude_history, served=served)
         return validation_metrics(ranked, cases, config)
@@ -49,8 +47,13 @@ def make_validation(
 
 
 def validation_cases(records: Records, target_behaviors: Sequence[int], config: EvaluationConfig) -> Cases:
-    """The cases that are measured; where there are none, a line says so."""
-    cases = draw(make_cases(records, target_behaviors, config.split), config)
+    """The cases of items that are measured; where there are none, a line says so."""
+    return measured_cases(make_cases(records, target_behaviors, config.split), config)
+
+
+def measured_cases(cases: Cases, config: EvaluationConfig) -> Cases:
+    """The cases that `config` draws; where there are none, a line says so."""
+    cases = draw(cases, config)
     if not len(cases):
         console.print("no user has a session to validate on: training goes on to its last step", markup=False)
     return cases

@@ -1,7 +1,7 @@
 """Items that share a semantic ID: kept together, moved to the nearest free ID, or told apart by one more level.
 
     resolved = resolve(codes, books.sizes, CollisionConfig("nearest_free"), embeddings=x, codebooks=books)
-    space = SemanticIdSpace(resolved.codes, resolved.sizes)
+    space = SemanticIds(resolved.codes, resolved.sizes)
     print(describe(resolved.changed))
 
 Of the items under one ID the most popular come first, then those of the lower index.
@@ -25,7 +25,7 @@ from jaxrec.semantic_ids.quantizers.fsq import decode as decode_fsq
 from jaxrec.semantic_ids.quantizers.opq import Opq
 from jaxrec.semantic_ids.quantizers.residual import Residual
 from jaxrec.semantic_ids.quantizers.rows import check_rows, check_width
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.space import SemanticIds
 
 AT_ONCE = 1 << 22
 """Distances of items to codes that are held at once."""
@@ -96,13 +96,13 @@ def resolve(
     """
     check(config)
     sizes = tuple(int(size) for size in sizes)
-    codes = SemanticIdSpace(np.asarray(codes, np.int32), sizes).codes
+    codes = SemanticIds(np.asarray(codes, np.int32), sizes).codes
     extra = config.policy == "extra_level"
     taken = np.zeros((0, len(sizes) + extra), np.int32) if taken is None else np.asarray(taken, np.int32)
     if taken.ndim != 2 or taken.shape[1] != len(sizes) + extra:
         raise UserError(f"taken IDs of shape {taken.shape} do not fit: {config.policy} has {len(sizes) + extra} levels")
     order = _order(len(codes), popularity)
-    before = SemanticIdSpace(np.concatenate([taken[:, : len(sizes)], codes]), sizes).counts
+    before = SemanticIds(np.concatenate([taken[:, : len(sizes)], codes]), sizes).counts
     changed: dict = {"policy": config.policy, "capacity": config.capacity, "extra_size": config.extra_size}
     changed["items"] = len(codes)
     if extra:
@@ -115,7 +115,7 @@ def resolve(
     else:
         changed |= {"moved": 0, "without_room": 0}
     # Sorting a whole catalogue takes a while, and `keep` has changed nothing.
-    after = before if config.policy == "keep" else SemanticIdSpace(np.concatenate([taken, codes]), sizes).counts
+    after = before if config.policy == "keep" else SemanticIds(np.concatenate([taken, codes]), sizes).counts
     for name, counts in (("before", before), ("after", after)):
         changed |= {f"distinct_{name}": len(counts), f"largest_{name}": int(counts.max(initial=0))}
     return Resolved(codes, sizes, changed)
@@ -189,7 +189,7 @@ def _groups(rows: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     """A number for each distinct row of codes [n, m], int64 [n]; m may be 0."""
     if not rows.shape[1]:
         return np.zeros(len(rows), np.int64)
-    return SemanticIdSpace(rows, sizes[: rows.shape[1]]).leaf.astype(np.int64)
+    return SemanticIds(rows, sizes[: rows.shape[1]]).leaf.astype(np.int64)
 
 
 def _rank(groups: np.ndarray) -> np.ndarray:

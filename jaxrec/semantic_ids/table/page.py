@@ -16,7 +16,7 @@ import pyarrow as pa
 from jaxrec.config import UserError
 from jaxrec.page import INK, LINE, Section, facts, number, picture, table, tiles, write
 from jaxrec.semantic_ids.table.quality import quality
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.space import SemanticIds
 
 BRANCHES_SHOWN = (40, 12, 10)
 """Most branches shown below the root of the ID tree, below a first code, and items shown below a second."""
@@ -31,7 +31,7 @@ RECALLS = {
 
 def write_page(
     path: Path,
-    space: SemanticIdSpace,
+    space: SemanticIds,
     item_ids: Sequence[str],
     titles: Sequence[str | None] | None = None,
     categories: Sequence[str | None] | None = None,
@@ -69,7 +69,7 @@ class PageItems:
       UserError: a column is not as long as the space.
     """
 
-    space: SemanticIdSpace
+    space: SemanticIds
     item_ids: Sequence[str]
     titles: Sequence[str | None] | None = None
     categories: Sequence[str | None] | None = None
@@ -204,7 +204,7 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
     return [(name, value)]
 
 
-def _levels(space: SemanticIdSpace, figures: dict) -> Section:
+def _levels(space: SemanticIds, figures: dict) -> Section:
     drawn = "".join(
         _use_picture(level + 1, np.bincount(space.codes[:, level], minlength=size))
         for level, size in enumerate(space.codebook_sizes)

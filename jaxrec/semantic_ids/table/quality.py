@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxrec.config import UserError
 from jaxrec.run import track
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
+from jaxrec.semantic_ids.table.space import SemanticIds
 
 Decode = Callable[[np.ndarray], np.ndarray]
 """Prefixes of IDs int32 [n, m], m <= M, to what they stand for, f32 [n, D]."""
@@ -26,7 +26,7 @@ SEARCH_ROWS = 4096
 
 
 def quality(
-    space: SemanticIdSpace,
+    space: SemanticIds,
     embeddings: np.ndarray | None = None,
     decode: Decode | None = None,
     pairs: np.ndarray | None = None,
@@ -109,7 +109,7 @@ def level_use(codes: np.ndarray, size: int) -> dict[str, float]:
     }
 
 
-def prefix_use(space: SemanticIdSpace) -> list[dict[str, float]]:
+def prefix_use(space: SemanticIds) -> list[dict[str, float]]:
     """Figures of the IDs cut to their first 1, 2, ... M codes: those of `collisions`, and three more.
 
     `distinct`: prefixes in use. `utilization`: their share of all that the codebooks can spell (OneSearch's CUR of L1,
@@ -127,7 +127,7 @@ def prefix_use(space: SemanticIdSpace) -> list[dict[str, float]]:
     ]
 
 
-def prefix_counts(space: SemanticIdSpace) -> Iterator[np.ndarray]:
+def prefix_counts(space: SemanticIds) -> Iterator[np.ndarray]:
     """Items under each prefix of 1, 2, ... M codes that is in use, in rising order of the prefix, int64 [prefixes]."""
     for begins in _prefix_begins(space.ids).T:
         yield np.add.reduceat(space.counts, np.flatnonzero(begins))
@@ -177,7 +177,7 @@ def reconstruction_error(codes: np.ndarray, embeddings: np.ndarray, decode: Deco
 
 
 def neighbour_recall(
-    space: SemanticIdSpace, embeddings: np.ndarray, decode: Decode | None = None, k: int = 10, most: int = 1000
+    space: SemanticIds, embeddings: np.ndarray, decode: Decode | None = None, k: int = 10, most: int = 1000
 ) -> dict[str, float]:
     """Share of items' k nearest neighbours that are still among the k nearest when IDs stand for the embeddings.
 
@@ -199,7 +199,7 @@ def neighbour_recall(
     return {name: float(recall.mean()) for name, recall in zip(names, recalls, strict=True)}
 
 
-def recall_by_prefix(space: SemanticIdSpace, rows: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+def recall_by_prefix(space: SemanticIds, rows: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
     """Expected share of `neighbours` among the first k others by length of shared prefix, f64 [n].
 
     rows: int [n], items that search. neighbours: int [n, k], who should be found, none of them the item itself. Others
@@ -230,7 +230,7 @@ def nearest(x: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
     return np.asarray(found[1])
 
 
-def shared_prefixes(space: SemanticIdSpace, pairs: np.ndarray) -> dict[str, list[float]]:
+def shared_prefixes(space: SemanticIds, pairs: np.ndarray) -> dict[str, list[float]]:
     """Share of pairs [n, 2] whose IDs agree in their first 1, 2, ... M codes, and that of all pairs of two items."""
     codes, items = space.codes, len(space.codes)
     agree = np.logical_and.accumulate(codes[pairs[:, 0]] == codes[pairs[:, 1]], axis=1).mean(0)

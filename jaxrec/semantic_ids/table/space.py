@@ -19,7 +19,7 @@ ItemIds = Sequence[str] | pa.Array | pa.ChunkedArray
 
 
 @dataclass(frozen=True, eq=False)
-class SemanticIdSpace:
+class SemanticIds:
     """The IDs of a catalogue; several items may share one, and are listed in a stated order.
 
     codes: int32 [I, M], row = item index. codebook_sizes: codes in each level. popularity: [I] or None; the items of an
@@ -119,7 +119,7 @@ def _sort_keys(codes: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
     return keys
 
 
-def write_codes(path: Path, item_ids: ItemIds, space: SemanticIdSpace) -> None:
+def write_codes(path: Path, item_ids: ItemIds, space: SemanticIds) -> None:
     """Write codes.parquet: item_id, c1..cM int32; the codebook sizes are in the schema's metadata."""
     columns = {"item_id": as_strings(item_ids)}
     columns |= {f"c{level + 1}": pa.array(space.codes[:, level], pa.int32()) for level in range(space.levels)}
@@ -127,7 +127,7 @@ def write_codes(path: Path, item_ids: ItemIds, space: SemanticIdSpace) -> None:
     pq.write_table(pa.table(columns).replace_schema_metadata({SIZES_KEY: sizes}), path)
 
 
-def read_codes(path: Path, item_ids: ItemIds | None = None, popularity: np.ndarray | None = None) -> SemanticIdSpace:
+def read_codes(path: Path, item_ids: ItemIds | None = None, popularity: np.ndarray | None = None) -> SemanticIds:
     """Read codes.parquet in the order of item_ids [I]; None: of all items in the file's own order.
 
     Without codebook sizes in its metadata (a table made elsewhere), each level is as large as its largest code needs.
@@ -154,7 +154,7 @@ def read_codes(path: Path, item_ids: ItemIds | None = None, popularity: np.ndarr
     sizes = (table.schema.metadata or {}).get(SIZES_KEY)
     found = tuple(int(s) for s in sizes.split(b",")) if sizes else tuple(int(size) for size in codes.max(0) + 1)
     try:
-        return SemanticIdSpace(codes, found, popularity)
+        return SemanticIds(codes, found, popularity)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -36,7 +36,7 @@ from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.collisions import CollisionConfig, squared_errors
 from jaxrec.semantic_ids.table.later import check_known, items_of_run
 from jaxrec.semantic_ids.table.quality import collisions, independent_coding_rate, prefix_use
-from jaxrec.semantic_ids.table.space import ItemIds, SemanticIdSpace, as_strings, read_codes, rows_in, write_codes
+from jaxrec.semantic_ids.table.space import ItemIds, SemanticIds, as_strings, read_codes, rows_in, write_codes
 
 BOOKS, CODES, QUALITY = "codebooks.safetensors", "codes.parquet", "quality.json"
 
@@ -75,14 +75,14 @@ class IdTable:
         """The row of each of some items [n], int64 [n]; -1 where there is none."""
         return rows_in(item_ids, self.item_ids)
 
-    def space(self, item_ids: ItemIds | None = None, popularity: np.ndarray | None = None) -> SemanticIdSpace:
+    def space(self, item_ids: ItemIds | None = None, popularity: np.ndarray | None = None) -> SemanticIds:
         """The IDs of a catalogue's items in its order; None: of all active items.
 
         Raises:
           UserError: an item has no ID in this version, or is inactive.
         """
         if item_ids is None:
-            return SemanticIdSpace(self.codes[self.active], self.sizes, popularity)
+            return SemanticIds(self.codes[self.active], self.sizes, popularity)
         rows = self.rows(item_ids)
         missing = np.flatnonzero((rows < 0) | ~self.active[rows])
         if len(missing):
@@ -91,7 +91,7 @@ class IdTable:
                 f"{as_strings(item_ids)[missing[0]].as_py()!r} ({len(missing)} such items): append them, or take the "
                 "version that belongs to these tables"
             )
-        return SemanticIdSpace(self.codes[rows], self.sizes, popularity)
+        return SemanticIds(self.codes[rows], self.sizes, popularity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +248,7 @@ def trained_version(folder: Path) -> int | None:
     return 1 if 1 in numbers(folder) else None
 
 
-def trained_space(folder: Path, item_ids: ItemIds, popularity: np.ndarray | None = None) -> SemanticIdSpace:
+def trained_space(folder: Path, item_ids: ItemIds, popularity: np.ndarray | None = None) -> SemanticIds:
     """The IDs that a model of a run was trained on, of the items [I] of its tables and in their order.
 
     Those of codes.parquet, until a later version was published there.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from flax import struct
 from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
@@ -32,14 +33,23 @@ from jaxrec.models.cross_decoder import (
 from jaxrec.models.prior import Prior, build_prior
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.onemall.config import OneMallConfig
-from jaxrec.systems.recommender import filled_up, with_later_embeddings
+from jaxrec.systems.recommender import Served, filled_up, with_later_embeddings
+from jaxrec.targets import SemanticIdSpace
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 PATCH = 1024
 """Rows of items that came later are made so many at once; of more, all rows are made again."""
+
+
+@struct.dataclass(kw_only=True)
+class OneMallServed(Served):
+    """OneMall's arrays: of all items what the model reads, and its vector of each."""
+
+    catalogue: CatalogueArrays
+    table: jax.Array
+    """float32 [I, D]"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,38 +114,37 @@ class OneMallAssembly:
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
-    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
-        """{"variables", "catalogue", "table"}: the model's vector of every item, of the trained catalogue or a version.
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> OneMallServed:
+        """The arrays of the trained catalogue, or of a version.
 
         Trained rows are as they were, but for their codes; later ones are made of what was given with them.
         """
         if version is None:
             table = _make_table(self.model, variables, self.catalogue)
-            return {"variables": variables, "catalogue": self.catalogue, "table": table}
+            return OneMallServed(variables=variables, catalogue=self.catalogue, table=table)
         changed = np.arange(len(version))
         if before is not None:
             same = np.zeros(len(version), bool)
             same[: len(before)] = (version.codes[: len(before)] == before.codes).all(1)
             changed = np.flatnonzero(~same)
-        catalogue = self._catalogue(version, None if before is None else before.served["catalogue"].prior)
+        catalogue = self._catalogue(version, None if before is None else before.served.catalogue.prior)
         if before is None or len(changed) > PATCH:
             table = self.table(variables, catalogue, np.arange(version.capacity))
         else:
             rows = np.resize(changed, PATCH)
-            table = _put(before.served["table"], rows, self.table(variables, catalogue, rows))
-        return {"variables": variables, "catalogue": catalogue, "table": table}
+            table = _put(before.served.table, rows, self.table(variables, catalogue, rows))
+        return OneMallServed(variables=variables, catalogue=catalogue, table=table)
 
-    def context(self, served: dict, arrays: dict[str, jax.Array]) -> CrossContext:
+    def context(self, served: OneMallServed, arrays: dict[str, jax.Array]) -> CrossContext:
         """B contexts from stacked arrays of `jaxrec.data.features.cut`."""
-        inputs = self.inputs(served["catalogue"], arrays, served["table"])
-        return self.model.apply(served["variables"], inputs, method="prefill")
+        return self.model.apply(served.variables, self.inputs(served.catalogue, arrays, served.table), method="prefill")
 
-    def extend(self, served: dict, context: CrossContext, tokens: jax.Array | None, cache: Any, level: int):
+    def extend(self, served: OneMallServed, context: CrossContext, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
-        return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
+        return self.model.apply(served.variables, context, tokens, cache, level, method="extend")
 
-    def rescore(self, served: dict, context: CrossContext, likelihood_weight: float) -> None:
-        """Beams are chosen by the log-probabilities."""
+    def rescore(self, served: OneMallServed, context: CrossContext, likelihood_weight: float) -> None:
+        """None: beams are ranked by their log-probabilities."""
 
     def table(self, variables: dict, catalogue: CatalogueArrays, rows: np.ndarray) -> jax.Array:
         """The model's vectors of some rows: float32 [n, D]."""

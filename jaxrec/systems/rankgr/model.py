@@ -21,10 +21,10 @@ from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig, RankInputs
 from jaxrec.run import Run, read_json, write_json
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.rankgr.config import RankGRRunConfig, checked_levels
-from jaxrec.systems.recommender import filled_up, with_later_embeddings, with_later_prior
+from jaxrec.systems.recommender import Served, filled_up, with_later_embeddings, with_later_prior
+from jaxrec.targets import SemanticIdSpace
 from jaxrec.training.sharding import init_sharded, shapes_of
 
 BACKBONE = "backbone.json"
@@ -38,6 +38,19 @@ class RankGRCatalogue:
     codes: jax.Array
     embeddings: jax.Array | None = None
     prior: Prior | None = None
+
+
+@struct.dataclass(kw_only=True)
+class RankGRServed(Served):
+    """RankGR's arrays: codes and vectors of all items, and the prior if the decoder begins with it."""
+
+    codes: jax.Array
+    """int32 [I, M]"""
+    table: jax.Array
+    """float32 [I, D], as histories hold the items"""
+    vectors: jax.Array | None
+    """[I, D], what a rank head of "softmax" compares states with; None for the other rank heads"""
+    prior: Prior | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +115,10 @@ class RankGRAssembly:
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
-    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
-        """{"variables", "codes", "table", "vectors", "prior"}: all items' vectors, of later ones made of their codes.
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> RankGRServed:
+        """All items' vectors, of later ones made of their codes.
 
-        "vectors" are what a rank head of "softmax" compares states with. Where items have vectors of their own, those
-        that came later have the mean.
+        Where items have vectors of their own, those that came later have the mean.
         """
         codes, embeddings, prior = self.space.codes.astype(np.int32), self.embeddings, self.prior
         if version is not None:
@@ -123,31 +135,31 @@ class RankGRAssembly:
         table = _item_table(self.model.clone(items=len(codes)), {"params": params}, codes, embeddings)
         if self.model.config.rank.loss == "softmax":
             vectors = self.model.apply(variables, table, method="item_vectors")
-        return {"variables": variables, "codes": codes, "table": table, "vectors": vectors, "prior": prior}
+        return RankGRServed(variables=variables, codes=codes, table=table, vectors=vectors, prior=prior)
 
-    def context(self, served: dict, arrays: dict[str, jax.Array]) -> RankContext:
+    def context(self, served: RankGRServed, arrays: dict[str, jax.Array]) -> RankContext:
         """B contexts from stacked arrays of `LeveledSessionConfig.cut`."""
-        inputs = self.inputs(RankGRCatalogue(served["codes"], prior=served["prior"]), arrays, served["table"])
-        return self.model.apply(served["variables"], inputs, method="prefill")
+        inputs = self.inputs(RankGRCatalogue(served.codes, prior=served.prior), arrays, served.table)
+        return self.model.apply(served.variables, inputs, method="prefill")
 
-    def extend(self, served: dict, context: RankContext, tokens: jax.Array | None, cache: Any, level: int):
+    def extend(self, served: RankGRServed, context: RankContext, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
-        return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
+        return self.model.apply(served.variables, context, tokens, cache, level, method="extend")
 
-    def rescore(self, served: dict, context: RankContext, likelihood_weight: float) -> Rescore | None:
+    def rescore(self, served: RankGRServed, context: RankContext, likelihood_weight: float) -> Rescore | None:
         """The rank head's scores in the beam (RankGR Eq. 18), or the items' at the end of it."""
         config = self.model.config.rank
         if config.loss == "none":
             return None
-        variables, last = served["variables"], self.space.levels - 1
+        variables, last = served.variables, self.space.levels - 1
         if config.loss == "softmax":
             query = self.model.apply(variables, context.own.state[:, 0], method="item_query")
 
             def by_item(candidates: Candidates, cache: dict) -> jax.Array:
                 if candidates.level < last:
                     return candidates.log_probs
-                first, _ = served["trie"].leaf_ranges(jnp.maximum(candidates.nodes, 0))
-                vectors = served["vectors"][served["trie"].items.at[first].get(mode="clip")]
+                first, _ = served.trie.leaf_ranges(jnp.maximum(candidates.nodes, 0))
+                vectors = served.vectors[served.trie.items.at[first].get(mode="clip")]
                 scores = jnp.einsum("BD,BCD->BC", query, vectors).astype(jnp.float32)
                 return scores + likelihood_weight * candidates.log_probs
 

@@ -21,10 +21,10 @@ from jaxrec.models.vocabulary import ContextTokens, Levels, to_tokens
 from jaxrec.nn.geometry import principal_axes
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
-from jaxrec.semantic_ids.table.space import SemanticIdSpace
 from jaxrec.systems.generative import read_items
-from jaxrec.systems.recommender import filled_up, with_later_prior
+from jaxrec.systems.recommender import Served, filled_up, with_later_prior
 from jaxrec.systems.tiger.config import TigerConfig
+from jaxrec.targets import SemanticIdSpace
 from jaxrec.training.sharding import init_sharded
 
 START = 0
@@ -36,6 +36,14 @@ class TigerCatalogue:
 
     codes: jax.Array
     prior: Prior | None = None
+
+
+@struct.dataclass(kw_only=True)
+class TigerServed(Served):
+    """TIGER's arrays: codes int32 [I, M] of all items and, if the decoder begins with it, the prior."""
+
+    codes: jax.Array
+    prior: Prior | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,25 +137,25 @@ class TigerAssembly:
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
-    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> dict:
-        """{"variables", "codes", "prior"}: a new item is its codes, and needs nothing else."""
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> TigerServed:
+        """A new item is its codes, and needs nothing else."""
         codes, prior = self.space.codes.astype(np.int32), self.prior
         if version is not None:
             codes = filled_up(version.codes.astype(np.int32), version.capacity)
             prior = with_later_prior(prior, version, before)
-        return {"variables": variables, "codes": jnp.asarray(codes), "prior": prior}
+        return TigerServed(variables=variables, codes=jnp.asarray(codes), prior=prior)
 
-    def context(self, served: dict, arrays: dict[str, jax.Array]) -> EncodedContext:
+    def context(self, served: TigerServed, arrays: dict[str, jax.Array]) -> EncodedContext:
         """B contexts from stacked arrays of `ItemSequenceConfig.cut`."""
-        inputs = self.inputs(TigerCatalogue(served["codes"], served["prior"]), arrays)
-        return self.model.apply(served["variables"], inputs, method="prefill")
+        inputs = self.inputs(TigerCatalogue(served.codes, served.prior), arrays)
+        return self.model.apply(served.variables, inputs, method="prefill")
 
-    def extend(self, served: dict, context: EncodedContext, tokens: jax.Array | None, cache: Any, level: int):
+    def extend(self, served: TigerServed, context: EncodedContext, tokens: jax.Array | None, cache: Any, level: int):
         """One more code for every beam."""
-        return self.model.apply(served["variables"], context, tokens, cache, level, method="extend")
+        return self.model.apply(served.variables, context, tokens, cache, level, method="extend")
 
-    def rescore(self, served: dict, context: EncodedContext, likelihood_weight: float) -> None:
-        """Beams are chosen by the log-probabilities."""
+    def rescore(self, served: TigerServed, context: EncodedContext, likelihood_weight: float) -> None:
+        """None: beams are ranked by their log-probabilities."""
 
 
 def assemble(run: Run, config: TigerConfig) -> TigerAssembly:
