@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,9 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXREC_CACHE", str(folder / "cache"))
         train(Run.open(folder / "whole", CONFIG), CONFIG)
+        shutil.copytree(
+            folder / "whole", folder / "killed", ignore=shutil.ignore_patterns("stages", "eval*", "*.jsonl")
+        )
         killed = subprocess.run(
             [sys.executable, "train.py", "tests/mall_tiger.py", "--run", str(folder / "killed")],
             cwd=ROOT,
