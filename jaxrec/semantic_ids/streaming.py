@@ -4,9 +4,9 @@
     books = fit(jax.random.key(0), items, config, sample_rows=1_000_000)
     for codes in encode(books, items): ...              # int32 [n, M]
 
-Codebooks are fitted to a uniform sample of the rows, which is in memory; a codebook needs some hundred rows a code and
-not all there are. Then each block of rows is encoded by itself. So the memory holds the sample, a block, and of every
-item its ID and its name, but not its embedding.
+Codebooks are fitted to a uniform sample of the rows, held in memory: some hundred rows a code are enough. Then the rows
+are encoded block by block. Memory holds the sample, one block, and the ID and name of every item, but never all
+embeddings.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def fit(key: jax.Array, items: Items, config: SemanticIdConfig, sample_rows: int
 
 
 def generator(key: jax.Array) -> np.random.Generator:
-    """What draws the sample of `fit`."""
+    """The random generator that draws the sample of `fit`."""
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
@@ -73,7 +73,7 @@ def write_ids(
     `sample`. Returns the figures.
 
     Raises:
-      UserError: the configuration cannot be or does not fit the items, an item is listed twice, or a file of the items
+      UserError: the configuration is invalid or does not fit the items, an item is listed twice, or a file of the items
         cannot be used.
     """
     _check_collisions(collision_config, items, sample_rows)
