@@ -2,9 +2,8 @@
 
 An aligned embedding is `normalise(project(text) + residual[item])`. The projection is initialised with the principal
 components of the texts, which keeps their geometry. The residual is a free vector per item, initialised to zero and
-decayed towards
-zero: pairs can separate items with equal texts, and an item without pairs stays at its text. The loss is symmetric
-in-batch InfoNCE over item pairs.
+decayed towards zero: pairs can separate items with equal texts, and an item without pairs stays at its text. The loss
+is symmetric in-batch InfoNCE over item pairs.
 """
 
 from dataclasses import dataclass
