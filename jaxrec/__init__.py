@@ -1,6 +1,6 @@
 """jaxrec: generative retrieval for commerce in JAX and Flax.
 
-One trained model reads a user's history and generates the semantic IDs of items, or texts, by beam search.
+One trained model reads a user's history and generates the semantic IDs of items by beam search.
 
 Dimension letters, used in einsums, names and docstrings; never another letter:
 

@@ -70,7 +70,7 @@ class ExportConfig:
     k: int = 10
     """number of items per request"""
     beam_width: int | None = None
-    """number of beams, at least k; default: decoding.beam_width of the run"""
+    """number of beams, raised to k if smaller; default: decoding.beam_width of the run"""
     filters: bool = False
     """add the input `allowed`, bool [batch, items]: the items allowed for each request"""
     platforms: tuple[str, ...] = PLATFORMS

@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     out_gain: float = 1.0
-    """standard deviation of what is added to x, at first"""
+    """initial standard deviation of the residual"""
 
     def setup(self):
         self.norm = RMSNorm(self.epsilon)
@@ -159,7 +159,7 @@ class CrossAttention(nn.Module):
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     out_gain: float = 1.0
-    """standard deviation of what is added to x, at first"""
+    """initial standard deviation of the residual"""
 
     def setup(self):
         shape, axes = (self.heads, self.head_dim), ("embed", "heads", "head_dim")
@@ -191,7 +191,7 @@ class FeedForwardBlock(nn.Module):
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     out_gain: float = 1.0
-    """standard deviation of what is added to x, at first"""
+    """initial standard deviation of the residual"""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

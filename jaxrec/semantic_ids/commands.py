@@ -1,4 +1,4 @@
-"""The living catalogue on the command line: each function reads files, changes the versions and prints what it did.
+"""Changes of a catalogue on the command line: each function reads files, changes the versions and prints a summary.
 
 Items are a parquet file, or a folder of them, with columns `item_id`, `embedding` (a list of numbers) and optionally
 `count`, the popularity that orders the items of one ID; `remove` reads `item_id` alone. In a run, `append` also keeps

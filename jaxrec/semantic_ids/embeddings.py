@@ -67,7 +67,7 @@ def finetune_items(
 ) -> Path:
     """Fine-tunes the text encoder, or a projection, on the item pairs of a tables folder (OneMall §3.1.2).
 
-    Goes on from the checkpoints in `folder`; returns the folder in it that holds the result for `finetune.load`.
+    Resumes from the checkpoints in `folder`; returns the folder in it with the result, for `finetune.load`.
     metrics_path: the file that gets the log lines; None: metrics.jsonl in `folder`.
 
     Raises:

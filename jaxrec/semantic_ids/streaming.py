@@ -29,7 +29,7 @@ from jaxrec.semantic_ids.tokenize import write_space
 
 
 def fit(key: jax.Array, items: Items, config: SemanticIdConfig, sample_rows: int) -> Codebooks:
-    """Fit every level to `sample_rows` of the items, drawn uniformly; to all of them when there are no more.
+    """Fit every level to `sample_rows` of the items, drawn uniformly; to all items when there are no more.
 
     The codebooks are those of `codebooks.fit(key, sample, config)`.
 
@@ -51,7 +51,7 @@ def encode(books: Codebooks, items: Items) -> Iterator[np.ndarray]:
     Balanced levels keep their bound only as far as their prices do: `codebooks.encode_catalogue` needs all rows.
 
     Raises:
-      UserError: the items are of another width than the codebooks, or a file of them cannot be used.
+      UserError: the items are of another width than the codebooks, or a file cannot be used.
     """
     check_width(np.empty((0, items.width)), books.width)
     for block in tracked(items.blocks(codebooks.ENCODED_AT_ONCE), "Encoding items", len(items)):

@@ -51,7 +51,7 @@ class Limits:
 
 
 class Problem(BaseModel):
-    """What is wrong with a request, in one sentence."""
+    """The error of a request, in one sentence."""
 
     error: str
 
@@ -119,7 +119,7 @@ def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
 
     @app.get("/healthz")
     async def healthz() -> Health:
-        """Whether the server is up, and what it serves; never waits for the model."""
+        """Whether the server is up, with the run and version; never waits for the model."""
         version = retriever.catalogue.current
         sizes = {"items": len(version.popular), "users": len(retriever.user_index)}
         return Health(status="ok", system=retriever.system, version=version.number, **sizes)

@@ -4,7 +4,7 @@ An embedding has two halves: what is sold, and what is shown.
 
     product card   [card, card]                    it shows itself
     short video    [its product, its own]          [own, own] where no product is known
-    live stream    item tower([what it sells now, its own])
+    live stream    item tower([its current products, its own])
 
 Both halves have unit length, and the whole is divided by sqrt(2). Then the inner product of two cards is unchanged, a
 video lies half-way between its product and its content, and no scenario differs by its norm or by a block of zeros,

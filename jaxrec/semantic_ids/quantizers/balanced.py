@@ -300,6 +300,6 @@ def _costs(x: np.ndarray, centroids: np.ndarray, prices: np.ndarray) -> np.ndarr
 
 
 def _loss_of_moving(x, centroids, prices, codes, cluster: int) -> np.ndarray:
-    """What each row f32 [I] costs more in a cluster than in its own."""
+    """Cost of each row in a cluster minus that in its own, f32 [I]."""
     own = np.sum((x - centroids[codes]) ** 2, axis=-1) + prices[codes]
     return np.sum((x - centroids[cluster]) ** 2, axis=-1) + prices[cluster] - own

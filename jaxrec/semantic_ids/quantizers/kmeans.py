@@ -30,7 +30,7 @@ ASSIGNED_AT_ONCE = 1 << 14
 GROUP = 8
 """Centroids in a group; see `nearest`."""
 MANY, FEW, WIDE = 1024, 32, 32
-"""`axes_iterations` applies from WIDE dimensions on: with fewer than FEW rows a cluster in place of k-means++, and from
+"""`axes_iterations` applies from WIDE dimensions on: with fewer than FEW rows a cluster instead of k-means++, and from
 MANY clusters on in addition to it."""
 STEP = 1.5
 """Step of a centroid towards the mean of its rows; 1 reaches it. The inertia under a given assignment is quadratic in

@@ -30,7 +30,7 @@ class ResidualConfig:
     kmeans: KMeansConfig = field(default_factory=partial(KMeansConfig, rows_per_cluster=1024, axes_iterations=10))
     """k-means of the other levels: more rows and iterations than a single level needs, since errors add up."""
     balance: BalancedConfig = field(default_factory=BalancedConfig)
-    """How the balanced levels are balanced."""
+    """The fit of the balanced levels."""
 
 
 @flax.struct.dataclass

@@ -66,7 +66,7 @@ def unusable(x: np.ndarray | jax.Array) -> np.ndarray:
 
 
 def complaint(row: np.ndarray) -> tuple[str, str]:
-    """What is wrong with an unusable row [D], and the mend."""
+    """The defect of an unusable row [D], and the mend."""
     if not np.isfinite(row).all():
         return "NaN or infinity", "mend them first"
     worst = row[np.abs(row).argmax()]
