@@ -1,10 +1,15 @@
-"""FORGE on Amazon Beauty: TIGER's model on IDs that know what shoppers take together, and that no two items share.
+"""FORGE on Amazon Beauty: TIGER's model on unique IDs with collaborative signal.
 
     python train.py configs/forge.py --run runs/forge --data.path DIR
 
-DIR as for configs/tiger.py, of which everything is taken but the IDs: texts are aligned on pairs of items that the same
-shoppers took (with a free vector an item), and an item whose ID is taken moves to the nearest free one, which needs no
-fourth level. Pairs are of the training split.
+Time:    32 minutes of training on one core.
+Figures: recall@10 / ndcg@10 .0622 / .0329 with all items ranked, .0686 / .0375 with the history left out, all users,
+         one seed.
+
+DIR: a folder in the layout of S3-Rec, as for configs/onemall_beauty.py.
+All but the IDs as in configs/tiger.py. Texts are aligned on pairs of items with common users in the training split
+(with a free vector an item), and an item whose ID is occupied moves to the nearest free one, so that no fourth level is
+needed.
 """
 
 import dataclasses

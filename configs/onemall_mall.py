@@ -1,6 +1,9 @@
 """OneMall on a synthetic mall with planted tastes, where the best possible recall is known.
 
-python train.py configs/onemall_mall.py --run runs/mall
+    python train.py configs/onemall_mall.py --run runs/mall
+
+Time:    about two minutes.
+Figures: recall@10 .705, 90% of the best possible .781.
 """
 
 from jaxrec.data.features import FeatureConfig

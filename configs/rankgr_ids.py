@@ -1,9 +1,14 @@
-"""RankGR from semantic IDs alone on Amazon Beauty: without text embeddings in its items' vectors and without a prior.
+"""RankGR from semantic IDs alone on Amazon Beauty: no text embeddings in the item vectors, no prior.
 
     python train.py configs/rankgr_ids.py --run runs/rankgr_ids --data.path DIR
 
-All else is configs/rankgr.py's. It shows what those two give, and stands beside configs/sasrec_ce.py, which has neither;
-configs/sasrec_text.py has both. The semantic IDs themselves are made of the text embeddings in either.
+Time:    not measured.
+Figures: not measured.
+
+DIR: a folder in the layout of S3-Rec, as for configs/onemall_beauty.py.
+All else as in configs/rankgr.py. Compare it with that configuration for the effect of embeddings and prior, and with
+configs/sasrec_ce.py for the architecture: their inputs are the same. The pair with both inputs is configs/rankgr.py and
+configs/sasrec_text.py. Its semantic IDs are quantized text embeddings too.
 """
 
 import dataclasses

@@ -1,10 +1,14 @@
-"""RankGR on JD's micro-behaviours: click, detail of a page, cart, order.
+"""RankGR on JD's micro-behaviours: click, detail, cart, order.
 
     python train.py configs/rankgr_jd.py --run runs/rankgr_jd --data.path DIR
 
-DIR: files whose lines are shopping sessions (docs/sources.md). What is looked for is the next thing put into the cart or
-ordered; clicks and details on the way to it are the weaker levels. Items have no text but their category, so that each
-has a vector of its own, and IDs get what they know from what is taken together.
+Time:    not measured.
+Figures: recall@10 .109 ± .008 for carts and .341 ± .017 for orders, three seeds; before the rank head was trained
+         with all positives of a session as labels (docs/rankgr.md).
+
+DIR: files whose lines are shopping sessions (docs/sources.md). The targets are the next items carted or ordered; clicks
+and details before them are the weaker levels. Items have no text but their category, so each has its own vector, and
+IDs depend on co-occurrence.
 """
 
 from pathlib import Path
@@ -28,11 +32,11 @@ config = RankGRRunConfig(
     features=LeveledSessionConfig(buckets=(16, 48), targets=12),
     model=RankGRConfig(
         CausalConfig(width=64, heads=2, groups=2, head_dim=32, hidden=128, layers=2, rotary_base=1e4, dropout=0.2),
-        # What is put into the cart was often looked at before.
+        # Carted items were often viewed before.
         pointer=True,
         rank=RankConfig(heads=2, hidden=64, candidates=32, targets=3),
     ),
-    # Of what a session holds most is clicks, few of which are looked for.
+    # Most events of a session are clicks, few of them on target items.
     objective=RankGRObjective(alpha=1.0, level_weights=(0.1, 0.1, 1.0, 1.0)),
     optim=OptimConfig(learning_rate=3e-3, warmup=50),
     training=LoopConfig(steps=240, log_every=40, checkpoint_every=120),

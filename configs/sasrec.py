@@ -1,9 +1,13 @@
-"""SASRec as published: each target against one drawn item on Amazon Beauty (leave-one-out, full ranking).
+"""SASRec as published on Amazon Beauty: leave-one-out, full ranking.
 
     python train.py configs/sasrec.py --run runs/sasrec --data.path DIR
 
+Time:    2 minutes on an NVIDIA H100 that trained seven models at once; not measured on a CPU.
+Figures: recall@10 / ndcg@10 .0610 / .0260 with all items ranked, .0693 / .0376 with the history left out. One seed,
+         with early stopping, which this configuration no longer has (docs/baselines.md).
+
 DIR: a folder in the layout of S3-Rec, as for configs/onemall_beauty.py.
-The drawn item is none of the user's.
+Binary cross-entropy of each target against one random negative, drawn from the items outside the user's history.
 """
 
 from pathlib import Path
@@ -21,7 +25,7 @@ config = SequentialConfig(
     objective=Binary(negatives=1),
     batch_size=256,
     optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, final_fraction=0.05),
-    # 85 steps are an epoch. The learning rate falls to the end, so that nothing stops before it; the best state on
-    # validation is the one that is kept.
+    # 85 steps are an epoch. No early stopping, so that the learning rate decays to the end; the best state on
+    # validation is kept.
     training=LoopConfig(steps=8500, log_every=85, checkpoint_every=425, evaluate_every=425, patience=0),
 )

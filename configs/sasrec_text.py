@@ -1,9 +1,13 @@
-"""SASRec with what RankGR has beside the events, text embeddings and a popularity prior, on Amazon Beauty.
+"""SASRec with RankGR's inputs on Amazon Beauty: text embeddings and a popularity prior.
 
     python train.py configs/sasrec_text.py --run runs/sasrec_text --data.path DIR
 
-All else is configs/sasrec_ce.py's. An item's vector is its own row and a projection of its aligned text embedding, the
-one that semantic IDs are made of in configs/rankgr.py; the log-probability of an item under popularity is added to its
+Time:    not measured.
+Figures: not measured.
+
+DIR: a folder in the layout of S3-Rec, as for configs/onemall_beauty.py.
+All else as in configs/sasrec_ce.py. An item's vector is the sum of its own row and a projection of its aligned text
+embedding, the one that configs/rankgr.py quantizes; the log-probability of the item under popularity is added to its
 score.
 """
 

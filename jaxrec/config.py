@@ -1,11 +1,10 @@
-"""Configuration: frozen dataclasses, a file that composes them, a command line that changes any field.
+"""Configuration: frozen dataclasses, a file that composes them, a command line that sets any field.
 
 A configuration file (`configs/onemall.py`) is Python and defines one module-level `config`, a frozen dataclass with
-a field `system: str`. Every field is a flag: `train.py configs/onemall.py --run runs/a --model.width 256`; a field
-that may hold one of several dataclasses is given by the name of the class: `--data Folder --data.path my_shop`,
-`--semantic-ids.remainder OpqConfig`. The
-resolved configuration is plain JSON (`to_json`), which a run directory keeps and from which `from_json` rebuilds the
-dataclass.
+a field `system: str`. Every field is a flag: `train.py configs/onemall.py --run runs/a --model.width 256`. A field that
+allows several dataclasses takes the name of one: `--data Folder --data.path my_shop`, `--semantic-ids.remainder
+OpqConfig`. The resolved configuration is plain JSON (`to_json`); the run directory keeps it, and `from_json` rebuilds
+the dataclass from it.
 """
 
 import dataclasses
@@ -29,16 +28,16 @@ Config = TypeVar("Config")
 
 
 class UserError(ValueError):
-    """A mistake of the user: one sentence that names the file and field or the key, what was wrong, and the mend."""
+    """A mistake of the user: one sentence that names the file and field or the key, the mistake, and the mend."""
 
 
 def check_least(config: Any, place: str, **least: float) -> None:
-    """Whether numbers of a dataclass, or all of a tuple, are large enough.
+    """Checks that numbers of a dataclass, or all numbers of a tuple, are large enough.
 
-    `place` is where the key of it begins, such as "training", or empty.
+    `place` is the prefix of the key in messages, such as "training", or empty.
 
     Raises:
-      UserError: one is below what `least` says, infinite or no number.
+      UserError: one is below its bound in `least`, infinite or NaN.
     """
     for name, value in least.items():
         given = getattr(config, name)
@@ -47,10 +46,10 @@ def check_least(config: Any, place: str, **least: float) -> None:
 
 
 def check_shares(config: Any, place: str, *names: str) -> None:
-    """Whether numbers of a dataclass, such as rates of dropout, are 0 or more and below 1; None passes.
+    """Checks that numbers of a dataclass, such as dropout rates, are in [0, 1); None passes.
 
     Raises:
-      UserError: one isn't.
+      UserError: one is not.
     """
     for name in names:
         given = getattr(config, name)
@@ -59,10 +58,10 @@ def check_shares(config: Any, place: str, *names: str) -> None:
 
 
 def check_choice(config: Any, place: str, name: str, choices: Sequence[str]) -> None:
-    """Whether a word of a dataclass is one of those that there are.
+    """Checks that a field of a dataclass is one of `choices`.
 
     Raises:
-      UserError: it isn't.
+      UserError: it is not.
     """
     given = getattr(config, name)
     if given not in choices:
@@ -74,10 +73,10 @@ def _key(place: str, name: str) -> str:
 
 
 def check_heads(width: int, heads: int, key: str) -> None:
-    """Whether attention heads divide a width.
+    """Checks that the number of attention heads divides the width; `key` is that of the heads.
 
     Raises:
-      UserError: they don't; `key` is the heads'.
+      UserError: it does not.
     """
     if heads < 1 or width % heads:
         raise UserError(f"configuration key '{key}' is {heads}; give a number that divides the width, {width}")
@@ -92,7 +91,7 @@ def load_config(path: Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}{_nearest_file(path)}")
-    # A real module, so that tyro can read the docstrings of the classes that the file itself defines.
+    # A real module, so that tyro can read the docstrings of classes defined in the file.
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -113,7 +112,7 @@ def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
       The configuration with those fields changed, and the run directory.
 
     Raises:
-      UserError: the configuration file or `--run` is missing, or a key is unknown (the nearest real one is named).
+      UserError: the configuration file or `--run` is missing, or a key is unknown (the nearest known one is named).
       SystemExit: `--help`, or a value of the wrong type (reported by tyro).
     """
     args = list(sys.argv[1:] if argv is None else argv)
@@ -149,7 +148,7 @@ def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
 def to_json(config: Any) -> Any:
     """A configuration (or any tree of dataclasses, tuples, dicts, paths, enums and scalars) as plain JSON values.
 
-    A dataclass in a field that allows several is marked with its class name under the key "type".
+    In a field that allows several dataclasses, the class name is kept under the key "type".
     """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         hints = typing.get_type_hints(type(config))
@@ -174,7 +173,7 @@ def from_json(cls: type[Config], values: dict[str, Any]) -> Config:
 
     Raises:
       UserError: a key is missing or unknown, as in a config.json of another version. A key whose default is None may be
-        missing: it was added later.
+        missing, since it may have been added later.
     """
     return _restore(cls, values, "")
 
@@ -214,10 +213,10 @@ def _nearest_file(path: Path) -> str:
 
 
 def take_option(args: list[str], name: str, what: str) -> tuple[str | None, list[str]]:
-    """Splits `NAME VALUE` (or `NAME=VALUE`) from the other arguments; None where it is not there.
+    """Splits `NAME VALUE` (or `NAME=VALUE`) from the other arguments; None if it is missing.
 
     Raises:
-      UserError: the value is missing; `what` says what it is.
+      UserError: the value is missing; `what` describes it in the message.
     """
     given, rest, index = None, [], 0
     while index < len(args):
@@ -233,9 +232,9 @@ def take_option(args: list[str], name: str, what: str) -> tuple[str | None, list
 
 
 def choose_types(config: Any, args: list[str]) -> tuple[Any, list[str]]:
-    """Applies `--field ClassName` where a field, at any depth, may hold one of several dataclasses.
+    """Applies `--field ClassName` to fields, at any depth, that allow several dataclasses.
 
-    A field that may be empty takes `None` too.
+    An optional field takes `None` too.
     """
     rest, index = [], 0
     while index < len(args):
@@ -258,7 +257,7 @@ def choose_types(config: Any, args: list[str]) -> tuple[Any, list[str]]:
 
 
 def _hint_of(config: Any, keys: list[str]) -> Any:
-    """The type hint of a field, by the names that lead to it; None where there is no such field."""
+    """The type hint of a field, by its path of names; None if there is no such field."""
     for key in keys[:-1]:
         config = getattr(config, key, None)
     if not dataclasses.is_dataclass(config):
@@ -273,7 +272,7 @@ def _replace(config: Any, keys: list[str], value: Any) -> Any:
 
 
 def _instance(chosen: type) -> Any:
-    """A dataclass with its defaults; what has none is still to be given."""
+    """A dataclass with its defaults; fields without one are set later."""
     if chosen is type(None):
         return None
     fields = dataclasses.fields(chosen)
@@ -293,7 +292,7 @@ def _check_keys(config: Any, args: list[str]) -> None:
 
 
 def _other_member(config: Any, key: str) -> str:
-    """The mend, where the key is a field of another dataclass that the same place could hold; else ""."""
+    """The mend, if the key belongs to another dataclass that the field allows; else ""."""
     *parents, name = key.split(".")
     if not parents:
         return ""
@@ -308,7 +307,7 @@ def _other_member(config: Any, key: str) -> str:
 
 
 def _dataclass_members(hint: Any) -> list[type]:
-    """The dataclasses among the members of a union (or the one dataclass that the hint is)."""
+    """The dataclasses among the members of a union, or the hint itself if it is a dataclass."""
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

@@ -1,4 +1,4 @@
-"""A trained run as an artefact that answers without this library: StableHLO, weights, and a manifest.
+"""Export of a trained run as an artefact that needs no jaxrec: StableHLO, weights, and a manifest.
 
     python -m jaxrec.export runs/<name> --to DIR
 
@@ -10,13 +10,13 @@ CUDA and TPU:
       manifest.json             inputs, outputs, weights, sizes, versions, and the sha256 of every other file
       retrieve_<S>.stablehlo    the function for histories padded to S, one a length bucket
       model.safetensors         weights
-      catalogue.safetensors     what the model knows of the items
-      trie.safetensors          the semantic IDs that the beam may say
+      catalogue.safetensors     the model's arrays of the items
+      trie.safetensors          the semantic IDs
       items.jsonl               line i (from 0) is item i: {"item_id": ...}
       texts.jsonl, text_space.json, tokenizer.model or .json, text_tokenizer.json: of a run that answers with texts
 
-Only arrays that the function reads are written. docs/export.md describes the inputs, and has the few lines that answer
-with jax and safetensors alone; `load` is for those who have jaxrec.
+Only arrays that the function reads are written. docs/export.md describes the inputs and has the code that answers with
+jax and safetensors alone; `load` needs jaxrec.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ FORMAT = 1
 MANIFEST, ITEMS = "manifest.json", "items.jsonl"
 PLATFORMS = ("cpu", "cuda", "tpu")
 FILES = {"variables": "model.safetensors", "trie": "trie.safetensors"}
-"""Which file an array of `GenerativeRecommender.served` goes to, by its first key; the others are the catalogue's."""
+"""The file of an array of `GenerativeRecommender.served`, by its first key; others are in that of the catalogue."""
 CATALOGUE = "catalogue.safetensors"
 READERS = {reader.__name__: reader for reader in (FeatureConfig, ItemSequenceConfig, LeveledSessionConfig)}
 """What makes the inputs of histories, by the name in the manifest."""
@@ -62,17 +62,17 @@ READERS = {reader.__name__: reader for reader in (FeatureConfig, ItemSequenceCon
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What an artefact answers, and where."""
+    """Size of the answers, filters, and platforms of an artefact."""
 
     k: int = 10
     """items or texts a request gets"""
     beam_width: int | None = None
-    """beams; default: decoding.beam_width of the run. As many as items if that is more"""
+    """number of beams, raised to k if smaller; default: decoding.beam_width of the run"""
     filters: bool = False
     """take one more input `allowed`, bool [batch, items], or [batch, texts] of a run that answers with texts of a list:
     what each request may get"""
     platforms: tuple[str, ...] = PLATFORMS
-    """where the artefact runs"""
+    """platforms on which the artefact runs"""
 
     def __post_init__(self):
         if self.k < 1 or (self.beam_width is not None and self.beam_width < 1):
@@ -89,7 +89,7 @@ def export_run(run_path: Path, to: Path, config: ExportConfig | None = None) -> 
     """Exports a trained run into the new folder `to`, whole or not at all; returns the manifest.
 
     Raises:
-      UserError: there is no trained run at `run_path`, its system is not known or has no semantic IDs, `to` exists or
+      UserError: there is no trained run at `run_path`, its system is unknown or has no semantic IDs, `to` exists or
         can't be written.
     """
     run, values = Run.load(Path(run_path))
@@ -103,7 +103,7 @@ def export_run(run_path: Path, to: Path, config: ExportConfig | None = None) -> 
             f"generate IDs are exported ({exported}); answer with serve.py instead"
         )
     item_ids = pq.read_table(run.tables / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
-    # What was appended or published since is not in the artefact.
+    # Items appended or published since are not in the artefact.
     version = trained_version(run.semantic_ids)
     about = {"system": system, "run": fingerprint(values), "catalogue_version": version}
     return write_artefact(recommender, item_ids, to, config, about)
@@ -168,7 +168,7 @@ def export_modules(recommender: Any, config: ExportConfig) -> tuple[dict[str, ja
     width = _width(recommender, config)
 
     def retrieve(weights, requests):
-        # What the retrieval doesn't read is not among the weights; zeros of its shape are enough.
+        # Arrays that the retrieval doesn't read are not exported; zeros of their shape are enough.
         filled = [weights[name] if name in weights else jnp.zeros_like(like) for name, like in shapes.items()]
         requests = dict(requests)
         allowed = requests.pop("allowed", None)
@@ -188,10 +188,10 @@ def export_modules(recommender: Any, config: ExportConfig) -> tuple[dict[str, ja
 
 
 def _read_by(function: Callable, weights: dict, requests: dict) -> list[str]:
-    """Names of the weights that decide what the function returns."""
+    """Names of the weights that the function's result depends on."""
     jaxpr = jax.make_jaxpr(function)(weights, requests).jaxpr
     _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    # Leaves of a dictionary come in the order of its sorted keys, the first argument's first.
+    # Leaves of a dictionary are in the order of its sorted keys, those of the first argument first.
     return [name for name, is_used in zip(sorted(weights), used, strict=False) if is_used]
 
 
@@ -213,7 +213,7 @@ def _width(recommender: Any, config: ExportConfig) -> int | tuple[int, ...]:
 
 
 def _cut(history: History, config: Any, behaviors: Sequence[str], wanted: np.ndarray) -> dict:
-    """The features of everything in a history."""
+    """The features of a whole history."""
     end = int(history["session"][-1]) + 1 if len(history["session"]) else 0
     cut = config.cut(history, end, behaviors=len(behaviors), wanted=wanted)
     return {name: np.asarray(array) for name, array in cut.items()}
@@ -361,8 +361,8 @@ def load(folder: Path) -> Artefact:
     """Loads an artefact after checking every file of it against the manifest.
 
     Raises:
-      UserError: there is none, a file is missing, damaged, or of another version of the catalogue, or this jax or this
-        device can't run it.
+      UserError: there is no artefact, a file is missing, damaged, or of another version of the catalogue, or this jax
+        or this device can't run it.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -429,7 +429,7 @@ class Arguments:
     run: Annotated[Path, tyro.conf.Positional]
     """the run directory, as given to train.py --run"""
     to: Path
-    """the folder to make"""
+    """the new folder"""
     config: Annotated[ExportConfig, tyro.conf.arg(name="")]
 
 

@@ -1,4 +1,4 @@
-"""How HTML pages look: small pieces of escaped HTML, pictures as inline SVG, one style sheet; no script, no network."""
+"""The layout of HTML pages: escaped HTML, inline SVG pictures, one style sheet; no script, no network."""
 
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -9,9 +9,9 @@ from typing import Any
 from jaxrec.run import writing
 
 Section = tuple[str, str, str, str]
-"""anchor, title, how to read it, HTML."""
+"""anchor, title, note on how to read it, HTML."""
 INK, LINE = "#010203", "#040506"
-"""Stand-ins that matplotlib draws with; the page's own colors replace them, so that curves follow light and dark."""
+"""Placeholder colors for matplotlib; the page's colors replace them, so that curves follow light and dark mode."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2430; --soft: #647084; --rule: #e3e7ed;
@@ -73,7 +73,7 @@ li.is-hit { font-weight: 600; }
 
 
 def write(path: Path, title: str, subtitle: str, headline: str, sections: Iterable[Section | None]) -> None:
-    """Write a page as one file, whole or not at all: title, links to its sections, headline (HTML), sections.
+    """Write a page as one file, atomically: title, links to its sections, headline (HTML), sections.
 
     Raises:
       UserError: the disk is full.
@@ -98,18 +98,18 @@ def page(title: str, body: str) -> str:
 
 
 def section(anchor: str, title: str, note: str, body: str) -> str:
-    """A titled part of the page, under a line that says how to read it."""
+    """A titled part of the page, with a note on how to read it."""
     return f'<section id="{anchor}">\n<h2>{escape(title)}</h2>\n<p class="note">{escape(note)}</p>\n{body}\n</section>'
 
 
 def tiles(values: Iterable[tuple[str, str]]) -> str:
-    """(value, what it is) pairs, large."""
+    """(value, label) pairs in large type."""
     cards = (f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in values)
     return f'<div class="tiles">{"".join(cards)}</div>'
 
 
 def score_table(values: dict[str, dict[str, float]], metrics: Sequence[str], highlighted: Iterable[str] = ()) -> str:
-    """One row a model, one column a metric; a bar behind each value, the best of a column marked."""
+    """One row a model, one column a metric; a bar behind each value; the best of each column is marked."""
     best = {metric: max(row.get(metric, 0.0) for row in values.values()) for metric in metrics}
     head = "".join(f"<th>{escape(metric)}</th>" for metric in metrics)
     rows = []
@@ -129,26 +129,26 @@ def _score_cell(value: float | None, best: float) -> str:
 
 
 def facts(values: Iterable[tuple[str, str]]) -> str:
-    """Two columns: a name and its value."""
+    """A table of names and values."""
     return table((), values)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Plain text in rows under a head, which may be empty; the first column to the left, others to the right."""
+    """A table of plain text, with an optional head; the first column is aligned left, the others right."""
     lines = ["".join(f"<th>{escape(name)}</th>" for name in head)] if head else []
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return f'<div class="card scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
 def number(value: object) -> str:
-    """A value for people: thousands separated, fractions to four digits."""
+    """A formatted value: thousands separated, fractions to four digits."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
-    """A line over training steps as an SVG inside the page."""
+    """A line over training steps as inline SVG."""
     steps, values = zip(*points, strict=True)
 
     def draw(axes: Any) -> None:
@@ -160,8 +160,8 @@ def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
 
 
 def picture(title: str, caption: str, draw: Callable[[Any], None]) -> str:
-    """What `draw` puts on matplotlib axes, in INK and LINE, as an SVG inside the page under its title and caption."""
-    # Imported here: matplotlib takes a second, and only pages need it.
+    """A matplotlib picture, drawn by `draw` in INK and LINE, as inline SVG with title and caption."""
+    # Imported here: it takes a second, and only pages need it.
     import matplotlib
 
     matplotlib.use("Agg", force=False)

@@ -1,4 +1,4 @@
-"""Compiled programs are kept between processes: whoever trains, measures or serves again need not wait for them."""
+"""A persistent cache of compiled programs, shared by training, evaluation and serving."""
 
 import os
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 
 LEAST = 0.5
-"""Seconds of compiling from which on a program is kept."""
+"""Compile time, in seconds, from which a program is cached."""
 
 
 def keep_compiled_programs() -> None:
-    """From now on, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder: for command lines, not for a library."""
+    """Enables the cache in $JAX_COMPILATION_CACHE_DIR or the user's cache folder; called by command lines only."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

@@ -1,23 +1,23 @@
-"""The run directory: phases that are skipped when their inputs are unchanged and can be killed at any moment.
+"""The run directory: phases that are skipped if their inputs are unchanged and can be killed at any moment.
 
     run = Run.open("runs/a", config)
     tables = run.phase("tables", fingerprint(config.data), make_tables)        # make_tables(folder) writes files there
     examples = run.phase("examples", fingerprint(tables), make_examples)
-    run.stage("stages/train", fingerprint(examples, config.training), train)  # train(folder) resumes what it finds
+    run.stage("stages/train", fingerprint(examples, config.training), train)  # train(folder) resumes from it
 
 A phase writes into `<name>.partial`, which is fsynced and renamed to `<name>` when complete: a folder without the
-suffix is always whole. A stage keeps its own checkpoints, so it works in its final folder and is marked when done.
+suffix is always complete. A stage keeps its own checkpoints, so it works in its final folder and is marked when done.
 A run has one stage or several (`run.stage_names`, `jaxrec.training.stages`); the last one is served.
 
-A training is never lost by accident: where a phase or stage would be made anew and a training depends on it, the run
-is refused. With `Run.open(..., replace=True)` what changed is made beside the old, in `next/`, and takes its place when
-the new training is finished. Until then the old one is served; `Run.check_trained` tells whether there is one. Going
-back to the old one gives the new one up: `next/` is removed.
+A training is never lost by accident: if a phase or stage would be remade and a training depends on it, the run is
+refused. With `Run.open(..., replace=True)` the changed folders are made in `next/` and replace the old ones when the
+new training is finished. Until then the old training is served; `Run.check_trained` checks that there is one. A return
+to the old configuration discards the new training: `next/` is removed.
 
 Fault injection, for the tests: with JAXREC_KILL_AT=<point> in the environment the process kills itself (SIGKILL) at
 that point. Points: `phase:<name>` before the work of a phase or stage, `partial:<name>` after it and before the rename
 (or the mark of a stage), `done:<name>` after that, `step:<n>` when training step n is finished, and `swap:<name>`
-when what was made beside the old has taken its place.
+when a new folder has replaced the old one.
 """
 
 import errno
@@ -45,21 +45,21 @@ Item = TypeVar("Item")
 console = Console(highlight=False, soft_wrap=True)
 
 TRAINING = "train"
-"""The stage of a system that has only one, and the last one where no run directory says otherwise."""
+"""The only stage of most systems, and the last one if the run directory names no stages."""
 STAGES = "stages.json"
-"""The file with the names of the stages of the training that is served."""
+"""The file with the stage names of the served training."""
 EVALUATION = "evaluation"
-"""The phase that measures the training; it may be made anew at any time."""
+"""The phase that evaluates the training; it may be repeated at any time."""
 NEXT = "next"
-"""The folder of what is made beside the old."""
+"""The folder of new phases and stages until they replace the old ones."""
 MANIFEST = "manifest.json"
-"""The file in a checkpoint's folder that says that the checkpoint is whole."""
+"""The file in a checkpoint's folder that marks it as complete."""
 RESULTS = ("evaluation.json", "examples_shown.json", "report.html")
-"""What the run directory shows of its evaluation."""
+"""The files of an evaluation in the run directory."""
 
 _OPENING = threading.Lock()
 _HELD: weakref.WeakValueDictionary[tuple[int, int], TextIO] = weakref.WeakValueDictionary()
-"""The locked files of run directories, by device and inode: every `Run` of one directory in this process holds one."""
+"""The lock files of run directories, by device and inode, shared by all `Run`s of one directory in this process."""
 
 
 class Run:
@@ -70,35 +70,35 @@ class Run:
         self.stages = self.path / "stages"
         self.export = self.path / "export"
         self.config_file = self.path / "config.json"
-        self.stage_names: tuple[str, ...] = ()  # in order, as the process that trains gives them
+        self.stage_names: tuple[str, ...] = ()  # in order, set by the training process
         self._lock = None
         self._replace = False
-        self._config: dict[str, Any] | None = None  # of this process; config.json may still be another one's
-        self._made: dict[str, str] = {}  # the inputs of every phase and stage, as this process found or made them
-        self._beside: list[str] = []  # those of them that are in `next/`
-        self._replacing: dict[str, Callable[[Path], AbstractContextManager]] = {}  # of phases that have one
+        self._config: dict[str, Any] | None = None  # of this process; config.json may still be an older one
+        self._made: dict[str, str] = {}  # the inputs of every phase and stage that this process found or made
+        self._beside: list[str] = []  # the names of those in `next/`
+        self._replacing: dict[str, Callable[[Path], AbstractContextManager]] = {}  # by phase
         self._set_places()
 
     def place(self, name: str) -> Path:
-        """The folder of a phase or stage; while it is made beside the old one, the new one's."""
+        """The folder of a phase or stage; in `next/` while a new one is made there."""
         return (self.path / NEXT if name in self._beside else self.path) / name
 
     @property
     def training(self) -> str:
-        """The stage whose result is served, as "stages/train"; config.json says what it was made with."""
+        """The served stage, as "stages/train"; config.json is its configuration."""
         return stage_path((self.stage_names or self.stages_there() or (TRAINING,))[-1])
 
     @property
     def metrics_file(self) -> Path:
-        """The log of the stage that is served, and of those trained beside it."""
+        """The log of the served stage, and of the stages trained with it."""
         return self.log_of(self.training)
 
     def log_of(self, name: str) -> Path:
-        """The metrics.jsonl with the lines of a stage; while the stage is trained beside the old one, the new one's."""
+        """The metrics.jsonl with the lines of a stage; that in `next/` while a new one is trained there."""
         return (self.path / NEXT if name in self._beside else self.path) / "metrics.jsonl"
 
     def stages_there(self) -> tuple[str, ...]:
-        """The names of the stages of the training that is served, in order; none where the run doesn't say."""
+        """The stage names of the served training, in order; empty if the run doesn't record them."""
         there = self.path / STAGES
         return tuple(read_json(there)) if there.exists() else ()
 
@@ -106,22 +106,22 @@ class Run:
         self.tables, self.semantic_ids, self.examples = map(self.place, ("tables", "semantic_ids", "examples"))
 
     def _go_beside(self, name: str) -> None:
-        """From now on a phase or stage is that in `next/`."""
+        """Switches a phase or stage to its folder in `next/`."""
         if name not in self._beside:
             self._beside.append(name)
         self._set_places()
 
     @classmethod
     def open(cls, path: Path, config: Any, replace: bool = False) -> "Run":
-        """Creates the run directory, or opens it, for this process alone.
+        """Creates or opens the run directory, with an exclusive lock for this process.
 
-        Another configuration than that of the run there is taken over when nothing of its training is lost.
+        A configuration other than the recorded one is accepted if no training would be lost.
 
         Args:
-          replace: a training that no longer fits the configuration or the data is replaced, once the new is finished.
+          replace: replace a training that no longer fits the configuration or the data, once the new one is finished.
 
         Raises:
-          UserError: it is used by another process, or can't be written.
+          UserError: another process uses the directory, or it can't be written.
         """
         run = cls(path)
         try:
@@ -130,7 +130,7 @@ class Run:
             raise UserError(f"the run directory {run.path} can't be created: {error.strerror}") from error
         run._take_lock()
         run._replace, run._config = replace, to_json(config)
-        # Stages stay beside the configuration that they were trained with.
+        # Stages stay with the configuration that they were trained with.
         if not any(map(_has_work, run.stages.glob("*"))):
             run._take_config()
         return run
@@ -158,17 +158,17 @@ class Run:
 
         Args:
           name: the folder inside the run directory.
-          inputs: fingerprint of all that the result depends on.
-          make: writes the files into the folder that it is given.
-          replacing: replacing(folder) is entered before the old folder is removed, at once or when the training that
-            was made beside it is finished; a UserError keeps it.
+          inputs: fingerprint of all inputs of the result.
+          make: writes the files into the given folder.
+          replacing: replacing(folder) is entered before the old folder is removed, at once or when the new training is
+            finished; a UserError keeps the old folder.
 
         Returns:
           A fingerprint of the result, for the `inputs` of the next phase.
 
         Raises:
-          UserError: the disk is full, nothing half written is left; or a training depends on what is there, which was
-            made from other inputs; or what `replacing` refuses.
+          UserError: the disk is full (no partial folder is left); or a training depends on the existing folder, which
+            was made from other inputs; or as `replacing`.
         """
         folder, partial = self.path / name, self.path / f"{name}.partial"
         result = fingerprint(name, inputs)
@@ -203,14 +203,14 @@ class Run:
         return result
 
     def stage(self, name: str, inputs: str, make: Callable[[Path], None], needed: Iterable[str] | None = None) -> str:
-        """Like `phase`, for work that goes on from its own checkpoints: `make` gets the folder as it was left.
+        """As `phase`, for work that resumes from its own checkpoints: `make` gets the folder as it was left.
 
         A folder without checkpoints that was begun from other inputs is emptied first. When the last of `stage_names`
-        is finished, all that was made beside the old takes its place.
+        is finished, all folders in `next/` replace the old ones.
 
         Args:
           name: the folder inside the run directory, as "stages/train".
-          needed: the stages that this one is trained from, by such names; None for all before it.
+          needed: the stages that this one depends on, by such names; None for all earlier ones.
 
         Raises:
           UserError: as `phase`; or the folder holds checkpoints or a result of other inputs.
@@ -223,7 +223,7 @@ class Run:
                 self._check_replaceable(name)
                 self._go_beside(name)
             elif self._serves_another():
-                # A stage that is added: the one that is served stays until the new last one is finished.
+                # A stage was added: the served one stays until the new last one is finished.
                 if last:
                     self._go_beside(name)
             elif last or not _has_work(self.path / self.training):
@@ -237,14 +237,14 @@ class Run:
         return result
 
     def is_trained(self, name: str, inputs: str) -> bool:
-        """Whether a stage is finished from these inputs, in its place or beside an older one."""
+        """Whether a stage is finished from these inputs, in its folder or in `next/`."""
         return self._find(name, inputs)
 
     def check_trained(self) -> None:
-        """Whether the training is finished, and of the tables and IDs that are there.
+        """Checks that the training is finished and was made from the current tables and IDs.
 
         Raises:
-          UserError: it isn't.
+          UserError: it is not.
         """
         folder, mend = self.path / self.training, f"run train.py again with --run {self.path}"
         if not (folder / "fingerprint.json").exists():
@@ -255,10 +255,11 @@ class Run:
 
     @contextmanager
     def reading_trained(self) -> Iterator[None]:
-        """Around all that is read of the finished training and of what it was made from.
+        """A context for reading the finished training and its inputs.
 
         Raises:
-          UserError: as `check_trained`; or they were replaced meanwhile, so that what was read may be of two trainings.
+          UserError: as `check_trained`; or they were replaced meanwhile, so that the files read may be of two
+            trainings.
         """
 
         def training() -> bytes | None:
@@ -281,11 +282,11 @@ class Run:
     def _work(
         self, folder: Path, name: str, inputs: str, make: Callable[[Path], None], needed: Iterable[str] | None
     ) -> None:
-        """Begins a stage in `folder`, noting all that it is made from, or goes on with it."""
+        """Begins a stage in `folder`, recording its inputs, or resumes it."""
         with writing(folder):
             if not _begun(folder, inputs):
                 _remove(folder)
-                _remove(_events(self.log_of(name), name))  # They are of a training that is gone.
+                _remove(_events(self.log_of(name), name))  # They are those of a training that was removed.
                 folder.mkdir(parents=True)
                 others = set() if needed is None else {stage_path(each) for each in self.stage_names} - set(needed)
                 made = {other: of for other, of in self._made.items() if other not in {name, *others}}
@@ -296,7 +297,7 @@ class Run:
         fault_point(f"done:{name}")
 
     def _find(self, name: str, inputs: str) -> bool:
-        """Whether a phase or stage is made from these inputs, in its place or beside it."""
+        """Whether a phase or stage is made from these inputs, in its folder or in `next/`."""
         if _marked(self.path / name, inputs):
             return True
         if _marked(self.path / NEXT / name, inputs):
@@ -305,9 +306,10 @@ class Run:
         return False
 
     def _made_of(self, name: str, inputs: str, unknown: Iterable[str] = ()) -> bool:
-        """Whether a stage with a result or a checkpoint was made from a phase or stage of other inputs than these.
+        """Whether a stage with a result or a checkpoint was made from phase or stage `name` with other inputs than
+        these.
 
-        Its folder may be missing: made anew from other inputs, it would not be what the stage was made from.
+        The folder of `name` may be missing: remade from other inputs, it would differ from the stage's inputs.
         """
         stages = (begun.parent for begun in self.stages.glob("*/begun.json"))
         return any(_has_work(stage) and _made_from(stage, unknown).get(name, inputs) != inputs for stage in stages)
@@ -323,12 +325,12 @@ class Run:
         raise UserError(f"{what}; give another --run, or --replace to have that training replaced by a new one")
 
     def _swap(self) -> None:
-        """Puts all that was made beside the old in its place, now that the training is finished.
+        """Replaces the old folders by those in `next/`, after the training is finished.
 
-        Killed in between, the run is served by nobody, and goes on here.
+        After a kill in between, the run is not served, and the next call continues here.
 
         Raises:
-          UserError: what `replacing` of a phase refuses; nothing is removed then.
+          UserError: as `replacing` of a phase; nothing is removed then.
         """
         with ExitStack() as held:
             for name in self._beside:
@@ -356,11 +358,11 @@ class Run:
             fault_point(f"swap:{name}")
         self._beside = []
         self._set_places()
-        # Whatever is left there is of a training that was given up.
+        # The rest belongs to a discarded training.
         _remove(self.path / NEXT)
 
     def _replace_lines(self, names: list[str]) -> None:
-        """Puts the lines of stages that were trained beside the old ones in the place of those."""
+        """Replaces the log lines of the old stages by those of the new ones."""
         old, new = self.path / "metrics.jsonl", self.path / NEXT / "metrics.jsonl"
         if not new.exists():
             return
@@ -372,12 +374,12 @@ class Run:
         new.unlink()
 
     def _serves_another(self) -> bool:
-        """Whether the run there serves another stage, which is finished."""
+        """Whether the run directory serves another, finished stage."""
         there = self.stages_there()
         return bool(there) and stage_path(there[-1]) != self.training and _finished(self.path / stage_path(there[-1]))
 
     def _take_config(self) -> None:
-        """Has this process's configuration in config.json, and the names of its stages in stages.json."""
+        """Writes this process's configuration to config.json, and its stage names to stages.json."""
         names = list(self.stage_names) or None
         for file, value in ((self.path / STAGES, names), (self.config_file, self._config)):
             if value is not None and not (file.exists() and read_json(file) == value):
@@ -385,13 +387,13 @@ class Run:
                     write_json(file, value)
 
     def _drop_results(self) -> None:
-        """Removes what an evaluation left: nobody may read it beside another training."""
+        """Removes the files of an evaluation, which do not belong to another training."""
         for name in RESULTS:
             (self.path / name).unlink(missing_ok=True)
         _remove(self.path / EVALUATION)
 
     def _take_lock(self) -> None:
-        """Holds the directory for this process until its last `Run` of it is gone, or it ends, however it ends."""
+        """Locks the directory for this process until its last `Run` is deleted or the process ends."""
         with _OPENING:
             file = (self.path / ".lock").open("w")
             status = os.fstat(file.fileno())
@@ -400,7 +402,7 @@ class Run:
                 file.close()
                 return
             try:
-                # Not lockf, whose lock ends for the whole process as soon as any descriptor of the file is closed.
+                # Not lockf, whose lock is released as soon as the process closes any descriptor of the file.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.close()
@@ -411,7 +413,7 @@ class Run:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON values so that after a crash the file is either the old or the new one, whole."""
+    """Writes JSON values atomically: after a crash the file is either the old or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
@@ -439,7 +441,7 @@ def read_json(path: Path) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Has a file, or the entries of a folder, on the disk."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -461,11 +463,11 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, says that there is no space left."""
+    """Whether an error, or one of its causes, means that the disk is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # DuckDB and tensorstore raise their own types and only quote the system's message.
+        # DuckDB and tensorstore raise their own types with the system's message.
         if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
             return True
         error = error.__cause__ or error.__context__
@@ -481,7 +483,7 @@ def fault_point(point: str) -> None:
 def report_user_errors(main: Callable[[], int | None]) -> int:
     """Runs a command's `main`; a UserError is printed without a traceback and gives the exit status 2, Ctrl-C 130.
 
-    Who reads only the first lines (`--help | head`) closes the pipe: status 141, as of a program that the signal ends.
+    A closed pipe (`--help | head`) gives status 141, as if SIGPIPE had ended the program.
     """
     try:
         return main() or 0
@@ -492,7 +494,7 @@ def report_user_errors(main: Callable[[], int | None]) -> int:
         print("stopped; run the same command to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # What is still in the buffer has nowhere to go when Python flushes it at exit.
+        # Python would fail to flush the rest of the buffer at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -511,7 +513,7 @@ def progress(*columns: str) -> "Progress | PlainProgress":
 
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yields from `iterable` under a progress bar with the time that is left."""
+    """Yields from `iterable` under a progress bar with the remaining time."""
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     with progress() as bars:
@@ -522,7 +524,7 @@ def track(iterable: Iterable[Item], description: str, total: int | None = None) 
 
 
 class PlainTask:
-    """State of one task of a PlainProgress; `fields` are the extra values that its columns show."""
+    """State of one task of a PlainProgress; `fields` are the extra values of its columns."""
 
     def __init__(self, description: str, total: float | None, completed: float, fields: dict[str, Any]):
         self.description, self.total, self.completed, self.fields = description, total, completed, fields
@@ -542,7 +544,7 @@ class PlainProgress:
 
     def __exit__(self, *_: object) -> None:
         for task in self.tasks:
-            # What took no time deserves no line.
+            # No line for tasks that took no time.
             if time.monotonic() - task.started > 2:
                 self._print(task)
 
@@ -593,7 +595,7 @@ def _events(log: Path, stage: str) -> Path:
 
 
 def _stage_of(line: str) -> str | None:
-    """The stage of a line of metrics.jsonl; None of a line that names none or is cut off."""
+    """The stage of a line of metrics.jsonl; None if it names none or is incomplete."""
     try:
         return json.loads(line)["stage"]
     except (json.JSONDecodeError, TypeError, KeyError):
@@ -616,12 +618,12 @@ def _has_work(folder: Path) -> bool:
 
 
 def _made_from(folder: Path, unknown: Iterable[str] = ()) -> dict[str, str]:
-    """The inputs of all phases and stages that a stage was made from, by name; `unknown` of an earlier version's."""
+    """The inputs of all phases and stages that a stage was made from, by name; `unknown` for older versions' stages."""
     return read_json(folder / "begun.json").get("made", dict.fromkeys(unknown, ""))
 
 
 def _replace(new: Path, old: Path) -> None:
-    """Puts a file or folder in the place of another; nothing where there is no new one."""
+    """Replaces a file or folder by another, if there is a new one."""
     if new.is_dir():
         _remove(old)
     if new.exists():
@@ -635,7 +637,7 @@ def _marked(folder: Path, inputs: str) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder; killed in between, it leaves nothing under its name that looks whole."""
+    """Removes a folder; after a kill in between, no partial folder has its name."""
     if folder.exists():
         stale = folder.with_name(f"{folder.name}.stale")
         shutil.rmtree(stale, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""The catalogue that changes while it is served: items come, leave and change between two requests.
+"""The catalogue that changes while it is served: items are added, removed and updated between two requests.
 
-- `live.py`: a catalogue that changes while it is served, version by version.
-- `version.py`: one state of a catalogue that is served, and the masks of filters over it.
-- `changes.py`: what is given for a change, checked.
+- `live.py`: the served catalogue and its versions.
+- `version.py`: one version, and the masks of filters over it.
+- `changes.py`: checks of the arguments of a change.
 - `predicates.py`: filters over the columns of a catalogue.
-- `background.py`: work that gives way to whoever answers requests.
+- `background.py`: work at a lower priority than requests.
 """
 
 from jaxrec.catalogue.live import LiveCatalogue

@@ -1,4 +1,4 @@
-"""Work that gives way: in a thread that gets a core only when nobody who answers requests wants it."""
+"""Background work: a thread of the lowest priority, which gets a core only when requests need none."""
 
 import os
 import sys
@@ -10,15 +10,14 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 LOWEST = 19
-"""The priority that Linux gives way with most; 0 is the usual one."""
+"""The lowest priority of Linux; 0 is the usual one."""
 
 
 def in_background(function: Callable[[], Result]) -> Result:
-    """Returns `function()`, or raises what it raises, from a thread of its own that has the lowest priority.
+    """Returns `function()`, or raises its exception, from a new thread of the lowest priority; the caller waits.
 
-    The thread is a new one each time, since a priority once lowered can't be raised again without privileges, and
-    threads that it starts have its priority too. Where threads have none of their own (outside Linux) it has the usual
-    one. The caller waits.
+    The thread is new each time, since a lowered priority can't be raised again without privileges, and threads that it
+    starts inherit it. Outside Linux, where threads have no priority of their own, it has the usual one.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="background", initializer=_give_way) as thread:
         return thread.submit(function).result()

@@ -1,4 +1,4 @@
-"""What is given for a change of a catalogue, checked, and put beside what is there; errors name item or column."""
+"""Checks of the arguments of a change, and their merge into the catalogue; errors name the item or the column."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from jaxrec.config import UserError
 
 
 def item_ids_of(items: pa.Table) -> list[str]:
-    """The item_id of every row of `items`; UserError that names the row."""
+    """The item_id of every row of `items`; UserError names the row."""
     if "item_id" not in items.column_names:
         raise UserError(f"the items have no column item_id; they have {', '.join(items.column_names)}")
     return checked_ids(items["item_id"].to_pylist())
 
 
 def checked_ids(item_ids: Sequence[str]) -> list[str]:
-    """The ids as a list; UserError where there are none, one is no text or is listed twice."""
+    """The ids as a list; UserError if there are none, or one is not text or is listed twice."""
     item_ids = list(item_ids)
     if not item_ids:
         raise UserError("there are no items: give at least one item_id")
@@ -31,7 +31,7 @@ def checked_ids(item_ids: Sequence[str]) -> list[str]:
 
 
 def checked_numbers(name: str, values: np.ndarray | None, count: int) -> np.ndarray:
-    """float64 [count], zeros for None; UserError where they don't fit."""
+    """float64 [count], zeros for None; UserError if the shape or the type is wrong."""
     if values is None:
         return np.zeros(count)
     values = np.asarray(values, np.float64)
@@ -41,7 +41,7 @@ def checked_numbers(name: str, values: np.ndarray | None, count: int) -> np.ndar
 
 
 def checked_embeddings(values: np.ndarray | None, count: int, width: int) -> np.ndarray | None:
-    """float32 [count, width], None for None; UserError where they don't fit. width 0: any."""
+    """float32 [count, width], None for None; UserError if the shape or the type is wrong. width 0: any."""
     if values is None:
         return None
     values = np.asarray(values, np.float32)
@@ -54,7 +54,7 @@ def checked_embeddings(values: np.ndarray | None, count: int, width: int) -> np.
 
 
 def appended_embeddings(before: np.ndarray, embeddings: np.ndarray | None, count: int) -> np.ndarray:
-    """`before` with `count` rows behind it, NaN where none are given."""
+    """`before` with `count` rows appended, NaN if none are given."""
     width = before.shape[1] if embeddings is None else embeddings.shape[1]
     if before.shape[1] != width:
         before = np.full((len(before), width), np.nan, np.float32)
@@ -63,7 +63,7 @@ def appended_embeddings(before: np.ndarray, embeddings: np.ndarray | None, count
 
 
 def column_of(table: pa.Table, name: str, action: str) -> pa.ChunkedArray:
-    """A column of the catalogue; UserError where there is none."""
+    """A column of the catalogue; UserError if it does not exist."""
     if name not in table.column_names:
         raise UserError(
             f"{action}: the catalogue has no column {name!r}; it has {', '.join(sorted(table.column_names))}"
@@ -72,14 +72,14 @@ def column_of(table: pa.Table, name: str, action: str) -> pa.ChunkedArray:
 
 
 def given_column(items: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column of `items` in the catalogue's type, missing values where it has none."""
+    """A column of `items` in the catalogue's type; null if `items` lacks it."""
     if name not in items.column_names:
         return pa.chunked_array([pa.nulls(len(items), kind)], kind)
     return _cast(name, items[name], kind)
 
 
 def replaced(table: pa.Table, rows: np.ndarray, items: pa.Table, action: str) -> pa.Table:
-    """The table with other values at some rows, in those columns that the items have."""
+    """The table with new values at some rows, in the columns of `items`."""
     index = np.arange(len(table))
     index[rows] = len(table) + np.arange(len(rows))
     for name in items.column_names:

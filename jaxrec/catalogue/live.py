@@ -5,13 +5,12 @@
     live.update(pa.table({"item_id": ["7"], "in_stock": [False]}))
     live.add(new_items, new_codes); live.remove(["9"]); live.restore(["9"]); live.rollback(1)
 
-A version never changes. A change builds new arrays beside those of the current version, in the same shapes, and ends in
-the assignment of one reference: who reads never waits, and sees one version whole. Arrays have room for more items than
-there are; when that is used up they grow, and what was compiled for the old shapes is compiled for the new ones before
-anybody sees the version.
+A version is immutable. A change builds new arrays of the same shapes and then assigns one reference: requests never
+wait, and each reads a single version. Arrays have room for more items; when they are full they grow, and programs are
+compiled for the new shapes before the version becomes current.
 
-An item has its row for good: the number by which histories, masks and the model's tables know it. One that was removed
-keeps its row (so it still counts in a history) but is no leaf of the trie, so it can't be recommended.
+An item keeps its row, the number that identifies it in histories, masks and the model's tables. A removed item keeps
+its row, so it still counts in histories, but is no leaf of the trie, so it can't be recommended.
 """
 
 import threading
@@ -43,19 +42,19 @@ from jaxrec.decoding.trie import Trie, build_trie
 
 
 class ServedModel(Protocol):
-    """A model that makes arrays of its own for every version of the catalogue."""
+    """A model with its own arrays for every version of the catalogue."""
 
     def serve_version(self, version: Version, before: Version | None) -> Any:
         """A pytree of arrays for this version, in the shapes of `before.served` unless the capacity grew."""
         ...
 
     def warm_up(self, served: Any) -> None:
-        """Compile for these shapes what was compiled for those before."""
+        """Compile the programs for these shapes."""
         ...
 
 
 class LiveCatalogue:
-    """Versions of a catalogue, one of them current. Safe to read and to change from several threads."""
+    """The versions of a catalogue, one of them current. Thread-safe for reads and changes."""
 
     def __init__(
         self,
@@ -71,15 +70,16 @@ class LiveCatalogue:
         """Makes version 1.
 
         Args:
-          items: a column `item_id`, and any others, for filters.
+          items: a column `item_id`, and any others for filters.
           codes: int [I, M], row = item.
-          popularity: [I]; None: items stand in their order.
-          capacity: items to have room for; default: an eighth more than there are.
-          keep: versions that can be rolled back to, the current one among them: those that were current last.
-          model: makes its own arrays for every version.
+          popularity: [I]; None: items are in the given order.
+          capacity: number of items to have room for; default: an eighth more than given.
+          keep: number of kept versions, the current one included, to which a rollback is possible: the last current
+            ones.
+          model: computes its own arrays for every version.
 
         Raises:
-          UserError: no items, an item without a text of its own as item_id, codes or popularity that don't fit.
+          UserError: no items, an item_id that is not text or not unique, codes or popularity that don't fit.
         """
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         self.keep, self.model = keep, model
@@ -108,7 +108,7 @@ class LiveCatalogue:
 
     @property
     def versions(self) -> list[dict[str, Any]]:
-        """The versions that are kept: number, parent, action, items, current."""
+        """The kept versions: number, parent, action, items, current."""
         current = self.current
         return [
             {
@@ -129,15 +129,15 @@ class LiveCatalogue:
         popularity: np.ndarray | None = None,
         embeddings: np.ndarray | None = None,
     ) -> Version:
-        """New items: leaves of the trie from now on. Columns that they lack are missing values.
+        """Adds items: they are leaves of the trie from now on. Columns that `items` lacks are null.
 
         Args:
           items: `item_id` and columns of the catalogue.
           codes: int [n, M]; popularity: [n], None for 0; embeddings: float [n, D], for models that read them.
 
         Raises:
-          UserError: an item that is there already (`restore` and `update` are for those) or is listed twice, a column
-            that the catalogue doesn't have or of another type, codes outside the codebooks. Nothing is changed then.
+          UserError: an item that exists already (see `restore` and `update`) or is listed twice, a column that the
+            catalogue doesn't have or of another type, codes outside the codebooks. Nothing is changed then.
         """
         with self._building:
             before = self.current
@@ -150,15 +150,15 @@ class LiveCatalogue:
             return self._publish(self._grown(before, items, codes, popularity, embeddings), before, "add")
 
     def remove(self, item_ids: Sequence[str]) -> Version:
-        """Items that can't be recommended any more. They keep their rows, and so stay what they are in histories.
+        """Removes items from recommendation. They keep their rows, and so their place in histories.
 
         Raises:
-          UserError: an item that is not there, was removed before or is listed twice, or none would be left.
+          UserError: an item that is unknown, was removed before or is listed twice, or no item would remain.
         """
         return self._activate(item_ids, False, "remove")
 
     def restore(self, item_ids: Sequence[str]) -> Version:
-        """Removed items come back as they were.
+        """Restores removed items unchanged.
 
         Raises:
           UserError: an item that is unknown, was not removed or is listed twice.
@@ -166,10 +166,10 @@ class LiveCatalogue:
         return self._activate(item_ids, True, "restore")
 
     def update(self, items: pa.Table) -> Version:
-        """New values of some columns for some items, such as a price or whether it is in stock.
+        """Sets new values of some columns for some items, such as prices or stock.
 
         Raises:
-          UserError: an unknown item or one listed twice, a column that is not there or of another type.
+          UserError: an unknown item or one listed twice, an unknown column or one of another type.
         """
         with self._building:
             before = self.current
@@ -180,7 +180,7 @@ class LiveCatalogue:
             return self._publish(replace(before, items=table, columns=kept), before, "update")
 
     def reorder(self, item_ids: Sequence[str], popularity: np.ndarray) -> Version:
-        """New popularity of some items: the order under one ID, and of popular items; a model's scores stay.
+        """Sets the popularity of some items: the order under one ID and of popular items; a model's scores stay.
 
         Raises:
           UserError: an unknown item or one listed twice, popularity that isn't one number an item.
@@ -200,10 +200,10 @@ class LiveCatalogue:
         popularity: np.ndarray | None = None,
         embeddings: np.ndarray | None = None,
     ) -> Version:
-        """Another whole catalogue in place of this one: items that are not in it are removed, others added or changed.
+        """Replaces the whole catalogue: items that are not given are removed, the others added or changed.
 
-        Arguments and errors as for `add`, but items may be there already; columns and embeddings that are not given for
-        them stay as they were, and embeddings are taken of new items only.
+        Arguments and errors as for `add`, but items may exist already: their missing columns and their embeddings stay
+        unchanged; embeddings are read for new items only.
         """
         with self._building:
             before = self.current
@@ -230,10 +230,10 @@ class LiveCatalogue:
             return self._publish(replace(version, items=table, columns={}, **changed), before, "swap")
 
     def rollback(self, number: int) -> Version:
-        """An earlier version (or a later one that was left) is current again, as it was, at once.
+        """Makes a kept version, earlier or later, the current one again, at once.
 
         Raises:
-          UserError: there is no such version, or it is not kept any more.
+          UserError: there is no such version, or it is no longer kept.
         """
         with self._building:
             if number not in self._kept:
@@ -260,7 +260,7 @@ class LiveCatalogue:
             return self._publish(replace(before, active=changed), before, action)
 
     def _grown(self, before: Version, items: pa.Table, codes, popularity, embeddings) -> Version:
-        """`before` with new rows behind its own."""
+        """`before` with new rows appended."""
         item_ids = item_ids_of(items)
         codes = self._codes(codes, item_ids)
         popularity = checked_numbers("popularity", popularity, len(item_ids))
@@ -272,7 +272,7 @@ class LiveCatalogue:
             for name, old in zip(before.items.column_names, before.items.columns, strict=True)
         ]
         count = len(before) + len(item_ids)
-        # Shared with the versions before, unless one that was rolled back has put other items there.
+        # Shared with earlier versions, unless a version that was rolled back has put other items there.
         rows = before.rows
         if len(rows) != len(before):
             rows = {item: row for item, row in rows.items() if row < len(before)}
@@ -290,14 +290,14 @@ class LiveCatalogue:
         )
 
     def _publish(self, version: Version, before: Version, action: str) -> Version:
-        """Finishes a version beside the current one, in the time that requests leave, then makes it the current one."""
+        """Finishes a version at low priority, then makes it the current one."""
         changed = replace(version, parent=before.number, action=action)
         version = in_background(lambda: self._finish(changed, before))
         self.current = version
         return version
 
     def _finish(self, version: Version, before: Version | None) -> Version:
-        """The version with all that is made of it, kept but not yet the current one."""
+        """The version with its derived arrays, kept but not yet current."""
         same = before is not None and all(
             getattr(version, name) is getattr(before, name) for name in ("codes", "active", "popularity")
         )
@@ -307,7 +307,7 @@ class LiveCatalogue:
             popular = rows[np.argsort(-version.popularity[rows], kind="stable")]
             version = replace(version, trie=trie, order=ItemOrder(trie), popular=popular)
         own = {"columns": dict(version.columns), "masks": OrderedDict(), "lock": threading.Lock()}
-        # In one piece: to take a few rows of a column in many pieces copies all of it.
+        # In one chunk: taking a few rows of a column of many chunks copies all of it.
         version = replace(version, number=self._last + 1, items=version.items.combine_chunks(), **own)
         if self.model is not None:
             version = replace(version, served=self.model.serve_version(version, before))
@@ -320,7 +320,7 @@ class LiveCatalogue:
         return version
 
     def _keep(self, version: Version) -> None:
-        """The version counts as the one that was current last; the one for which that is longest ago is forgotten."""
+        """Marks the version as the last current one, and drops the one that was current the longest ago."""
         others = [each for each in self._kept.values() if each is not version]
         self._kept = {each.number: each for each in [*others, version][-self.keep :]}
 
@@ -338,7 +338,7 @@ class LiveCatalogue:
         return trie.replace(items=jnp.asarray(items))
 
     def _carry_masks(self, before: Version, version: Version, same_trie: bool) -> None:
-        """The masks that requests asked for last are there before the first request comes."""
+        """Builds the masks that requests used last before the version becomes current."""
         with before.lock:
             masks = list(before.masks.items())
         unchanged = set(version.columns) if same_trie else set()

@@ -1,10 +1,9 @@
-"""Declarative filters over the columns of a catalogue: which items have these values.
+"""Declarative filters over the columns of a catalogue.
 
     {"category": ["shoes", "bags"], "price": {"min": 5, "max": 20}, "in_stock": true}
 
-Every column must match (and); a list matches any of its values; bounds are included; a missing value (null or NaN)
-never matches.
-A column that holds lists of words matches if any of them does.
+All columns must match; a list matches any of its values; bounds are inclusive; a missing value (null or NaN) never
+matches. A column of lists of words matches if any of its words does.
 """
 
 import math
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 from jaxrec.config import UserError
 
 MAX_VALUES = 10_000
-"""The most values of one list: masks are kept by their filters, and so the lists are."""
+"""The most values of one list: masks are cached with their filters as keys."""
 KINDS = {"text": "text", "number": "numbers", "boolean": "true and false"}
 
 
@@ -35,21 +34,21 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Between:
-    """The number is within these bounds, which are included; None = no bound."""
+    """The number is within these inclusive bounds; None = no bound."""
 
     min: float | None
     max: float | None
 
 
 Where = tuple[tuple[str, OneOf | Between], ...]
-"""(column, condition) in the order of the columns' names: equal filters are equal, and can be a key."""
+"""(column, condition), sorted by column: equal filters are equal keys."""
 
 
 def parse_where(conditions: Mapping[str, Any]) -> Where:
     """A filter from JSON values, each a value, a list of values or {"min": , "max": }.
 
     Raises:
-      UserError: something else, more than MAX_VALUES values in one list or values of several types, bounds that are no
+      UserError: another form, more than MAX_VALUES values in one list or values of several types, bounds that are no
         numbers, min above max.
     """
     if not isinstance(conditions, Mapping):
@@ -107,16 +106,16 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """A column in a form that is quick to compare: words as numbers, and where there is a value at all."""
+    """A column in a form that is quick to compare: words as numbers, and a mask of the values present."""
 
     kind: str
     values: np.ndarray
-    """numbers or bool [I]; of text the number of its word, int32 [I], -1 = missing; of lists those of all words"""
+    """numbers or bool [I]; for text the number of its word, int32 [I], -1 = missing; for lists those of all words"""
     present: np.ndarray | None
-    """bool [I]; None of text"""
+    """bool [I]; None for text"""
     words: dict[str, int] | None = None
     rows: np.ndarray | None = None
-    """of lists: int64, the item that each word belongs to"""
+    """for lists: int64, the item of each word"""
     items: int = 0
 
     def matches(self, condition: OneOf | Between) -> np.ndarray:
@@ -126,7 +125,7 @@ class Column:
         if self.words is not None:
             wanted = np.zeros(len(self.words) + 1, bool)
             wanted[[self.words[word] for word in condition.values if word in self.words]] = True
-            hits = wanted[self.values]  # -1 is the last, which nobody wants
+            hits = wanted[self.values]  # -1 is the last, which is never wanted
             return hits if self.rows is None else np.bincount(self.rows[hits], minlength=self.items) > 0
         if isinstance(condition, OneOf):
             return self.present & _among(self.values, condition.values)
@@ -137,9 +136,9 @@ class Column:
 
 
 def _among(values: np.ndarray, wanted: Sequence[float]) -> np.ndarray:
-    """bool [I]: which of numbers or booleans [I] are among the wanted ones; one pass, however many these are.
+    """bool [I]: which of numbers or booleans [I] are among the wanted ones, in one pass.
 
-    Wanted numbers are taken in the type of the column: whole ones are compared as such, 0.1 is the 0.1 of float32.
+    Wanted numbers are converted to the column's type: integers are compared as integers, 0.1 is the 0.1 of float32.
     """
     if np.issubdtype(values.dtype, np.integer):
         info = np.iinfo(values.dtype)

@@ -1,7 +1,7 @@
-"""One state of a catalogue that is served: items, their codes, which are active, and what is made of them.
+"""One version of a served catalogue: items, codes, active items, and the arrays derived from them.
 
-A request reads one version from its start to its end. Versions are made by `live.LiveCatalogue`, whose arrays have one
-shape over versions while the capacity holds.
+A request reads one version from its start to its end. `live.LiveCatalogue` makes versions; their arrays have the same
+shapes until the capacity grows.
 """
 
 import threading
@@ -20,19 +20,19 @@ from jaxrec.decoding.filters import Allowed, ItemOrder, Mask
 from jaxrec.decoding.trie import Trie
 
 MASKS = 64
-"""Masks that a version keeps, those used last; 1/8 byte an item each."""
+"""Number of masks that a version keeps, those used last; each takes 1/8 byte an item."""
 
 Predicate = Where | Callable[[pa.Table], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Version:
-    """One state of the catalogue; it never changes."""
+    """One immutable state of the catalogue."""
 
     number: int
     parent: int | None
     action: str
-    """what was done to the parent"""
+    """the change made to the parent"""
     items: pa.Table
     """row = item; `item_id` and any columns"""
     codes: np.ndarray
@@ -42,36 +42,36 @@ class Version:
     popularity: np.ndarray
     """float64 [I]: the order of items under one ID, and of popular items"""
     embeddings: np.ndarray
-    """float32 [I - first, D], of the items that came after the first version; NaN where none was given"""
+    """float32 [I - first, D], of the items added after the first version; NaN where none was given"""
     capacity: int
-    """items that the arrays have room for"""
+    """number of items that the arrays have room for"""
     rows: dict[str, int]
-    """item_id -> row; later versions may have put more rows into it, which `row` doesn't tell of"""
+    """item_id -> row; later versions may have added rows, which `row` ignores"""
     columns: dict[str, Column]
-    """those of `items` that filters have asked for"""
+    """indexed columns of `items`, those that filters have used"""
     trie: Trie | None = None
     order: ItemOrder | None = None
-    """where items stand in the trie"""
+    """the order of items in the trie"""
     popular: np.ndarray | None = None
-    """int64 [active items], the most popular first, equal ones by row"""
+    """int64 [active items], the most popular first, ties by row"""
     served: Any = None
-    """what the model made for this version"""
+    """the model's arrays for this version"""
     masks: "OrderedDict[Predicate, Mask]" = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __len__(self) -> int:
-        """Rows, those of removed items among them."""
+        """The number of rows, including those of removed items."""
         return len(self.codes)
 
     def row(self, item_id: str) -> int | None:
-        """The row of an item, also of a removed one; None where this version doesn't know it."""
+        """The row of an item, active or removed; None if this version doesn't have it."""
         row = self.rows.get(item_id)
         return row if row is not None and row < len(self) else None
 
     def mask(self, predicate: Mapping | Predicate | np.ndarray) -> Mask:
         """The active items that a predicate allows: a filter as in `predicates`, a function of `items`, or bool [I].
 
-        Masks of filters and functions are kept; give the same function, not one made anew for every request.
+        Masks of filters and functions are cached; pass the same function object for every request.
 
         Raises:
           UserError: an unknown column, a value of another type than the column's, a mask of a wrong type or length.
@@ -97,12 +97,13 @@ class Version:
         blocked: Sequence[int] = (),
         only: Sequence[int] | None = None,
     ) -> Allowed:
-        """What a request may get: the items of the predicate (None = all) without `blocked` and among `only` (rows)."""
+        """The allowed items of a request: those of the predicate (None = all) without `blocked`, within `only`
+        (rows)."""
         mask = None if predicate is None else self.mask(predicate)
         return self.order.allowed(mask, blocked=blocked, only=only)
 
     def most_popular(self, k: int, allowed: Allowed | None = None) -> np.ndarray:
-        """The k most popular rows that are allowed, fewer where there are fewer."""
+        """The k most popular allowed rows, or fewer if fewer are allowed."""
         if allowed is None:
             return self.popular[:k]
         found, start, size = [], 0, 8 * k
@@ -113,7 +114,7 @@ class Version:
         return np.concatenate([np.zeros(0, np.int64), *found])[:k]
 
     def _combined(self, where: Where) -> Mask:
-        """The conjunction of one mask a column, which other filters may share."""
+        """The conjunction of one mask a column; filters share the masks of columns."""
         mask = self.order.all
         for condition in where:
             mask = mask & (self.mask((condition,)) if len(where) > 1 else self._one(*condition))
@@ -125,10 +126,10 @@ class Version:
         return self.order.mask(column.matches(condition))
 
     def column(self, name: str) -> Column:
-        """A column of `items`, indexed when it is first asked for.
+        """A column of `items`, indexed at its first use.
 
         Raises:
-          UserError: there is no such column, or filters can't work on it.
+          UserError: there is no such column, or its type has no filters.
         """
         if name not in self.items.column_names:
             known = ", ".join(sorted(self.items.column_names))

@@ -1,11 +1,11 @@
-"""Decoding: a catalogue's targets as a trie, and exact searches over it, each one jitted function.
+"""Decoding: a catalogue's targets as a trie, and exact searches over it, each a single jitted function.
 
 - `trie.py`: arrays from codes or texts; every node is a range of sorted targets and of items.
-- `filters.py`: a different set of allowed items for every request, counted and selected in constant time.
+- `filters.py`: a set of allowed items for each request, counted and selected in constant time.
 - `top.py`: exact top-k of long rows.
 - `step.py`: one level of any search: candidates, and the choice among them.
-- `beam.py`: beam search over IDs, with a second model's scores if wanted, and the expansion of IDs to items.
-- `text_beam.py`: beam search over texts, which end where they end.
+- `beam.py`: beam search over IDs, optionally rescored by a second model, and the expansion of IDs to items.
+- `text_beam.py`: beam search over texts of different lengths.
 - `rollout.py`: samples of IDs without replacement.
 """
 

@@ -1,11 +1,11 @@
 """Exact beam search over a trie of semantic IDs, jitted as one function with no host step inside.
 
-Every level looks at the children of its beams only: their log-probabilities are gathered (after normalising over the
-whole codebook, so scores are the model's own), and one top-k over all of them picks the next beams. The width grows
-from 1 with the number of prefixes there are, so it may exceed a codebook.
+Every level reads only the children of its beams: their log-probabilities are gathered (after normalising over the whole
+codebook, so scores are the model's own), and one top-k over all of them chooses the next beams. The width grows from 1
+with the number of prefixes, so it may exceed a codebook.
 
-A second model may have a say in the choice (`rescore`, RankGR §3.3.2): the best candidates by the model's own
-log-probability are handed to it, and the beams are the best of them by its scores.
+A second model may rescore candidates (`rescore`, RankGR §3.3.2): it gets the best candidates by the first model's
+log-probability, and the beams are the best of these by its scores.
 """
 
 from collections.abc import Callable
@@ -40,43 +40,44 @@ __all__ = ["BeamResult", "Candidates", "Rescore", "beam_search", "expand_items",
 
 @flax.struct.dataclass
 class BeamResult:
-    """The W best IDs of each of B requests, best first; equal scores by ID."""
+    """The W best IDs of each of B requests, best first; ties by ID."""
 
     codes: jax.Array
     """int32 [B, W, M], -1 where not valid."""
     log_probs: jax.Array
-    """float32 [B, W], the model's own, falling unless `rescore` orders otherwise; -inf where not valid."""
+    """float32 [B, W], the model's, falling unless `rescore` reorders; -inf where not valid."""
     scores: jax.Array
-    """float32 [B, W], what the IDs are ordered by, falling: `rescore`'s, without it log_probs; -inf where not valid."""
+    """float32 [B, W], falling: the scores of `rescore`, without it log_probs; -inf where not valid."""
     valid: jax.Array
     """bool [B, W], True = an ID of the catalogue with an allowed item."""
     leaf: jax.Array
     """int32 [B, W], the ID's rank among the catalogue's sorted IDs; -1 where not valid."""
     nan: jax.Array
-    """bool [B], the model or `rescore` gave NaN or +inf for this request, which then has no valid result: report it."""
+    """bool [B], the model or `rescore` gave NaN or +inf for this request, which then has no valid result; callers
+    report it."""
 
     def invalid_rate(self) -> jax.Array:
-        """float32 [B], the share of invalid IDs among those found; above 0 only in a search without the trie."""
+        """float32 [B], the share of invalid IDs among those found; above 0 only if `constrained` is False."""
         found = self.log_probs > -jnp.inf
         return (found & ~self.valid).sum(1) / jnp.maximum(found.sum(1), 1)
 
 
 @flax.struct.dataclass
 class Candidates:
-    """What `rescore` is asked about: C grown prefixes of each of B requests, in ID order."""
+    """The input of `rescore`: C extended prefixes of each of B requests, in ID order."""
 
     codes: jax.Array
     """int32 [B, C, level + 1], -1 where dead."""
     nodes: jax.Array
     """int32 [B, C], the prefix's node in the trie's `level`, -1 where dead or not in the catalogue."""
     parents: jax.Array
-    """int32 [B, C], the beam each grew from: the place of its state in the cache."""
+    """int32 [B, C], the parent beam of each: the index of its state in the cache."""
     log_probs: jax.Array
     """float32 [B, C], the model's, summed over the prefix; -inf where dead."""
     parent_log_probs: jax.Array
     """float32 [B, C], the model's for the prefix one code shorter; 0 at level 0."""
     parent_scores: jax.Array
-    """float32 [B, C], what `rescore` gave the prefix one code shorter; 0 at level 0."""
+    """float32 [B, C], the score by `rescore` of the prefix one code shorter; 0 at level 0."""
     level: int = flax.struct.field(pytree_node=False)
     """The level of the last code, from 0."""
 
@@ -97,31 +98,31 @@ def beam_search(
     candidates: int | tuple[int, ...] | None = None,
     per_prefix: int | None = None,
 ) -> BeamResult:
-    """The `beam_width` IDs of highest summed log-probability; exact when no prefix of one leaves the beam on the way.
+    """The `beam_width` IDs of highest summed log-probability; exact unless a prefix of one of them leaves the beam.
 
     Args:
         extend: `(tokens int32 [B, W] | None, cache, level) -> (log_probs [B, W, K], cache)`, normalised over the
-            level's codebook (`jax.nn.log_softmax`). Logits would be added up as they are, and compare prefixes wrongly;
-            under `jax.jit`, where values are not known, nothing can say so. At level 0 tokens is None and W = 1. Beams
+            level's codebook (`jax.nn.log_softmax`). Logits would be summed unnormalised and compare prefixes wrongly;
+            under `jax.jit`, where values are unknown, this is not checked. At level 0 tokens is None and W = 1. Beams
             without a valid prefix get token 0.
         cache: pytree of arrays [B, W, ...], at first [B, 1, ...]; re-ordered as beams are chosen.
         batch: B.
         beam_width: W, or one width for each level; the last is the number of results.
-        allowed: bool [B, I], True = this request may return this item, or a filter built of it. None allows all.
-        constrained: False searches all code sequences and uses the trie only to mark which of them exist. It measures
-            how often the model leaves the catalogue: codes and log_probs of the others are then kept, with valid False.
+        allowed: bool [B, I], True = this request may return this item, or a filter built from it. None allows all.
+        constrained: False searches all code sequences and uses the trie only to mark the valid ones. It measures how
+            often the model leaves the catalogue: codes and log_probs of invalid IDs are kept, with valid False.
         rescore: `(candidates, cache) -> scores [B, C]`, by which beams are chosen and results ordered; the cache is
-            what `extend` returned, before it is re-ordered. RankGR Eq. 18 is `parent_scores + log(rank score)`.
-            -inf drops a candidate; one that the trie excludes stays excluded whatever it says.
-        candidates: lambda, how many candidates of highest log-probability are rescored, or one number for each level
-            (RankGR Eq. 12); at least the width, which is the default.
-        per_prefix: at most so many beams at every level, and results, begin with the same code.
+            that of `extend`, before it is re-ordered. RankGR Eq. 18 is `parent_scores + log(rank score)`. -inf drops
+            a candidate; candidates excluded by the trie stay excluded.
+        candidates: lambda, the number of candidates of highest log-probability that are rescored, or one number for
+            each level (RankGR Eq. 12); at least the width, which is the default.
+        per_prefix: the most beams at every level, and results, with the same first code.
 
     An ID of probability zero (log-probability -inf) is never valid.
 
     Raises:
         UserError: widths below 1 or not one a level, `candidates` below them or without `rescore`, `allowed`, log_probs
-            or scores of a wrong shape; outside `jax.jit` also logits in place of log-probabilities.
+            or scores of a wrong shape; outside `jax.jit` also logits instead of log-probabilities.
     """
     if trie.eos is not None:
         raise UserError("the trie holds texts: use text_search, which knows where they end.")
@@ -163,7 +164,7 @@ def beam_search(
 def expand_items(
     trie: Trie, result: BeamResult, *, k: int, allowed: jax.Array | ItemFilter | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The first k items of the valid IDs in beam order; items under one ID in the trie's stated order, with its score.
+    """The first k items of the valid IDs in beam order; items of one ID in the trie's order, with the ID's score.
 
     Returns (items int32 [B, k], -1 = none; scores float32 [B, k], -inf = none). `allowed` as in `beam_search`.
 
@@ -175,7 +176,7 @@ def expand_items(
     first, end = trie.leaf_ranges(jnp.maximum(result.leaf, 0))
     item_filter = as_filter(trie, allowed, result.leaf.shape[0])
     if item_filter is not None:
-        # Ranks among the allowed items in place of positions among all.
+        # Ranks among the allowed items instead of positions among all.
         first, end = item_filter.count_before(first), item_filter.count_before(end)
     counts = jnp.where(result.valid, end - first, 0)
     ends = jnp.cumsum(counts, axis=1)
@@ -224,7 +225,7 @@ def _choose_freely(
 def _choose_capped(
     grid: Grid, beams: Beams, trie: Trie, level: int, width: int, cap: int, *, in_order: bool
 ) -> tuple[Beams, jax.Array]:
-    """The best `width` of the grid, at most `cap` with one first code."""
+    """The best `width` of the grid, at most `cap` with the same first code."""
     scores = beams.log_probs[..., None] + grid.log_probs
     best, index = top_capped(scores, beams.codes[..., 0], cap, width)
     return grown(beams, trie, level, grid, best, index, in_order=in_order)
@@ -273,7 +274,7 @@ def _best(
 def _result(
     beams: Beams, scores: jax.Array, trie: Trie, item_filter: ItemFilter | None, width: int, constrained: bool
 ) -> BeamResult:
-    """Marks what is valid and fills up to `width` where there can't be so many IDs."""
+    """Marks valid IDs, and pads to `width` if fewer IDs are possible."""
     shown = (beams.log_probs > -jnp.inf) & ~beams.bad[:, None]
     valid = shown & (beams.nodes >= 0)
     if item_filter is not None and not constrained:

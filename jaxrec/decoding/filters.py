@@ -1,12 +1,12 @@
-"""Which items each request allows, in a form that counts the allowed items of any node in constant time.
+"""The allowed items of each request, in a form that counts those of any node in constant time.
 
-The allowed items in trie order are bits of 32-bit words, with the number of set bits before every word beside them.
-Counting up to a position is one word and one popcount, so a filter costs one pass over the items, none over the trie.
+The allowed items in trie order are bits of 32-bit words, with the number of set bits before every word. The count up to
+a position takes one word and one popcount, so a filter costs one pass over the items and none over the trie.
 
-A filter comes from bool [B, I] (`build_filter`), or from parts that are kept between requests:
+A filter is built from bool [B, I] (`build_filter`), or from masks that are kept between requests:
 
     order = ItemOrder(trie)
-    shoes, in_stock = order.mask(category == "shoes"), order.mask(stock > 0)      # made once, 1/8 byte an item
+    shoes, in_stock = order.mask(category == "shoes"), order.mask(stock > 0)      # built once, 1/8 byte an item
     requests = [order.allowed(shoes & in_stock, blocked=[7, 7, 12]), order.allowed(only=[3, 5])]
     beam_search(..., allowed=stack(requests))                                     # a few words a request are written
 """
@@ -64,9 +64,9 @@ class ItemFilter:
 
 
 def build_filter(trie: Trie, allowed: jax.Array) -> ItemFilter:
-    """The filter of allowed bool [B, I]; an item that has no column is not allowed.
+    """The filter of allowed bool [B, I]; items beyond I are not allowed.
 
-    For shapes that outlive a catalogue refresh give `allowed` [B, trie.capacity].
+    Give `allowed` [B, trie.capacity] to keep the shapes when the catalogue is refreshed.
 
     Raises:
         UserError: `allowed` isn't bool [B, I].
@@ -75,7 +75,7 @@ def build_filter(trie: Trie, allowed: jax.Array) -> ItemFilter:
         raise UserError(f"`allowed` is {allowed.dtype}{list(allowed.shape)}: expected bool [requests, items].")
     in_order = jnp.take(allowed, trie.items, axis=1, mode="fill", fill_value=False)
     in_order &= jnp.arange(trie.capacity) < trie.num_items
-    # One word more than needed, so that the end position of the last node has a word as well.
+    # One more word, so that the end position of the last node has a word too.
     in_order = jnp.pad(in_order, ((0, 0), (0, WORD - trie.capacity % WORD)))
     bits = in_order.reshape(in_order.shape[0], -1, WORD).astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)
     words = bits.sum(-1, dtype=jnp.uint32)
@@ -84,14 +84,14 @@ def build_filter(trie: Trie, allowed: jax.Array) -> ItemFilter:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A set of items as bits in trie order, kept in the host's memory and, once it was needed there, on the device."""
+    """A set of items as bits in trie order, kept in the host's memory and, after its first use there, on the device."""
 
     words: np.ndarray
     """uint32 [capacity / 32 + 1], as in `ItemFilter`."""
 
     @cached_property
     def count(self) -> int:
-        """How many items are in it."""
+        """The number of items."""
         return int(np.bitwise_count(self.words).sum(dtype=np.int64))
 
     @cached_property
@@ -103,19 +103,19 @@ class Mask:
         return Mask(self.words & other.words)
 
     def holds(self, positions: np.ndarray) -> np.ndarray:
-        """Whether the items at positions int [...] are in it: bool [...]."""
+        """Whether the mask holds the items at positions int [...]: bool [...]."""
         return (self.words[positions >> 5] >> (positions & 31).astype(np.uint32)) & np.uint32(1) == 1
 
 
 @dataclass(frozen=True, eq=False)
 class Allowed:
-    """What one request may get: the items of a mask, but for a few that are the other way round."""
+    """The allowed items of one request: a mask with a few flipped bits."""
 
     mask: Mask
     flipped: np.ndarray
-    """int32 [n], positions in trie order, rising, each once."""
+    """int32 [n], positions of the flipped bits in trie order, rising, each once."""
     count: int
-    """How many items are allowed."""
+    """The number of allowed items."""
 
     def holds(self, positions: np.ndarray) -> np.ndarray:
         """Whether the items at positions int [...] are allowed: bool [...]."""
@@ -123,7 +123,7 @@ class Allowed:
 
 
 class ItemOrder:
-    """Where the items of a trie stand in it; makes masks of item indices."""
+    """The order of a trie's items; builds masks from item indices."""
 
     def __init__(self, trie: Trie):
         self.capacity = trie.capacity
@@ -144,10 +144,10 @@ class ItemOrder:
         return Mask(np.zeros(num_words(self.capacity), np.uint32))
 
     def mask(self, allowed: np.ndarray) -> Mask:
-        """The items that are True in bool [I]; an item index beyond it is not allowed.
+        """The mask of bool [I]; items beyond I are not allowed.
 
         Raises:
-            UserError: not bool, or not one number an item.
+            UserError: not bool, or not of one axis.
         """
         allowed = np.asarray(allowed)
         if allowed.ndim != 1 or allowed.dtype != bool:
@@ -159,9 +159,9 @@ class ItemOrder:
     def allowed(
         self, mask: Mask | None = None, *, blocked: Sequence[int] = (), only: Sequence[int] | None = None
     ) -> Allowed:
-        """The items of a mask (None = all), without `blocked` and, if given, among `only`.
+        """The items of a mask (None = all), without `blocked` and, if given, only those in `only`.
 
-        Both are item indices, in any order, also repeated; those that are not in the trie make no difference.
+        Both are item indices, in any order, possibly repeated; indices that are not in the trie are ignored.
         """
         mask = mask or self.all
         out = np.unique(self._found(blocked))
@@ -190,14 +190,14 @@ class ItemOrder:
 
 
 def num_words(capacity: int) -> int:
-    """Words of a filter: one more than needed, so that the end position of the last node has a word as well."""
+    """Words of a filter: one more than the bits need, so that the end position of the last node has a word too."""
     return capacity // WORD + 1
 
 
 def stack(requests: Sequence[Allowed]) -> ItemFilter:
-    """The filter of a batch: one row a request. Masks that several requests share are packed and sent only once.
+    """The filter of a batch: one row a request. Shared masks are packed and transferred once.
 
-    Where the device is the CPU itself NumPy adds the counts up, which is several times as fast there.
+    On a CPU device NumPy sums the counts, which is several times as fast there.
     """
     if jax.default_backend() == "cpu":
         return _stack_on_host(requests)
@@ -224,9 +224,10 @@ def _stack_on_host(requests: Sequence[Allowed]) -> ItemFilter:
 
 @jax.jit
 def _stack_on_device(rows: tuple[jax.Array, ...], flipped: jax.Array) -> ItemFilter:
-    """rows uint32 [words] of B requests; flipped int32 [B, n], padded with positions that no word holds.
+    """rows uint32 [words] of B requests; flipped int32 [B, n], padded with positions beyond the last word.
 
-    Every position is listed once: taking the value of a set bit away, or adding that of another, touches no other bit.
+    Every position is listed once, so subtracting the value of a set bit, or adding that of a clear one, flips that bit
+    alone.
     """
     words = jnp.stack(rows)
     row, word = jnp.arange(len(rows))[:, None], flipped >> 5

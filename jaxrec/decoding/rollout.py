@@ -1,9 +1,9 @@
 """Samples of whole IDs without replacement, by stochastic beam search (Kool et al. 2019).
 
-Give every ID an independent Gumbel variable located at its log-probability: the n largest are n draws without
-replacement. The search finds them without looking at all IDs, since the largest below a prefix is itself Gumbel,
-located at the prefix's log-probability: each prefix carries that maximum, its children's variables are drawn so that
-the largest of them equals it, and the n prefixes of largest maximum hold the n IDs sought.
+Add independent Gumbel noise to the log-probability of every ID: the n largest sums are n draws without replacement. The
+search finds them without visiting all IDs: the largest below a prefix is itself Gumbel, located at the prefix's
+log-probability. So each prefix carries that maximum, its children's variables are drawn conditionally on it, and the n
+prefixes of largest maximum contain the n IDs.
 
 The distribution sampled from is the model's at a temperature, restricted to the trie and the filter level by level: at
 each prefix, softmax(log p / temperature) over the codes that lead to an allowed item.
@@ -24,7 +24,7 @@ from jaxrec.decoding.trie import Trie
 
 @flax.struct.dataclass
 class Rollouts:
-    """n distinct IDs of each of B requests, in the order in which they were drawn."""
+    """n distinct IDs of each of B requests, in the order of the draws."""
 
     codes: jax.Array
     """int32 [B, n, M], -1 where there are no more IDs."""
@@ -33,18 +33,18 @@ class Rollouts:
     valid: jax.Array
     """bool [B, n]"""
     log_probs: jax.Array
-    """float32 [B, n], the model's own, at temperature 1 over all codes, as `beam_search` gives them; -inf for none."""
+    """float32 [B, n], the model's, at temperature 1 over all codes, as in `beam_search`; -inf for none."""
     sampling_log_probs: jax.Array
     """float32 [B, n], under the distribution sampled from; exp of them sums to 1 over all allowed IDs."""
     perturbed: jax.Array
     """float32 [B, n], sampling_log_probs + Gumbel noise, falling; -inf for none."""
     threshold: jax.Array
-    """float32 [B], the largest perturbed score that was not drawn, -inf when all were; NaN with `per_prefix`."""
+    """float32 [B], the largest perturbed score that was not drawn, -inf if all were; NaN with `per_prefix`."""
     nan: jax.Array
-    """bool [B], the model gave NaN or +inf for this request, which then has no valid sample: report it."""
+    """bool [B], the model gave NaN or +inf for this request, which then has no valid sample; callers report it."""
 
     def inclusion_log_probs(self) -> jax.Array:
-        """float32 [B, n], log P(perturbed > threshold) of each sample, by which importance weights divide.
+        """float32 [B, n], log P(perturbed > threshold) of each sample, the denominator of importance weights.
 
         sum(exp(sampling_log_probs - inclusion_log_probs) * f) over the samples is an unbiased estimate of the
         expectation of f (Kool et al. 2019 Eq. 8); 0 where all IDs were drawn.
@@ -72,13 +72,13 @@ def rollout(
         extend: as in `beam_search`.
         cache: as in `beam_search`.
         trie: of IDs.
-        key: a jax.random key; request b draws from `fold_in(key, b)`, whatever else is in the batch.
+        key: a jax.random key; request b draws from `fold_in(key, b)`, independently of the rest of the batch.
         batch: B.
         samples: n; the model extends n + 1 beams, the last gives `threshold`.
-        temperature: above 0; the higher, the flatter.
+        temperature: above 0; higher values flatten the distribution.
         allowed: as in `beam_search`.
-        per_prefix: at most so many samples begin with the same code, those drawn first. What is drawn then no longer
-            is a sample without replacement of the whole, so there is no threshold and no importance weight.
+        per_prefix: the most samples with the same first code; the first draws are kept. The result is then no sample
+            without replacement from the whole, so there is no threshold and no importance weight.
 
     Raises:
         UserError: samples, per_prefix or temperature too small, a trie of texts, `allowed` or log_probs of a wrong
@@ -133,7 +133,7 @@ def _conditioned(scores: jax.Array, maximum: jax.Array) -> jax.Array:
     largest = jnp.max(scores, axis=-1, keepdims=True)
     safe = jnp.where(alive, scores, 0.0)
     below = jnp.where(alive, jnp.minimum(safe - largest, 0.0), 0.0)
-    # log(1 - exp(below)): -inf for the largest itself, which so becomes `maximum` exactly.
+    # log(1 - exp(below)): -inf for the largest itself, which becomes `maximum` exactly.
     rest = jnp.where(below > -0.6931472, jnp.log(-jnp.expm1(below)), jnp.log1p(-jnp.exp(below)))
     v = jnp.where(alive, maximum, 0.0) - safe + rest
     moved = maximum - jnp.maximum(v, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(v)))
@@ -141,7 +141,7 @@ def _conditioned(scores: jax.Array, maximum: jax.Array) -> jax.Array:
 
 
 def _grown(beams: Beams, trie: Trie, level: int, grid, perturbed, index) -> tuple[Beams, jax.Array]:
-    """Beams with the model's own log-probabilities; dead where nothing was drawn."""
+    """Beams with the model's log-probabilities; dead where nothing was drawn."""
     log_probs = (beams.log_probs[..., None] + grid.log_probs).reshape(len(perturbed), -1)
     log_probs = jnp.where(perturbed > -jnp.inf, jnp.take_along_axis(log_probs, index, axis=1), -jnp.inf)
     return grown(beams, trie, level, grid, log_probs, index, in_order=False)

@@ -1,12 +1,12 @@
 """One level of any search over a trie: the candidates that follow the beams, and the choice among them.
 
-Between levels the beams stand in node order, not in score order. Candidates are then in target order too, and since a
-top-k prefers the lower index, equal scores go to the lexicographically smaller target without a second sort key.
+Between levels the beams are in node order, not in score order. Then candidates are in target order too, and since a
+top-k prefers the lower index, ties go to the lexicographically smaller target without a second sort key.
 
 The candidates of W beams are a grid [B, W, n], in one of three forms:
 
 - *children*: n = the level's branching. Children are a slice of `tokens`; their log-probabilities are gathered.
-- *dense*: n = K, where most codes follow most nodes. A bit says which do; nothing is gathered.
+- *dense*: n = K, for levels where most codes follow most nodes. Bits mark those that do; nothing is gathered.
 - *free*: n = K, every code, in the catalogue or not.
 """
 
@@ -24,7 +24,7 @@ from jaxrec.decoding.top import top
 from jaxrec.decoding.trie import WORD, Trie
 
 ROUNDING = 0.1
-"""How far above 0 the logarithm of a sum of probabilities may be: bfloat16 rounds them."""
+"""Tolerance of the logarithm of a sum of probabilities above 0: bfloat16 rounds them."""
 
 Extend = Callable[[jax.Array | None, Any, int], tuple[jax.Array, Any]]
 Located = tuple[jax.Array, jax.Array, jax.Array]
@@ -41,7 +41,7 @@ class Beams:
     nodes: jax.Array
     """int32 [B, W], -1 = no prefix of the catalogue."""
     ends: jax.Array
-    """int32 [B, W], where the node's items end."""
+    """int32 [B, W], the end of the node's items."""
     bad: jax.Array
     """bool [B], the model gave NaN or +inf for a candidate."""
 
@@ -56,9 +56,9 @@ class Grid:
     """Candidates of every beam."""
 
     log_probs: jax.Array
-    """float32 [B, W, n], of the one code; -inf where there is no candidate."""
+    """float32 [B, W, n], of the last code alone; -inf where there is no candidate."""
     tokens: jax.Array | None
-    """int32 [B, W, n]; None where token = place."""
+    """int32 [B, W, n]; None where the token is the index in n."""
     locate: Callable[[jax.Array], Located]
     """index int32 [B, m] into W * n -> (beam, node (-1 = none), token), each int32 [B, m]."""
     bad: jax.Array
@@ -77,7 +77,7 @@ def root(trie: Trie | None, batch: int) -> Beams:
 
 
 def as_filter(trie: Trie, allowed: jax.Array | ItemFilter | None, batch: int) -> ItemFilter | None:
-    """The filter of bool [B, I]; a filter that was built before is itself.
+    """The filter of bool [B, I]; a built filter is returned as it is.
 
     Raises:
         UserError: not one row a request, or not bool.
@@ -97,14 +97,14 @@ def extended(extend: Extend, beams: Beams, cache: Any, level: int, size: int | N
     if log_probs.shape != expected:
         raise UserError(f"extend gave log_probs {log_probs.shape} at level {level}: expected [B, W, K] = {expected}.")
     log_probs = log_probs.astype(jnp.float32)
-    # Under `jit` there are no values to look at, and to normalise once more would cost a pass over all of them.
+    # Under `jit` values are unknown, and normalising again would cost a pass over all of them.
     if not isinstance(log_probs, jax.core.Tracer):
         _check_normalised(log_probs, level)
     return log_probs, cache
 
 
 def _check_normalised(log_probs: jax.Array, level: int) -> None:
-    """UserError for logits. Less than all of the probability may be there, as where a model never says some codes."""
+    """UserError for logits. Probabilities may sum to less than 1: a model may exclude codes."""
     totals = jax.nn.logsumexp(log_probs, axis=-1)
     largest = float(jnp.max(jnp.where(totals < jnp.inf, totals, -jnp.inf), initial=-jnp.inf))
     if largest > ROUNDING:
@@ -115,7 +115,7 @@ def _check_normalised(log_probs: jax.Array, level: int) -> None:
 
 
 def reorder(cache: Any, parents: jax.Array) -> Any:
-    """The cache of the chosen beams: every array [B, W, ...] taken at parents int32 [B, new W]."""
+    """The cache of the chosen beams: every array [B, W, ...] gathered at parents int32 [B, new W]."""
     take = jax.vmap(lambda rows, parent: rows.at[parent].get(mode="promise_in_bounds"))
     return jax.tree.map(lambda rows: take(rows, parents), cache)
 
@@ -123,7 +123,7 @@ def reorder(cache: Any, parents: jax.Array) -> Any:
 def children_grid(
     log_probs: jax.Array, beams: Beams, trie: Trie, level: int, item_filter: ItemFilter | None = None
 ) -> Grid:
-    """The children in the trie of each beam that hold an allowed item."""
+    """The children of each beam in the trie that hold an allowed item."""
     branching = trie.branching[level]
     first, count = _children(beams, trie, level)
     tokens = _slices(trie.tokens[level], first, branching).astype(jnp.int32)
@@ -191,7 +191,7 @@ def choose(
     *,
     in_order: bool,
 ) -> tuple[Beams, jax.Array]:
-    """The `width` children of highest summed log-probability, and the beam each grew from int32 [B, width]."""
+    """The `width` children of highest summed log-probability, and the parent beam of each, int32 [B, width]."""
     if item_filter is None and trie.bits[level] is not None:
         grid = dense_grid(log_probs, beams, trie, level)
     else:
@@ -216,9 +216,9 @@ def grown(
     *,
     in_order: bool,
 ) -> tuple[Beams, jax.Array]:
-    """The candidates at index int32 [B, m] of the grid as beams, and the beam each grew from.
+    """The candidates at index int32 [B, m] of the grid as beams, and the parent beam of each.
 
-    In node order again if `in_order`, else as they came.
+    In node order if `in_order`, else in the order of `index`.
     """
     if in_order:
         place = jax.lax.broadcasted_iota(jnp.int32, index.shape, 1)
@@ -235,7 +235,7 @@ def grown(
 
 
 def filled(values: jax.Array, where: jax.Array, size: int, fill: float) -> jax.Array:
-    """values [B, W, ...] with `fill` where not `where` [B, W] and up to [B, size, ...]."""
+    """values [B, W, ...], `fill` where `where` [B, W] is False, padded with `fill` to [B, size, ...]."""
     more = values.ndim - 2
     padding = ((0, 0), (0, max(0, size - values.shape[1])), *((0, 0),) * more)
     values = jnp.where(where.reshape(*where.shape, *(1,) * more), values, fill)
@@ -265,7 +265,7 @@ def find_child(trie: Trie, level: int, nodes: jax.Array, token: jax.Array | int)
 
 
 def _children(beams: Beams, trie: Trie, level: int) -> tuple[jax.Array, jax.Array]:
-    """The first child of each beam and how many there are, int32 [B, W]; none of dead beams."""
+    """The first child of each beam and the number of children, int32 [B, W]; 0 children for dead beams."""
     alive = beams.log_probs > -jnp.inf
     node = jnp.where(alive, beams.nodes, 0)
     first = trie.children[level][node]

@@ -1,9 +1,9 @@
-"""Beam search over texts: sequences of tokens that end where they end, all of the catalogue's or any.
+"""Beam search over texts: token sequences of different lengths, those of the catalogue or any.
 
-The steps are unrolled up to `max_length`, and every text that ends on the way is kept: at each step the ends of all W
-beams are set aside with their scores, and the W best prefixes that have not ended go on. Ended and unended never
-compete for a place, so a short text that is the best after division by its length can't be lost to longer prefixes. The
-results are the best of all that were set aside; there is no early stop, whose saving an unrolled search can't use.
+The steps are unrolled up to `max_length`, and every text that ends is kept: at each step the ends of all W beams are
+set aside with their scores, and the W best unended prefixes continue. Ended and unended texts never compete for a beam,
+so a short text with the best length-normalised score can't be lost to longer prefixes. The results are the best of all
+ended texts. There is no early stop, which saves nothing in an unrolled search.
 """
 
 from typing import Any
@@ -37,22 +37,22 @@ from jaxrec.decoding.trie import Trie
 
 @flax.struct.dataclass
 class TextResult:
-    """The W best texts of each of B requests, best first; of equal scores the shorter, then by tokens."""
+    """The W best texts of each of B requests, best first; ties by length, then by tokens."""
 
     tokens: jax.Array
     """int32 [B, W, M], the end token included, -1 after it and where there is no text."""
     lengths: jax.Array
-    """int32 [B, W], tokens with the end token; 0 where there is no text."""
+    """int32 [B, W], number of tokens, the end token included; 0 where there is no text."""
     log_probs: jax.Array
     """float32 [B, W], of the whole text; -inf where there is none."""
     scores: jax.Array
     """float32 [B, W], log_probs / lengths ** length_penalty, falling; -inf where there is no text."""
     valid: jax.Array
-    """bool [B, W], True = an ended text, of the trie where there is one, and allowed."""
+    """bool [B, W], True = an ended text that is allowed and, with a trie, in the trie."""
     leaf: jax.Array
-    """int32 [B, W], the text's rank among the trie's sorted ones; -1 where not in it."""
+    """int32 [B, W], the text's rank among the trie's sorted texts; -1 if it is not one of them."""
     nan: jax.Array
-    """bool [B], the model gave NaN or +inf for this request, which then has no valid result: report it."""
+    """bool [B], the model gave NaN or +inf for this request, which then has no valid result; callers report it."""
 
 
 def text_search(
@@ -69,23 +69,24 @@ def text_search(
     constrained: bool = True,
     results: int | None = None,
 ) -> TextResult:
-    """The best texts by log-probability / length ** length_penalty, length in tokens with the end (as in HF generate).
+    """The best texts by log-probability / length ** length_penalty, length in tokens with the end token (as in HF
+    generate).
 
-    Exact when no prefix of one is outside the W best prefixes of its length. A text that has not ended after
+    Exact unless a prefix of one of them is not among the W best of its length. A text that has not ended after
     `max_length` tokens is no result.
 
     Args:
         extend: as in `beam_search`, over the vocabulary V at every level.
         cache: as in `beam_search`.
         batch: B.
-        beam_width: W, prefixes that go on at every step.
+        beam_width: W, prefixes that continue at every step.
         eos: the token that ends a text.
-        max_length: M, tokens of the longest text with its end.
+        max_length: M, tokens of the longest text with its end token.
         length_penalty: 0 ranks by log-probability, 1 by its mean over the tokens; above 0 favours long texts.
-        trie: of `build_text_trie`: only its texts are found.
-        allowed: as in `beam_search`, by the trie's items; needs the trie.
-        constrained: False searches all texts and uses the trie only to mark which are in it.
-        results: how many texts are returned, W by default.
+        trie: from `build_text_trie`; only its texts are found.
+        allowed: as in `beam_search`, over the trie's items; needs the trie.
+        constrained: False searches all texts and uses the trie only to mark the valid ones.
+        results: number of returned texts, W by default.
 
     Raises:
         UserError: a width, length or number of results below 1, a trie of IDs or with another end token, `allowed`
@@ -147,8 +148,8 @@ def _ends(
     item_filter: ItemFilter | None,
     constrained: bool,
 ) -> _Ended:
-    """Each beam with the end token."""
-    end = jnp.where(is_end, grid.log_probs, -jnp.inf).max(-1)  # at most one candidate of a beam is its end
+    """Each beam extended by the end token."""
+    end = jnp.where(is_end, grid.log_probs, -jnp.inf).max(-1)  # at most one candidate of a beam is the end token
     total = beams.log_probs + end
     valid = total > -jnp.inf
     leaf = jnp.full(total.shape, -1, jnp.int32)
@@ -166,7 +167,7 @@ def _ends(
 def _best_texts(
     ended: list[_Ended], bad: jax.Array, trie: Trie | None, results: int, length_penalty: float
 ) -> TextResult:
-    """The best of all texts that ended, shorter ones first among equals because they were set aside earlier."""
+    """The best of all ended texts; ties go to shorter ones, which were set aside earlier."""
     longest = len(ended)
     rows = [jnp.pad(e.tokens, ((0, 0), (0, 0), (0, longest - 1 - n)), constant_values=-1) for n, e in enumerate(ended)]
     tokens = jnp.concatenate(rows, axis=1)

@@ -1,8 +1,8 @@
-"""Exact top-k of long rows, with `jax.lax.top_k`'s order: the higher score first, of equal ones the lower index.
+"""Exact top-k of long rows, in the order of `jax.lax.top_k`: by falling score, then by index.
 
-`lax.top_k` takes every element to a heap; on CPU that is 15 times as slow as a maximum. Long rows are cut into blocks:
-the k best elements lie in the k blocks of highest maximum (of equal maxima the lower block, as for elements), because
-any element of another block is beaten by the maximum of each of those. Only they are searched.
+`lax.top_k` puts every element through a heap, which on CPU is 15 times as slow as a maximum. So long rows are cut into
+blocks: the k best elements lie in the k blocks of highest maximum (of equal maxima the lower block), since any element
+of another block is below the maximum of each of these. Only those k blocks are searched.
 """
 
 import jax
@@ -24,9 +24,9 @@ def top(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def top_capped(scores: jax.Array, groups: jax.Array, cap: int, k: int) -> tuple[jax.Array, jax.Array]:
-    """As `top` of scores [B, W, n] in one row, at most `cap` of each group int32 [B, W]; -inf where that leaves less.
+    """As `top` of scores [B, W, n] in one row, at most `cap` of each group int32 [B, W]; padded with -inf.
 
-    Only the `cap` best of each of the W can be among them. Returns at most W * min(cap, n) elements.
+    Only the `cap` best of each of the W rows can be chosen. Returns at most W * min(cap, n) elements.
     """
     batch, width, places = scores.shape
     best, place = jax.lax.top_k(scores, min(cap, places))
@@ -39,7 +39,7 @@ def top_capped(scores: jax.Array, groups: jax.Array, cap: int, k: int) -> tuple[
 
 
 def capped(scores: jax.Array, groups: jax.Array, cap: int) -> jax.Array:
-    """scores [B, n], -inf where `cap` better ones (of equal ones, earlier ones) are of the same group int32 [B, n]."""
+    """scores [B, n], -inf where `cap` better (or equal and earlier) ones have the same group int32 [B, n]."""
     place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     groups, _, order = jax.lax.sort((groups, -scores, place), dimension=1, num_keys=3)
     begins = jnp.pad(groups[:, 1:] != groups[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -49,7 +49,7 @@ def capped(scores: jax.Array, groups: jax.Array, cap: int) -> jax.Array:
 
 
 def _block_size(n: int, k: int) -> int:
-    """About sqrt(n / k), so that both halves are equally long; 1 where the row is too short to gain."""
+    """About sqrt(n / k), so that both steps take equally long; 1 for rows too short to gain."""
     if n <= SHORT or n < 256 * k:
         return 1
     return 2 ** max(1, (n // k).bit_length() // 2)

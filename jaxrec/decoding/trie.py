@@ -1,19 +1,19 @@
 """A catalogue's targets, semantic IDs or texts, as a trie of flat arrays.
 
-The distinct targets are sorted, so that every prefix (a node) is one range of items and the children of a node stand
-beside each other in the level below. With the nodes of each level numbered in that order, a level is three arrays:
+The distinct targets are sorted, so that every prefix (a node) is one range of items and the children of a node are
+consecutive in the level below. With the nodes of each level numbered in that order, a level is three arrays:
 
     children [nodes above + 1]   node n of the level above has the children children[n] .. children[n + 1] - 1
     tokens   [nodes]             the code that leads to a node
     starts   [nodes + 1]         node n holds the items at positions starts[n] .. starts[n + 1] - 1 of `items`
 
-A whole target is called a leaf, and leaves are numbered in sorted order. All IDs have M codes, so their leaves are the
-nodes of the last level. Texts end where they end: a node whose token is `eos` has no children, and a text takes no node
-in the levels after it. Then node n may be followed in its level by a node of another parent, with ended texts between:
-the range of a parent's last child ends where the parent's does (`Trie.node_ends`).
+A complete target is called a leaf; leaves are numbered in sorted order. All IDs have M codes, so their leaves are the
+nodes of the last level. Texts have different lengths: a node whose token is `eos` has no children, and an ended text
+has no node in later levels. So between node n and the next node of its level, which may have another parent, there may
+be items of ended texts: the range of a parent's last child ends with the parent's range (`Trie.node_ends`).
 
-Nothing is dense in K x K, and node order is target order. All arrays are padded to a capacity, so a refreshed catalogue
-has the same shapes and nothing recompiles.
+No array has K x K entries, and node order is target order. All arrays are padded to a capacity, so a refreshed
+catalogue has the same shapes and nothing recompiles.
 """
 
 import math
@@ -36,22 +36,22 @@ class Trie:
     children: tuple[jax.Array, ...]
     """Per level: int32 [nodes above + 1], the first child of every node of the level above (of the root at 0)."""
     tokens: tuple[jax.Array, ...]
-    """Per level: uint16 or int32 [nodes + branching], the code of every node; with the tail any node's children are a
-    slice."""
+    """Per level: uint16 or int32 [nodes + branching], the code of every node; the padding makes the children of
+    any node a slice of fixed length."""
     starts: tuple[jax.Array, ...]
-    """Per level: int32 [nodes + branching + 1], the first position in `items` of every node; the tail as above."""
+    """Per level: int32 [nodes + branching + 1], the first position in `items` of every node, padded as `tokens`."""
     bits: tuple[jax.Array | None, ...]
-    """Per level: uint32 [nodes above, K / 32], which codes follow a node, where most of the codes follow some node."""
+    """Per level: uint32 [nodes above, K / 32], the codes that follow a node as bits; None on sparse levels."""
     items: jax.Array
-    """int32 [capacity], item indices in the order of their targets; items of one target in the stated order."""
+    """int32 [capacity], item indices in target order; items of one target by falling `order`, then index."""
     leaf_starts: jax.Array | None
-    """int32 [capacity + 1], the first position in `items` of every leaf, of texts; None for IDs: see `starts[-1]`."""
+    """int32 [capacity + 1], the first position in `items` of every leaf, for texts; None for IDs: see `starts[-1]`."""
     num_items: jax.Array
-    """int32 scalar, how many positions of `items` are real."""
+    """int32 scalar, the number of real positions of `items`."""
     num_leaves: jax.Array
-    """int32 scalar, how many distinct targets there are."""
+    """int32 scalar, the number of distinct targets."""
     codebook_sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    """K of every level (the vocabulary, of texts)."""
+    """K of every level (for texts the vocabulary)."""
     branching: tuple[int, ...] = flax.struct.field(pytree_node=False)
     """Per level: a bound, rounded up, on the children of one node of the level above."""
     eos: int | None = flax.struct.field(pytree_node=False, default=None)
@@ -59,20 +59,20 @@ class Trie:
 
     @property
     def levels(self) -> int:
-        """M, the number of codes in an ID, or the length of the longest text with its end."""
+        """M, the number of codes in an ID, or the length of the longest text with its end token."""
         return len(self.codebook_sizes)
 
     @property
     def capacity(self) -> int:
-        """How many items the arrays can hold."""
+        """The number of items that the arrays have room for."""
         return self.items.shape[0]
 
     def nodes(self, level: int) -> int:
-        """How many nodes of `level` the arrays can hold."""
+        """The number of nodes of `level` that the arrays have room for."""
         return self.tokens[level].shape[0] - self.branching[level]
 
     def node_ends(self, level: int, nodes: jax.Array, parents: jax.Array, parent_ends: jax.Array) -> jax.Array:
-        """Where the items of nodes int32 [...] of `level` end, given their parents and where those end."""
+        """The end of the items of nodes int32 [...] of `level`, given their parents and the ends of these."""
         after = self.starts[level][nodes + 1]
         if self.eos is None:
             return after
@@ -104,13 +104,13 @@ def build_trie(
         codebook_sizes: K of every level; they may differ.
         order: for example the popularity of each item; None lists items by index.
         capacity: items the arrays are padded to; by default I rounded up to an eighth of a power of two.
-        like: an earlier trie. Its capacity and branching are taken over, so functions compiled for it are reused;
-            what has outgrown them grows, which costs one compilation.
+        like: an earlier trie. Its capacity and branching are kept, so functions compiled for it are reused; arrays that
+            are too small grow, which costs one compilation.
         unique: refuse items that share an ID.
 
     Raises:
         UserError: an empty catalogue, a wrong shape or dtype, a code outside its codebook, more items than capacity,
-            two items of one ID where `unique`.
+            two items of one ID if `unique`.
     """
     codes = np.asarray(codes)
     codebook_sizes = tuple(int(size) for size in codebook_sizes)
@@ -138,18 +138,18 @@ def build_text_trie(
     """Builds the trie of texts that end in `eos`, as lists of tokens or padded int [I, M] with lengths int [I].
 
     Equal rows are one leaf; its items go by falling `order` [I], then by index. Otherwise as `build_trie`; each level
-    has a quarter more nodes than these rows need in proportion to the capacity, and grows when a refresh needs more.
+    has room for a quarter more nodes than these rows need in proportion to the capacity, and grows when needed.
 
     Args:
         rows: 0 <= token < vocabulary, with `eos` once, at the end of each row.
         vocabulary: V.
         eos: the token that ends a text.
-        lengths: how many tokens of each padded row are real, `eos` included; not for lists.
+        lengths: the number of real tokens of each padded row, `eos` included; not for lists.
         max_length: M of the trie; by default the longest row, or that of `like`.
 
     Raises:
         UserError: no rows, a row that is empty, too long, or without `eos` at its end and only there, a token outside
-            the vocabulary, lengths missing or wrong, more rows than capacity, two equal rows where `unique`.
+            the vocabulary, lengths missing or wrong, more rows than capacity, two equal rows if `unique`.
     """
     tokens, lengths = _padded_rows(rows, lengths)
     _check_rows(tokens, lengths, vocabulary, eos)
@@ -165,7 +165,7 @@ def build_text_trie(
             f"{like.codebook_sizes[0]} and {like.eos}: texts of another tokenizer need a model trained on them."
         )
     if like is not None and like.levels != max_length:
-        like = None  # other levels, other shapes
+        like = None  # another number of levels has other shapes
     columns = np.arange(max_length)
     tokens = np.pad(tokens[:, :max_length], ((0, 0), (0, max(0, max_length - tokens.shape[1]))))
     tokens = np.where(columns < lengths[:, None], tokens, 0)
@@ -178,7 +178,7 @@ def _build(codes, lengths, codebook_sizes, eos, order, capacity, like, unique) -
     items, differs = _sorted_rows(codes, codebook_sizes, order)
     if unique:
         _check_unique(items, differs[-1])
-    room = 1.25 * padded_to / count  # for the nodes of a level of texts, which grow unevenly
+    room = 1.25 * padded_to / count  # the levels of texts grow unevenly
     lengths = None if lengths is None else lengths[items]
     above, nodes_above = np.zeros(1, np.int64), 1
     children, tokens, starts, bits, branching = [], [], [], [], []
@@ -297,8 +297,8 @@ def _sorted_rows(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Rows sorted by code, then by falling `order`, then by index: (int64 [I], per level where a new prefix begins).
 
-    As many levels as fit go into one int64 together with the place of the row, so that a plain sort of numbers, which
-    is several times faster than an argsort, also is a stable one. IDs of more bits take more passes, last levels first.
+    As many levels as fit are packed into one int64 with the position of the row, so that a plain sort of numbers, which
+    is several times faster than an argsort, is stable. Longer IDs take more passes, the last levels first.
     """
     count = len(codes)
     place_bits = max(1, (count - 1).bit_length())
@@ -371,19 +371,20 @@ def _capacity(count: int, capacity: int | None, like: Trie | None) -> int:
 
 
 def _round_up(count: int) -> int:
-    """To an eighth of a power of two, at least 8."""
+    """Rounds up to an eighth of a power of two, at least 8."""
     step = max(8, 2 ** (count.bit_length() - 4))
     return max(1, -(-count // step)) * step
 
 
 def _branching(largest: int, codebook_size: int, like: int) -> int:
-    """The bound on children: a quarter of a power of two up to the codebook, so that it seldom moves."""
+    """The bound on children, rounded up to a quarter of a power of two, so that it seldom changes; at most K."""
     step = max(8, 2 ** (largest.bit_length() - 3))
     return max(like, min(codebook_size, max(1, -(-largest // step)) * step))
 
 
 def _is_dense(nodes_above: int, branching: int, size: int, capacity: int) -> bool:
-    """Whether a bit for every code of every node is worth it: codes in whole words, and no larger than `tokens`."""
+    """Whether to store a bit for every code of every node: K fills whole words, and `bits` is no larger than
+    `tokens`."""
     return size % WORD == 0 and 2 * branching > size and nodes_above * size <= 8 * 4 * max(capacity, size)
 
 

@@ -1,8 +1,8 @@
-"""The baselines every model is printed beside: popularity, personal frequency, Markov chain, ItemKNN.
+"""The baselines of every comparison: popularity, recent popularity, personal frequency, Markov chain, ItemKNN.
 
-Each is fitted on the train split's events of the target behaviors, and ranks from a user's history alone. All end in
-the same step: a dense row of scores per user, cut to the best k with ties broken by popularity, then by item index.
-So an item that a baseline knows nothing about (score 0) is ranked by popularity: the usual popularity fill.
+Each is fitted on the train split's events of the target behaviors, and ranks from a user's history alone. All compute a
+dense row of scores per user and return the best k, with ties broken by popularity, then by item index. So items of
+score 0 are ranked by popularity: the usual popularity fill.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ USERS_AT_ONCE = 256
 
 
 class Recommender(Protocol):
-    """Anything that ranks items for histories: a generative model, a baseline, a test's stub."""
+    """A model that ranks items for histories: a generative model, a baseline, a stub in tests."""
 
     def recommend(
         self, histories: list[History], k: int, exclude_history: bool = False
@@ -31,7 +31,7 @@ class Recommender(Protocol):
 
 @dataclass(frozen=True)
 class PurchaseLog:
-    """Events of many users, flat: what baselines count."""
+    """Events of many users as flat arrays, the input of the baselines."""
 
     user: np.ndarray
     """int64 [events], rising."""
@@ -43,7 +43,7 @@ class PurchaseLog:
     """int64 [events]: numbered 0, 1, 2.. over all users without gaps, rising with (user, time)."""
     num_users: int
     day: np.ndarray
-    """int64 [users]: when the question is asked, in days since 1970."""
+    """int64 [users]: the time of the request, in days since 1970."""
 
     @classmethod
     def of(cls, histories: Sequence[History], target_behaviors: Sequence[int]) -> "PurchaseLog":
@@ -62,7 +62,7 @@ class PurchaseLog:
         return cls(user, item, timestamp[keep], session, len(histories), np.array(now, np.int64) // DAY)
 
     def session_users(self) -> np.ndarray:
-        """int64 [sessions]: whose session it is."""
+        """int64 [sessions]: the user of each session."""
         users = np.zeros(self.session.max(initial=-1) + 1, np.int64)
         users[self.session] = self.user
         return users
@@ -70,7 +70,7 @@ class PurchaseLog:
 
 @dataclass(frozen=True)
 class Popularity:
-    """Ranks by the number of train events; also what every other baseline falls back on."""
+    """Ranks by the number of train events; the fallback of every other baseline."""
 
     counts: np.ndarray
     """int64 [I]: events of the target behaviors in the train split."""
@@ -94,7 +94,7 @@ class Popularity:
 
 @dataclass(frozen=True)
 class RecentPopularity:
-    """Ranks by what sold in the weeks before that of the question; overall popularity has a share of 2%."""
+    """Ranks by sales in the weeks before the request's week; overall popularity has a weight of 2%."""
 
     popularity: Popularity
     by_week: PopularityByPeriod
@@ -108,7 +108,7 @@ class RecentPopularity:
 
 @dataclass(frozen=True)
 class PersonalFrequency:
-    """Ranks by how often the user bought the item before; ties by how recently, then by popularity."""
+    """Ranks by the user's number of earlier purchases of the item; ties by recency, then by popularity."""
 
     popularity: Popularity
 
@@ -116,12 +116,12 @@ class PersonalFrequency:
         return _recommend(self.popularity, histories, k, exclude_history, self.scores)
 
     def scores(self, log: PurchaseLog) -> np.ndarray:
-        """count + (last session that held it, from 1) / (sessions + 1): recency only ever breaks ties."""
+        """count + (last session with the item, from 1) / (sessions + 1): recency only breaks ties."""
         shape = (log.num_users, len(self.popularity.counts))
         sessions = np.bincount(log.session_users(), minlength=log.num_users)
         start = np.cumsum(sessions) - sessions
         recency = np.zeros(shape, np.float32)
-        # Events are in time order, so the latest of repeated writes is the one that stays.
+        # Events are in time order, so the latest of repeated assignments stays.
         recency[log.user, log.item] = (log.session - start[log.user] + 1) / (sessions + 1)[log.user]
         return _count_matrix(log.user, log.item, shape).toarray() + recency
 
@@ -130,8 +130,8 @@ class PersonalFrequency:
 class Markov:
     """First-order chain over sessions: P(item in the next session | item in this one), averaged over this session.
 
-    With one item a session it is the plain chain from the last item to the next; with baskets the chain of FPMC
-    (Rendle et al. 2010, Eq. 3-5) without its factorisation.
+    With one item a session this is the chain from the last item to the next; with baskets the chain of FPMC (Rendle et
+    al. 2010, Eq. 3-5) without its factorisation.
     """
 
     popularity: Popularity
@@ -217,13 +217,13 @@ def fit_baselines(records: Iterable[Record], num_items: int, target_behaviors: S
 def best_items(scores: np.ndarray, order: np.ndarray, k: int, excluded: np.ndarray | None = None):
     """The k best of `scores` f32 [B, I] >= 0: (items int32 [B, k], scores f32 [B, k]), ties by position in `order`.
 
-    `excluded` bool [B, I] are never listed; where fewer than k are left, -1 and -inf.
+    `excluded` bool [B, I] are never ranked; padded with -1 and -inf if fewer than k remain.
     """
     num_items = scores.shape[1]
     place = np.empty(num_items, np.uint64)
     place[order] = np.arange(num_items, 0, -1, dtype=np.uint64)
-    # The bits of a float >= 0 sort as it does. Score above, place below make one distinct integer per item, so a plain
-    # partition is exact and has no ties left to break.
+    # The bits of a float >= 0 sort like the float. Score in the high bits and place in the low bits give one distinct
+    # integer per item, so a plain partition is exact without ties.
     keys = np.ascontiguousarray(scores, np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32) | place
     if excluded is not None:
         keys[excluded] = 0
@@ -239,7 +239,7 @@ def best_items(scores: np.ndarray, order: np.ndarray, k: int, excluded: np.ndarr
 
 
 def _recommend(popularity: Popularity, histories: list[History], k: int, exclude_history: bool, scores):
-    """`scores(log)` for a few users at a time, cut to the best k."""
+    """The best k of `scores(log)`, for a few users at a time."""
     items, values = np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
     parts = [(items, values)]
     for start in range(0, len(histories), USERS_AT_ONCE):
@@ -257,7 +257,7 @@ def _count_matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int])
 
 
 def _basket_matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
-    """0/1: whether row holds column, however often."""
+    """0/1 matrix: whether a row contains a column, regardless of counts."""
     matrix = _count_matrix(rows, columns, shape)
     matrix.sum_duplicates()
     matrix.data[:] = 1

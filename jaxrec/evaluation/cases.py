@@ -1,14 +1,14 @@
-"""Test cases: a history, optionally a query or a prefix, and the truths.
+"""Test cases: a history, optionally a query or a prefix, and the ground truth.
 
     make_cases     history before a session          truths: the items of the session
     search_cases   history before a search, query    truths: the items that the search led to
     prefix_cases   history before a prefix, prefix   truths: the suggested queries that the user chose
 
-No history holds an event, a search or a suggestion at or after the time of its question. Feedback on the suggestions of
-the question's own session is left out too, since it was given at an unknown later time.
+No history has an event, a search or a suggestion at or after the time of the request. Feedback on suggestions of the
+request's own session is left out too, since it was given at an unknown later time.
 
-The order of events with equal timestamps is an accident of storage, yet a model can learn that order (data sets stored
-in the order of their item ids leak the truths). `shuffle_ties` puts such events in random order.
+The order of events with equal timestamps is arbitrary, but a model can learn it (data sets stored in the order of item
+ids leak the ground truth). `shuffle_ties` puts such events in random order.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Record = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Cases:
-    """U histories with their truths, as rectangles padded to the longest list of truths."""
+    """U histories with their truths, padded to the longest list of truths."""
 
     users: np.ndarray
     """int32 [U]."""
@@ -46,7 +46,7 @@ class Cases:
     where: np.ndarray
     """bool [U, L]."""
     new: np.ndarray
-    """bool [U, L]: the truths that are not in the history: items under a target behavior, queries as searches."""
+    """bool [U, L]: truths not in the history, as an item of a target behavior or as a searched query."""
     cold: int = 0
     """Users left out because their history is empty; cases of searches and prefixes may have an empty history."""
     levels: np.ndarray | None = None
@@ -66,7 +66,8 @@ class Cases:
 
 
 def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split: str = "test") -> Cases:
-    """One case a user: the truths are the target items of `split`, the history is all before their first session.
+    """One case a user: the truths are the target items of `split`, the history is everything before their first
+    session.
 
     A record is one user's events in order with `split` int8 [T] (index into SPLITS). Only events whose behavior is one
     of `target_behaviors` are truths; earlier sessions of the split without a truth belong to the history. Users without
@@ -98,7 +99,7 @@ def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split
 def search_cases(records: Iterable[Record], target_behaviors: Sequence[int], split: str = "test") -> Cases:
     """One case a search of `split` that led to target items of `split`: the truths are these items.
 
-    The history is all that happened strictly before the search, also in its own session, and may be empty.
+    The history is everything strictly before the search, also in its own session, and may be empty.
 
     Raises:
       UserError: the records hold no searches.
@@ -123,8 +124,8 @@ def search_cases(records: Iterable[Record], target_behaviors: Sequence[int], spl
 def prefix_cases(records: Iterable[Record], split: str = "test") -> Cases:
     """One case a typed prefix of `split` for which the user chose a suggested query: the truths are the chosen queries.
 
-    The suggestions of one (timestamp, session, prefix) are one prefix. The history is all that happened strictly before
-    it, and may be empty. `levels` are the strongest feedback on each truth.
+    The suggestions of one (timestamp, session, prefix) are one prefix. The history is everything strictly before it,
+    and may be empty. `levels` are the strongest feedback on each truth.
 
     Raises:
       UserError: the records hold no suggestions.
@@ -157,7 +158,7 @@ def _cases_of(found: Sequence[tuple[History, np.ndarray, np.ndarray]]) -> Cases:
 
 
 def _asked(record: Record, history: History, moment: int) -> dict:
-    """The user, and `now`: the moment, or the last time of the history where the moment is not told."""
+    """The user, and `now`: the moment, or the last time of the history if the moment is hidden."""
     if not record.get("answer_time", True):
         times = np.concatenate([history["timestamp"], history.get("search_timestamp", [])])
         moment = times.max(initial=0)
@@ -179,9 +180,9 @@ def _pad(rows: list[np.ndarray], fill: int | bool, dtype: type) -> tuple[np.ndar
 
 
 def tied_fraction(records: Iterable[Record]) -> float:
-    """Share of users whose last two events have equal timestamps, so that their order means nothing.
+    """Share of users whose last two events have equal timestamps, so that their order is arbitrary.
 
-    0 if any session holds several events: the events of a basket share their timestamp by nature, and are one target.
+    0 if any session has several events: the events of a basket share their timestamp, and are one target.
     """
     tied = users = 0
     for record in records:
@@ -195,8 +196,8 @@ def tied_fraction(records: Iterable[Record]) -> float:
 def shuffle_ties(record: Record, seed: int) -> Record:
     """The record with events of equal timestamp in random order; `session` and `split` keep their positions.
 
-    So the last position is still the test item, and which of the tied events stands there is random. The order depends
-    on `seed` and the user alone, not on the order of the records.
+    The last position is still the test item, a random one of the tied events. The order depends on `seed` and the user
+    alone, not on the order of the records.
     """
     chance = np.random.default_rng([seed, int(record["user"])]).random(len(record["item"]))
     order = np.lexsort((chance, record["timestamp"]))

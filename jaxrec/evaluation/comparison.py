@@ -1,11 +1,10 @@
-"""The comparison: every model on the same cases, as rows for evaluation.json and as a table to look at.
+"""The comparison: every model on the same cases, as rows for evaluation.json and as tables.
 
 Three subsets answer three questions:
 
 - `all`: the full ranking against everything in the target session (repeat purchases count).
-- `new`: a shop that looks for something new. What the user already had is taken out of every model's ranking, and the
-  targets are those the user had not had.
-- `new_in_full_ranking`: the ranking of `all` against the new targets only: what a full ranking gives for discovery.
+- `new`: new items only. Items of the user's history are removed from every model's ranking and from the targets.
+- `new_in_full_ranking`: the ranking of `all` against the new targets only: discovery in a full ranking.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +38,7 @@ def evaluate(
 ) -> list[Row]:
     """Rows `{model, split, subset, metric, value, count}`: the mean over `count` users, for every model and subset.
 
-    Each model ranks every case twice, with and without what the user already has, `batch_size` histories at a time.
+    Each model ranks every case twice, with and without the items of the history, `batch_size` histories at a time.
     """
     rows = []
     with progress() as bars:
@@ -89,8 +88,8 @@ def evaluate_ties_shuffled(
 ) -> list[Row]:
     """Rows of the baselines, named `markov (ties shuffled)` and so on, fitted and tested on data with shuffled ties.
 
-    Empty where no order is accidental: nothing ties, or sessions are baskets. Baselines only: a trained model may have
-    seen, as training data, the event that chance now makes the target.
+    Empty if no order is arbitrary: no ties, or sessions are baskets. Baselines only: the shuffled target may be among a
+    trained model's training events.
     """
     if tied_fraction(records) == 0:
         return []
@@ -136,24 +135,24 @@ def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> li
 
 
 JUDGED = (("all", "recall@10"), ("all", "ndcg@10"), ("new", "recall@10"), ("new", "ndcg@10"))
-"""The (subset, metric) pairs in which a system is held against the best of the baselines."""
+"""The (subset, metric) pairs in which a system is compared with the best baseline."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A system beside the baseline that is the best in one metric of one subset."""
+    """A system and the best baseline in one metric of one subset."""
 
     subset: str
     metric: str
     value: float
-    """The system's."""
+    """The system's value."""
     baseline: str
     best: float
-    """The baseline's."""
+    """The baseline's value."""
 
     @property
     def difference(self) -> str:
-        """How far the system is above (+) or below (-) the baseline, in percent."""
+        """Difference of the system from the baseline, in percent, with its sign."""
         if self.value == self.best:
             return "equal"
         return f"{self.value / self.best - 1:+.1%}" if self.best else "above 0"
@@ -168,7 +167,7 @@ class Standing:
 
 
 def standings(rows: Iterable[Row], system: str) -> list[Standing]:
-    """The system in each of JUDGED; empty where it or every baseline is missing. Shuffled ties are other data."""
+    """The system in each of JUDGED; empty if it or every baseline is missing. Rows of shuffled ties are ignored."""
     found = []
     rows = [row for row in rows if row["count"] and not row["model"].endswith(TIES_SHUFFLED)]
     for subset, metric in JUDGED:
@@ -182,7 +181,7 @@ def standings(rows: Iterable[Row], system: str) -> list[Standing]:
 
 
 def verdict(found: Sequence[Standing], system: str) -> str:
-    """One sentence: whether the system is below the best baseline anywhere, and by how much; "" where none is known."""
+    """One sentence: whether and by how much the system is below the best baseline anywhere; "" without standings."""
     if not found:
         return ""
     below = [each for each in found if each.value < each.best]
@@ -203,7 +202,7 @@ def standing_table(found: Sequence[Standing], system: str) -> Table:
 
 
 def is_system(model: str, system: str) -> bool:
-    """Whether a row's model is the system of the run, in any spelling."""
+    """Whether a row's model is the system of the run, ignoring spelling variants."""
     return model.lower().startswith(system.lower())
 
 

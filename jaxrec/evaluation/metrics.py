@@ -20,7 +20,7 @@ SumCount = tuple[float, int]
 
 
 def mean(pair: SumCount) -> float:
-    """sum / count, and 0 where nothing was counted."""
+    """sum / count; 0 if count is 0."""
     total, count = pair
     return float(total) / float(count) if count else 0.0
 
@@ -28,10 +28,10 @@ def mean(pair: SumCount) -> float:
 def hit_matrix(ranked: np.ndarray, targets: np.ndarray, where: np.ndarray) -> np.ndarray:
     """bool [U, k]: the positions of `ranked` int32 [U, k] that hold a target of int32 [U, L] where `where` bool [U, L].
 
-    An item that a ranking repeats hits once, at its first position; -1 never hits.
+    A repeated item hits once, at its first position; -1 never hits.
 
     Raises:
-      UserError: these are not of the same users, or `where` is not shaped like `targets`.
+      UserError: the numbers of users differ, or `where` is not shaped like `targets`.
     """
     if np.ndim(ranked) != 2 or np.ndim(targets) != 2 or len(ranked) != len(targets) or where.shape != targets.shape:
         raise UserError(
@@ -43,7 +43,7 @@ def hit_matrix(ranked: np.ndarray, targets: np.ndarray, where: np.ndarray) -> np
         hits |= (ranked == target[:, None]) & keep[:, None]
     hits &= ranked >= 0
     rows, positions = np.nonzero(hits)
-    # nonzero is row-major, so the first index that unique returns is the best position of that item in that row.
+    # nonzero is row-major, so the first index from unique is the best position of the item in its row.
     _, first = np.unique(np.stack([rows, ranked[rows, positions]]), axis=1, return_index=True)
     once = np.zeros_like(hits)
     once[rows[first], positions[first]] = True
@@ -61,7 +61,8 @@ def hit_rate_at(hits: np.ndarray, num_targets: np.ndarray, k: int) -> np.ndarray
 
 
 def ndcg_at(hits: np.ndarray, num_targets: np.ndarray, k: int) -> np.ndarray:
-    """f64 [U]: sum of 1/log2(1 + rank) over the hits, divided by that of the ideal ranking of min(k, targets) hits."""
+    """f64 [U]: sum of 1/log2(1 + rank) over the hits, divided by the same for an ideal ranking of min(k, targets)
+    hits."""
     discounts = 1.0 / np.log2(np.arange(k) + 2.0)
     ideal = np.concatenate([[0.0], np.cumsum(discounts)])[np.minimum(num_targets, k)]
     gains = hits[:, :k] @ discounts[: hits.shape[1]]
@@ -83,8 +84,8 @@ def ranking_metrics(
     """All metrics of METRICS at all cutoffs, e.g. `{"recall@10": (sum over users, number of users), ...}`.
 
     `ranked` int32 [U, k] with -1 = none, `targets` int32 [U, L] distinct within a row, `where` bool [U, L]. A user
-    without a target (an all-masked row) counts 0 of 0. A cutoff beyond k sees the k that there are. UserError as for
-    `hit_matrix`.
+    without a target (an all-masked row) adds 0 to sum and count. A cutoff beyond k uses all k positions. UserError as
+    for `hit_matrix`.
     """
     hits = hit_matrix(ranked, targets, where)
     num_targets = where.sum(1)
@@ -97,7 +98,7 @@ def ranking_metrics(
 
 
 def add(left: dict[str, SumCount], right: dict[str, SumCount]) -> dict[str, SumCount]:
-    """Adds (sum, count) pairs key by key; a key that only one side has is kept."""
+    """Adds (sum, count) pairs key by key; keys of one side only are kept."""
     zero = (0.0, 0)
     return {
         key: (left.get(key, zero)[0] + right.get(key, zero)[0], left.get(key, zero)[1] + right.get(key, zero)[1])
@@ -108,11 +109,11 @@ def add(left: dict[str, SumCount], right: dict[str, SumCount]) -> dict[str, SumC
 def id_accuracy(log_probs: Sequence, codes, where) -> dict[str, tuple]:
     """Teacher-forced accuracy@1 of every level of a semantic ID (Acc-SID1..M, OneMall Table 1), as (sum, count).
 
-    `log_probs`: one [..., K_m] array a level (logits will do), each computed given the true codes of the levels
-    before; `codes` int32 [..., M]; `where` bool [...]. Works on numpy and on traced jax arrays alike.
+    `log_probs`: one [..., K_m] array a level (or logits), computed given the true codes of the earlier levels; `codes`
+    int32 [..., M]; `where` bool [...]. NumPy or traced JAX arrays.
 
     Raises:
-      UserError: the leading dimensions are not the same.
+      UserError: the leading dimensions differ.
     """
     for shape in (where.shape, *(scores.shape[:-1] for scores in log_probs)):
         if shape != codes.shape[:-1]:
@@ -139,7 +140,7 @@ def token_accuracy(log_probs: Sequence, tokens, where) -> tuple:
 def validity_rate(valid, where=None) -> tuple:
     """(sum, count) of the generated targets that are listed: `valid` bool [B, W], of those where `where` bool [B, W].
 
-    UserError where the two are of different shapes.
+    UserError if the shapes differ.
     """
     if where is None:
         return valid.sum(), valid.size

@@ -1,12 +1,12 @@
-"""report.html of a run: one page that opens without a server and needs nothing else.
+"""report.html of a run: one self-contained page that opens without a server.
 
-Every section is made from one or two files of the run directory, and left out where they are missing:
+Every section is made from one or two files of the run directory, and left out if they are missing:
 
     metrics.jsonl                                  training curves
     evaluation.json                                the comparison with the baselines
     semantic_ids/codes.parquet, tables/items.parquet   the tree of semantic IDs
-    semantic_ids/quality.json                      how good the IDs are
-    examples_shown.json                            what was generated for some users
+    semantic_ids/quality.json                      the quality of the IDs
+    examples_shown.json                            generated items for some users
 """
 
 import json
@@ -56,7 +56,7 @@ CURVE_POINTS = 400
 
 
 def write_report(run_path: Path) -> Path:
-    """Writes <run>/report.html from what the run directory holds, and returns its path.
+    """Writes <run>/report.html from the files of the run directory, and returns its path.
 
     Raises:
       UserError: there is no run at `run_path`, one of its files can't be read, or its IDs are not of its items.
@@ -76,7 +76,7 @@ def write_report(run_path: Path) -> Path:
 
 
 def _headline(run: Run, system: str) -> str:
-    """What to see first: the verdict on the system, the size of the data, the system against the best baseline."""
+    """The top of the page: the verdict on the system, the size of the data, the system against the best baseline."""
     shown, found = [], standings(_evaluation_rows(run), system)
     statistics = run.tables / "statistics.json"
     if statistics.exists():
@@ -106,7 +106,7 @@ def _comparison(run: Run, system: str) -> Section | None:
 
 
 def _curves(run: Run) -> Section | None:
-    """A group of curves for each stage, in the order in which they are trained."""
+    """A group of curves for each stage, in the order of training."""
     stages = {name: defaultdict(list) for name in run.stages_there()}
     if run.metrics_file.exists():
         for line in run.metrics_file.read_text().splitlines():
@@ -126,9 +126,9 @@ def _stage_curves(stage: str, series: dict[str, list], titled: bool) -> str:
 
 
 def _points(line: str) -> list[tuple[str, str, tuple[float, float]]]:
-    """(stage, name, (step, value)) of every finite number on a line of metrics.jsonl; none of one cut short by a crash.
+    """(stage, name, (step, value)) of every finite number on a line of metrics.jsonl; empty for an incomplete line.
 
-    The stage is empty on a line that names none.
+    The stage is "" for a line without one.
     """
     try:
         logged = json.loads(line)
@@ -145,7 +145,7 @@ def _points(line: str) -> list[tuple[str, str, tuple[float, float]]]:
 
 
 def _thinned(points: list) -> list:
-    """At most CURVE_POINTS of them, evenly, the last always: more can't be seen and only makes the page heavy."""
+    """At most CURVE_POINTS points, evenly spaced, with the last: more are invisible and only make the page large."""
     rows = np.unique(np.linspace(0, len(points) - 1, min(len(points), CURVE_POINTS)).round().astype(int))
     return [points[row] for row in rows]
 

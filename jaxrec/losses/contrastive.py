@@ -1,6 +1,6 @@
-"""Losses that bring together what belongs together: in-batch softmax, ranking by a margin, fitting a given relevance.
+"""Contrastive losses, functions of similarities: in-batch softmax, margin ranking, regression to a given relevance.
 
-OneMall Eq. 7 (second line) and §3.1.2, OneSearch Eq. 1, OneSug Eq. 1. All are functions of similarities.
+OneMall Eq. 7 (second line) and §3.1.2, OneSearch Eq. 1, OneSug Eq. 1.
 """
 
 import jax
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 def in_batch_softmax(
     scores: jax.Array, *, positive: jax.Array, candidates: jax.Array, log_q: jax.Array | None = None
 ) -> jax.Array:
-    """-log softmax of each row's own candidate among the batch's candidates.
+    """-log softmax of each row's positive among the batch's candidates.
 
-    scores [R, C]; positive int32 [R]: the column that belongs to the row; candidates bool [R, C]: which columns the row
-    is compared with (leave out the row's other positives and copies of the same item); log_q [C]: log of the
-    probability that the column's item is drawn into a batch, subtracted from the scores so that popular items are not
-    punished for being drawn often (Yi et al. 2019). Returns [R]; a row whose candidates are all masked gives 0.
+    scores [R, C]; positive int32 [R]: the column of the row's positive; candidates bool [R, C]: mask of the negatives
+    (False for the row's other positives and copies of the same item); log_q [C]: log of the probability that the
+    column's item is drawn into a batch, subtracted from the scores so that popular items, drawn often, are not
+    penalised (Yi et al. 2019). Returns [R]; 0 for a row whose candidates are all masked.
 
     >>> everything = jnp.ones((1, 4), bool)
     >>> in_batch_softmax(jnp.zeros((1, 4)), positive=jnp.array([2]), candidates=everything).round(3)
@@ -35,11 +35,11 @@ def pair_loss(scores: jax.Array, log_q: jax.Array, where: jax.Array) -> jax.Arra
 
     Args:
       scores: f32 [B, B], similarity over temperature of each left (row) and right text or item; pairs on the diagonal.
-      log_q: f32 [2, B], log-probability of meeting the left and the right ones in a batch.
-      where: bool [B, B], False where a column is no honest negative of its row. The diagonal is always kept.
+      log_q: f32 [2, B], log-probability that the left and the right texts are drawn into a batch.
+      where: bool [B, B], False where a column is no true negative of its row. The diagonal is always kept.
 
     Returns:
-      One value per pair, f32 [B]; a pair with neither a row nor a column of negatives costs 0.
+      One value per pair, f32 [B]; 0 for a pair without negatives in its row and column.
     """
     own = jnp.arange(len(scores))
     where = where | jnp.eye(len(scores), dtype=bool)
@@ -49,13 +49,14 @@ def pair_loss(scores: jax.Array, log_q: jax.Array, where: jax.Array) -> jax.Arra
 
 
 def margin_rank(scores: jax.Array, levels: jax.Array, *, margin: float, where: jax.Array) -> jax.Array:
-    """A stronger behavior's similarity exceeds a weaker one's by `margin` a level (OneSearch Eq. 1, L_rank).
+    """Margin loss: a stronger behavior's similarity exceeds a weaker one's by `margin` a level (OneSearch Eq. 1,
+    L_rank).
 
         mean over i, j with level_i > level_j of  max(0, margin * (level_i - level_j) - (s_i - s_j))
 
-    scores [..., L]: similarity of a query and each of its L items; levels int [..., L]: place of the item's behavior
-    in an ordered list, weak to strong; where bool [..., L]: which items there are. Returns [...] in float32; 0 where no
-    two items differ in level. The paper prints no formula; this is the margin loss that its text describes.
+    scores [..., L]: similarity of a query and each of its L items; levels int [..., L]: index of the item's behavior
+    in a list from weak to strong; where bool [..., L]: mask of the items. Returns [...] in float32; 0 if all items have
+    one level. The paper prints no formula; this is the margin loss that its text describes.
 
     >>> margin_rank(jnp.array([0.5, 0.75]), jnp.array([2, 0]), margin=0.25, where=jnp.ones(2, bool))
     Array(0.75, dtype=float32)
@@ -68,7 +69,7 @@ def margin_rank(scores: jax.Array, levels: jax.Array, *, margin: float, where: j
 
 
 def relevance_regression(scores: jax.Array, relevance: jax.Array, *, where: jax.Array) -> jax.Array:
-    """Squared distance of a similarity from a relevance that was given from outside (OneSearch Eq. 1, L_rel).
+    """Squared difference of a similarity and a given relevance score (OneSearch Eq. 1, L_rel).
 
     scores, relevance [...], on the same scale; where bool [...]. Returns [...] in float32, 0 where masked.
 

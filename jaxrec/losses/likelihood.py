@@ -1,4 +1,4 @@
-"""Likelihoods: of a semantic ID's tokens (OneMall Eq. 7, first line), and of one item among all or some of a catalogue.
+"""Likelihoods: of a target's tokens (OneMall Eq. 7, first line), and of one item among all or some of a catalogue.
 
 `full_softmax` is the cross-entropy over the whole catalogue that SASRec's reproductions train with; `sampled_softmax`
 is YouTubeDNN's (Covington et al. 2016) and `binary` SASRec's as published (Kang & McAuley 2018, Eq. 6).
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 ROWS = 256
-"""targets of a chunk of `full_softmax`"""
+"""targets in a chunk of `full_softmax`"""
 
 
 def log_likelihood(log_probs: jax.Array, where: jax.Array) -> jax.Array:
     """The log-probability of each target: the sum of its tokens' (pi of RankGR Eq. 5).
 
-    log_probs [..., M] of the true tokens; where bool [...]: the targets that exist, or [..., M]: the tokens that exist,
-    where targets are of unequal length. Returns [...], 0 where there is none.
+    log_probs [..., M] of the true tokens; where bool [...]: mask of the targets, or [..., M]: mask of the tokens, for
+    targets of unequal length. Returns [...], 0 where masked.
 
     >>> log_likelihood(jnp.log(jnp.array([[0.5, 0.25]])), jnp.array([[True, False]])).round(3)
     Array([-0.693], dtype=float32)
@@ -30,12 +30,12 @@ def log_likelihood(log_probs: jax.Array, where: jax.Array) -> jax.Array:
 def next_token(
     log_probs: jax.Array, where: jax.Array, *, mean_log_probs: jax.Array | None = None, smoothing: float = 0.0
 ) -> jax.Array:
-    """Negative log-likelihood of each target, with smoothed labels (Szegedy et al. 2016) if asked for.
+    """Negative log-likelihood of each target, with optional label smoothing (Szegedy et al. 2016).
 
         - sum over m of (1 - a) log p_m + a / K * sum over the K tokens of the level of log p,    a the smoothing
 
-    log_probs and where as for `log_likelihood`; mean_log_probs [..., M], for smoothing alone: the mean log-probability
-    of the level's tokens. Returns [...], 0 where there is no target.
+    log_probs and where as for `log_likelihood`; mean_log_probs [..., M], for smoothing only: the mean log-probability
+    of the level's tokens. Returns [...], 0 where masked.
 
     >>> next_token(jnp.log(jnp.array([[0.5, 0.25]])), jnp.array([True])).round(3)
     Array([2.079], dtype=float32)
@@ -48,16 +48,16 @@ def next_token(
 def sampled_softmax(
     positive: jax.Array, negatives: jax.Array, *, log_draws: jax.Array, candidates: jax.Array, where: jax.Array
 ) -> jax.Array:
-    """-log softmax of each target's score among all items, estimated from some that were drawn.
+    """-log softmax of each target's score among all items, estimated from sampled negatives.
 
         -log exp(s_t) / (exp(s_t) + sum over drawn j != t of exp(s_j - log n q_j))
 
-    The logQ correction: an item that is drawn n q_j times on average counts for so much less, so that the sum is
-    expected to be that over all other items (Bengio & Senecal 2008; Covington et al. 2016, section 3.1).
+    The logQ correction divides the weight of an item by its expected number of draws n q_j, so that the expectation of
+    the sum is that over all other items (Bengio & Senecal 2008; Covington et al. 2016, section 3.1).
 
-    positive [...]; negatives [..., n]; log_draws, broadcast to negatives: log of how often the item is expected among
-    the draws; candidates bool, broadcast to negatives: which of them count, those that are the target itself left out;
-    where bool [...]. Returns [...] in float32, 0 where masked.
+    positive [...]; negatives [..., n]; log_draws, broadcast to negatives: log of the item's expected number of draws;
+    candidates bool, broadcast to negatives: mask of the negatives, False for the target itself; where bool [...].
+    Returns [...] in float32, 0 where masked.
 
     >>> sampled_softmax(
     ...     jnp.zeros(1), jnp.zeros((1, 2)), log_draws=jnp.log(jnp.array([1.0, 0.5])),
@@ -66,15 +66,15 @@ def sampled_softmax(
     Array([1.386], dtype=float32)
     """
     own = positive.astype(jnp.float32)
-    # Finite, so that a target without candidates has gradient zero.
+    # Finite, so that a target without negatives has gradient zero.
     others = jnp.where(candidates, negatives.astype(jnp.float32) - log_draws, -1e30)
     return jnp.where(where, jnp.logaddexp(own, jax.nn.logsumexp(others, axis=-1)) - own, 0.0)
 
 
 def binary(positive: jax.Array, negatives: jax.Array, *, candidates: jax.Array, where: jax.Array) -> jax.Array:
-    """-log sigmoid(positive) - sum over the drawn items of log(1 - sigmoid(negative)) (SASRec Eq. 6 has one of them).
+    """-log sigmoid(positive) - sum over negatives of log(1 - sigmoid(negative)) (SASRec Eq. 6 has one negative).
 
-    positive [...]; negatives [..., n]; candidates bool [..., n]: which of them count; where bool [...]. Returns [...]
+    positive [...]; negatives [..., n]; candidates bool [..., n]: mask of the negatives; where bool [...]. Returns [...]
     in float32, 0 where masked.
 
     >>> binary(jnp.zeros(1), jnp.zeros((1, 1)), candidates=jnp.ones((1, 1), bool), where=jnp.ones(1, bool)).round(3)
@@ -93,22 +93,22 @@ def full_softmax(
     label_smoothing: float = 0.0,
     rows: int = ROWS,
 ) -> jax.Array:
-    """-log softmax of each target's item among all items, computed in chunks of targets.
+    """Cross-entropy of each target's item over all items, computed in chunks of targets.
 
         -(1 - a) log p(target) - a / I * sum over items of log p(item),    p = softmax(states @ table.T),   a smoothing
 
-    The logits of all targets are never in memory together. Targets that exist are moved to the front and computed in
-    chunks of `rows`, whose logits stay in the cache; chunks without a target cost nothing. Gradients are computed with
-    the values, from the same logits.
+    The logits of all targets are never in memory together. Unmasked targets are moved to the front and computed in
+    chunks of `rows`, whose logits stay in the cache; empty chunks are skipped. Gradients are computed with the values,
+    from the same logits.
 
     Args:
       states: [T, D].
       table: the items' vectors [I, D].
       targets: int32 [T].
-      where: bool [T]: which targets exist.
-      label_smoothing: the share of the probability that is spread over all items.
+      where: bool [T]: mask of the targets.
+      label_smoothing: share of the probability that is spread over all items.
       rows: targets in a chunk; 0 computes all targets at once. Under a mesh of several devices all targets are always
-        computed at once, since the targets of a chunk would lie on few of the devices.
+        computed at once, since the targets of a chunk would be on few of the devices.
 
     Returns:
       float32 [T], 0 where masked.
@@ -121,7 +121,7 @@ def full_softmax(
         normaliser = _log_normaliser(states, table, where, rows)
     else:
         normaliser = jax.nn.logsumexp(states @ table.T, axis=-1)
-    # The mean of an item's logit over the items is the logit of their mean vector.
+    # The mean of the logits over the items is the logit of the mean vector.
     goal = (1 - label_smoothing) * table[targets] + label_smoothing * table.mean(0)
     return jnp.where(where, normaliser - (states * goal).sum(-1), 0.0)
 
@@ -140,7 +140,7 @@ def _log_normaliser(states: jax.Array, table: jax.Array, where: jax.Array, rows:
 
 
 def _normaliser_forward(states, table, where, rows):
-    """The values and their gradients: of every target's state, and of the table if all targets have weight 1."""
+    """Values and gradients: those of every target's state, and of the table if all targets have weight 1."""
     order, packed, chunks = _pack(states, where, rows)
     real = jnp.arange(len(packed)) < where.sum()
 
@@ -163,7 +163,7 @@ def _normaliser_forward(states, table, where, rows):
 def _normaliser_backward(rows, kept, gradient):
     states, table, where, normaliser, d_states, d_table = kept
     gradient = jnp.where(where, gradient, 0.0)
-    # In a mean all targets have the same weight; otherwise the table's gradient is computed again.
+    # In a mean all targets have the same weight; else the table's gradient is computed again.
     weight = gradient[jnp.argmax(where)]
     d_table = jax.lax.cond(
         ((gradient == weight) | ~where).all(),
@@ -190,12 +190,13 @@ _log_normaliser.defvjp(_normaliser_forward, _normaliser_backward)
 
 
 def _pack(states: jax.Array, where: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The order that puts existing targets first, the states in it (filled up with zeros), chunks that hold any."""
+    """The order with unmasked targets first, the states in it (padded with zeros), and the number of nonempty
+    chunks."""
     order = jnp.argsort(~where, stable=True)
     packed = jnp.pad(jnp.where(where[order][:, None], states[order], 0.0), ((0, -len(states) % rows), (0, 0)))
     return order, packed, (where.sum() + rows - 1) // rows
 
 
 def _unpack(packed: jax.Array, order: jax.Array) -> jax.Array:
-    """Back in the places where `_pack` took them from."""
+    """The inverse of `_pack`'s order."""
     return jnp.zeros((len(order), *packed.shape[1:]), packed.dtype).at[order].set(packed[: len(order)])

@@ -1,1 +1,1 @@
-"""Layers: what owns parameters and knows nothing of data, losses or systems."""
+"""Layers: modules with parameters, independent of data, losses and systems."""

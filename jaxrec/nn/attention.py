@@ -1,8 +1,8 @@
 """Attention of many short targets over one shared context.
 
-A token of a target sees the context and the earlier tokens of its own target, and nothing else (RankGR Eq. 7). That
-mask is never built: the two parts are scored by two einsums and share one softmax, so the cost is L*M*(S+M), not
-(S+L*M)^2.
+A token of a target attends to the context and to the earlier tokens of its own target, and to nothing else (RankGR
+Eq. 7). That mask is never built: the two parts are scored by two einsums and share one softmax, so the cost is
+L*M*(S+M), not (S+L*M)^2.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxrec.nn.layers import Projection, RMSNorm
 
 KeyValue = tuple[jax.Array, jax.Array]
-NEVER = -1e30  # finite, so that a row with nothing to look at gives zeros and not NaN
+NEVER = -1e30  # finite, so that a fully masked row gives zeros and not NaN
 
 
 def packed_attention(
@@ -29,13 +29,13 @@ def packed_attention(
 ) -> jax.Array:
     """Attend from every token of every target to the shared context and, causally, to its own target.
 
-    query [B, L, M, N, H]; context: key and value [B, S, N, H] with mask [B, S], or [B, L, S] where each target sees
-    another part of it; own: key and value [B, L, T, N, H] with T >= M, where the queries are the last M of the T
-    positions. Either part may be missing. Keys and values may have fewer heads, of which each serves a group of
-    consecutive heads of the queries (grouped-query attention); they are not repeated for it. `bias` [N, L, M, S + T], L
+    query [B, L, M, N, H]; context: key and value [B, S, N, H] with mask [B, S], or [B, L, S] if each target sees
+    a different part of it; own: key and value [B, L, T, N, H] with T >= M, where the queries are the last M of the T
+    positions. Either part may be missing. Keys and values may have fewer heads, each shared by a group of
+    consecutive heads of the queries (grouped-query attention), without being repeated. `bias` [N, L, M, S + T], L
     and M possibly 1, is added to the scores after they are multiplied by `scale`, H**-0.5 if None. Softmax in float32.
-    Without `causal` the queries are no part of `own`, and each sees all of it, however many there are.
-    Returns [B, L, M, N, H] in the dtype of `query`; zeros where a token has nothing to look at.
+    Without `causal` the queries are not positions of `own`, and each attends to all of it.
+    Returns [B, L, M, N, H] in the dtype of `query`; zeros where all is masked.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     length, heads = query.shape[2:4]
@@ -65,7 +65,7 @@ def packed_attention(
     return _unfold_heads(out, group)
 
 
-# The heads of a group read the same keys, as the tokens of a target do: so a group is that many more tokens.
+# The heads of a group read the same keys, as the tokens of a target do, so a group is folded into the tokens.
 def _fold_heads(query: jax.Array, group: int) -> jax.Array:
     """[B, L, M, N, H] -> [B, L, M * group, N / group, H]."""
     if group == 1:
@@ -96,7 +96,7 @@ def _fold_bias(bias: jax.Array, group: int, length: int) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def masked_softmax(scores: jax.Array, mask: jax.Array, axis: int = -1) -> jax.Array:
-    """Softmax over `axis` where `mask`, in float32; a slice that is all masked gives zeros."""
+    """Softmax over `axis` where `mask`, in float32; a fully masked slice gives zeros."""
     scores = jnp.where(mask, scores.astype(jnp.float32), NEVER)
     weights = jnp.where(mask, jnp.exp(scores - scores.max(axis, keepdims=True)), 0.0)
     return weights / jnp.maximum(weights.sum(axis, keepdims=True), 1e-30)
@@ -104,13 +104,13 @@ def masked_softmax(scores: jax.Array, mask: jax.Array, axis: int = -1) -> jax.Ar
 
 @masked_softmax.defjvp
 def _masked_softmax_tangent(axis: int, inputs: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    # From the weights alone, which are kept anyway: derived step by step, it would read three arrays of their size.
+    # From the weights alone, which are kept anyway; automatic differentiation would read three arrays of their size.
     weights = masked_softmax(*inputs, axis)
     moved = weights * tangents[0].astype(jnp.float32)
     return weights, moved - weights * moved.sum(axis, keepdims=True)
 
 
-# A context of a single token is one more own token of every target.
+# A context of a single token is treated as one more own token of every target.
 def _context_scores(query: jax.Array, key: jax.Array) -> jax.Array:
     """[B, L, M, N, H] and [B, S, N, H] -> [B, N, L, M, S]."""
     if key.shape[1] == 1:
@@ -124,14 +124,14 @@ def _context_values(weights: jax.Array, value: jax.Array) -> jax.Array:
         return _own_values(
             weights, jnp.broadcast_to(value[:, None], (value.shape[0], weights.shape[2], *value.shape[1:]))
         )
-    # In this order: written as one einsum, the compiler turns the operands round and transposes for twice the time.
+    # In this order: for one einsum the compiler swaps the operands and transposes, in twice the time.
     return jnp.moveaxis(jnp.einsum("BNLMS,BSNH->BNLMH", weights, value), 1, 3)
 
 
-# A target has a handful of tokens, so these products are too small for a matrix routine: thousands of 3x3 blocks. One
-# pass over memory a key token is several times faster, if it is written so that it vectorises: sums over a last axis as
-# a product with ones, and gradients in the same form, which is what the custom rules are for. Each is the other's
-# gradient. Above UNROLLED tokens a matrix routine is faster again.
+# A target has a few tokens, so these products are too small for a matrix routine: thousands of 3x3 blocks. One pass
+# over memory for each key token is several times faster if it vectorises: sums over the last axis as a product with
+# ones, and gradients in the same form, hence the custom rules. Each function is the other's gradient. Above UNROLLED
+# tokens a matrix routine is faster again.
 UNROLLED = 8
 
 
@@ -174,7 +174,7 @@ _own_values.defvjp(lambda weights, value: (_own_values(weights, value), (weights
 class TargetAttention(nn.Module):
     """Pre-norm attention block of packed targets, residual included.
 
-    Call with x [B, L, M, D] and what it may look at; `context_kv` makes the shared part once for a whole memory.
+    Call with x [B, L, M, D] and the keys and values it attends to; `context_kv` computes the shared ones once.
     """
 
     heads: int

@@ -1,4 +1,4 @@
-"""Weights that hold NaN or infinity: found where they are read, since everything made of them would be NaN too."""
+"""Weights with NaN or infinity: detected when they are read, since all results would be NaN too."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +12,9 @@ from jaxrec.config import UserError
 
 
 def check_finite(tree: Any, file: Path, mend: str) -> None:
-    """UserError when an array of floating-point numbers in a pytree that was read from a file holds NaN or infinity.
+    """UserError when an array of floating-point numbers in a pytree read from a file holds NaN or infinity.
 
-    Of arrays that are split over hosts only this host's part is looked at.
+    Of arrays split over hosts only this host's part is checked.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and not all(np.isfinite(part).all() for part in _parts(leaf)):

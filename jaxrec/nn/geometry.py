@@ -1,4 +1,4 @@
-"""Vectors: of unit length, and the axes along which many of them vary most."""
+"""Vectors: unit length, and principal axes."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """x [..., D] over its length, [..., D]. A vector of zeros stays, with gradient zero.
+    """x [..., D] divided by its length, [..., D]. A vector of zeros stays zero, with gradient zero.
 
-    Divided by jnp.linalg.norm, its gradient would be NaN, and one such vector would spoil all weights.
+    With jnp.linalg.norm its gradient would be NaN, and one such vector would make all weights NaN.
     """
     square = jnp.square(x).sum(-1, keepdims=True)
     there = square > 1e-24

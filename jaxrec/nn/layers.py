@@ -1,7 +1,7 @@
-"""The small layers everything else is made of: projection, norm, embedding, feed-forward.
+"""The basic layers: projection, norm, embedding, feed-forward.
 
 Every parameter names its axes (`embed`, `heads`, `head_dim`, `mlp`, `vocab`, `expert`, `queries`);
-`training/sharding.py` maps these names to the mesh. Nothing here knows of a mesh.
+`training/sharding.py` maps these names to the mesh. Layers are independent of the mesh.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,24 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def partitioned(initializer, *axes: str | None):
-    """The initializer, with a logical name for each axis of what it makes."""
+    """The initializer, with a logical name for each axis of its result."""
     return nn.with_logical_partitioning(initializer, axes)
 
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     """The product over the last axis of x and the first of weight: [..., D] and [D, ...] -> [..., ...].
 
-    As a product of two matrices: with more axes, the gradients' products would be over several axes at once, for which
-    XLA writes transposed copies of the activations on a CPU, element by element.
+    Computed as a product of two matrices: with more axes, the gradients would contract several axes at once, for which
+    XLA on a CPU writes transposed copies of the activations, element by element.
     """
     flat = jnp.dot(x.reshape(-1, x.shape[-1]), weight.reshape(len(weight), -1))
     return flat.reshape(*x.shape[:-1], *weight.shape[1:])
 
 
 class Projection(nn.Module):
-    """A matrix over the last axis: [..., D] -> [..., *features], with a bias if asked for.
+    """A matrix over the last axis: [..., D] -> [..., *features], with an optional bias.
 
-    `axes` names the axes of the weight, the input's first; outputs start with a standard deviation of `gain`.
+    `axes` names the axes of the weight, the input's first; initial outputs have a standard deviation of `gain`.
     """
 
     features: int | Sequence[int]

@@ -1,15 +1,16 @@
 """Sparse mixture of experts with loss-free load balancing (OneMall Eq. 6).
 
-The router's bias takes part in the *selection* of experts only, never in the gates; it is no parameter: after each step
-`balance` moves it against the measured load, outside the gradient (DeepSeek's auxiliary-loss-free rule).
+The router's bias affects the *selection* of experts only, never the gates. It is not a parameter: after each step
+`balance` moves it against the measured load, without a gradient (DeepSeek's auxiliary-loss-free rule).
 
-Three ways to run the chosen experts, equal up to rounding. None drops a token, and padding goes through no expert:
+Three ways to compute the chosen experts, equal up to rounding. None drops a token, and padding has no expert:
 
 - `dense`: every expert on every token; the oracle of the tests.
 - `ragged`: `jax.lax.ragged_dot` over tokens sorted by expert, for accelerators (on CPU it costs as much as `dense`).
-- `blocked`: tokens laid out by expert in blocks, a loop that multiplies each by its expert's matrices. For CPU.
+- `blocked`: tokens arranged by expert in blocks, and a loop that multiplies each block by its expert's matrices; for
+  CPU.
 
-`auto` takes one of the last two, in training as in serving.
+`auto` chooses one of the last two, in training and in serving.
 """
 
 import math
@@ -25,7 +26,7 @@ from jax.export import is_symbolic_dim
 from jaxrec.nn.layers import partitioned
 
 EXPORT_BATCH = 32
-"""Contexts in a batch for which an exported model is fast on CPU; others give the same numbers."""
+"""The batch size for which an exported model is tuned on CPU; others give the same numbers."""
 
 NOWHERE = jnp.iinfo(jnp.int32).max
 """the slot of an assignment to no expert"""
@@ -52,7 +53,7 @@ def balance(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
 def run_dense(x, up, down, experts, gates):
     """x [T, D]; up [E, D, F]; down [E, F, D]; experts, gates [T, k] -> [T, D]. Every expert on every token.
 
-    A token that goes through no expert has E in place of its experts; its gates don't matter.
+    A token without an expert has the index E; its gates are ignored.
     """
     out = jnp.einsum("TEF,EFD->TED", nn.gelu(jnp.einsum("TD,EDF->TEF", x, up)), down)
     weight = (jax.nn.one_hot(experts, len(up), dtype=gates.dtype) * gates[..., None]).sum(1)
@@ -64,7 +65,7 @@ def run_ragged(x, up, down, experts, gates):
     k = experts.shape[1]
     flat, gates = experts.reshape(-1), jnp.where(experts < len(up), gates, 0.0)
     order = jnp.argsort(flat, stable=True)
-    # Rows of no group would be undefined: tokens without an expert are the end of the last one's.
+    # Rows outside all groups are undefined, so tokens without an expert are appended to the last group.
     sizes = jnp.bincount(jnp.minimum(flat, len(up) - 1), length=len(up)).astype(jnp.int32)
     hidden = nn.gelu(jax.lax.ragged_dot(x[order // k], up, sizes))
     out = jax.lax.ragged_dot(hidden, down, sizes)
@@ -74,7 +75,7 @@ def run_ragged(x, up, down, experts, gates):
 def _rank_in_expert(experts: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """For flat assignments int32 [A]: each one's rank among those of its expert, and the load [E].
 
-    The rank of an assignment to no expert means nothing.
+    The rank of an assignment to no expert is undefined.
     """
     chosen = jax.nn.one_hot(experts, count, dtype=jnp.int32)
     ranks = jnp.cumsum(chosen, axis=0) - 1
@@ -82,9 +83,9 @@ def _rank_in_expert(experts: jax.Array, count: int) -> tuple[jax.Array, jax.Arra
 
 
 def _through(x, slots, total, gates, apply):
-    """Lay the tokens of x [T, D] out at `slots` int32 [T*k], apply [total, D] -> [total, D], and bring them home.
+    """Scatter the tokens of x [T, D] to `slots` int32 [T*k], apply [total, D] -> [total, D], and gather them.
 
-    A slot of `total` or more is none: nothing is laid out there, and zeros come home.
+    A slot of `total` or more is none: nothing is scattered there, and zeros are gathered.
     """
     k = gates.shape[1]
     nowhere, rows = x.shape[0], jnp.arange(slots.shape[0]) // k  # `len` would refuse the symbolic batch of an export
@@ -95,9 +96,9 @@ def _through(x, slots, total, gates, apply):
 
 
 def run_blocked(x, up, down, experts, gates, block: int | None = None):
-    """As `run_dense`: tokens laid out by expert, each expert's share padded to whole blocks, nothing dropped.
+    """As `run_dense`: tokens arranged by expert, each expert's share padded to whole blocks, nothing dropped.
 
-    `block` is in tokens; by default an expert's fair share is about four blocks.
+    `block` is in tokens; by default a fair share of an expert is about four blocks.
     """
     count, flat = len(up), experts.reshape(-1)
     block = block or block_size(flat.shape[0], count)
@@ -108,7 +109,7 @@ def run_blocked(x, up, down, experts, gates, block: int | None = None):
     owner = jnp.clip(jnp.searchsorted(jnp.cumsum(used), jnp.arange(blocks), side="right"), 0, count - 1)
 
     slots = jnp.where(flat < count, first[flat] * block + rank, NOWHERE)
-    # A loop would cut across devices.
+    # A loop would span devices.
     alone = jax.sharding.get_abstract_mesh().size <= 1
     apply = partial(_blocks, used=used.sum()) if alone else _batched_blocks
     return _through(x, slots, blocks * block, gates, lambda laid: apply(laid, up, down, owner))
@@ -127,9 +128,8 @@ def _batched_blocks(laid: jax.Array, up: jax.Array, down: jax.Array, owner: jax.
 def _blocks(laid: jax.Array, up: jax.Array, down: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
     """laid [X * block, D] -> [X * block, D]: the first `used` blocks, each through its expert `owner` int32 [X].
 
-    A loop over the blocks there are: nothing is spent on the rest of the layout, and no block copies its expert's
-    matrices, as a batched product of gathered matrices would. The gradient is written out because a loop whose length
-    the data decide has none of its own.
+    A loop over the used blocks alone. No block copies its expert's matrices, as a batched product of gathered matrices
+    would. The gradient is explicit, since JAX cannot differentiate a loop of data-dependent length.
     """
     return _blocks_forward(laid, up, down, owner, used)[0]
 
@@ -173,7 +173,7 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def block_size(assignments: int, experts: int) -> int:
-    """Tokens of a block of `run_blocked`: the power of two nearest to a quarter of an expert's fair share, 8 to 256."""
+    """Tokens in a block of `run_blocked`: the power of two nearest to a quarter of a fair share, from 8 to 256."""
     return max(8, min(256, 2 ** round(math.log2(max(1, assignments / experts / 4)))))
 
 
@@ -183,8 +183,8 @@ RUN = {"dense": run_dense, "ragged": run_ragged, "blocked": run_blocked}
 class MixtureOfExperts(nn.Module):
     """[..., D] -> [..., D] through `experts_per_token` of E experts of width F (OneMall Eq. 6).
 
-    The bias of the selection is the variable `bias` [E] of the collection `balance`; the load [E] of a call is sown as
-    `load` into the same collection when it is mutable.
+    The bias of the selection is the variable `bias` [E] in the collection `balance`; if that is mutable, the load [E]
+    of a call is sown into it as `load`.
     """
 
     experts: int
@@ -195,7 +195,7 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
-        """`where` bool [...]: which tokens there are; padding goes through no expert, gives zeros and is no load."""
+        """`where` bool [...]: mask of the tokens; padding has no expert, gives zeros and does not count as load."""
         width = x.shape[-1]
         fan_in = init.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
         up = self.param("up", partitioned(fan_in, "expert", "embed", "mlp"), (self.experts, width, self.hidden))
@@ -216,7 +216,7 @@ class MixtureOfExperts(nn.Module):
         if self.dispatch != "auto":
             return RUN[self.dispatch]
         if is_symbolic_dim(x.shape[0]):
-            # Exported: one program for all platforms, its blocks as large as they would be in a batch of EXPORT_BATCH.
+            # Exported: one program for all platforms, with the block size of a batch of EXPORT_BATCH.
             assignments = EXPORT_BATCH * math.prod(x.shape[1:-1]) * self.experts_per_token
             blocked = partial(run_blocked, block=block_size(assignments, self.experts))
             return partial(jax.lax.platform_dependent, cpu=blocked, default=run_ragged)

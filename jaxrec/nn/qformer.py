@@ -13,10 +13,10 @@ class QFormer(nn.Module):
     """F = QFormer(Q, H, H): [B, S, D] with mask [B, S] -> [B, Q, D] (OneMall Eq. 3).
 
     Each layer is cross-attention from the queries to the sequence and a feed-forward, pre-norm on the queries' side (a
-    norm over the long sequence would cost as much as reading it; give it normed tokens). Since there are few
-    queries and many keys, the key and value projections are moved to the queries' side: `q (h W_k)^T = (q W_k^T) h^T`
-    and `p (h W_v) = (p h) W_v`. The same function with S*D*(2*Q*N) instead of S*D*(2*D) + S*D*(2*Q) multiplications,
-    and no [B, S, N, H] arrays.
+    norm over the long sequence would cost as much as reading it, so its tokens should be normalised already). Since
+    queries are few and keys many, the key and value projections are moved to the queries' side:
+    `q (h W_k)^T = (q W_k^T) h^T` and `p (h W_v) = (p h) W_v`. This is the same function with S*D*(2*Q*N) instead of
+    S*D*(2*D) + S*D*(2*Q) multiplications, and without [B, S, N, H] arrays.
     """
 
     queries: int
@@ -32,7 +32,7 @@ class QFormer(nn.Module):
         learned = self.param("queries", partitioned(init.normal(1.0), "queries", "embed"), (self.queries, width))
         x = jnp.broadcast_to(learned.astype(self.dtype), (sequence.shape[0], *learned.shape))
         for layer in range(self.layers):
-            # The first layer's queries are the same in every row, so that its scores are one big matrix product.
+            # The first layer's queries are the same in every row, so its scores are one large matrix product.
             asked = learned[None].astype(self.dtype) if layer == 0 else x
             attended = self._attend(RMSNorm(name=f"query_norm_{layer}")(asked), sequence, mask, layer)
             x = x + Projection(width, ("heads", "embed"), self.dtype, name=f"out_{layer}")(attended)

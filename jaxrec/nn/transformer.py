@@ -1,8 +1,8 @@
 """Transformer blocks that the encoder-decoder (T5) and the causal model (Qwen2) share.
 
-Every block is pre-norm and adds its output to its input. Attention is `packed_attention` throughout: a sequence that
-attends to itself is S targets of one token each over a shared context of S. Query, key and value are three matrices:
-as one, their product would have to be cut apart again, which on a CPU takes longer than two more products.
+Every block is pre-norm and adds its output to its input. Attention is `packed_attention` throughout: self-attention of
+a sequence is S targets of one token each over a shared context of S. Query, key and value have three matrices:
+splitting the product of a joint one takes longer on a CPU than two more products.
 """
 
 from typing import Literal
@@ -17,13 +17,13 @@ from jaxrec.nn.attention import KeyValue, packed_attention
 from jaxrec.nn.layers import Projection, RMSNorm, partitioned
 
 Activation = Literal["relu", "gelu", "silu"]
-ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu}  # this gelu is the tanh approximation
+ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu}  # nn.gelu is the tanh approximation
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary embedding: x [..., N, H] turned by its position, int32 [...] (broadcast to x's leading axes).
+    """Rotary embedding: x [..., N, H] rotated by its position, int32 [...] (broadcast to x's leading axes).
 
-    Dimensions h and h + H/2 are a pair, turned by the angle position / base**(2h/H). The product of a query and a key
+    Dimensions h and h + H/2 are a pair, rotated by the angle position / base**(2h/H). The product of a query and a key
     then depends on the difference of their positions alone. Computed in float32, returned in x's dtype.
     """
     half = x.shape[-1] // 2
@@ -38,8 +38,8 @@ def relative_buckets(distance: np.ndarray, *, both_sides: bool, buckets: int, ma
     """T5's bucket, int32, of each distance = key position - query position.
 
     With `both_sides` the upper half of the buckets is for keys that come later; without, later keys fall into bucket 0.
-    On a side, the nearer half of its buckets hold one distance each, the others grow with the logarithm up to
-    `max_distance`, beyond which all distances share the last.
+    On each side, the nearer half of the buckets hold one distance each; the others grow logarithmically up to
+    `max_distance`, beyond which all distances share the last bucket.
     """
     later = np.zeros(distance.shape, np.int32)
     if both_sides:
@@ -49,7 +49,7 @@ def relative_buckets(distance: np.ndarray, *, both_sides: bool, buckets: int, ma
     else:
         distance = np.maximum(-distance, 0)
     exact = buckets // 2
-    # In float32 and in this order: at the edges of buckets, rounding decides.
+    # In float32 and in this order: rounding matters at the edges of buckets.
     log = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     far = exact + (log / np.float32(np.log(max_distance / exact)) * np.float32(buckets - exact)).astype(np.int32)
     return (later + np.where(distance < exact, distance, np.minimum(far, buckets - 1))).astype(np.int32)
@@ -86,15 +86,15 @@ class SelfAttention(nn.Module):
     rotary_base: float | None = None
     """base of the rotary embedding; None for none"""
     scale: float | None = None
-    """what scores are multiplied by; None for H**-0.5"""
+    """factor of the scores; None for H**-0.5"""
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     out_gain: float = 1.0
-    """standard deviation of what is added to x, at first"""
+    """initial standard deviation of the residual"""
 
     def setup(self):
         self.norm = RMSNorm(self.epsilon)
-        # Scores start with the variance that they'd have under the usual scale.
+        # Initial scores have the same variance as under the usual scale.
         gain = 1.0 if self.scale is None else self.head_dim**-0.5 / self.scale
         axes = ("embed", "heads", "head_dim")
         self.query = Projection((self.heads, self.head_dim), axes, self.dtype, self.bias, gain)
@@ -105,7 +105,7 @@ class SelfAttention(nn.Module):
     def sequence(
         self, x: jax.Array, mask: jax.Array, bias: jax.Array | None = None, positions: jax.Array | None = None
     ) -> tuple[jax.Array, KeyValue]:
-        """x [B, S, D], of which each position looks at what `mask` keeps: [B, S] the same for all, or [B, S, S].
+        """x [B, S, D]; each position attends to the positions in `mask`: [B, S], the same for all, or [B, S, S].
 
         bias [N, S, S]; positions int32 [B, S] for the rotary embedding. Returns x and its key and value [B, S, G, H].
         """
@@ -124,7 +124,7 @@ class SelfAttention(nn.Module):
         bias: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValue]:
-        """x [B, L, M, D], of which each token looks at the context and at its own target's earlier tokens.
+        """x [B, L, M, D]; each token attends to the context and to its own target's earlier tokens.
 
         context: key and value [B, S, G, H]; past: [B, L, t, G, H] of each target's earlier tokens; bias
         [N, 1, M, S + t + M]; positions int32 [B, 1 or L, M]. Returns x and the targets' key and value
@@ -159,7 +159,7 @@ class CrossAttention(nn.Module):
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     out_gain: float = 1.0
-    """standard deviation of what is added to x, at first"""
+    """initial standard deviation of the residual"""
 
     def setup(self):
         shape, axes = (self.heads, self.head_dim), ("embed", "heads", "head_dim")
@@ -171,7 +171,7 @@ class CrossAttention(nn.Module):
         self.out = Projection(self.width, ("heads", "embed"), self.dtype, gain=self.out_gain)
 
     def __call__(self, x: jax.Array, memory: KeyValue, mask: jax.Array) -> jax.Array:
-        """x [B, L, M, D] over the key and value [B, S, N, H] that `key_value` made, with mask [B, S]."""
+        """x [B, L, M, D] over the key and value [B, S, N, H] of `key_value`, with mask [B, S]."""
         query = self.query(self.norm(x))
         attended = packed_attention(query, context=memory, context_mask=mask, scale=self.scale)
         return x + self.out(attended.reshape(*attended.shape[:-2], -1))
@@ -191,7 +191,7 @@ class FeedForwardBlock(nn.Module):
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     out_gain: float = 1.0
-    """standard deviation of what is added to x, at first"""
+    """initial standard deviation of the residual"""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -206,5 +206,5 @@ class FeedForwardBlock(nn.Module):
 
 
 def dropped(before: jax.Array, after: jax.Array, drop: nn.Dropout, train: bool) -> jax.Array:
-    """`after`, with dropout of what a block added to `before`."""
+    """`after`, with dropout of a block's residual `after - before`."""
     return before + drop(after - before, deterministic=False) if train and drop.rate else after

@@ -3,7 +3,7 @@
 fit --items items.parquet --out ids        codebooks, IDs, figures and a page, from files of embeddings
 append | remove | reencode FOLDER ITEMS    a new version of the IDs for items that came, left or changed
 rollback FOLDER VERSION                    back to an earlier version
-versions | drift FOLDER                    what there is, and whether the codebooks still fit
+versions | drift FOLDER                    the list of versions; whether the codebooks still fit
 """
 
 import shutil
@@ -36,7 +36,7 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Give every item of some files a semantic ID."""
+    """Give every item of the input files a semantic ID."""
 
     items: Path
     """Parquet with item_id and embedding (a list of numbers), and optionally title, category, and count (popularity);
@@ -46,12 +46,12 @@ class FitConfig:
     semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
     """Quantizers."""
     collisions: CollisionConfig = field(default_factory=CollisionConfig)
-    """What is done about items that share an ID."""
+    """Policy for items that share an ID."""
     seed: int = 0
-    """Seed of everything that is drawn."""
+    """Seed of all random numbers."""
     in_memory: int = 1_000_000
-    """Embeddings that memory holds. Of more items, as many are drawn to fit the codebooks to, and all are encoded block
-    by block; then no embeddings.safetensors is written, and the page has no titles."""
+    """The most embeddings held in memory. With more items, the codebooks are fitted to a sample of this size and the
+    items are encoded block by block; then no embeddings.safetensors is written, and the page has no titles."""
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def fit(config: FitConfig) -> dict:
     """Fits codebooks and writes the folder; returns the figures of quality.json.
 
     Raises:
-      UserError: the file or the configuration cannot be used, or the folder is there already or cannot be made.
+      UserError: the file or the configuration is unusable, or the folder exists already or cannot be made.
     """
     if config.out.exists():
         raise UserError(f"{config.out} is there already: give another --out, or delete it")

@@ -1,8 +1,8 @@
-"""The living catalogue on the command line: each function reads files, changes the versions and prints what it did.
+"""Changes of a catalogue on the command line: each function reads files, changes the versions and prints a summary.
 
-Items come as a parquet file, or a folder of them, with columns `item_id` and `embedding` (a list of numbers), for
-`remove` `item_id` alone, and optionally `count`, the popularity that decides who comes first under an ID. In a run,
-`append` also keeps those columns that the run's items.parquet has, such as `title`, for who serves the items.
+Items are a parquet file, or a folder of them, with columns `item_id`, `embedding` (a list of numbers) and optionally
+`count`, the popularity that orders the items of one ID; `remove` reads `item_id` alone. In a run, `append` also keeps
+the columns of the run's items.parquet, such as `title`, for serving.
 """
 
 import json
@@ -27,14 +27,15 @@ from jaxrec.semantic_ids.table.later import count_untitled, is_text, items_of_ru
 
 
 def append(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
-    """Gives the items of a parquet file their IDs and prints how many came.
+    """Assigns IDs to the items of a parquet file and prints how many items are new.
 
     Args:
       folder: the semantic_ids folder of a run.
       items: parquet with item_id, embedding, and optionally count.
-      text: the file has `text`, or as `embedding` those of the text encoder: embed the items as the run did its own.
-      publish: replace codes.parquet too. In a run, serve.py answers with the items from its next start on; the file
-        then has their title, and what else the run's items.parquet has.
+      text: embed the items as the run embedded its own, from `text` or, where that column is missing, from `embedding`,
+        the text encoder's vectors.
+      publish: replace codes.parquet too. In a run, serve.py recommends the items from its next start on; give the file
+        a `title` then, and the other columns of the run's items.parquet.
     """
     rows = read_rows(folder, items)
     if publish:
@@ -53,7 +54,7 @@ def append(folder: Positional[Path], items: Positional[Path], text: bool = False
 
 
 def remove(folder: Positional[Path], items: Positional[Path], publish: bool = False) -> None:
-    """Takes the items of a parquet file (item_id) out of the catalogue; they keep their IDs for when they come back."""
+    """Removes the items of a parquet file (item_id) from the catalogue; `append` brings them back with their IDs."""
     item_ids = read_ids(items)
     if publish:
         versions.check_publishable(folder, item_ids)
@@ -65,7 +66,7 @@ def remove(folder: Positional[Path], items: Positional[Path], publish: bool = Fa
 
 
 def reencode(folder: Positional[Path], items: Positional[Path], text: bool = False, publish: bool = False) -> None:
-    """Encodes items anew whose embeddings changed and prints the share of codes that changed; arguments as `append`."""
+    """Re-encodes items whose embeddings changed and prints the share of codes that changed; arguments as `append`."""
     if publish:
         versions.check_publishable(folder)
     made = catalogue.reencode(folder, *(read_text_items(folder, items) if text else read_items(items)))
@@ -90,7 +91,7 @@ def rollback(folder: Positional[Path], version: Positional[int], publish: bool =
 
 
 def show_versions(folder: Positional[Path], as_json: bool = False) -> None:
-    """Prints the versions that there are, or their records as one JSON list."""
+    """Prints the versions, or their records as one JSON list."""
     records = versions.list_versions(folder)
     if as_json:
         print(json.dumps(records))
@@ -142,12 +143,12 @@ def read_items(path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None]:
 def read_text_items(folder: Path, path: Path) -> tuple[list[str], np.ndarray, np.ndarray | None, np.ndarray | None]:
     """As `read_items`, embedded as the run of a semantic_ids folder embedded its items.
 
-    From their `text`, where the run encoded texts; else from `embedding`, those of the encoder before any alignment.
-    Where the run knows scenarios, by `scenario` and `product_ids` too, and their own embeddings, f32 [n, D], come last;
-    else None does.
+    Reads `text` where the run encoded texts and the file has that column, else `embedding`: the encoder's vectors
+    before any alignment. In a run with scenarios it also reads `scenario` and `product_ids`, and the last value
+    returned is the items' own embeddings, f32 [n, D]; else it is None.
 
     Raises:
-      UserError: as `read_items`; neither column will do, or the column `text` holds something else.
+      UserError: as `read_items`; neither column is usable, or the column `text` does not hold text.
     """
     wanted = ["scenario", "product_ids", *(["text", "count"] if encodes_texts(folder) else [])]
     table = files.read_table(path, ["item_id"], wanted)

@@ -1,19 +1,19 @@
-"""Item embeddings as the codebooks take them: of a run's catalogue, and in the same way of items that come later.
+"""The item embeddings that are quantized: of a run's catalogue, and of later items, embedded in the same way.
 
     text ──encoder──▶ vectors ──alignment──▶ embeddings
 
-With scenarios (OneMall §3.1.3) a short video's embedding gets that of its product beside it, and a live stream's comes
-from an item tower, of what it sells now (`jaxrec.text.scenarios`).
+With scenarios (OneMall §3.1.3) a short video's embedding is concatenated with its product's, and a live stream's is
+computed by an item tower from the products it sells now (`jaxrec.text.scenarios`).
 
 `AlignConfig` learns a projection of the vectors and a free vector an item, `FinetuneConfig` the encoder itself or a
 projection. For new items the semantic_ids folder keeps
 
-    text.json               the encoder (a package, a folder, or `encoder`, the one beside it) and how much it reads
+    text.json               the encoder (a package, a folder, or `encoder` for the folder below), its maximal length
     alignment.safetensors   the projection, where there is one
     encoder/                the encoder, where it was fine-tuned
-    own.parquet             with scenarios: the items' embeddings before their products were put beside them; those of
-                            items that come later are in own_later.parquet (`vectors`)
-    item_tower.safetensors  with live streams: what makes their embeddings
+    own.parquet             with scenarios: the items' own embeddings, without their products'; those of later items
+                            are in own_later.parquet (`vectors`)
+    item_tower.safetensors  with live streams: the parameters of the item tower
 """
 
 import shutil
@@ -67,7 +67,7 @@ def finetune_items(
 ) -> Path:
     """Fine-tunes the text encoder, or a projection, on the item pairs of a tables folder (OneMall §3.1.2).
 
-    Goes on from the checkpoints in `folder`; returns the folder in it that holds the result for `finetune.load`.
+    Resumes from the checkpoints in `folder`; returns the folder in it with the result, for `finetune.load`.
     metrics_path: the file that gets the log lines; None: metrics.jsonl in `folder`.
 
     Raises:
@@ -97,8 +97,8 @@ def embed_catalogue(
     """The embeddings of a tables folder's items, f32 [I, D], the pairs they were aligned on, int32 [n, 2], and figures.
 
     Args:
-      folder: gets what new items need, see above.
-      tuned: what `finetune_items` made; only a `FinetuneConfig` needs it.
+      folder: receives the files, listed above, with which new items are embedded.
+      tuned: the folder that `finetune_items` returned; for a `FinetuneConfig` only.
     """
     items = pq.read_table(tables / "items.parquet")
     own = "embedding" in items.column_names
@@ -130,7 +130,8 @@ def embed_catalogue(
 def embed_scenarios(key: jax.Array, tables: Path, folder: Path, own: np.ndarray, config: TowersConfig) -> np.ndarray:
     """Embeddings of all scenarios, unit f32 [I, 2 D], from the items' own, f32 [I, D] (OneMall §3.1.3).
 
-    Where there are live streams, the towers are trained on the events first. `folder` gets what new items need.
+    Where there are live streams, the towers are trained on the events first. `folder` receives the files with which
+    new items are embedded.
 
     Raises:
       UserError: the items have no column `scenario`, or what `tower_data` refuses.
@@ -149,14 +150,14 @@ def embed_scenarios(key: jax.Array, tables: Path, folder: Path, own: np.ndarray,
 
 
 def with_products(folder: Path, own: np.ndarray, items: pa.Table) -> np.ndarray:
-    """Embeddings of new items by their scenarios, unit f32 [n, 2 D], from their own f32 [n, D]; without scenarios own.
+    """Scenario embeddings of new items, unit f32 [n, 2 D], from their own f32 [n, D]; without scenarios, `own` itself.
 
     Args:
       items: item_id, and scenario and product_ids (lists of str) where there are any; products are items of the run,
         from the start or appended since, or others of this table.
 
     Raises:
-      UserError: a product is none of these, or a live stream comes to a run without any.
+      UserError: a product is none of these, or a live stream is added to a run without live streams.
     """
     folder = Path(folder)
     if not has_scenarios(folder):
@@ -199,14 +200,14 @@ def embed_new(folder: Path, texts: Sequence[str], item_ids: Sequence[str] = ()) 
 
 
 def aligned(folder: Path, text: np.ndarray, item_ids: Sequence[str] = ()) -> np.ndarray:
-    """Text embeddings f32 [n, D] of items, through the alignment that the run learned, f32 [n, width].
+    """Text embeddings f32 [n, D] of items, projected by the run's alignment to f32 [n, width].
 
     Args:
-      item_ids: [n]; what the run learned beside the text of an item it was made with is added, as it was the first
-        time, or the same text would get another embedding. Without them all items are taken for new ones.
+      item_ids: [n]; the learned residual of an item of the run is added, so that the same text gets the same embedding
+        again. Without item_ids all items are treated as new.
 
     Raises:
-      UserError: there is no alignment, or the embeddings are not as wide as those that it was learned on.
+      UserError: there is no alignment, or the embeddings have another width than those it was trained on.
     """
     path = Path(folder) / ALIGNMENT
     if (Path(folder) / ENCODER).is_dir():
@@ -235,7 +236,7 @@ def aligned(folder: Path, text: np.ndarray, item_ids: Sequence[str] = ()) -> np.
             f"{path} knows {len(params['residual'])} items, but the first version of the IDs has {len(first)}: "
             "restore the files of this run"
         )
-    params["residual"] = np.pad(params["residual"], ((0, 1), (0, 0)))  # The last row is that of any other item.
+    params["residual"] = np.pad(params["residual"], ((0, 1), (0, 0)))  # The last row is for new items.
     rows = pc.index_in(pa.array(item_ids, pa.string()), first).fill_null(len(first)).to_numpy()
     return np.asarray(jax.jit(align.apply)(params, text, rows))
 
@@ -251,7 +252,7 @@ def read_texts(items: pa.Table) -> list[str]:
 
 
 def pair_kinds(config: AlignConfig | FinetuneConfig) -> tuple[str, ...]:
-    """The kinds of pairs that teach an alignment."""
+    """The kinds of item pairs that an alignment is trained on."""
     return (config.kind,) if isinstance(config, AlignConfig) else config.kinds
 
 
@@ -280,7 +281,7 @@ def _lists(column: pa.Array) -> pa.Array:
 
 
 def _known(folder: Path, named: pa.Array, item_ids: pa.Array, own: np.ndarray) -> tuple[pa.Array, np.ndarray]:
-    """Items and their own embeddings, those of `named` among them; of an item that is there twice, the first counts."""
+    """Items and their own embeddings, those of `named` included; of an item listed twice, the first counts."""
     there, vectors = read_own(folder, pc.unique(named), own.shape[1])
     ids = pa.concat_arrays([item_ids, there])
     if len(unknown := named.filter(pc.invert(pc.is_in(named, ids)))):

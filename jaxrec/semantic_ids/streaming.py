@@ -4,9 +4,9 @@
     books = fit(jax.random.key(0), items, config, sample_rows=1_000_000)
     for codes in encode(books, items): ...              # int32 [n, M]
 
-Codebooks are fitted to a uniform sample of the rows, which is in memory; a codebook needs some hundred rows a code and
-not all there are. Then each block of rows is encoded by itself. So the memory holds the sample, a block, and of every
-item its ID and its name, but not its embedding.
+Codebooks are fitted to a uniform sample of the rows, held in memory: some hundred rows a code are enough. Then the rows
+are encoded block by block. Memory holds the sample, one block, and the ID and name of every item, but never all
+embeddings.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from jaxrec.semantic_ids.tokenize import write_space
 
 
 def fit(key: jax.Array, items: Items, config: SemanticIdConfig, sample_rows: int) -> Codebooks:
-    """Fit every level to `sample_rows` of the items, drawn uniformly; to all of them when there are no more.
+    """Fit every level to `sample_rows` of the items, drawn uniformly; to all items when there are no more.
 
     The codebooks are those of `codebooks.fit(key, sample, config)`.
 
@@ -41,7 +41,7 @@ def fit(key: jax.Array, items: Items, config: SemanticIdConfig, sample_rows: int
 
 
 def generator(key: jax.Array) -> np.random.Generator:
-    """What draws the sample of `fit`."""
+    """The random generator that draws the sample of `fit`."""
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
@@ -51,7 +51,7 @@ def encode(books: Codebooks, items: Items) -> Iterator[np.ndarray]:
     Balanced levels keep their bound only as far as their prices do: `codebooks.encode_catalogue` needs all rows.
 
     Raises:
-      UserError: the items are of another width than the codebooks, or a file of them cannot be used.
+      UserError: the items are of another width than the codebooks, or a file cannot be used.
     """
     check_width(np.empty((0, items.width)), books.width)
     for block in tracked(items.blocks(codebooks.ENCODED_AT_ONCE), "Encoding items", len(items)):
@@ -73,7 +73,7 @@ def write_ids(
     `sample`. Returns the figures.
 
     Raises:
-      UserError: the configuration cannot be or does not fit the items, an item is listed twice, or a file of the items
+      UserError: the configuration is invalid or does not fit the items, an item is listed twice, or a file of the items
         cannot be used.
     """
     _check_collisions(collision_config, items, sample_rows)

@@ -42,8 +42,8 @@ def tokenize(
     quality.json, semantic_ids.html and what embeds new items (`jaxrec.semantic_ids.embeddings`) into `folder`.
 
     Args:
-      tuned: of a `FinetuneConfig`, what `finetune_items` made of these tables.
-      scenarios: how live streams are embedded, and that products count (`embed_scenarios`); None: texts alone.
+      tuned: for a `FinetuneConfig`, the folder that `finetune_items` returned for these tables.
+      scenarios: the configuration of scenario embeddings (`embed_scenarios`); None: texts alone.
 
     Raises:
       UserError: a table cannot be used, or the configuration does not fit it.
@@ -51,7 +51,7 @@ def tokenize(
     align_key, id_key = _keys(seed)
     items = pq.read_table(tables / "items.parquet")
     collisions.check(collision_config)
-    # The width is known once there are embeddings; `codebooks.fit` checks it then. Everything divides 0.
+    # The width is unknown before items are embedded; `codebooks.fit` checks it then. Every size divides 0.
     codebooks.check(id_config, (len(items), 0))
     embeddings, pairs, figures = embed_catalogue(align_key, tables, folder, text_config, align_config, tuned)
     if scenarios is not None:
@@ -107,7 +107,7 @@ def write_ids(
     semantic_ids.html; returns the figures of quality.json.
 
     Raises:
-      UserError: the configuration cannot be, or does not fit the embeddings.
+      UserError: the configuration is invalid, or does not fit the embeddings.
     """
     collisions.check(collision_config)
     books = codebooks.fit(key, embeddings, id_config)

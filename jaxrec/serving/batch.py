@@ -1,12 +1,12 @@
 """Batch inference: a file of requests in, a file of answers out, line by line, of any length.
 
-Lines are taken in *windows* of thousands. Within a window the model sees requests of one history length and one depth
-together, so that its batches are full and of few shapes; the answers are written in the order of the lines. Two
-windows are worked on at a time: while the device decodes one, the other is parsed or written.
+Lines are processed in *windows* of thousands. Within a window requests of one history length and one depth are batched,
+so that batches are full and of few shapes; the answers are written in the order of the lines. Two windows are processed
+at a time: while the device decodes one, the other is parsed or written.
 
-A killed run goes on from `<out>.partial`. Beside it, `<out>.partial.json` says what the answers belong to (requests,
-run, settings) and how far they go: whole windows, with a checksum. Windows are cut by the lines in them alone, so a run
-that goes on makes the same batches as one that was never stopped, and ends in the same bytes.
+A killed run resumes from `<out>.partial`. Beside it, `<out>.partial.json` records the origin of the answers (requests,
+run, settings) and their extent: whole windows, with a checksum. Windows depend only on their lines, so a resumed run
+makes the same batches as an uninterrupted one, and ends in the same bytes.
 
 Fault injection, for the tests (jaxrec/run.py): the points `answers:<lines>` after a window is written and before it is
 noted, `noted:<lines>` after that.
@@ -32,7 +32,7 @@ from jaxrec.serving.schema import Request, parse_request
 from jaxrec.targets.texts import TARGETS
 
 WINDOW_LINES, WINDOW_BYTES, WINDOW_ITEMS = 4096, 1 << 24, 1 << 17
-"""A window ends when it has so many lines, bytes, or items asked for."""
+"""Limits of a window: lines, bytes, requested items."""
 MAX_LINE = 1 << 26
 CHUNK = 1 << 20
 LOG = logging.getLogger(__name__)
@@ -41,21 +41,21 @@ BEGIN_AGAIN = "give --restart to begin again, or another --out"
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of the lines of a request file."""
+    """The outcome of the lines of a request file."""
 
     answered: int
-    """Lines answered, `popular` among them."""
+    """Lines answered, `popular` included."""
     popular: int
-    """Lines answered with popular items, because nothing is known about the user."""
+    """Lines answered with popular items, since the user has no history."""
     bad: int
-    """Lines that got {"line": n, "error": "..."}."""
+    """Lines answered with {"line": n, "error": "..."}."""
     resumed: int = 0
-    """Lines, of all these, that an earlier process had answered."""
+    """Lines of all these that an earlier process had answered."""
 
 
 @dataclass
 class Position:
-    """How far the answers go: whole windows."""
+    """The extent of the answers, in whole windows."""
 
     lines: int = 0
     offset: int = 0
@@ -77,7 +77,7 @@ class Window:
     """number of the first line, from 1"""
     requests: list[Request | UserError]
     end: int
-    """offset of the line after"""
+    """offset of the next line"""
 
 
 def answer_file(
@@ -86,12 +86,12 @@ def answer_file(
     """Answers each line of `requests` (JSON) with one line of `out`, in order, a bad line with its number and error.
 
     Works in `out`.partial, which is renamed when complete: `out` is never half written, and an earlier one is kept
-    until then. What an earlier, killed call left there is gone on with; `restart` throws it away. Memory does not grow
+    until then. The answers of an earlier, killed call are continued; `restart` discards them. Memory does not grow
     with the file.
 
     Raises:
       UserError: `requests` is missing or empty, `out` can't be written, the disk is full, another process writes there,
-        or the partial answers belong to other requests, another run or other settings.
+        or the partial answers are of other requests, another run or other settings.
     """
     if window_lines < 1:
         raise UserError(f"--window {window_lines}: give a number of 1 or more")
@@ -127,7 +127,7 @@ def _answer_rest(
     total: int,
     window_lines: int,
 ) -> None:
-    """Answers the lines from `position` on, which moves along, as does the hash of the answers."""
+    """Answers the lines from `position` on; updates the position and the hash of the answers."""
 
     def write(window: Window, text: bytes, counts: dict[str, int]) -> None:
         answers.write(text)
@@ -150,7 +150,7 @@ def _answer_rest(
         try:
             for window in _windows(lines, position.lines + 1, window_lines):
                 waiting.append((window, pool.submit(_answer_window, retriever, window)))
-                if len(waiting) == 3:  # two at work, one ready
+                if len(waiting) == 3:  # two in progress, one ready
                     done, answer = waiting.popleft()
                     write(done, *answer.result())
             for done, answer in waiting:
@@ -160,7 +160,7 @@ def _answer_rest(
 
 
 def _answer_window(retriever: Retriever, window: Window) -> tuple[bytes, dict[str, int]]:
-    """The lines that answer a window, and how many of each kind there are."""
+    """The answers of a window as lines, and the count of each kind."""
     good = [request for request in window.requests if not isinstance(request, UserError)]
     answers = iter(retriever.answer(good, at_once=max(1, len(good))))
     counts = {"model": 0, "popular": 0, "bad": 0}
@@ -204,7 +204,7 @@ def _parse(line: bytes, file: BinaryIO) -> Request | UserError:
         return parse_request(line)
     except UserError as error:
         return error
-    except Exception as error:  # a fault of this code, which must not end a file of millions
+    except Exception as error:  # an internal error must not end a file of millions
         LOG.exception("a line was refused")
         return UserError(f"this line can't be read: {type(error).__name__}; the log says why")
 
@@ -226,7 +226,7 @@ def _survey(requests: Path) -> tuple[int, str]:
     return lines + (last != b"\n"), digest.hexdigest()
 
 
-# ---- going on --------------------------------------------------------------------------------------------------------
+# ---- resuming --------------------------------------------------------------------------------------------------------
 
 
 def _beside(out: Path) -> tuple[Path, Path]:
@@ -250,10 +250,10 @@ def _beside(out: Path) -> tuple[Path, Path]:
 
 
 def _open_locked(partial: Path) -> BinaryIO:
-    """The partial answers, for this process alone, as they were left."""
+    """The partial answers, locked for this process."""
     try:
         file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-    except OSError as error:  # not allowed, a folder, a file system for reading only ...
+    except OSError as error:  # no permission, a folder, a read-only file system ...
         raise UserError(f"--out: {partial} can't be written: {error.strerror}; give another --out") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,10 +264,10 @@ def _open_locked(partial: Path) -> BinaryIO:
 
 
 def _resume(partial: Path, notes: Path, origin: dict[str, Any]) -> Position:
-    """How far the answers in `partial` go and can be trusted; nothing, where no notes are beside them.
+    """The verified extent of the answers in `partial`; zero without notes.
 
     Raises:
-      UserError: they are the answers to something else, or it can't be known to what.
+      UserError: the answers have another origin, or their origin is unknown.
     """
     if not notes.exists() or not partial.stat().st_size:
         return Position()
@@ -283,7 +283,7 @@ def _resume(partial: Path, notes: Path, origin: dict[str, Any]) -> Position:
 
 
 def _hash_of(file: BinaryIO, size: int) -> Any:
-    """The hash of the first `size` bytes, behind which the file stands then."""
+    """The hash of the first `size` bytes; the file is positioned after them."""
     hashed = hashlib.sha256()
     file.seek(0)
     for start in track(range(0, size, CHUNK), "check answers"):
@@ -292,14 +292,14 @@ def _hash_of(file: BinaryIO, size: int) -> Any:
 
 
 def _run_digest(run: Run) -> str:
-    """Changes with everything in a run that answers depend on."""
+    """A digest of everything in a run that answers depend on."""
     digest = hashlib.sha256()
     for folder in (run.tables, run.semantic_ids, run.place(TARGETS)):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(run.path)}\0".encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-    # Checkpoints hold a checksum of their own, and the same configuration trains to the same bits.
+    # Checkpoints have their own checksum, and one configuration always trains to the same bits.
     for path in sorted(path for path in run.stages.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(run.path)}\0{path.stat().st_size}\0".encode())
     digest.update(run.config_file.read_bytes())
@@ -307,8 +307,8 @@ def _run_digest(run: Run) -> str:
 
 
 def _settings(retriever: Retriever, window_lines: int) -> dict[str, Any]:
-    """What else may change a bit of an answer."""
-    import jax  # here: a wrong command line should not wait for it
+    """The settings that answers depend on."""
+    import jax  # here: an error in the command line should not wait for it
 
     return {
         "jaxrec": __version__,

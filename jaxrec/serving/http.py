@@ -1,6 +1,6 @@
 """The JSON API: POST /recommend, GET /healthz and /readyz, and the OpenAPI pages at /docs.
 
-Whatever is refused is answered with {"error": one sentence}. The event loop only takes requests in; a few threads parse
+Refused requests are answered with {"error": one sentence}. The event loop only accepts requests; a few threads parse
 and answer them, so that /healthz never waits for the model.
 """
 
@@ -28,22 +28,22 @@ from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Answer, NoJsonError, Request, parse_request
 
 THREADS = 4
-"""Threads that answer: while one is in the model the others parse, look up histories and write."""
+"""Answering threads: while one runs the model, the others parse, look up histories and write."""
 RETRY_AFTER = "1"
-"""Seconds after which a client that was turned away may try again."""
+"""Seconds after which a rejected client may retry."""
 DRAINED = 4
-"""A body that is too long is read up to this many times the limit, so that its sender gets to read the answer."""
+"""A body that is too long is read up to this multiple of the limit, so that the client can read the answer."""
 SCHEMAS = "#/components/schemas/"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes in at most."""
+    """Limits of the server's load."""
 
     waiting: int = 64
-    """requests that are answered or wait for it; more are turned away with status 503"""
+    """requests in progress or waiting; further ones are rejected with status 503"""
     arriving: int = 256
-    """requests whose body is on its way, or `waiting` if that is more; more are turned away with status 503"""
+    """requests whose body is being received, or `waiting` if larger; further ones are rejected with status 503"""
     body: int = 16 << 20
     """bytes of a body; a history of 100,000 events has about 8 MB"""
     body_seconds: float = 30.0
@@ -51,7 +51,7 @@ class Limits:
 
 
 class Problem(BaseModel):
-    """What is wrong with a request, in one sentence."""
+    """The error of a request, in one sentence."""
 
     error: str
 
@@ -75,22 +75,22 @@ class Ready(BaseModel):
 
 
 class Queue:
-    """Counts the requests inside, up to a limit; of the event loop alone."""
+    """Counts requests up to a limit; used by the event loop only."""
 
     def __init__(self, limit: int, state: str):
         self.limit, self.inside = limit, 0
         self.state = state
-        """what those inside do"""
+        """the state of counted requests, for the message"""
 
     def check(self) -> None:
-        """Raises HTTPException 503 if there is no place."""
+        """Raises HTTPException 503 if the limit is reached."""
         if self.inside >= self.limit:
             message = f"{self.limit} requests are {self.state} already; try again in a second"
             raise HTTPException(503, message, {"Retry-After": RETRY_AFTER})
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """Raises HTTPException 503 if there is none."""
+        """Holds a place; raises HTTPException 503 if the limit is reached."""
         self.check()
         self.inside += 1
         try:
@@ -100,7 +100,7 @@ class Queue:
 
 
 def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
-    """The application around a retriever, which lets one request at a time into the model."""
+    """The application of a retriever; the model runs one request at a time."""
     app = FastAPI(title="jaxrec", description="Generative retrieval: what is this shopper likely to take next?")
     limits = limits or Limits()
     queue, arriving = Queue(limits.waiting, "waiting"), Queue(max(limits.arriving, limits.waiting), "arriving")
@@ -111,7 +111,7 @@ def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
     @app.post("/recommend", response_model=Answer, responses=problems, openapi_extra={"requestBody": body})
     async def recommend(http: HttpRequest) -> Response:
         """Items for a known user or for a history given in the request, best first."""
-        queue.check()  # before a body is read in vain
+        queue.check()  # before the body is read
         with arriving.place():
             text = await read_body(http, limits)
         with queue.place():
@@ -119,7 +119,7 @@ def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
 
     @app.get("/healthz")
     async def healthz() -> Health:
-        """Whether the server is up, and what it serves; never waits for the model."""
+        """Whether the server is up, with the run and version; never waits for the model."""
         version = retriever.catalogue.current
         sizes = {"items": len(version.popular), "users": len(retriever.user_index)}
         return Health(status="ok", system=retriever.system, version=version.number, **sizes)
@@ -162,7 +162,7 @@ async def read_body(http: HttpRequest, limits: Limits) -> bytes:
     """The body of a request.
 
     Raises:
-      HTTPException: it is too long or too slow, or the client is gone.
+      HTTPException: the body is too long or too slow, or the client is gone.
     """
     chunks, size = [], 0
     try:
@@ -185,7 +185,7 @@ async def read_body(http: HttpRequest, limits: Limits) -> bytes:
 
 
 def answer_body(retriever: Retriever, body: bytes) -> Response:
-    """The response to a body: an answer, or what is wrong with the request."""
+    """The response to a body: an answer or an error."""
     try:
         if not body:
             raise UserError("the request has no body")
@@ -216,7 +216,7 @@ def serve(retriever: Retriever, address: str, limits: Limits | None = None) -> N
 
 
 class _Server(uvicorn.Server):
-    """Prints notes when it has begun to take requests."""
+    """Prints notes once it accepts requests."""
 
     def __init__(self, config: uvicorn.Config, notes: list[str]):
         super().__init__(config)
@@ -232,7 +232,7 @@ def parse_address(address: str) -> tuple[str, int]:
     """("127.0.0.1", 8080) from "127.0.0.1:8080", ":8080" or "8080": without a host only this machine can connect.
 
     Raises:
-      UserError: there is no port, or it is no number up to 65535.
+      UserError: there is no port, or it is not a number up to 65535.
     """
     host, _, port = address.rpartition(":")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
@@ -241,10 +241,10 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds an address and doesn't listen yet: nobody can connect until `listen`, nor take the address.
+    """A bound socket that doesn't listen yet: it reserves the address, and clients can't connect until `listen`.
 
     Raises:
-      UserError: the host is unknown or no host name, or the port is taken or not allowed.
+      UserError: the host is unknown or no host name, or the port is in use or not allowed.
     """
     with _refusing(f"{host}:{port}"):
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -252,8 +252,8 @@ def bind(host: str, port: int) -> socket.socket:
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections may linger on the port
             bound.bind(place)
-            # Linux binds many sockets with this option to one address until one of them listens. So another that holds
-            # it shows when one listens for a moment, and this one keeps others out by giving the option up.
+            # Linux binds several sockets with this option to one address until one of them listens. So listening for a
+            # moment detects another socket, and clearing the option excludes later ones.
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(bound.getsockname())
@@ -266,7 +266,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(bound: socket.socket, address: str) -> None:
-    """Opens the port that `bind` holds.
+    """Opens the port reserved by `bind`.
 
     Raises:
       UserError: another socket listens there.
@@ -278,7 +278,7 @@ def listen(bound: socket.socket, address: str) -> None:
 
 @contextmanager
 def _refusing(address: str) -> Iterator[None]:
-    """Turns what the system says against an address into a UserError."""
+    """Turns the system's errors about an address into a UserError."""
     try:
         yield
     except (OSError, UnicodeError) as error:  # UnicodeError: an empty label, or one of more than 63 characters

@@ -4,8 +4,8 @@ It knows the catalogue, with what was published since the training (`python -m j
 and everything each user did up to the end of the log (the test sessions are history by now).
 Whoever it knows nothing about gets the most popular items (or texts, of a run that answers with texts), marked as such.
 
-The catalogue may change while it serves (`Retriever.catalogue`, `Retriever.add`): every call of `answer` works with the
-one version that was current when it began.
+The catalogue may change during serving (`Retriever.catalogue`, `Retriever.add`): every call of `answer` uses the
+version that was current at its start.
 """
 
 import dataclasses
@@ -38,24 +38,24 @@ from jaxrec.serving.schema import MAX_K, Answer, Event, Request
 
 LOG = logging.getLogger(__name__)
 SPARE = 1 << 16
-"""New items that a recommender without semantic IDs has room for."""
+"""Number of new items that a recommender without semantic IDs has room for."""
 NO_QUERIES = "reads no queries; leave query and prefix out of the request, and searches out of its history"
 NOTHING_ALLOWED = "the filters of this request allow no item of the catalogue"
 DEPTHS = (10, 50, 100, MAX_K)
-"""The model ranks to one of these depths: a program is compiled for each at most."""
+"""The depths of rankings; at most one program is compiled for each."""
 AT_ONCE = 64
-"""Requests that the model is given in a call, so that rankings of a whole catalogue stay few."""
+"""Requests in one call of the model; few, since a call may rank the whole catalogue for each of them."""
 LIST_SIZES = tuple(LISTED**power + 1 for power in range(1, 20))
-"""One more than what lists of blocked items are padded to."""
+"""One more than the padded length of lists of blocked items."""
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:
-    """What batches are padded to: 1, 8, 32, 128 ... below `most`, and `most`."""
+    """The sizes to which batches are padded: 1, 8, 32, 128 ... below `most`, and `most`."""
     return (*itertools.takewhile(lambda size: size < most, (1, *(8 * 4**step for step in range(30)))), most)
 
 
 class Retriever:
-    """Answers requests, many at once; safe to call from several threads.
+    """Answers batches of requests; thread-safe.
 
     Attributes:
       sizes: what batches of the model are padded to; None for a model that pads by itself.
@@ -69,8 +69,8 @@ class Retriever:
         `batch_size` replaces the run's `decoding.batch_size`.
 
         Raises:
-          UserError: there is no run at `run_path`, or it is not finished, or was replaced meanwhile, or its system is
-            not known, or an item was published that the run has no row of; a batch size for a model without one.
+          UserError: there is no run at `run_path`, or it is not finished or was replaced meanwhile; its system is
+            unknown; a published item has no row in the run; a batch size was given for a model without one.
         """
         self.run, _ = Run.load(Path(run_path))
         self.ready = False
@@ -90,7 +90,7 @@ class Retriever:
         statistics = read_json(self.run.tables / "statistics.json")
         self.behaviors: list[str] = statistics["behaviors"]
         self.target_behaviors = [self.behaviors.index(name) for name in statistics["target_behaviors"]]
-        # A model that isn't told when it is asked knows the time of the last event, as in training.
+        # A model from which the time of the request is hidden gets the time of the last event, as in training.
         self.answer_time = bool(statistics.get("answer_time", True))
         self._read_events(len(users))
         self.recommender = recommender or self._load_recommender(config)
@@ -122,7 +122,7 @@ class Retriever:
         return LiveCatalogue(items, *known, popularity=counts, model=model)
 
     def _take_published(self, items: pa.Table) -> None:
-        """Brings the catalogue to what was published after the training: items that came, left or were encoded anew."""
+        """Applies the changes published after the training: items added, removed or re-encoded."""
         folder = self.run.semantic_ids
         if not (folder / CODES).is_file() or trained_version(folder) is None:
             return
@@ -153,17 +153,17 @@ class Retriever:
         popularity: np.ndarray | None = None,
         embeddings: np.ndarray | None = None,
     ) -> Version:
-        """New items that have semantic IDs are recommended from now on, and known in histories.
+        """Adds items with semantic IDs: they are recommended from now on, and known in histories.
 
         Args:
           items: `item_id` and any columns of items.parquet.
           codes: int [n, M]; None: those of the current version in the run's semantic_ids folder, as
             `python -m jaxrec.semantic_ids append` made them.
-          popularity: [n], as if it were their `count`; None for 0.
-          embeddings: float [n, D], such as the IDs were made of; None: what the codebooks say that the IDs stand for.
+          popularity: [n], in the unit of the column `count`; None for 0.
+          embeddings: float [n, D], in the space that was quantized; None: the embeddings decoded from the IDs.
 
         Raises:
-          UserError: what `LiveCatalogue.add` refuses, or an item without a semantic ID.
+          UserError: as `LiveCatalogue.add`, or an item without a semantic ID.
         """
         if codes is None and "item_id" in items.column_names:
             table = read_version(self.run.semantic_ids)
@@ -197,11 +197,11 @@ class Retriever:
         *,
         within: Sequence[Predicate | np.ndarray | None] | None = None,
     ) -> list[Answer | UserError]:
-        """One answer a request, in order; for a request that can't be answered, the UserError that says why.
+        """One answer a request, in order; for a request that can't be answered, the UserError with the reason.
 
-        The model is given `at_once` histories of one depth in a call: many, and it can fill its own batches with
-        histories of one length. `within` restricts each request further than it does itself: to bool [I] (row = item
-        of the version), or by a function of the items table that returns it (whose mask is kept; give the same one).
+        The model gets up to `at_once` histories of one depth in a call; with many, it can fill its batches with
+        histories of one length. `within` restricts every request further: bool [I] (row = item of the version), or a
+        function of the items table that returns it (its mask is cached, so pass the same function object).
         """
         version = self.catalogue.current
         answers: list[Answer | UserError | None] = [None] * len(requests)
@@ -215,7 +215,7 @@ class Retriever:
             except UserError as error:
                 answers[row] = error
                 continue
-            except Exception as error:  # a fault of this code, which must not cost the other requests their answers
+            except Exception as error:  # an internal error must not fail the other requests
                 LOG.exception("a request was refused")
                 answers[row] = UserError(f"this request can't be answered: {type(error).__name__}; the log says why")
                 continue
@@ -232,7 +232,7 @@ class Retriever:
             row = pair[0]
             return allowed[row] is not None, self.depth(requests[row].k)
 
-        # Searches with filters and without, and of different depths, are different calls of the model.
+        # Requests with and without filters, and of different depths, are different calls of the model.
         known.sort(key=call)
         for (filtered, depth), group in groupby(known, key=call):
             pairs = list(group)
@@ -245,15 +245,16 @@ class Retriever:
         return answers
 
     def depth(self, k: int) -> int:
-        """The depth that k items are ranked to: of the DEPTHS that need the same beams the largest, as one program."""
+        """The depth of a ranking for k items: the largest of the DEPTHS that need the same beams, to share a
+        program."""
         first, *deeper = (depth for depth in DEPTHS if depth >= k)
         width = getattr(self.recommender, "width", None)
         return first if width is None else max([first, *(depth for depth in deeper if width(depth) == width(first))])
 
     def history(self, request: Request, version: Version | None = None) -> tuple[History, list[str]]:
-        """(what the request's user did, item ids that are not in the catalogue); an empty history if nothing is known.
+        """(the history of the request's user, item ids that are not in the catalogue); the history may be empty.
 
-        Removed items are history too. Ids that the request blocks or allows are looked up as well.
+        Removed items stay in histories. Ids that the request blocks or allows are looked up too.
 
         Raises:
           UserError: an unknown behavior, or a query for a recommender that reads none.
@@ -284,7 +285,8 @@ class Retriever:
         return self.answers.allowed(request, within, history, version)
 
     def _inline(self, events: list[Event], version: Version) -> History:
-        """A history given in the request, in order of time. Without times, each event is a session, just happened."""
+        """A history given in the request, in order of time. Without times, each event is a session at the current
+        time."""
         times = [self.latest if event.timestamp is None else event.timestamp for event in events]
         order = np.argsort(times, kind="stable")
         timestamp = np.array(times, np.int64)[order]
@@ -308,7 +310,7 @@ class Retriever:
     def _recommend(
         self, version: Version, histories: list[History], depth: int, allowed: list[Allowed] | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The model, one call at a time; it pads histories of one length to a batch, and nobody else does."""
+        """Calls the model, one call at a time; the model pads histories of one length to a batch."""
         if version.served is None:
             return self._rank_and_drop(version, histories, depth, allowed)
         with self._lock:
@@ -319,7 +321,7 @@ class Retriever:
     def _rank_and_drop(
         self, version: Version, histories: list[History], depth: int, allowed: list[Allowed] | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """For a recommender that knows no filters: a ranking of all items, without those that are not allowed."""
+        """For a recommender without filters: a ranking of all items, from which disallowed ones are dropped."""
         everything = allowed is None and version.active.all()
         with self._lock:
             items, scores = self.recommender.recommend(histories, depth if everything else len(version))
@@ -342,10 +344,10 @@ class Retriever:
         return Answer(**listed, source=source, ignored=ignored or None)
 
     def warm_up(self, sizes: Sequence[int] = (1,)) -> None:
-        """Runs every program that `sizes` requests at a time can need, smallest first: whoever asks need not wait.
+        """Warm-up: runs every program that batches of `sizes` requests can need, smallest first.
 
-        There is one for each size, each length bucket of histories, each depth, with filters and without. Whatever is
-        not in the cache of compiled programs (`jaxrec.programs`) is compiled.
+        There is one for each size, each length bucket of histories, each depth, with and without filters. Programs that
+        are not in the cache (`jaxrec.programs`) are compiled.
         """
         version = self.catalogue.current
         lengths = self.recommender.every_length() if hasattr(self.recommender, "every_length") else []

@@ -23,17 +23,17 @@ from jaxrec.config import UserError
 MAX_K = 500
 MAX_HISTORY = 100_000
 MAX_LISTED = 10_000
-"""Item ids that a request may block or allow; what is more is a filter."""
+"""The most item ids that a request may block or allow; use a filter for more."""
 MAX_TEXT = 10_000
-"""Characters of an id or a name."""
+"""The most characters of an id or a name."""
 MAX_QUERY = 1_000
-"""Characters of a query or a prefix."""
+"""The most characters of a query or a prefix."""
 MAX_SENTENCE = 500
-"""Characters of an error, which may quote what a request holds."""
+"""The most characters of an error, which may quote the request."""
 HALF = "holds half a character (a lone surrogate); give whole ones"
 NESTED = "this is no JSON: nested too deeply"
 MILLISECONDS = 100_000_000_000
-"""Seconds reach this in the year 5138; a larger time is in milliseconds."""
+"""The year 5138 in seconds; a larger time is in milliseconds."""
 
 
 def _not_blank(text: str) -> str:
@@ -42,7 +42,7 @@ def _not_blank(text: str) -> str:
     return text
 
 
-# The length is what has pydantic read the text as Unicode: without it a lone surrogate would pass.
+# The length makes pydantic read the text as Unicode; without it a lone surrogate would pass.
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Query = Annotated[str, StringConstraints(max_length=MAX_QUERY), AfterValidator(_not_blank)]
 Seconds = Annotated[int, Field(ge=0, lt=MILLISECONDS, strict=True)]
@@ -184,10 +184,10 @@ def parse_request(line: str | bytes) -> Request:
 
     Raises:
       NoJsonError: it can't be parsed.
-      UserError: one sentence: what is wrong with it, and where.
+      UserError: one sentence with the error and its field.
     """
     try:
-        return Request.model_validate_json(line)  # several times as fast as what follows, which can explain
+        return Request.model_validate_json(line)  # several times as fast as the code below, which explains errors
     except (ValidationError, RecursionError):
         pass
     value = _load_json(line)
@@ -269,6 +269,6 @@ def _is_unicode(text: str) -> bool:
 
 
 def _printable(sentence: str) -> str:
-    """A sentence that can be sent as UTF-8, whatever it quotes, and is not long."""
+    """A sentence made safe for UTF-8, whatever it quotes, and truncated."""
     sentence = sentence.encode("utf-8", "backslashreplace").decode()
     return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:MAX_SENTENCE]}..."

@@ -1,1 +1,1 @@
-"""Texts: the item encoder and its alignment with what shoppers do."""
+"""Texts: the encoder of items, queries and prefixes, and its alignment with behavior."""

@@ -1,9 +1,9 @@
-"""Alignment of text embeddings with what shoppers do (OneMall §3.1): items that go together come to lie together.
+"""Alignment of text embeddings with behavior (OneMall §3.1): related items get similar embeddings.
 
-An aligned embedding is `normalise(project(text) + residual[item])`. The projection starts as the principal components
-of the texts, so that training begins from their geometry. The residual is a free vector per item, zero at the start and
-decayed towards zero: items with the same text can be told apart by their pairs, and an item without pairs keeps to its
-text. Training is contrastive over item pairs, in batches, both ways.
+An aligned embedding is `normalise(project(text) + residual[item])`. The projection is initialised with the principal
+components of the texts, which keeps their geometry. The residual is a free vector per item, initialised to zero and
+decayed towards zero: pairs can separate items with equal texts, and an item without pairs stays at its text. The loss
+is symmetric in-batch InfoNCE over item pairs.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from jaxrec.nn.geometry import principal_axes, unit
 from jaxrec.run import track
 
 STEPS_PER_CALL = 50
-# Scores that are in memory at once where embeddings are measured, 256 MB of them.
+# Scores computed at once when embeddings are evaluated: 256 MB.
 SCORES = 2**26
 
 
@@ -30,7 +30,7 @@ class AlignConfig:
     """Contrastive alignment of item embeddings on item pairs."""
 
     kind: str = "swing"
-    """Which pairs of pairs.parquet teach the alignment."""
+    """The kind of pairs in pairs.parquet that the alignment is trained on."""
     width: int = 64
     """Width of the aligned embeddings."""
     hidden: int = 256
@@ -48,18 +48,18 @@ class AlignConfig:
     learning_rate: float = 2e-3
     """Peak learning rate of Adam, falling to zero along a cosine."""
     held_out: float = 0.05
-    """Share of the pairs kept for measuring the alignment."""
+    """Share of the pairs held out for evaluation."""
 
 
 class Alignment(NamedTuple):
-    """A fitted alignment: parameters for `apply`, and what was measured before and after."""
+    """A fitted alignment: parameters for `apply`, and metrics before and after."""
 
     params: dict
     metrics: dict[str, float]
 
 
 def init(key: jax.Array, text: np.ndarray, config: AlignConfig) -> dict:
-    """Parameters of `apply`: principal components, a silent hidden layer, zero residuals."""
+    """Parameters of `apply`: principal components, a hidden layer with zero output, zero residuals."""
     rows, text_width = text.shape
     width = min(config.width, text_width)
     mean = text.mean(0)
@@ -78,7 +78,7 @@ def init(key: jax.Array, text: np.ndarray, config: AlignConfig) -> dict:
 def apply(params: dict, text: jax.Array, items: jax.Array | None = None) -> jax.Array:
     """Aligned unit vectors of items, f32 [..., width], from their text embeddings f32 [..., D].
 
-    items: int32 [...], whose residuals to add; without it (new items) the text alone decides.
+    items: int32 [...], the items whose residuals are added; None for new items: the text alone.
     """
     centred = text - params["mean"]
     hidden = jax.nn.gelu(centred @ params["up"]["kernel"] + params["up"]["bias"])
@@ -89,10 +89,10 @@ def apply(params: dict, text: jax.Array, items: jax.Array | None = None) -> jax.
 
 
 def honest_negatives(left, right, known):
-    """Which columns are true negatives of a row, bool [B, B]: neither the same item nor a known partner.
+    """Mask of the true negatives, bool [B, B]: columns that are neither the row's item nor a known partner of it.
 
-    left, right: int [B]; known: bool [B, B], whether left (row) and right (column) are known to go together. Arrays of
-    NumPy or of JAX.
+    left, right: int [B]; known: bool [B, B], whether left (row) and right (column) are a known pair. NumPy or JAX
+    arrays.
     """
     same = (left[:, None] == right) | (right[:, None] == right) | (left[:, None] == left)
     return ~(known | same)
@@ -109,12 +109,12 @@ def align(
 
     Args:
       text: f32 [I, D], the text embedding of each item.
-      pairs: int [n, 2], items that go together, in either order; repeats count once.
-      categories: [I], only for measuring how many neighbours share a category.
+      pairs: int [n, 2], related items, in either order; repeats count once.
+      categories: [I], only for the metric `same_category@10`.
     Returns:
       An `Alignment`; `apply(alignment.params, text, np.arange(I))` gives the embeddings.
     Raises:
-      UserError: an embedding is not finite, or a pair names an item that is not there.
+      UserError: an embedding is not finite, or a pair names an item that does not exist.
     """
     if len(bad := np.flatnonzero(~np.isfinite(text).all(axis=1))):
         raise UserError(f"the text embedding of item {bad[0]} holds NaN or infinity: fix that row's embedding")
@@ -134,7 +134,7 @@ def align(
 
 
 def fit(key: jax.Array, params: dict, text: np.ndarray, pairs: np.ndarray, config: AlignConfig) -> dict:
-    """Adam on `pair_loss` over shuffled pairs; each pair's direction is drawn anew in each pass."""
+    """Adam on `pair_loss` over shuffled pairs; the direction of each pair is drawn again in each epoch."""
     partners = partner_table(pairs, len(text))
     share = np.bincount(pairs.ravel(), minlength=len(text)) / pairs.size
     log_q = jnp.asarray(np.log(np.maximum(share, 1e-12)), jnp.float32)
@@ -184,7 +184,7 @@ def _train(config, steps, state, text, partners, log_q, batches):
 
 
 def _shuffled(key: jax.Array, pairs: np.ndarray, batch: int, steps: int) -> np.ndarray:
-    """int32 [steps, batch, 2]: whole passes over the pairs, each in its own order and directions."""
+    """int32 [steps, batch, 2]: whole epochs over the pairs, each with its own order and directions."""
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     passes = -(-steps * batch // len(pairs))
     order = np.concatenate([rng.permutation(len(pairs)) for _ in range(passes)])[: steps * batch]
@@ -193,7 +193,7 @@ def _shuffled(key: jax.Array, pairs: np.ndarray, batch: int, steps: int) -> np.n
 
 
 def partner_table(pairs: np.ndarray, items: int) -> np.ndarray:
-    """The partners of each item, int32 [I, P], P the most that an item has, -1 where there are fewer."""
+    """The partners of each item, int32 [I, P], padded with -1; P is the largest number of partners."""
     both = np.concatenate([pairs, pairs[:, ::-1]])
     both = both[np.argsort(both[:, 0], kind="stable")]
     counts = np.bincount(both[:, 0], minlength=items)
@@ -211,10 +211,10 @@ def measure(
     k: int = 50,
     most: int = 2000,
 ) -> dict[str, float]:
-    """How well the embeddings find what goes together.
+    """Retrieval metrics of the embeddings.
 
     `pair_recall@k`: share of held-out pairs (both ways, at most `most`) whose other item is among the k nearest of the
-    first, its training partners left out. `same_category@10`: share of the 10 nearest (all others, where there are
+    first, its training partners left out. `same_category@10`: share of the 10 nearest (of all others, if there are
     fewer) in the item's own category, over `most` items.
     """
     vectors = apply_all(params, text)
@@ -230,12 +230,12 @@ def measure(
 
 
 def evenly(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of the rows, evenly spread."""
+    """At most `most` of the rows, evenly spaced."""
     return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
 
 def _parts(rows: np.ndarray, columns: int) -> list[np.ndarray]:
-    """The rows in parts whose scores of all columns fit into memory."""
+    """The rows in chunks whose scores of all columns fit into memory."""
     return np.array_split(rows, max(1, -(-len(rows) * columns // SCORES)))
 
 
@@ -255,13 +255,13 @@ def pair_recall(
     most: int = 2000,
     candidates: np.ndarray | None = None,
 ) -> float:
-    """Share of pairs whose right end is among the k nearest of its left end.
+    """Share of pairs whose right end is among the k nearest neighbours of the left end.
 
     Args:
       vectors: f32 [I, D].
-      test: int [n, 2], (left, right); of more than `most` an even part is measured.
-      known: int [m, 2], (left, right): other right ends, which take no place.
-      candidates: bool [I], which vectors may take a place; all if it is not given.
+      test: int [n, 2], (left, right); of more than `most` an evenly spaced part is evaluated.
+      known: int [m, 2], (left, right): other right ends of a left end, which are not ranked.
+      candidates: bool [I], mask of the ranked vectors; None: all.
     """
     test = evenly(test, most)
     if candidates is not None:
@@ -275,13 +275,13 @@ def pair_recall(
 
 
 def _nearer(vectors: np.ndarray, test: np.ndarray, known: np.ndarray, candidates: np.ndarray | None) -> np.ndarray:
-    """How many are nearer to the left end of each pair than its right end is, int [n]; known: sorted by left end."""
+    """The number of vectors nearer to the left end of each pair than its right end, int [n]; known: sorted by left."""
     each = np.arange(len(test))
     scores = vectors[test[:, 0]] @ vectors.T
     target = scores[each, test[:, 1]][:, None].copy()
     begin, end = (np.searchsorted(known[:, 0], test[:, 0], side) for side in ("left", "right"))
     rows = np.repeat(each, end - begin)
-    # The place of each row's partners in `known`: they are a run from `begin` on.
+    # The positions of each row's partners in `known`: a range from `begin` on.
     place = np.arange(len(rows)) - np.repeat(np.cumsum(end - begin) - end, end - begin)
     scores[rows, known[place, 1]] = -np.inf
     scores[each, test[:, 0]] = -np.inf

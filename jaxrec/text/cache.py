@@ -1,8 +1,8 @@
-"""Embeddings remembered on disk by the hash of what was encoded.
+"""A cache of embeddings on disk, keyed by the hash of the encoder and the text.
 
-A store is a folder of immutable shards. A shard's name is the sha256 of its bytes and it appears by an atomic
-rename: so a kill leaves at most a temporary file, two processes never spoil each other's work, and damage shows when
-it is read.
+A store is a folder of immutable shards. A shard's name is the sha256 of its bytes, and it is written by an atomic
+rename. So a kill leaves at most a temporary file, two processes never damage each other's work, and damage is detected
+when a shard is read.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class EmbeddingCache:
     def read(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The vectors f32 [len(keys), width] (zero where unknown), and which are known, bool [len(keys)].
 
-        A damaged shard is named on the console and deleted; its texts are then unknown and will be encoded again.
+        A damaged shard is named on the console and deleted; its texts become unknown and are encoded again.
         """
         vectors, known = np.zeros((len(keys), self.width), np.float32), np.zeros(len(keys), bool)
         wanted = {key: i for i, key in enumerate(keys)}
@@ -59,14 +59,14 @@ class EmbeddingCache:
         return vectors, known
 
     def add(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
-        """Remember vectors f32 [len(keys), width]; they reach the disk a shard at a time, and at `flush`."""
+        """Add vectors f32 [len(keys), width]; they are written shard by shard, and at `flush`."""
         self._keys.extend(keys)
         self._vectors.append(vectors)
         if len(self._keys) >= SHARD_ROWS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last shard; UserError when the disk is full."""
+        """Write the vectors added since the last shard; UserError when the disk is full."""
         if not self._keys:
             return
         keys = np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 32)
@@ -95,7 +95,7 @@ class EmbeddingCache:
 
 
 def write_files(folder: Path, files: dict[str, bytes], what: str) -> None:
-    """Write files into a folder, which is made where it is not there, in their order, each whole or not at all.
+    """Write files in order into a folder, which is created if missing; each file is complete or absent.
 
     Raises:
       UserError: `what` can't be saved there.
@@ -110,7 +110,7 @@ def write_files(folder: Path, files: dict[str, bytes], what: str) -> None:
 
 
 def write_atomically(path: Path, raw: bytes) -> None:
-    """Write a file that is either whole or not there, whatever happens meanwhile."""
+    """Write a file so that it is complete or absent after a crash at any moment."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:

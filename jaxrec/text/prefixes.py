@@ -1,8 +1,7 @@
-"""Prefixes of queries: what they were completed to, and their embeddings (OneSug §3.2.1).
+"""Prefixes of queries: their completions, and their embeddings (OneSug §3.2.1).
 
-A prefix of a word says little about what is meant. So its embedding is mixed with those of the queries that it was
-completed to most often (Eq. 2). The same log gives the pairs that align the encoder before that (Eq. 1): the term `p2q`
-of `jaxrec.text.finetune`.
+A short prefix is ambiguous. So its embedding is mixed with those of its most frequent completions (Eq. 2). The same log
+gives the pairs on which the encoder is aligned before that (Eq. 1): the term `p2q` of `jaxrec.text.finetune`.
 """
 
 from dataclasses import dataclass
@@ -19,16 +18,16 @@ from jaxrec.text.pair_batches import TextPairs
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """How prefixes are enriched with the queries that they were completed to."""
+    """Enrichment of prefixes with their completions."""
 
     weight: float = 0.5
-    """Share of the queries in a prefix's embedding, the w of OneSug Eq. 2; above 0 and below 1."""
+    """Weight of the completions in a prefix's embedding, the w of OneSug Eq. 2; above 0 and below 1."""
     queries: int = 10
-    """At most so many queries a prefix, the most frequent ones: the k of OneSug Eq. 2."""
+    """Number of most frequent completions used for a prefix: the k of OneSug Eq. 2."""
     min_count: int = 1
-    """A query that followed the prefix less often is left out."""
+    """Least count of a completion; rarer ones are dropped."""
     feedback: tuple[str, ...] = ("order", "item_click", "click")
-    """What must have happened with a query, for it to count as what the prefix was completed to."""
+    """Feedback that makes a suggested query count as a completion."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,9 @@ class CoOccurrence:
     queries: list[str]
     """Distinct queries, sorted."""
     table: np.ndarray
-    """int32 [P, k], rows of `queries`, -1 where there are fewer."""
+    """int32 [P, k], rows of `queries`, padded with -1."""
     count: np.ndarray
-    """int64 [P, k], how often the prefix was completed so; 0 where there is none."""
+    """int64 [P, k], the count of each completion; 0 in the padding."""
 
     def pairs(self) -> tuple[list[str], TextPairs]:
         """Texts (prefixes, then queries) and pairs over them for the term `p2q`: prefix as trigger, query as target."""
@@ -51,11 +50,11 @@ class CoOccurrence:
 
 
 def co_occurrence(log: pa.Table, config: PrefixConfig = PrefixConfig()) -> CoOccurrence:
-    """Counts which queries followed which prefixes.
+    """Counts the completions of each prefix.
 
     Args:
       log: prefix str, query str, feedback str, one row a suggestion: the train rows of suggestions.parquet. Rows
-        without a prefix or a query are left out. A prefix without a query that counts is kept, with no query.
+        without a prefix or a query are left out. A prefix without a counted query is kept, with an empty row.
 
     Raises:
       UserError: a column is missing, or no query of the log has the wanted feedback.
@@ -81,7 +80,7 @@ def co_occurrence(log: pa.Table, config: PrefixConfig = PrefixConfig()) -> CoOcc
     key, count = np.unique(row * len(queries) + column, return_counts=True)
     key, count = key[count >= config.min_count], count[count >= config.min_count]
     row, column = np.divmod(key, len(queries))
-    order = np.lexsort((column, -count, row))  # ties by the query's place in the alphabet
+    order = np.lexsort((column, -count, row))  # ties in alphabetical order of the query
     row, column, count = row[order], column[order], count[order]
     place = np.arange(len(row)) - np.searchsorted(row, row)
     kept = place < config.queries
@@ -96,12 +95,12 @@ def augment(prefixes: jax.Array, queries: jax.Array, table: jax.Array, weight: f
 
         e* = (1 - w) e_p + w mean of the queries' e_q;   e* = e_p for a prefix without queries
 
-    As in the paper the result has no unit length: how short it is says how much prefix and queries differ.
+    As in the paper, the result is not normalised: the more prefix and queries differ, the shorter it is.
 
     Args:
       prefixes: f32 [P, D], from the aligned encoder.
-      queries: f32 [n, D], from the same.
-      table: int [P, k], rows of `queries`, -1 where there are fewer.
+      queries: f32 [n, D], from the same encoder.
+      table: int [P, k], rows of `queries`, padded with -1.
       weight: w, above 0 and below 1.
 
     Raises:

@@ -4,16 +4,16 @@ An embedding has two halves: what is sold, and what is shown.
 
     product card   [card, card]                    it shows itself
     short video    [its product, its own]          [own, own] where no product is known
-    live stream    item tower([what it sells now, its own])
+    live stream    item tower([its current products, its own])
 
-With both halves of unit length and the whole divided by sqrt(2), the inner product of two cards is what it was, a
-video lies half-way between its product and its content, and no scenario stands apart by a norm or a block of zeros:
-k-means would otherwise spend its first codebook on telling scenarios apart.
+Both halves have unit length, and the whole is divided by sqrt(2). Then the inner product of two cards is unchanged, a
+video lies half-way between its product and its content, and no scenario differs by its norm or by a block of zeros,
+which would make the first k-means codebook separate scenarios.
 
-A live stream changes what it sells, so no embedding of it can be kept: the item tower of a two-tower retrieval model
-makes one, anew whenever the products change. The user tower reads recent items; both towers start as the identity (the
-mean of the items; what is sold and shown) and learn from what users chose next. The item tower has a lower learning
-rate, so that the semantic IDs made from its embeddings change slowly.
+A live stream's products change, so its embedding cannot be kept: the item tower of a two-tower retrieval model computes
+a new one whenever they change. The user tower reads recent items. Both towers are initialised as the identity (the user
+tower: the mean of the items) and trained on the users' next items. The item tower has a lower learning rate, so that
+the semantic IDs of its embeddings change slowly.
 """
 
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ STEPS_PER_CALL = 50
 
 @dataclass(frozen=True)
 class TowersConfig:
-    """The two-tower model that makes the embeddings of live streams."""
+    """The two-tower model that computes the embeddings of live streams."""
 
     history: int = 10
     """Recent items that the user tower reads."""
     behaviors: tuple[str, ...] = ("click", "cart", "purchase")
-    """What users did to the items that the towers learn from."""
+    """Behaviors of the events that the towers are trained on."""
     hidden: int = 256
     """Width of the hidden layer of each tower."""
     temperature: float = 0.1
@@ -54,13 +54,13 @@ class TowersConfig:
     steps: int = 1000
     """Training steps."""
     learning_rate: float = 1e-3
-    """Highest learning rate of the user tower."""
+    """Peak learning rate of the user tower."""
     item_learning_rate: float = 1e-4
-    """That of the item tower: lower, so that embeddings (and the semantic IDs made of them) change slowly."""
+    """Peak learning rate of the item tower: lower, so that embeddings and their semantic IDs change slowly."""
 
 
 class ScenarioChanges(NamedTuple):
-    """When live streams changed what they sell, sorted by (item, time); change c is row I + c of the inputs."""
+    """Times at which the products of live streams changed, by (item, time); change c is row I + c of the inputs."""
 
     item: np.ndarray
     """int64 [c]"""
@@ -69,18 +69,19 @@ class ScenarioChanges(NamedTuple):
 
 
 class TowerData(NamedTuple):
-    """What the towers learn from. A row is a state of an item: of a live stream, for every change of its products."""
+    """The towers' training data. A row is a state of an item; a live stream has one for every change of its
+    products."""
 
     inputs: np.ndarray
-    """f32 [R, 2 D], from `compose`; the first I rows are the items, a live stream selling nothing there."""
+    """f32 [R, 2 D], from `compose`; the first I rows are the items, live streams without products."""
     item: np.ndarray
     """int32 [R], the item of each row."""
     current: np.ndarray
     """int32 [I], the newest row of each item."""
     history: np.ndarray
-    """int32 [n, S], rows of what the user did before, the newest last, -1 in front where there is less."""
+    """int32 [n, S], rows of the user's earlier items, the newest last, padded with -1 on the left."""
     target: np.ndarray
-    """int32 [n], the row of what the user did then."""
+    """int32 [n], the row of the user's next item."""
     held_out: np.ndarray
     """bool [n], examples of other splits than train."""
 
@@ -90,12 +91,12 @@ def compose(own: np.ndarray, products: np.ndarray, vectors: np.ndarray) -> np.nd
 
     Args:
       own: f32 [n, D], the embeddings of the items themselves.
-      products: int [n, P], rows of `vectors` that an item sells, -1 where there are fewer. What sells nothing that is
-        known (product cards, for one) shows itself in both halves.
+      products: int [n, P], rows of `vectors` of an item's products, padded with -1. Items without known products, such
+        as product cards, have their own embedding in both halves.
       vectors: f32 [I, D], the embeddings of the products.
     """
     own, vectors = _unit(own), _unit(vectors)
-    # A column at a time: all products of all items at once would be P times the memory of the result.
+    # Column by column: all products of all items at once would take P times the memory of the result.
     total = sum(vectors[np.maximum(column, 0)] * (column >= 0)[:, None] for column in products.T)
     sold = np.where((products >= 0).any(1)[:, None], _unit(total), own)
     return (np.concatenate([sold, own], axis=1) / np.sqrt(2)).astype(np.float32)
@@ -109,9 +110,9 @@ def scenario_embeddings(
     Args:
       own: f32 [I, D], the embedding of each item's own text.
       items: item_id str; scenario str and product_ids list of str where there are any.
-      live_streams: item_id, timestamp, product_ids: what each live stream sells from then on; the newest row counts.
-      item_tower: parameters from `train_towers`, applied to live streams; without them a live stream is what it sells
-        and its own, untouched.
+      live_streams: item_id, timestamp, product_ids: the products of a live stream from then on; the newest row counts.
+      item_tower: parameters from `train_towers`, applied to live streams; without them a live stream is composed like
+        a video, of its products and its own embedding.
 
     Raises:
       UserError: the tables and the embeddings don't fit.
@@ -125,7 +126,7 @@ def scenario_embeddings(
 
 
 def encode_items(item_tower: dict, inputs: np.ndarray) -> np.ndarray:
-    """The item tower's unit vectors f32 [n, 2 D] of inputs from `compose`: one forward pass when a stream changes."""
+    """The item tower's unit vectors f32 [n, 2 D] of inputs from `compose`; one forward pass for a changed stream."""
     if inputs.shape[1] != (width := item_tower["down"]["kernel"].shape[1]):
         raise UserError(
             f"the item tower was trained on inputs {width} wide, these are {inputs.shape[1]} wide: train it again"
@@ -136,10 +137,10 @@ def encode_items(item_tower: dict, inputs: np.ndarray) -> np.ndarray:
 def tower_data(
     own: np.ndarray, items: pa.Table, events: pa.Table, live_streams: pa.Table | None, config: TowersConfig
 ) -> TowerData:
-    """Examples from a log: what a user did to an item, after what.
+    """Examples from a log: a user's history and the next item.
 
-    Of one session an item counts once, when it is first met: buying what was just clicked teaches nothing. A live
-    stream stands for what it sold at that time.
+    An item counts once in a session, at its first event: a purchase of an item just clicked carries no information. A
+    live stream has the products that it sold at that time.
 
     Args:
       own, items, live_streams: as for `scenario_embeddings`.
@@ -157,7 +158,7 @@ def tower_data(
     first = np.sort(first)
     user, item, time = user[first], item[first], time[first]
     row = _row_at(item, time, changes, len(own))
-    # The events before one, if they are of the same user.
+    # The preceding events of the same user.
     back = np.arange(len(row))[:, None] + np.arange(-config.history, 0)
     history = np.where((back >= 0) & (user[np.maximum(back, 0)] == user[:, None]), row[np.maximum(back, 0)], -1)
     known = (history >= 0).any(1)
@@ -174,7 +175,7 @@ def tower_data(
 
 
 def init_towers(key: jax.Array, width: int, config: TowersConfig) -> dict:
-    """Parameters of both towers, which begin as the identity: the layers that change anything are zero."""
+    """Parameters of both towers, initialised as the identity: the output layers are zero."""
     dense = jax.nn.initializers.lecun_normal()
 
     def tower(key: jax.Array, inputs: int) -> dict:
@@ -202,7 +203,7 @@ def train_towers(key: jax.Array, data: TowerData, config: TowersConfig, params: 
     """Both towers, trained on the examples that are not held out: in-batch softmax with logQ correction.
 
     Args:
-      params: towers to go on from, as when new events have come; new ones if there are none.
+      params: trained towers to start from, for example with new events; None: fresh ones.
 
     Returns:
       {"user": ..., "item": ...}; the second is what `scenario_embeddings` takes.
@@ -244,7 +245,8 @@ def tower_loss(
     target: jax.Array,
     temperature: float,
 ) -> jax.Array:
-    """In-batch softmax of what each user did next among what all did, f32 [B]; other rows of the same item left out.
+    """In-batch softmax of each user's next item among those of the batch, f32 [B]; other rows of the same item are
+    masked.
 
     inputs f32 [R, 2 D], item int [R], log_q f32 [R]; history int [B, S], target int [B].
     """
@@ -264,7 +266,7 @@ def retrieval_recall(params: dict, data: TowerData, examples: np.ndarray, candid
 
     Args:
       examples: int [n], of `data`.
-      candidates: int [C], rows of distinct items; the target's item, as it was at the time, takes its own place.
+      candidates: int [C], rows of distinct items; the target's row replaces that of the same item.
     """
     history, target = data.history[examples], data.target[examples]
     users = np.asarray(jax.jit(user_vectors)(params["user"], data.inputs[np.maximum(history, 0)], history >= 0))
@@ -312,13 +314,13 @@ def _rows(
     order = np.lexsort((time, stream))
     sold = product_table(live_streams["product_ids"], ids)[order]
     stream, time = stream[order], time[order]
-    current[stream] = len(items) + np.arange(len(stream))  # the last one of an item stays
+    current[stream] = len(items) + np.arange(len(stream))  # the last change of an item stays
     return np.concatenate([inputs, compose(own[stream], sold, own)]), ScenarioChanges(stream, time), current
 
 
 def _row_at(item: np.ndarray, time: np.ndarray, changes: ScenarioChanges, items: int) -> np.ndarray:
-    """The row of each item as it was at a time: the item itself, or the stream's newest change until then."""
-    # One number for item and time, by which the changes are sorted.
+    """The row of each item at a time: the item itself, or the stream's newest change until then."""
+    # One number of item and time, the sort key of the changes.
     times = np.unique(np.concatenate([changes.time, time]))
     change, wanted = (i * len(times) + np.searchsorted(times, t) for i, t in (changes, (item, time)))
     place = np.searchsorted(change, wanted, side="right") - 1
@@ -342,7 +344,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def product_table(product_ids: pa.ChunkedArray, item_ids: pa.Array) -> np.ndarray:
-    """Lists of item ids as item numbers, int32 [n, P], -1 where there are fewer; unknown ids are left out."""
+    """Lists of item ids as item numbers, int32 [n, P], padded with -1; unknown ids are dropped."""
     lists = product_ids.combine_chunks() if isinstance(product_ids, pa.ChunkedArray) else product_ids
     number = pc.index_in(lists.flatten(), item_ids)
     parent = pc.list_parent_indices(lists).to_numpy()

@@ -1,4 +1,4 @@
-"""BERT weights as Hugging Face lays them out, and as `encoder.Bert` does: both ways, bit for bit."""
+"""BERT weights between the layouts of Hugging Face and `encoder.Bert`: both ways, bit for bit."""
 
 import jax
 import numpy as np
@@ -45,9 +45,9 @@ def from_huggingface(tensors: dict[str, np.ndarray], layers: int) -> dict:
 
 
 def to_huggingface(params: dict) -> dict[str, np.ndarray]:
-    """The parameters of `Bert` as Hugging Face BERT tensors, float32; the same bits, laid out anew.
+    """The parameters of `Bert` as Hugging Face BERT tensors, float32, with the same bits.
 
-    The pooler, which a sentence encoder with mean pooling doesn't use, is not among them.
+    The pooler is left out: a sentence encoder with mean pooling doesn't use it.
     """
     params = jax.tree.map(np.asarray, params)
     tensors = {}

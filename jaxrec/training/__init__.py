@@ -1,1 +1,1 @@
-"""Training: the mesh and its rules, the optimiser, checkpoints, the loop. It knows no system and no data."""
+"""Training: mesh and sharding rules, optimiser, checkpoints, loop, stages; independent of systems and data."""

@@ -1,10 +1,10 @@
-"""Checkpoints: a state and where its data stood, written so that a crash, a full disk or a bad file loses little.
+"""Checkpoints: a state and the position of its data; a crash, a full disk or a damaged file loses little.
 
     <folder>/00000200/state/         the pytree, by Orbax
     <folder>/00000200/manifest.json  step, notes (iterator state and the like), size and checksum of every file
-    <folder>/best/...                the same, of what did best in the evaluations of a training
+    <folder>/best/...                the same for the best state in the evaluations
 
-The manifest is written last: a folder without one is a save that was cut off, and is ignored and later removed.
+The manifest is written last: a folder without one is an incomplete save, which is ignored and later removed.
 """
 
 import logging
@@ -27,14 +27,14 @@ DIVERGED = (
     "the checkpoint before it"
 )
 BEST = "best"
-"""The folder, inside a stage's, with the parameters that did best in its evaluations."""
+"""The folder, inside a stage's, of the best parameters in its evaluations."""
 
 
 def save(folder: Path, step: int, state: Any, notes: dict[str, Any], *, keep: int = 2) -> None:
     """Saves a pytree of arrays and removes all checkpoints but the newest `keep`.
 
     Args:
-      notes: JSON values that belong to the state, such as an iterator's state.
+      notes: JSON values of the state, such as an iterator's position.
 
     Raises:
       UserError: the disk is full. The earlier checkpoints are untouched.
@@ -60,17 +60,17 @@ def save(folder: Path, step: int, state: Any, notes: dict[str, Any], *, keep: in
 
 
 def restore(folder: Path, like: Any, parts: Sequence[str] = ()) -> tuple[Any, dict[str, Any], int] | None:
-    """Reads the newest checkpoint that is whole, and says so in a line if that is not the newest one.
+    """Reads the newest intact checkpoint, and prints a line if a newer one is damaged.
 
     Args:
       like: a pytree with the shapes, dtypes and shardings wanted; None for the parameters alone, on one device.
 
     Returns:
-      (state, notes, step), or None where there is no checkpoint.
+      (state, notes, step), or None if there is no checkpoint.
 
     Raises:
-      UserError: there are checkpoints, and none can be read; or the newest holds other shapes than `like`, or NaN or
-        infinity, which a training that diverged has saved.
+      UserError: there are checkpoints, but none can be read; or the newest has other shapes than `like`, or NaN or
+        infinity, as after a diverged training.
     """
     reasons = []
     for step in reversed(steps(folder)):
@@ -81,7 +81,7 @@ def restore(folder: Path, like: Any, parts: Sequence[str] = ()) -> tuple[Any, di
                 with _quiet():
                     _check_shapes(path, like)
                     state = _read(path, like, parts)
-                # No damage: the files are what was saved, and the checkpoint before them leads to the same.
+                # Not damaged: the files are as saved, and resuming from an earlier checkpoint would diverge again.
                 check_finite(state, path, DIVERGED)
             except UserError:
                 raise
@@ -98,7 +98,7 @@ def restore(folder: Path, like: Any, parts: Sequence[str] = ()) -> tuple[Any, di
 
 
 def load_parts(folder: Path, *parts: str) -> dict[str, Any]:
-    """Reads some parts of the state (such as "params") of the newest good checkpoint, on one device, for serving.
+    """Reads some parts of the state (such as "params") of the newest intact checkpoint, on one device, for serving.
 
     Raises:
       UserError: there is no checkpoint, or none can be read.
@@ -109,9 +109,9 @@ def load_parts(folder: Path, *parts: str) -> dict[str, Any]:
 
 
 def load_best(folder: Path, *parts: str) -> dict[str, Any]:
-    """Like `load_parts`, of the best state ("params" and "extra") where the stage was evaluated, else of the newest.
+    """As `load_parts`, for the best state ("params" and "extra") of an evaluated stage, else for the newest.
 
-    A best state that is damaged is replaced by the newest one, and a line says so.
+    If the best state is damaged, the newest one is read and a line is printed.
 
     Raises:
       UserError: there is no checkpoint, or none can be read.
@@ -140,7 +140,7 @@ def _path(folder: Path, step: int) -> Path:
 
 def _clear(path: Path) -> None:
     if jax.process_index() == 0:
-        # The manifest first: what is left of the folder must not look whole.
+        # The manifest first: a partly removed folder must not look complete.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -157,7 +157,7 @@ def _remove_old(folder: Path, keep: int) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
-    """{file: [bytes, CRC-32]}; with many hosts sizes alone, since one host would have to read what all have written."""
+    """{file: [bytes, CRC-32]}; with several hosts sizes alone, since one host would have to read the files of all."""
     result = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         checksum = zlib.crc32(path.read_bytes()) if jax.process_count() == 1 else 0
@@ -166,7 +166,7 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """The damage of a checkpoint's files as text, or None."""
     try:
         manifest = read_json(path / MANIFEST)
         files, _, _ = manifest["files"], manifest["notes"], manifest["step"]
@@ -184,7 +184,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _check_shapes(path: Path, like: Any) -> None:
-    """A checkpoint of another model is no damage, and no reason to fall back."""
+    """UserError if a checkpoint has other shapes than `like`; that is no damage, so there is no fall-back."""
     if like is None:
         return
     with ocp.StandardCheckpointer() as checkpointer:
@@ -221,7 +221,7 @@ def _read(path: Path, like: Any, parts: Sequence[str]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax's threads from printing tracebacks of errors that it raises as well."""
+    """Suppresses tracebacks printed by Orbax's threads for errors that Orbax raises as well."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Counting a model's floating-point operations from what it computes."""
+"""Counts of a model's floating-point operations, from its jaxpr."""
 
 import math
 import operator
@@ -14,7 +14,7 @@ from jax.extend.core import Literal
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of matrix products; `exact` is False where there may be more: see `count_matmuls`."""
+    """FLOPs of matrix products; `exact` is False if the count is a lower bound: see `count_matmuls`."""
 
     count: float
     exact: bool = True
@@ -32,24 +32,25 @@ NONE = Flops(0.0)
 def count_matmuls(function: Callable[..., Any], *args: Any) -> Flops:
     """FLOPs of all matrix products in one call: 2 for each multiply-add, nothing else counted.
 
-    `args` may be shapes (`jax.ShapeDtypeStruct`); nothing is run. A loop's body counts once a turn, and the products of
-    a `shard_map` once a device. A loop whose number of turns only the data decide counts as none, and such a choice
-    between branches as the smallest of them: then the count isn't exact. A training step of a model is commonly taken
-    as three times its forward pass: one forward, two backward.
+    `args` may be shapes (`jax.ShapeDtypeStruct`); nothing is computed. A loop's body counts once for each iteration,
+    and the products of a `shard_map` once for each device. A loop with a data-dependent number of iterations counts as
+    0, and a data-dependent branch as the smallest one: then the count isn't exact. A training step is commonly counted
+    as three times the forward pass: one forward, two backward.
     """
     jaxpr = jax.make_jaxpr(function)(*args)
     return _walk(jaxpr, [None] * len(jaxpr.in_avals))[0]
 
 
 def matmul_flops(function: Callable[..., Any], *args: Any) -> float:
-    """The number of `count_matmuls`."""
+    """The FLOPs of `count_matmuls`."""
     return count_matmuls(function, *args).count
 
 
 def step_flops(loss: Callable[..., Any], variables: dict) -> Callable[[Any], Flops]:
     """A function of a batch: the model FLOPs of a training step, three times the matrix products of the forward pass.
 
-    loss: as `jaxrec.training.step.Loss`; variables: {"params", ...}, shapes suffice. Each shape of batch counts once.
+    loss: as `jaxrec.training.step.Loss`; variables: {"params", ...}, shapes are enough. Each shape of batch is counted
+      once.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     params, extra = shapes.pop("params"), shapes
@@ -64,10 +65,10 @@ def step_flops(loss: Callable[..., Any], variables: dict) -> Callable[[Any], Flo
     return count
 
 
-# ---- walking through a jaxpr; a value is that of a whole number that is fixed when tracing, None for all others ------
+# ---- walking through a jaxpr; a value is that of an integer known at tracing time, None for all others ---------------
 
 LONGEST = 100_000
-"""Turns up to which a loop is followed."""
+"""The most iterations up to which a loop is followed."""
 ARITHMETIC = {
     "add": operator.add,
     "sub": operator.sub,
@@ -85,7 +86,7 @@ ARITHMETIC = {
     "or": operator.or_,
     "convert_element_type": lambda value: value,
 }
-"""What the limits of loops are made of."""
+"""The primitives that compute the limits of loops."""
 
 
 def _walk(jaxpr: Any, inputs: list) -> tuple[Flops, list]:
@@ -127,7 +128,7 @@ def _visit(equation: Any, values: list) -> tuple[Flops, list]:
 
 
 def _scan(params: dict, values: list) -> Flops:
-    kept = params["num_consts"]  # the others change from turn to turn
+    kept = params["num_consts"]  # the others change at every iteration
     return _walk(params["jaxpr"], values[:kept] + [None] * (len(values) - kept))[0] * params["length"]
 
 
@@ -146,7 +147,7 @@ def _while(params: dict, values: list) -> Flops:
 
 
 def _turns(test: Any, body: Any, test_consts: list, body_consts: list, carried: list) -> int | None:
-    """How often a loop turns, None where that isn't known: followed through the numbers that its end depends on."""
+    """The number of iterations of a loop, found by following its condition; None if unknown."""
     for turn in range(LONGEST):
         (going,) = _follow(test, test_consts + carried)
         if going is None:
@@ -158,7 +159,7 @@ def _turns(test: Any, body: Any, test_consts: list, body_consts: list, carried: 
 
 
 def _follow(jaxpr: Any, inputs: list) -> list:
-    """The values of a jaxpr's outputs that arithmetic gives from those of its inputs."""
+    """The values of a jaxpr's outputs, computed from those of its inputs; None where unknown."""
     values = dict(zip(jaxpr.invars, inputs, strict=True))
     for equation in jaxpr.eqns:
         if equation.primitive.name in ARITHMETIC:

@@ -1,4 +1,4 @@
-"""The log of a training: metrics.jsonl, TensorBoard, and how much of the machine's speed was used."""
+"""The log of a training: metrics.jsonl, TensorBoard, and the share of the machine's peak."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from jaxrec.run import console
 from jaxrec.training.flops import Flops
 
 TIMING_FIELDS = ("seconds", "targets_per_second", "peak_share", "peak_share_exact")
-"""The fields of a line that differ from one training to its repetition."""
+"""The fields of a line that differ between repetitions of a training."""
 
 PARTIAL = (
     "The loss has matrix products in a loop or a branch of which only the data decide how often it is run: "
@@ -28,7 +28,7 @@ PARTIAL = (
 
 @functools.cache
 def measure_peak() -> float:
-    """FLOP/s of a 2048 x 2048 float32 `jnp.dot`, the best of a few: what the machine's matmul can do (~0.25 s)."""
+    """FLOP/s of a 2048 x 2048 float32 `jnp.dot`, the best of a few: the peak of the machine's matmul (~0.25 s)."""
     size = 2048
     x = jnp.ones((size, size), jnp.float32)
     dot = jax.jit(jnp.dot)
@@ -38,13 +38,13 @@ def measure_peak() -> float:
         start = time.perf_counter()
         dot(x, x).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    # Devices of one CPU share its cores; others add up.
+    # Devices of one CPU share its cores; the FLOP/s of other devices add up.
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     return 2 * size**3 / best * devices
 
 
 class Meter:
-    """Turns sums into a log line; keeps the time."""
+    """Converts sums into a log line, with the rates of training."""
 
     def __init__(self, flops_per_step: float | Callable[[Any], float | Flops] | None):
         self.flops_per_step = flops_per_step
@@ -53,7 +53,7 @@ class Meter:
         self.flops, self.exact, self.told = 0.0, True, False
 
     def add(self, batch: Any) -> None:
-        """Counts a step's FLOPs; says so, once, where they aren't all of them."""
+        """Counts a step's FLOPs; logs once if the count is only a lower bound."""
         if not self.flops_per_step:
             return
         flops = self.flops_per_step(batch) if callable(self.flops_per_step) else self.flops_per_step
@@ -78,18 +78,18 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Saving and evaluating don't count in the rate of training."""
+        """Excludes saving and evaluation from the rate of training."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
 
 class Log:
-    """metrics.jsonl and TensorBoard. Lines of this stage after the step that it begins from are dropped."""
+    """metrics.jsonl and TensorBoard. Lines of this stage after step `begun` are dropped."""
 
     def __init__(self, path: Path, stage: str, begun: int, on_log: Callable[[dict[str, Any]], None] | None):
         self.path, self.stage, self.on_log = Path(path), stage, on_log
-        # The metrics are of all hosts together, so one of them writes.
+        # The metrics are those of all hosts, so one host writes.
         self.writes = jax.process_index() == 0
         if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,13 +120,13 @@ class Log:
             self.on_log(line)
 
     def sync(self) -> None:
-        """Waits until all lines are on the disk: a checkpoint must not be there before the lines of its steps."""
+        """Waits until all lines are on the disk: a checkpoint must not exist before the lines of its steps."""
         if self.writes:
             os.fsync(self.file.fileno())
 
 
 def _drop_lines(path: Path, stage: str, begun: int) -> None:
-    """Removes the lines of a stage after step `begun`, and a last line that was cut off."""
+    """Removes the lines of a stage after step `begun`, and an incomplete last line."""
     if not path.exists():
         return
     kept = []

@@ -1,10 +1,10 @@
-"""The training loop: it feeds batches to a step, logs, saves, and goes on after a stop as if there had been none.
+"""The training loop: batches, steps, logs, checkpoints, evaluations, and an exact resume.
 
 A step is a plain function `step_fn(state, batch) -> (state, metrics)` with metrics as {name: (sum, count)}; "loss" is
-one of them, and its count is the number of targets. Arrays that it is bound to with `jax.tree_util.Partial` are
-arguments of the compiled program. The loop compiles it once per shape of batch, donates the state, adds the sums up on
-the device and fetches them only when it logs. Checkpoints hold the state, the iterator's position behind the last batch
-that was used, and the sums since the last log line: resumed training ends in the same bits.
+one of them, and its count is the number of targets. Arrays bound to the step with `jax.tree_util.Partial` are arguments
+of the compiled program. The loop compiles it once per shape of batch, donates the state, sums the metrics on the device
+and fetches them only to log. Checkpoints hold the state, the iterator's position after the last used batch, and the
+sums since the last log line: resumed training ends in the same bits.
 """
 
 import dataclasses
@@ -39,37 +39,37 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 @flax.struct.dataclass
 class TrainState:
-    """What training changes; a plain pytree."""
+    """The training state; a plain pytree."""
 
     step: jax.Array
-    """int32 []: finished steps."""
+    """int32 []: number of finished steps."""
     params: Any
     """The model's parameters."""
     opt_state: Any
     """The optimiser's state."""
     extra: Any = flax.struct.field(default_factory=dict)
-    """What is updated without a gradient, such as the router biases of mixture layers."""
+    """Variables updated without a gradient, such as the router biases of mixture layers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long to train, how often to log and save."""
+    """Length of the training, intervals of logs, checkpoints and evaluations, early stopping."""
 
     steps: int = 1000
     """Training steps."""
     log_every: int = 50
-    """Steps between two lines in metrics.jsonl."""
+    """Steps between two log lines in metrics.jsonl."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
-    """Checkpoints that are kept."""
+    """Number of kept checkpoints."""
     evaluate_every: int | float = 0.1
-    """Steps between two evaluations, where the stage has one; below 1 a share of `steps`, 0 for none."""
+    """Steps between two evaluations on validation cases; below 1 a share of `steps`, 0 for none."""
     patience: int = 5
-    """Evaluations in a row without a better value before training stops; 0 for never. A training that stops early has
-    not lowered its learning rate to the end of the schedule, so by default half of the steps must bring nothing."""
+    """Evaluations without improvement before training stops early; 0 for never. Early stopping cuts the learning rate
+    schedule short, so by default half of the steps must pass without improvement."""
     monitor: str = "ndcg@10"
-    """The value of an evaluation that decides which state is the best; higher is better."""
+    """The metric by which the best state is chosen; higher is better."""
 
     def __post_init__(self):
         check_least(self, "training", steps=1, log_every=1, checkpoint_every=1, keep=1, evaluate_every=0, patience=0)
@@ -86,10 +86,10 @@ class LoopConfig:
         return max(1, round(every * self.steps)) if 0 < every < 1 else int(every)
 
     def check_monitor(self, names: Iterable[str]) -> None:
-        """Whether `monitor` is one of the values that are evaluated, if any are.
+        """Checks that `monitor` is one of the evaluated metrics, if there are any.
 
         Raises:
-          UserError: it isn't.
+          UserError: it is not.
         """
         known = list(names)
         if self.evaluate_every and self.monitor not in known:
@@ -100,19 +100,19 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """What the evaluations so far say; kept in the notes of every checkpoint."""
+    """The state of early stopping; kept in the notes of every checkpoint."""
 
     best: float | None = None
     """The best value of `LoopConfig.monitor`; None before the first evaluation."""
     step: int = 0
-    """When it was reached."""
+    """The step of the best value."""
     stale: int = 0
-    """Evaluations since then."""
+    """Evaluations since the best value."""
 
     def add(self, value: float, step: int) -> "Watch":
-        """With one evaluation more; a value that is no number is no better one.
+        """The state after one more evaluation; NaN is no improvement.
 
-        While every value is 0, a model that has found nothing yet, the later state is the better one.
+        While every value is 0, a model without hits, the later state counts as better.
         """
         better = value > (-math.inf if self.best is None else self.best) or value == self.best == 0
         return Watch(value, step) if better else dataclasses.replace(self, stale=self.stale + 1)
@@ -132,30 +132,30 @@ def fit(
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Any:
-    """Trains up to `config.steps`, from the newest checkpoint in `folder` if there is one.
+    """Trains up to `config.steps`, from the newest checkpoint in `folder` if any.
 
-    Where there are evaluations, the best state's `params` and `extra` are a checkpoint in `folder`/best
-    (`checkpoint.load_best`), and training stops early when `config.patience` of them in a row bring nothing better.
+    With evaluations, the best state's `params` and `extra` are saved in `folder`/best (`checkpoint.load_best`), and
+    training stops early after `config.patience` evaluations in a row without improvement.
 
     Args:
       state: the first state; its buffers are donated.
-      folder: where the checkpoints of this stage are.
-      metrics_path: the file that gets a JSON line per log and evaluation; a folder `tensorboard` is made beside it.
+      folder: the folder of this stage's checkpoints.
+      metrics_path: the log file, with a JSON line for each log and evaluation; `tensorboard` is made beside it.
       stage: the name of this training in metrics.jsonl, in TensorBoard and on the progress bar.
-      flops_per_step: model FLOPs of a step, or a function of the batch; for the share of the machine's peak. Where the
-        count is a lower bound, the log says so.
-      evaluate: called every `config.evaluation_steps` and at the end with the state; its values are logged under
-        "valid/", after a line of the training so far. `config.monitor` is one of them. An empty dict, where there are
-        no validation cases, is ignored.
-      on_log: called with every line that is logged.
+      flops_per_step: model FLOPs of a step, or a function of the batch; for the share of the machine's peak. The log
+        says if the count is a lower bound.
+      evaluate: called with the state every `config.evaluation_steps` and at the end; its values, `config.monitor` among
+        them, are logged under "valid/", after a line of the training so far. An empty dict (no validation cases) is
+        ignored.
+      on_log: called with every logged line.
 
     Returns:
       The state after the last step.
 
     Raises:
-      UserError: the loss is not finite, the data ends early, the disk is full, no checkpoint can be read, or nothing
-        that is evaluated is called `config.monitor`.
-      SystemExit: status 130, after Ctrl-C or SIGTERM, when the state is saved.
+      UserError: the loss is not finite, the data ends early, the disk is full, no checkpoint can be read, or no
+        evaluated metric is called `config.monitor`.
+      SystemExit: status 130 after Ctrl-C or SIGTERM, once the state is saved.
     """
     step_fn, every = place(as_partial(step_fn), mesh), config.evaluation_steps
     state, totals, begun, watch = _resume(folder, place(state, mesh), iterator)
@@ -165,7 +165,7 @@ def fit(
         return state
     if begun:
         console.print(f"{stage}: going on from step {begun}", markup=False)
-    # With a mesh the state stays where it is: the compiler could choose another place for it after every step.
+    # With a mesh the state keeps its sharding: the compiler could choose another one after every step.
     kept = (jax.tree.map(lambda x: x.sharding, state), None, None) if mesh else None
     one_step, train = _programs()
     train = jax.jit(train, donate_argnums=(1, 2), out_shardings=kept)
@@ -180,10 +180,10 @@ def fit(
             meter.add(batch)
             batch = shard_batch(batch, mesh) if mesh else batch
             state, totals, done = train(step_fn, state, totals, batch, np.int32(step))
-            # One step computes while the next batch is made, not more: each holds a batch.
+            # One step computes while the next batch is made; more would hold more batches in memory.
             jax.block_until_ready(in_flight)
             in_flight = done
-            # Read once: a signal that comes while saving counts for the next step.
+            # Read once: a signal during saving counts for the next step.
             last, stopping = step == config.steps, bool(stop)
             evaluates = evaluate and every and (step % every == 0 or last)
             if step % config.log_every == 0 or last or evaluates:
@@ -221,7 +221,7 @@ def fit(
 
 
 def _resume(folder: Path, state: Any, iterator: BatchIterator) -> tuple[Any, Metrics, int, Watch]:
-    """The newest checkpoint: state, sums since the last log line, step, evaluations; moves the iterator there."""
+    """The newest checkpoint: state, sums since the last log line, step, evaluations; sets the iterator's position."""
     found = checkpoint.restore(folder, state)
     if found is None:
         return state, {}, 0, Watch()
@@ -248,9 +248,9 @@ def as_partial(function: Callable) -> Partial:
 def _programs() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(one_step, train): the step alone, jitted; and the step with the running sums of its metrics, to be jitted.
 
-    `train` calls `one_step` and notes the first step whose loss is not finite. The metrics' names come from
-    `one_step` before the first batch, so that the step is traced once. Both are made anew for every training: their
-    compiled programs are freed with them.
+    `train` calls `one_step` and records the first step whose loss is not finite. The metrics' names are read from
+    `one_step` before the first batch, so that the step is traced once. Both are new for every training, so that their
+    compiled programs are freed with it.
     """
     one_step = jax.jit(lambda step_fn, state, batch: step_fn(state, batch))
 
@@ -287,7 +287,7 @@ def _fetch(totals: Metrics, stage: str, folder: Path) -> dict[str, list[float]]:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Yields a list that gets the first SIGINT or SIGTERM; the second one acts as usual."""
+    """Yields a list that receives the first SIGINT or SIGTERM; the second one acts as usual."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received

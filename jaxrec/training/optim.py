@@ -16,25 +16,25 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     learning_rate: float = 1e-3
-    """Highest learning rate, reached at the end of the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up."""
     warmup: int = 100
-    """Steps over which the learning rate rises from zero."""
+    """Warm-up steps, over which the learning rate rises from zero."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up: a fall along a cosine to `final_fraction` at the last step, or nothing."""
+    """Learning rate after the warm-up: a cosine decay to `final_fraction` at the last step, or constant."""
     final_fraction: float = 0.1
-    """Share of the highest learning rate that is left at the end of the cosine."""
+    """Final learning rate of the cosine decay, as a share of the peak."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
+    """Decoupled weight decay of matrices; none for biases, norms and other vectors."""
     clip_norm: float = 1.0
-    """Largest global norm of the gradient; 0 for no limit."""
+    """Gradient clipping by global norm; 0 for none."""
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.98
     """Decay of the second moment."""
     slow_prefixes: tuple[str, ...] = ()
-    """Parameters whose path begins so (such as "encoder/") learn at a smaller rate."""
+    """Path prefixes of parameters with a smaller learning rate, e.g. "encoder/"."""
     slow_fraction: float = 0.1
-    """Share of the learning rate that those parameters get."""
+    """Learning rate of those parameters, as a share of the others'."""
 
     def __post_init__(self):
         least = ("learning_rate", "warmup", "final_fraction", "weight_decay", "clip_norm", "slow_fraction")
@@ -42,10 +42,10 @@ class OptimConfig:
         check_shares(self, "optim", "b1", "b2")
 
     def check_steps(self, steps: int, place: str = "optim") -> None:
-        """Whether the warm-up ends before a training of so many steps; `place` is where the key of this begins.
+        """Checks that the warm-up is shorter than the training; `place` is the prefix of the key in messages.
 
         Raises:
-          UserError: it doesn't.
+          UserError: it is not.
         """
         if self.warmup >= steps:
             raise UserError(
@@ -66,7 +66,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
         rest = optax.constant_schedule(config.learning_rate)
     else:
         rest = optax.cosine_decay_schedule(config.learning_rate, steps - config.warmup, config.final_fraction)
-    # The step after 0: a first step at rate zero would be wasted.
+    # The step plus 1: a first step at rate zero would be wasted.
     return lambda step: optax.join_schedules([rise, rest], [config.warmup])(step + 1)
 
 
@@ -85,10 +85,10 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def is_matrix(params: Any) -> Any:
-    """True for the leaves that weight decay is meant for: those with two axes or more that are no bias."""
+    """True for the leaves with weight decay: those with two or more axes, except biases."""
 
     def decayed(path: tuple[Any, ...], leaf: jax.Array) -> bool:
-        # Biases and norms of stacked layers or split heads have two axes too, so shapes alone don't tell.
+        # Biases and norms of stacked layers or split heads have two axes too, so shapes are not enough.
         return leaf.ndim > 1 and path_name(path).rsplit("/", 1)[-1] not in ("bias", "scale")
 
     return jax.tree_util.tree_map_with_path(decayed, params)
@@ -98,7 +98,7 @@ def has_prefix(params: Any, prefixes: Sequence[str]) -> Any:
     """True for the leaves whose path, as "encoder/layer_0/kernel", begins with one of the prefixes.
 
     Raises:
-      UserError: a prefix fits no parameter.
+      UserError: a prefix matches no parameter.
     """
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for prefix in prefixes:

@@ -1,4 +1,4 @@
-"""Batches that are made in a thread while the device computes."""
+"""Batches made in a thread while the device computes."""
 
 import queue
 import threading
@@ -8,7 +8,7 @@ from jaxrec.config import UserError
 
 
 class BatchIterator(Protocol):
-    """Batches and the position among them, as JSON values."""
+    """An iterator over batches whose position is JSON values."""
 
     def __next__(self) -> Any: ...
     def get_state(self) -> dict[str, Any]: ...
@@ -16,7 +16,7 @@ class BatchIterator(Protocol):
 
 
 class Prefetch:
-    """Makes batches in a thread, one ahead; `position` is the iterator's state behind the last batch handed out."""
+    """Makes batches in a thread, one ahead; `position` is the iterator's state after the last batch returned."""
 
     def __init__(self, iterator: BatchIterator, ahead: int = 1):
         self.iterator = iterator
@@ -32,13 +32,13 @@ class Prefetch:
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
         while self.thread.is_alive():
-            # The thread may wait for a free place in the queue.
+            # The thread may be waiting for room in the queue.
             while not self.queue.empty():
                 self.queue.get_nowait()
             self.thread.join(0.05)
 
     def get(self, step: int) -> Any:
-        """The next batch, which step `step` needs."""
+        """The next batch, for step `step`."""
         batch, position, error = self.queue.get()
         if isinstance(error, StopIteration):
             raise UserError(f"the data ended before step {step}; lower training.steps or give epochs=None to `batches`")
@@ -51,7 +51,7 @@ class Prefetch:
         while not self.stopped.is_set():
             try:
                 item = (next(self.iterator), self.iterator.get_state(), None)
-            except BaseException as error:  # handed to the thread that trains
+            except BaseException as error:  # passed to the training thread
                 item = (None, None, error)
             self.queue.put(item)
             if item[2] is not None:

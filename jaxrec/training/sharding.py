@@ -1,6 +1,6 @@
-"""Where every array lives: one mesh with the axes (data, expert, model), and two tables of rules.
+"""Sharding of all arrays: one mesh with the axes (data, expert, model), and two tables of rules.
 
-Modules only name the axes of their arrays; the tables say on which mesh axis a name lies (None: copied everywhere).
+Modules only name the axes of their arrays; the tables map each name to a mesh axis (None: replicated).
 
     weights      nn.with_logical_partitioning(init, ("embed", "heads", "head_dim"))
                  embed, heads, head_dim, mlp, vocab, expert, queries, layers
@@ -38,7 +38,7 @@ WEIGHT_RULES = (
     ("layers", None),
 )
 
-# The batch also spreads over the expert axis: outside of the expert layers those devices are data-parallel.
+# The batch is also split over the expert axis: outside the expert layers those devices are data-parallel.
 ACTIVATION_RULES = (
     ("act_batch", ("data", "expert")),
     ("act_length", None),
@@ -54,10 +54,10 @@ RULES = WEIGHT_RULES + ACTIVATION_RULES
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How the devices of all hosts are laid out."""
+    """The mesh of the devices of all hosts."""
 
     data: int = -1
-    """Devices over which batches are split; -1 for all that the other axes leave."""
+    """Devices over which batches are split; -1: all that the other axes leave."""
     expert: int = 1
     """Devices over which the experts of mixture layers are split."""
     model: int = 1
@@ -65,7 +65,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Lays the devices (default: all) out as a mesh.
+    """Arranges the devices (default: all) as a mesh.
 
     Raises:
       UserError: the sizes don't multiply to the number of devices.
@@ -85,7 +85,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 @contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
     """Makes the mesh and both tables of rules current, so that modules' logical names become sharding constraints."""
-    # Not `with mesh:`, under which flax drops every constraint without a word.
+    # Not `with mesh:`, under which flax silently drops every constraint.
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield mesh
 
@@ -96,9 +96,9 @@ def spec(*names: str | None) -> PartitionSpec:
 
 
 def init_sharded(init: Callable[[], Any], mesh: Mesh | None) -> Any:
-    """Runs an initialiser so that every weight is made on the devices where it stays, and never whole on one.
+    """Runs an initialiser that creates every weight sharded on its devices, never whole on one.
 
-    An axis that doesn't split evenly over its devices, such as a vocabulary of odd size, is copied to all of them.
+    An axis that doesn't split evenly over its devices, such as a vocabulary of odd size, is replicated.
 
     Args:
       init: returns a pytree, as `model.init` does, with or without nn.with_logical_partitioning around its leaves.
@@ -117,7 +117,7 @@ def init_sharded(init: Callable[[], Any], mesh: Mesh | None) -> Any:
 
 
 def shapes_of(tree: Any) -> Any:
-    """Shapes and types in place of arrays: what `flax.linen.Module.lazy_init` needs of a large input."""
+    """Shapes and dtypes instead of arrays, for `flax.linen.Module.lazy_init` with a large input."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
@@ -130,7 +130,7 @@ def _split_evenly(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Named
 
 
 def like_params(tree: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree that holds copies of `params` (an optimiser's state); other leaves lie everywhere."""
+    """Shardings for a tree that holds copies of `params` (an optimiser's state); other leaves are replicated."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     structure, shardings = jax.tree.structure(params), jax.tree.map(lambda x: x.sharding, params)
 
@@ -143,8 +143,8 @@ def like_params(tree: Any, params: Any, mesh: Mesh) -> Any:
 def place(tree: Any, mesh: Mesh | None) -> Any:
     """Copies the leaves that aren't on the mesh yet, such as a step count, to all of its devices.
 
-    Without a mesh, to this process's first device: to `jax.jit` an array that was put somewhere, as a restored one is,
-    and one that merely is there are different arguments, and a program is compiled for each.
+    Without a mesh, to this process's first device: `jax.jit` compiles separate programs for committed arrays, such as
+    restored ones, and uncommitted ones.
     """
     if mesh is None:
         return jax.device_put(tree, jax.local_devices()[0])

@@ -7,9 +7,9 @@
     run_stages(run, stages)                       # trains those that are not trained yet
     run_stages(run, stages, only="preference")
 
-A stage is trained when its fingerprint is the one that its folder was marked with. The fingerprint holds those of the
-stages that it starts from or reads frozen, so that a stage is trained anew when an earlier one was, and earlier stages
-stay as they are when a later one changes. Each goes on from its own checkpoints after a stop, to the same bits.
+A stage is trained if the fingerprint recorded in its folder is its own. A fingerprint includes those of the stages that
+initialise the stage or that it reads frozen, so a stage is retrained when one of these was, and earlier stages stay
+unchanged when a later one changes. Each stage resumes from its own checkpoints after a stop, and ends in the same bits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,18 +34,18 @@ from jaxrec.training.step import Loss, bind, make_state, make_step
 
 @dataclass(frozen=True)
 class Task:
-    """What the function that trains a stage is given."""
+    """The arguments of the function that trains a stage."""
 
     name: str
-    """The stage, as its log lines and the progress bar name it."""
+    """The stage's name in log lines and on the progress bar."""
     folder: Path
-    """Where its checkpoints are."""
+    """The folder of its checkpoints."""
     metrics_path: Path
-    """The metrics.jsonl that gets its lines."""
+    """The metrics.jsonl of its log lines."""
     start: dict | None = None
-    """The variables {"params", ...} that replace the fresh ones: the best state of the stage that it starts from."""
+    """The initial variables {"params", ...}: the best state of the stage named in `Stage.start`."""
     frozen: dict[str, dict] = field(default_factory=dict)
-    """The variables of the best state of each stage that the loss reads, by the stage's name."""
+    """The variables of the best state of each frozen stage, by name."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ class Stage:
     """One training of a system."""
 
     name: str
-    """Its name, and that of its folder."""
+    """Name of the stage and of its folder."""
     settings: Any
-    """Configuration values that decide its result: loss, optimiser, number of steps, seed; for the fingerprint."""
+    """Configuration values that determine its result: loss, optimiser, number of steps, seed; for the fingerprint."""
     data: Callable[[], Sequence[Any]]
-    """Runs the phases that make its data; returns their fingerprints, and those of weights read from other folders."""
+    """Runs the phases of its data; returns their fingerprints, and those of weights read from other folders."""
     train: Callable[[Task], Any]
-    """Trains to the end, from the newest checkpoint in the task's folder if there is one; usually by `minimise`."""
+    """Trains to the end, from the newest checkpoint in the task's folder if any; usually calls `minimise`."""
     start: str = ""
-    """The earlier stage whose best state initialises this one; empty: what `train` itself draws or reads."""
+    """The earlier stage whose best state initialises this one; empty: `train` initialises it."""
     frozen: tuple[str, ...] = ()
     """The earlier stages whose best state the loss reads and never changes: a reference policy, a reward model."""
     needs: tuple[str, ...] = ()
-    """Further earlier stages, whose results the phases of `data` read."""
+    """Other earlier stages, whose results the phases of `data` read."""
 
     @property
     def earlier(self) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ class Stage:
 
 
 class TrainingFields(Protocol):
-    """What a configuration says of one training."""
+    """The configuration fields of one training."""
 
     seed: int
     optim: OptimConfig
@@ -83,10 +83,10 @@ class TrainingFields(Protocol):
 
 
 def check_names(stages: Sequence[Stage], until: str = "", only: str = "") -> None:
-    """Whether there are stages of the names that `run_stages` is given.
+    """Checks the stage names given to `run_stages`.
 
     Raises:
-      UserError: there are not, or both are given.
+      UserError: there is no such stage, or both names are given.
     """
     names = [stage.name for stage in stages]
     for option, given in (("--until", until), ("--only", only)):
@@ -100,15 +100,14 @@ def run_stages(run: Run, stages: Sequence[Stage], *, until: str = "", only: str 
     """Trains the stages that are not trained yet, in their order.
 
     Args:
-      until: the last stage that is trained; empty for all.
-      only: the one stage that is trained; the stages that it is trained from must be.
+      until: the last stage to train; empty for all.
+      only: the single stage to train; its earlier stages must be trained.
 
     Returns:
-      The fingerprint of the last stage of all; None where that stage was not reached.
+      The fingerprint of the system's last stage; None if it was not reached.
 
     Raises:
-      UserError: as `check_names`; a stage that the only one is trained from is not trained; or what `Run.stage`
-        refuses.
+      UserError: as `check_names` or `Run.stage`; or a stage that `only` depends on is not trained.
     """
     by_name = _check(stages)
     check_names(stages, until, only)
@@ -142,17 +141,17 @@ def minimise(
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     counted: Loss | None = None,
 ) -> TrainState:
-    """Trains a stage to the end, or until validation gets no better, from its newest checkpoint if there is one.
+    """Trains a stage to the end, or until validation stops improving, from its newest checkpoint if any.
 
     Args:
       loss: loss(params, extra, batch, key); where the task has frozen stages, loss(frozen, params, extra, batch, key)
         with their variables by name. They are arguments of the compiled step, not constants in it.
       init: fresh variables from a seed, laid out over the mesh if there is one.
       evaluate: as for `jaxrec.training.loop.fit`.
-      counted: the loss whose FLOPs are logged, where `loss` also computes some that the model does not need.
+      counted: the loss whose FLOPs are logged, if `loss` also computes values that the model does not need.
 
     Raises:
-      UserError: as `jaxrec.training.loop.fit`; or the state that it starts from has other shapes.
+      UserError: as `jaxrec.training.loop.fit`; or the initial state has other shapes.
     """
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
     optimizer = make_optimizer(config.optim, config.training.steps)
@@ -177,7 +176,7 @@ def minimise(
 
 
 def best_variables(folder: Path) -> dict:
-    """The variables {"params", ...} of a stage's best state, of its last one where nothing was evaluated."""
+    """The variables {"params", ...} of a stage's best state, or of its last state if it was not evaluated."""
     best = checkpoint.load_best(folder, "params", "extra")
     return {"params": best["params"], **best["extra"]}
 
@@ -186,13 +185,13 @@ def _train(run: Run, stage: Stage, folder: Path) -> None:
     def best(name: str) -> dict:
         return best_variables(run.place(stage_path(name)))
 
-    # The state is donated: a stage that is read frozen too is loaded a second time.
+    # The state is donated, so a stage that is also read frozen is loaded twice.
     start, frozen = best(stage.start) if stage.start else None, {name: best(name) for name in stage.frozen}
     stage.train(Task(stage.name, folder, run.log_of(stage_path(stage.name)), start, frozen))
 
 
 def _check(stages: Sequence[Stage]) -> dict[str, Stage]:
-    """The stages by name, each of which is trained from earlier ones alone."""
+    """The stages by name; checks that each depends on earlier stages only."""
     by_name: dict[str, Stage] = {}
     for stage in stages:
         if missing := [name for name in stage.earlier if name not in by_name]:
@@ -204,18 +203,18 @@ def _check(stages: Sequence[Stage]) -> dict[str, Stage]:
 
 
 def _chained(stage: Stage) -> Iterable[str]:
-    """The stages whose fingerprints are part of this one's; of `needs` the data's fingerprints tell."""
+    """The stages whose fingerprints are part of this one's; those in `needs` enter by the fingerprints of the data."""
     return dict.fromkeys(name for name in (stage.start, *stage.frozen) if name)
 
 
 def _earlier(by_name: dict[str, Stage], name: str) -> set[str]:
-    """All stages that a stage is trained from, over others too."""
+    """All stages that a stage depends on, directly or indirectly."""
     direct = by_name[name].earlier
     return set(direct).union(*(_earlier(by_name, each) for each in direct))
 
 
 def _started(task: Task, fresh: dict) -> dict:
-    """The variables that the stage starts from, laid out over the devices as the fresh ones are."""
+    """The initial variables of the stage, sharded like the fresh ones."""
     wanted, given = (_shapes(tree) for tree in (fresh, task.start))
     for name in [*wanted, *given]:
         if wanted.get(name) != given.get(name):
@@ -227,10 +226,10 @@ def _started(task: Task, fresh: dict) -> dict:
 
 
 def _like(variables: dict, fresh: dict) -> dict:
-    """Variables on the devices of the fresh ones; those of another model stay where they are."""
+    """Variables sharded like the fresh ones; those of another model stay where they are."""
     if _shapes(variables) != _shapes(fresh):
         return variables
-    # Over the host: every process of several holds the whole value here.
+    # Through the host: each of several processes holds the whole value here.
     return jax.tree.map(lambda value, like: jax.device_put(np.asarray(value), like.sharding), variables, fresh)
 
 

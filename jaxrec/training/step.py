@@ -1,4 +1,4 @@
-"""A training step, from a loss and an optimiser, and the state that it begins with."""
+"""A training step of a loss and an optimiser, and its initial state."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,24 +13,24 @@ from jaxrec.training.loop import Metrics, TrainState, as_partial
 from jaxrec.training.sharding import like_params, use_mesh
 
 Loss = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Metrics, Any]]]
-"""loss(params, extra, batch, key) -> (what is minimised, (metrics as (sum, count), what `extra` is after the step))
+"""loss(params, extra, batch, key) -> (the minimised value, (metrics as (sum, count), `extra` after the step))
 
-What a loss reads of a whole catalogue it is bound to with `jax.tree_util.Partial`: those arrays are arguments of the
-compiled step. With `functools.partial` they would be constants in it, gigabytes where a catalogue is large.
+Arrays of the whole catalogue are bound to a loss with `jax.tree_util.Partial`, which makes them arguments of the
+compiled step. With `functools.partial` they would be constants in it, of gigabytes for a large catalogue.
 """
 
 
 def bind(loss: Callable[..., Any], *arrays: Any) -> Partial:
-    """A loss with its next arguments bound: those too are arguments of the compiled step.
+    """A loss with its next arguments bound; these too are arguments of the compiled step.
 
-    A `Partial` of a `Partial` would hide the arrays of the inner one inside a function, as constants.
+    In a `Partial` of a `Partial` the arrays of the inner one would become constants.
     """
     known = as_partial(loss)
     return Partial(known.func, *known.args, *arrays, **known.keywords)
 
 
 def make_state(variables: dict, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
-    """The state before the first step; of `variables`, what is not "params" is updated without a gradient."""
+    """The state before the first step; `variables` other than "params" are updated without a gradient."""
     params, extra = variables["params"], {name: value for name, value in variables.items() if name != "params"}
     if mesh is None:
         return TrainState(jnp.int32(0), params, optimizer.init(params), extra)
@@ -41,7 +41,7 @@ def make_state(variables: dict, optimizer: optax.GradientTransformation, mesh: M
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, seed: int) -> Partial:
-    """step(state, batch) -> (state, metrics), as `jaxrec.training.loop.fit` takes it; every step has its own key."""
+    """step(state, batch) -> (state, metrics), for `jaxrec.training.loop.fit`; every step has its own key."""
 
     def step(loss: Loss, key: jax.Array, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
@@ -49,5 +49,5 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, seed: int) ->
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, extra), metrics
 
-    # The key is an argument too: another seed is the same program.
+    # The key is an argument too, so all seeds share one program.
     return Partial(step, as_partial(loss), jax.random.key(seed))

@@ -6,8 +6,8 @@
     x = items.sample(np.random.default_rng(0), 10_000)  # uniform, in one pass
 
 A parquet file has `item_id` and `embedding` (a list of numbers), and may have `count`, the popularity. A `.npy` file
-has no item ids: its row numbers from 0 on stand for them. The parts of a folder, all of one kind, follow each other by
-name, and row numbers run on from one to the next; other files in it are left alone.
+has no item ids: row numbers from 0 on are used. The parts of a folder, all of one kind, are read in the order of their
+names, with continuous row numbers; other files in it are ignored.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ from jaxrec.semantic_ids.quantizers.rows import LARGEST, complaint, unusable
 
 BLOCK_ROWS = 1 << 16
 BUFFER_BYTES = 1 << 20
-"""Bytes of parquet that are read at once; by default it is a whole column of a row group, perhaps of the file."""
+"""Bytes of parquet read at once; pyarrow's default is a whole column of a row group, which may be the file."""
 
 
 class Block(NamedTuple):
@@ -38,9 +38,9 @@ class Block(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What one pass over items kept: of all, item_ids string [I] and counts f64 [I] (or None); of some, the embeddings.
+    """The result of one pass over items: item_ids string [I] and counts f64 [I] (or None) of all, embeddings of some.
 
-    rows: int64 [n], which rows these are, in rising order. x: f32 [n, D].
+    rows: int64 [n], the rows of the embeddings, rising. x: f32 [n, D].
     """
 
     item_ids: pa.ChunkedArray
@@ -60,7 +60,7 @@ class Matrix:
     def blocks(self, rows: int, width: int | None = None) -> Iterator[Block]:
         """Its items, at most `rows` at once."""
         for start in range(0, self.rows, rows):
-            # Mapped anew each time, as the pages of a mapping that stays count as this process's memory.
+            # Mapped anew each time: the pages of a lasting mapping would count as this process's memory.
             x = as_floats(load_matrix(self.path)[start : start + rows])
             if width not in (None, x.shape[1]):
                 raise UserError(f"{self.path} is {x.shape[1]} wide, the parts before it {width}: give all one width")
@@ -97,7 +97,7 @@ class Items:
     width: int
 
     def __len__(self) -> int:
-        """How many items there are, I."""
+        """The number of items, I."""
         return sum(part.rows for part in self.parts)
 
     @property
@@ -109,8 +109,8 @@ class Items:
         """All items in order, `rows` at once, fewer in the last block alone.
 
         Raises:
-          UserError: a file is damaged, an item_id is missing, or an embedding is missing, of another width than those
-            before it, or holds NaN or infinity, or a count does; file, row and column are named.
+          UserError: a file is damaged, an item_id is missing, or an embedding is missing or of another width than those
+            before it, or an embedding or a count is NaN or infinity; file, row and column are named.
         """
         return _even((block for part in self.parts for block in part.blocks(rows, self.width)), rows)
 
@@ -121,7 +121,7 @@ class Items:
     def scan(self, rng: np.random.Generator | None = None, rows: int | None = None) -> Scan:
         """One pass over all items that keeps the embeddings of `rows` of them, drawn uniformly, each at most once.
 
-        All of them without `rows`, or when there are no more. UserError as for `blocks`.
+        All embeddings if `rows` is None or not below I. UserError as for `blocks`.
         """
         kept = np.arange(len(self))
         if rows is not None and rows < len(self):
@@ -151,7 +151,7 @@ def open_items(path: Path) -> Items:
     """The items of a parquet file, a `.npy` file, or a folder of either.
 
     Raises:
-      UserError: there are none, a file is something else, a column is missing or mistyped, or the parts differ.
+      UserError: there are no items, a file is of another kind, a column is missing or mistyped, or the parts differ.
     """
     parts: list[Matrix | Table] = []
     for part in parts_of(path):
@@ -169,7 +169,7 @@ def open_items(path: Path) -> Items:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The path of a file itself, or those of the parts of a folder; UserError when it has none, or mixes them."""
+    """The path of a file, or those of the parts of a folder; UserError when it has none, or parts of both kinds."""
     path = Path(path)
     if not path.is_dir():
         return [path]
@@ -182,7 +182,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def tracked(blocks: Iterable[Block], what: str, total: int) -> Iterator[Block]:
-    """Blocks under a progress bar with the time that is left, when there are enough of them to wait for."""
+    """Blocks under a progress bar with the remaining time, when there are many."""
     if total <= 8 * BLOCK_ROWS:
         yield from blocks
         return
@@ -204,9 +204,9 @@ def read_batches(path: Path, rows: int, names: Sequence[str]) -> Iterator[pa.Rec
 
 
 def read_table(path: Path, names: Sequence[str], wanted: Sequence[str] = ()) -> pa.Table:
-    """Columns `names` of a parquet file, or of a folder of them, and of `wanted` those that are there.
+    """Columns `names` of a parquet file, or of a folder of them, and those columns of `wanted` that exist.
 
-    `item_id`, which is among `names`, comes as distinct strings. Of a column that some parts lack, their rows are null.
+    `item_id`, one of `names`, is returned as distinct strings. A column that a part lacks is null in its rows.
 
     Raises:
       UserError: a file cannot be read, a column of `names` is missing, parts have columns of different types, there are
@@ -237,7 +237,7 @@ def read_table(path: Path, names: Sequence[str], wanted: Sequence[str] = ()) -> 
 def counts_of(table: pa.Table | pa.RecordBatch, path: Path, start: int = 0) -> np.ndarray | None:
     """The column `count`, f64 [n], a missing one as 0; None when there is no such column.
 
-    UserError when one is NaN or infinity, its row counted from `start`.
+    UserError when one is NaN or infinity; rows are counted from `start`.
     """
     if "count" not in table.schema.names:
         return None
@@ -248,9 +248,9 @@ def counts_of(table: pa.Table | pa.RecordBatch, path: Path, start: int = 0) -> n
 
 
 def check_ids(column: pa.Array | pa.ChunkedArray, path: Path, start: int = 0) -> pa.Array | pa.ChunkedArray:
-    """A column item_id as strings [n]; UserError when it is no text, or one is missing or empty.
+    """A column item_id as strings [n]; UserError when its type is wrong, or an id is missing or empty.
 
-    Rows are counted from `start`. Whole numbers are texts too; a floating-point number has no text that is its own.
+    Rows are counted from `start`. Integers are converted; floating-point numbers have no unique text and are refused.
     """
     kind = column.type
     if pa.types.is_floating(kind) or (pa.types.is_decimal(kind) and kind.scale):
@@ -277,7 +277,7 @@ def check_distinct(item_ids: pa.ChunkedArray, path: Path) -> None:
 
 
 def load_matrix(path: Path) -> np.ndarray:
-    """The matrix of a `.npy` file [I, D], mapped; UserError when it is something else."""
+    """The matrix of a `.npy` file [I, D], memory-mapped; UserError when the file is of another kind."""
     try:
         x = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -291,7 +291,7 @@ def load_matrix(path: Path) -> np.ndarray:
 
 
 def as_floats(values: np.ndarray) -> np.ndarray:
-    """A copy as float32; a double that is too large for it becomes infinite, which is refused later."""
+    """A copy as float32; a double too large for it becomes infinite and is refused later."""
     with np.errstate(over="ignore"):
         return np.array(values, np.float32, order="C")
 
@@ -304,7 +304,7 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _open_table(path: Path, names: tuple[str, ...]) -> Table:
-    """A parquet file of items; names: the columns of the parts before it, if there are any."""
+    """A parquet file of items; names: the columns of the earlier parts, if any."""
     file = _open(path)
     found = file.schema_arrow.names
     names = names or ("item_id", "embedding", *(["count"] if "count" in found else []))
@@ -335,7 +335,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _vectors(column: pa.Array, ids: pa.Array, path: Path, start: int, width: int | None) -> np.ndarray:
-    """A column of lists as f32 [n, D]; width: what they must be, None: what the first is."""
+    """A column of lists as f32 [n, D]; width: their length D; None: that of the first."""
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.list_(column.type.value_type))
     widths = column.value_lengths().to_numpy(zero_copy_only=False)

@@ -1,8 +1,8 @@
 """Vectors of the items in a semantic_ids folder.
 
-embeddings.safetensors  `embeddings`, f32 [I, D]: what was quantized, and in its metadata of which items
-own.parquet             with scenarios: item_id, embedding: of the items before their products were put beside them
-own_later.parquet       the same of items that came or changed later; where an item is in both, this one counts
+embeddings.safetensors  `embeddings`, f32 [I, D]: the quantized embeddings; the items are in its metadata
+own.parquet             with scenarios: item_id, embedding: the items' own embeddings, without their products'
+own_later.parquet       the same for items added or changed later; it takes precedence over own.parquet
 """
 
 from pathlib import Path
@@ -27,11 +27,11 @@ def write_embeddings(path: Path, item_ids: ItemIds, x: np.ndarray) -> None:
 
 
 def read_embeddings(path: Path, item_ids: ItemIds) -> np.ndarray:
-    """What `write_embeddings` wrote, f32 [I, D]; item_ids: the items that its rows are taken for.
+    """Read the embeddings f32 [I, D] that `write_embeddings` wrote; item_ids [I]: the expected items.
 
     Raises:
-      UserError: the file is missing or damaged, or has the embeddings of other items, or of these in another order.
-        Of a file that does not say which items it has, only their number is compared.
+      UserError: the file is missing or damaged, or has other items or another order. A file without item ids is
+        checked for their number only.
     """
     try:
         with safe_open(path, "np") as file:
@@ -54,7 +54,7 @@ def write_own(path: Path, item_ids: ItemIds, own: np.ndarray) -> None:
 
 
 def keep_own(folder: Path, item_ids: ItemIds, own: np.ndarray) -> None:
-    """Keep the own embeddings f32 [n, D] of items that came or changed, for who holds the lock of the versions.
+    """Keep the own embeddings f32 [n, D] of items added or changed; the caller holds the lock of the versions.
 
     The file is written whole or not at all. Fault point: `partial:own`, before the rename.
     """
@@ -75,9 +75,9 @@ def keep_own(folder: Path, item_ids: ItemIds, own: np.ndarray) -> None:
 
 
 def read_own(folder: Path, item_ids: pa.Array, width: int) -> tuple[pa.Array, np.ndarray]:
-    """Own embeddings of some items (string [N]): of which there are any, string [n], and these, f32 [n, width].
+    """The items of item_ids (string [N]) with an own embedding, string [n], and their embeddings, f32 [n, width].
 
-    The newest of an item comes first. Only the rows of these items are held in memory.
+    The newest embedding of an item comes first. Only the rows of these items are held in memory.
     """
     tables = [
         pq.read_table(path, filters=pc.field("item_id").isin(item_ids))

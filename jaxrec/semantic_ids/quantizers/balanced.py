@@ -1,11 +1,11 @@
 """Balanced k-means: clusters of about equal size, at the scale of a catalogue.
 
-Each cluster has a price, added to the squared distance to its centroid, and every row takes the cheapest. Prices of
-clusters that are too full rise and those of clusters that are too empty fall until the sizes are within a bound; these
-prices are the dual variables of the transport problem, so the assignment is the cheapest one with its sizes. Centroids
-and prices take turns, as in Lloyd's algorithm. At first rows are shared between clusters, at a temperature that falls
-(Sinkhorn's algorithm), as a price has to pass many rows that lie together before one of them moves. A new row is
-encoded by the same prices, by itself.
+Each cluster has a price, which is added to the squared distance to its centroid; every row belongs to the cluster of
+least cost. Prices of oversized clusters rise and those of undersized clusters fall until the sizes are within a bound.
+These prices are the dual variables of the transport problem, so the assignment has the least squared error among all
+with its cluster sizes. Centroids and prices are updated in turn, as in Lloyd's algorithm. Prices are first fitted with
+soft assignments at a falling temperature (Sinkhorn's algorithm): with hard assignments a price would have to pass many
+rows of a dense region before one of them moves. A new row is encoded by itself, under the same prices.
 """
 
 from dataclasses import dataclass
@@ -20,26 +20,26 @@ from jaxrec.semantic_ids.quantizers.kmeans import STEP, by_chunk, chunk_rows, dr
 from jaxrec.semantic_ids.quantizers.rows import Rows, place
 
 HOT, COLD = 1.0, 0.01
-"""The first and the last temperature at which rows are shared, of the mean squared distance of a row to the mean."""
+"""First and last temperature of the soft assignments, in units of the mean squared distance of a row to the mean."""
 SETTLING, SHARES = 5, 10
-"""How often the centroids are moved at the last temperature, and the changes of the prices before each of these; at the
-falling ones there are two."""
+"""Updates of the centroids at the last temperature, and updates of the prices before each; at the falling temperatures
+two."""
 BINS = 64
-"""Bins of the margins: the greatest is 2^16 times the least that is told apart."""
+"""Bins of the margins: the largest is 2^16 times the smallest that is resolved."""
 
 
 @dataclass(frozen=True)
 class BalancedConfig:
-    """How clusters are balanced."""
+    """Balance of the cluster sizes, and how it is fitted."""
 
     slack: float = 0.1
-    """No cluster is larger or smaller than the mean size by more than this share (and less than one row)."""
+    """Largest deviation of a cluster's size from the mean size, as a share of it, rounded up to a whole row."""
     iterations: int = 40
-    """How often the centroids are moved while rows are shared between clusters."""
+    """Updates of the centroids under soft assignments, at a falling temperature."""
     whole_iterations: int = 6
-    """How often they are moved after that, when every row belongs to one cluster."""
+    """Further updates of the centroids, under hard assignments."""
     rounds: int = 10
-    """The most changes of the prices before each of these; twice as many at the end."""
+    """The most updates of the prices before each update under hard assignments; twice as many at the end."""
     rows: int = 1 << 17
     """Rows to fit to (at least 128 a cluster); more are sampled down."""
 
@@ -60,14 +60,14 @@ def fit(
       UserError: fewer rows than clusters, or a row with NaN or infinity.
     """
     rows = x if isinstance(x, Rows) else place(x, at_least=k)
-    # In random order, so that the first k rows are where the centroids start: dense regions get many, as balance asks.
+    # In random order: the first k rows initialise the centroids, so that dense regions get many, as balance needs.
     sample = take(rows, drawn(key, len(rows), min(len(rows), max(config.rows, 128 * k))))
     return _alternate(sample, sample[:k], config)
 
 
 @partial(jax.jit, static_argnames="config")
 def _alternate(x: jax.Array, centroids: jax.Array, config: BalancedConfig) -> Balanced:
-    """Prices and centroids in turn, from centroids f32 [K, D]: at a falling temperature, at the last one, at none."""
+    """Alternates prices and centroids f32 [K, D]: at falling temperatures, at the last one, with hard assignments."""
     spread = _spread(x)
     temperatures = spread * jnp.geomspace(HOT, COLD, config.iterations)
 
@@ -90,7 +90,7 @@ def _alternate(x: jax.Array, centroids: jax.Array, config: BalancedConfig) -> Ba
 
 
 def _means(x: jax.Array, codes: jax.Array, centroids: jax.Array) -> jax.Array:
-    """The mean of each cluster's rows f32 [K, D]; an empty one stays where it was."""
+    """The mean of each cluster's rows f32 [K, D]; an empty cluster keeps its centroid."""
     counts = jax.ops.segment_sum(jnp.ones(len(x)), codes, len(centroids))
     sums = jax.ops.segment_sum(x, codes, len(centroids))
     return jnp.where((counts == 0)[:, None], centroids, sums / jnp.maximum(counts, 1)[:, None])
@@ -101,8 +101,8 @@ def share(
 ) -> jax.Array:
     """Prices f32 [K] after steps of Sinkhorn's algorithm.
 
-    Every row is shared between the clusters by the softmax of its costs at the temperature; a price rises by the
-    temperature times the logarithm of its cluster's size over the size that is wanted.
+    Every row is assigned to the clusters by the softmax of its negative costs at the temperature; a price rises by the
+    temperature times the logarithm of its cluster's size over its target size.
     """
     least, most = bounds(len(x), len(centroids), slack)
 
@@ -115,14 +115,14 @@ def share(
 
 
 def _spread(x: jax.Array) -> jax.Array:
-    """The mean squared distance of rows to their mean, the unit of temperatures; above zero for rows all the same."""
+    """The mean squared distance of rows to their mean, the unit of temperatures; above zero if all rows are equal."""
     return jnp.maximum(jnp.mean(jnp.sum((x - x.mean(0)) ** 2, axis=-1)), 1e-30)
 
 
 def shared_sizes(x: jax.Array, centroids: jax.Array, prices: jax.Array, temperature: jax.Array) -> jax.Array:
-    """The sizes f32 [K] of clusters among which every row of x f32 [I, D] is shared."""
+    """The cluster sizes f32 [K] under soft assignments of x f32 [I, D]."""
     chunk = min(chunk_rows(len(centroids)), len(x))
-    # The last chunk reaches back over rows that are counted already, as to fill it up would copy all rows.
+    # The last chunk overlaps rows that are counted already: padding it would copy all rows.
     begins = np.arange(0, len(x), chunk)
     starts = np.minimum(begins, len(x) - chunk)
     fresh = starts[:, None] + np.arange(chunk) >= begins[:, None]
@@ -141,19 +141,19 @@ def shared_sizes(x: jax.Array, centroids: jax.Array, prices: jax.Array, temperat
 
 
 def _wanted(prices: jax.Array, sizes: jax.Array, least: int, most: int) -> jax.Array:
-    """The size that each cluster should have: a price above zero is paid for a full cluster, one below for an empty."""
+    """Target sizes: the upper bound where the price is above zero, the lower bound where it is below."""
     return jnp.where(prices > 0, most, jnp.where(prices < 0, least, jnp.clip(sizes, least, most)))
 
 
 def _up_to_zero(prices: jax.Array, change: jax.Array) -> jax.Array:
-    """Changed prices, but none beyond zero: there the other bound begins to count."""
+    """Updated prices, stopped at zero, where the other bound becomes the target."""
     moved = prices + change
     # By signs, as products of small prices vanish.
     return jnp.where(jnp.sign(moved) * jnp.sign(prices) < 0, 0, moved)
 
 
 def bounds(rows: int, k: int, slack: float) -> tuple[int, int]:
-    """The least and the greatest size of a cluster: the mean less and more the slack, rounded outwards."""
+    """The least and the largest size of a cluster: the mean minus and plus the slack, rounded outwards."""
     # 50 * 1.1 is a little more than 55, which is no reason to allow 56.
     mean, rounding = rows / k, 1e-9 * rows
     return int(np.floor(mean * (1 - slack) + rounding)), int(np.ceil(mean * (1 + slack) - rounding))
@@ -162,13 +162,13 @@ def bounds(rows: int, k: int, slack: float) -> tuple[int, int]:
 def find_prices(
     x: jax.Array, centroids: jax.Array, prices: jax.Array, slack: float, rounds: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Prices f32 [K] under which the sizes are within the bounds, or as near as `rounds` changes bring them, with the
-    codes int32 [I] under the best prices that were met.
+    """Prices f32 [K] under which the sizes are within the bounds, or as close as `rounds` updates bring them; and the
+    codes int32 [I] under the best prices found.
 
-    A row's margin is what the second cheapest cluster costs more than the cheapest. A cluster with e rows too many
-    loses e of them when its price rises by the e-th smallest margin of its own rows; one with e too few gains e when
-    its price falls by the e-th smallest margin of the rows that have it second. Neighbours move at the same time, so
-    each goes a part of the way only, a smaller one whenever it went too far.
+    A row's margin is the cost of its second cheapest cluster minus that of the cheapest. A cluster with e rows too many
+    loses e of them when its price rises by the e-th smallest margin of its own rows. A cluster with e rows too few
+    gains e when its price falls by the e-th smallest margin of the rows for which it is second. Since all prices are
+    updated at once, each update is a fraction of that, and the fraction shrinks whenever a price overshoots.
     """
     k = len(centroids)
     least, most = bounds(len(x), k, slack)
@@ -203,8 +203,8 @@ def find_prices(
 def smallest(margin: jax.Array, group: jax.Array, rank: jax.Array, k: int) -> jax.Array:
     """About the margin of the given rank f32 [K] (from 0, at most the last) among the rows of each group, f32 [K].
 
-    It is read from a histogram of the margins' logarithms, whose bins are a quarter of an octave wide; rounded up to
-    the end of its bin. A group without rows has no margin of its own and gets the mean of all.
+    It is read from a histogram of the margins' logarithms, with bins a quarter of an octave wide, and rounded up to the
+    end of its bin. A group without rows gets the mean of all margins.
     """
     largest = jnp.maximum(margin.max(), jnp.finfo(margin.dtype).tiny)
     places = jnp.floor(BINS + 4 * jnp.log2(margin / largest))
@@ -237,10 +237,11 @@ def cheapest(x: jax.Array, centroids: jax.Array, prices: jax.Array) -> tuple[jax
 
 
 def assign_within(x: np.ndarray | jax.Array, centroids: jax.Array, prices: jax.Array, slack: float) -> np.ndarray:
-    """Codes int32 [I] of rows x f32 [I, D] whose sizes are within the bounds to the letter.
+    """Codes int32 [I] of rows x f32 [I, D] whose cluster sizes are strictly within the bounds.
 
-    Prices are first set anew for these rows; what is still too much in a cluster goes, dearest rows first, to the
-    cheapest cluster with room, and a cluster with too few takes the rows that lose least.
+    Prices are first fitted to these rows. Then each cluster above the upper bound gives its surplus rows, those of
+    highest cost first, to the cheapest cluster with room, and each cluster below the lower bound takes the rows whose
+    cost rises least.
     """
     k = len(centroids)
     least, most = bounds(len(x), k, slack)
@@ -293,12 +294,12 @@ def _take_in(x, centroids, prices, codes, counts, cluster: int, least: int) -> N
 
 
 def _costs(x: np.ndarray, centroids: np.ndarray, prices: np.ndarray) -> np.ndarray:
-    centre = centroids.mean(0)  # Far from zero, the products would lose the digits that tell clusters apart.
+    centre = centroids.mean(0)  # Far from zero, the products lose the digits that distinguish clusters.
     moved = centroids - centre
     return np.sum(moved * moved, axis=-1) + prices - 2 * (x - centre) @ moved.T
 
 
 def _loss_of_moving(x, centroids, prices, codes, cluster: int) -> np.ndarray:
-    """What each row f32 [I] costs more in a cluster than in its own."""
+    """Cost of each row in a cluster minus that in its own, f32 [I]."""
     own = np.sum((x - centroids[codes]) ** 2, axis=-1) + prices[codes]
     return np.sum((x - centroids[cluster]) ** 2, axis=-1) + prices[cluster] - own

@@ -1,11 +1,11 @@
-"""Item embeddings to semantic IDs: levels from coarse to fine, then a quantizer for what they leave over.
+"""Item embeddings to semantic IDs: levels from coarse to fine, then a quantizer for their residual.
 
     OneMall §3.1.3     hierarchy=ResidualConfig((4096, 4096)), remainder=FsqConfig((2,) * 12)
     OneSearch §3.1.3   hierarchy=ResidualConfig((4096, 1024, 512), balanced=(3,)), remainder=OpqConfig((256, 256))
     OneSug Eq. 3       hierarchy=RqVaeConfig((512,) * 4), remainder=None
 
 Each quantizer is a module with `fit(key, x, config)`, `encode(fitted, x)` and `decode(fitted, codes)`; here two of them
-are put one behind the other under the same three names.
+are chained under the same three names.
 """
 
 import dataclasses
@@ -44,14 +44,14 @@ class SemanticIdConfig:
     """The levels of a semantic ID and how their codebooks are fitted."""
 
     hierarchy: ResidualConfig | RqVaeConfig | None = field(default_factory=ResidualConfig)
-    """The levels from coarse to fine; None: the second quantizer alone."""
+    """The levels from coarse to fine; None: only the remainder."""
     remainder: FsqConfig | OpqConfig | None = field(default_factory=FsqConfig)
-    """What quantizes what the hierarchy leaves over; None: nothing."""
+    """The quantizer of the hierarchy's residual; None: none."""
 
 
 @flax.struct.dataclass
 class Codebooks:
-    """Two fitted quantizers, one behind the other; either may be None, not both."""
+    """Two fitted quantizers in sequence; one of them may be None."""
 
     hierarchy: Residual | RqVae | None
     remainder: Fsq | Opq | None
@@ -68,7 +68,7 @@ class Codebooks:
 
     @property
     def parts(self) -> tuple[Residual | RqVae | Fsq | Opq, ...]:
-        """The quantizers that there are."""
+        """The quantizers that are not None."""
         return tuple(part for part in (self.hierarchy, self.remainder) if part is not None)
 
 
@@ -76,10 +76,10 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: SemanticIdConfig = Se
     """Fit every level to embeddings x f32 [I, D].
 
     Raises:
-      UserError: no level, numbers too large or too small to be squared, or what the quantizers refuse: fewer rows than
+      UserError: no level, numbers too large or too small to be squared, or an error of the quantizers: fewer rows than
         codes, a row with NaN or infinity, sizes that do not fit the width.
     """
-    x = to_matrix(x)  # The quantizers look for NaN.
+    x = to_matrix(x)  # The quantizers check for NaN.
     check(config, x.shape)
     check_scale(x)
     hierarchy_key, remainder_key = jax.random.split(key)
@@ -94,7 +94,7 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: SemanticIdConfig = Se
 
 
 def check(config: SemanticIdConfig, shape: tuple[int, ...]) -> None:
-    """UserError when the configuration cannot be, or does not fit rows of a shape [I, D]."""
+    """UserError when the configuration is invalid, or does not fit rows of a shape [I, D]."""
     parts = [part for part in (config.hierarchy, config.remainder) if part is not None]
     if not parts:
         raise UserError("semantic_ids has neither a hierarchy nor a remainder: give at least one of them a quantizer")
@@ -104,7 +104,7 @@ def check(config: SemanticIdConfig, shape: tuple[int, ...]) -> None:
 
 
 def left_over(hierarchy: Residual | RqVae, x: np.ndarray | jax.Array) -> np.ndarray:
-    """What a fitted hierarchy leaves of x f32 [I, D], f32 [I, D]."""
+    """The residual of x f32 [I, D] under a fitted hierarchy, f32 [I, D]."""
     module = MODULES[type(hierarchy)]
     return np.concatenate(
         [rows - np.asarray(module.decode(hierarchy, module.encode(hierarchy, rows))) for rows in _blocks(x)]
@@ -112,7 +112,7 @@ def left_over(hierarchy: Residual | RqVae, x: np.ndarray | jax.Array) -> np.ndar
 
 
 def encode(codebooks: Codebooks, x: np.ndarray | jax.Array) -> np.ndarray:
-    """The semantic IDs of embeddings x f32 [I, D], int32 [I, M] (OneMall Eq. 2); each row's by itself.
+    """The semantic IDs of embeddings x f32 [I, D], int32 [I, M] (OneMall Eq. 2); rows are independent.
 
     Raises:
       UserError: a row with NaN or infinity, or a width that the codebooks were not fitted to.
@@ -122,13 +122,13 @@ def encode(codebooks: Codebooks, x: np.ndarray | jax.Array) -> np.ndarray:
     codes = [np.zeros((0, len(codebooks.sizes)), np.int32)]
     for rows in _blocks(x):
         if len(unusable(rows)):
-            check_rows(x, 0)  # Which names the row among all of them.
+            check_rows(x, 0)  # It names the row by its number among all.
         codes.append(_encode_block(codebooks, rows))
     return np.concatenate(codes)
 
 
 def encode_catalogue(codebooks: Codebooks, x: np.ndarray | jax.Array, config: SemanticIdConfig) -> np.ndarray:
-    """The IDs of a whole catalogue x f32 [I, D], int32 [I, M], in which balanced levels keep their bound to the letter.
+    """The IDs of a whole catalogue x f32 [I, D], int32 [I, M], in which balanced levels keep their bound strictly.
 
     Without balanced levels it is `encode`.
     """
@@ -143,9 +143,9 @@ def encode_catalogue(codebooks: Codebooks, x: np.ndarray | jax.Array, config: Se
 
 
 def decode(codebooks: Codebooks, codes: np.ndarray) -> np.ndarray:
-    """What IDs int32 [I, m] stand for, f32 [I, D]; m <= M levels of a prefix are enough.
+    """The embeddings f32 [I, D] that IDs int32 [I, m] decode to; m <= M codes of a prefix are enough.
 
-    A remainder is known once all of its codes are: before that it adds nothing.
+    The remainder is added only when all of its codes are given.
     """
     codes, total = np.asarray(codes), np.zeros((len(codes), codebooks.width), np.float32)
     start = 0
@@ -158,7 +158,7 @@ def decode(codebooks: Codebooks, codes: np.ndarray) -> np.ndarray:
 
 
 def save(codebooks: Codebooks, path: Path) -> None:
-    """Write codebooks as one safetensors file: the arrays, and in its metadata how they belong together."""
+    """Write codebooks as one safetensors file: the arrays, and their structure in its metadata."""
     tensors: dict[str, np.ndarray] = {}
     outline = {
         name: part and {"type": type(part).__name__, **_outline(part, name, tensors)}
@@ -168,7 +168,7 @@ def save(codebooks: Codebooks, path: Path) -> None:
 
 
 def load(path: Path) -> Codebooks:
-    """Read what `save` wrote; UserError when the file is missing, is something else, or holds NaN or infinity."""
+    """Read what `save` wrote; UserError when the file is missing, is not of this kind, or holds NaN or infinity."""
     try:
         with safe_open(path, "np") as file:
             outline = json.loads((file.metadata() or {})["codebooks"])

@@ -51,7 +51,7 @@ class Fsq:
 
     @property
     def sizes(self) -> tuple[int]:
-        """How many codes there are: one level of them."""
+        """The number of codes: one level."""
         return (math.prod(self.levels),)
 
     @property
@@ -84,9 +84,9 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: FsqConfig = FsqConfig
 
 
 def scale_and_variance(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The root mean squared distance of rows x f32 [I, D] to their mean, f32 [], and what its square is of x over it.
+    """The root mean squared distance s of rows x f32 [I, D] to their mean, f32 [], and the same squared for x / s.
 
-    The second is 1 up to rounding. Of rows that are the same up to rounding, their largest number (1 for zeros), and 1.
+    The second is 1 up to rounding. For rows that are equal up to rounding: their largest number (1 for zeros), and 1.
     """
     # As in `rqvae.centre_and_scale`: squares of large numbers overflow, those of small ones vanish.
     largest = jnp.abs(x).max()
@@ -108,7 +108,7 @@ def rescaled(params: dict, scale: jax.Array) -> dict:
 
 
 def check(config: FsqConfig, shape: tuple[int, ...]) -> None:
-    """UserError when the configuration cannot be; any shape of rows [I, D] will do."""
+    """UserError when the configuration is invalid; rows [I, D] may have any shape."""
     levels = config.levels
     if not levels or min(levels) < 2 or math.prod(levels) >= 2**31:
         raise UserError(f"FSQ levels={levels}: give at least one coordinate, each of 2 steps or more, below 2^31 codes")
@@ -122,7 +122,7 @@ def encode(fsq: Fsq, x: np.ndarray | jax.Array) -> jax.Array:
 
 
 def decode(fsq: Fsq, codes: np.ndarray | jax.Array) -> jax.Array:
-    """What codes int32 [I, 1] stand for, f32 [I, D]."""
+    """The rows f32 [I, D] that codes int32 [I, 1] decode to."""
     return reconstruct(fsq.params, centres(codes_to_digits(jnp.asarray(codes)[:, 0], fsq.levels), fsq.levels))
 
 
@@ -136,13 +136,13 @@ def init(key: jax.Array, x: np.ndarray, config: FsqConfig) -> dict:
     directions = principal_directions(x, n)
     projected = x @ directions
     spread = projected.std(0)
-    # What is no more than the rounding of the rows is no coordinate: stretched, it would give equal rows other codes.
+    # A direction whose spread is only rounding is dropped: scaled up, it would give equal rows different codes.
     largest = np.abs(x).max()
     told_apart = spread > 1e-6 * largest
     scale = np.where(told_apart, slope / np.maximum(spread, 1e-30), 0)
     unit = 1 / scale[told_apart].mean() if told_apart.any() else max(largest, 1e-12)
     quantized = np.asarray(centres(to_digits((projected - np.median(projected, 0)) * scale, levels), levels))
-    # About the means, so that coordinates that never change have no part in the way back.
+    # Centred, so that constant coordinates do not contribute to the reconstruction.
     mean, middle = x.mean(0, dtype=np.float64), quantized.mean(0, dtype=np.float64)
     back = np.linalg.lstsq(quantized - middle, x - mean, rcond=None)[0]
     dense = jax.nn.initializers.lecun_normal()
@@ -186,7 +186,7 @@ def reconstruct(params: dict, values: jax.Array) -> jax.Array:
 
 
 def to_digits(coordinates: jax.Array, levels: tuple[int, ...]) -> jax.Array:
-    """The step in which each unbounded coordinate lies, int32 [I, n]."""
+    """The step that each unbounded coordinate falls into, int32 [I, n]."""
     steps = jnp.asarray(levels)
     return jnp.clip(jnp.floor(jax.nn.sigmoid(coordinates) * steps), 0, steps - 1).astype(jnp.int32)
 

@@ -1,14 +1,14 @@
-"""k-means in JAX: k-means++ start, growing samples, rows in chunks, empty clusters seeded again, stop at a tolerance.
+"""k-means in JAX: k-means++ start, growing samples, rows in chunks, empty clusters re-seeded, stop at a tolerance.
 
-The way to the centroids is short for three reasons. Most of it is walked on samples: k-means++ and the first Lloyd
-iterations see a few rows a cluster, and each larger sample starts from the centroids of the smaller one and is left as
-soon as the centroids move little against its own sampling error. Every iteration goes further than the mean of its rows
-(see STEP). And no more rows are looked at than decide where a centroid lies (`rows_per_cluster`).
+Three things make it fast. Most iterations run on samples: k-means++ and the first Lloyd iterations read a few rows a
+cluster; each larger sample starts from the centroids of the smaller one, and ends as soon as the centroids move less
+than its sampling error. Every iteration moves a centroid beyond the mean of its rows (see STEP). And no more rows are
+read than a centroid's position depends on (`rows_per_cluster`).
 
-Where there are few rows a cluster (see FEW), no sample tells anything, and Lloyd's algorithm stops near its start.
-There the dimensions can grow instead (`axes_iterations`): the rows are first clustered along their first principal axis
-alone, which is easy, and more axes start from the centroids of fewer, at the mean along those that are new. With many
-clusters both are done, and the better end is kept.
+With few rows a cluster (see FEW), samples carry no information, and Lloyd's algorithm stops near its start. There the
+dimensions can grow instead (`axes_iterations`): the rows are first clustered along their first principal axis alone;
+then axes are added, starting from the centroids found so far, with the mean along the new axes. With many clusters both
+ways are run, and the result of lower error is kept.
 """
 
 import dataclasses
@@ -24,38 +24,38 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrec.semantic_ids.quantizers.rows import Rows, place
 
 DISTANCES_AT_ONCE = 1 << 19
-"""Distances that are held at once: a chunk of this many stays in the processor's cache."""
+"""Distances computed at once: a chunk of this many stays in the processor's cache."""
 ASSIGNED_AT_ONCE = 1 << 14
-"""Rows that go to the device at once for their codes."""
+"""Rows sent to the device at once to be assigned."""
 GROUP = 8
-"""Centroids whose least distance is found first; see `nearest`."""
+"""Centroids in a group; see `nearest`."""
 MANY, FEW, WIDE = 1024, 32, 32
-"""With at least WIDE dimensions `axes_iterations` counts where rows a cluster are fewer than FEW, and beside k-means++
-where clusters are at least MANY."""
+"""`axes_iterations` applies from WIDE dimensions on: with fewer than FEW rows a cluster instead of k-means++, and from
+MANY clusters on in addition to it."""
 STEP = 1.5
-"""How far a centroid goes towards the mean of its rows, of 1. The inertia under a given assignment is a quadratic
-function of the centroid, which falls for any step below 2, so the iterations still descend; centroids move in one
-direction for many iterations, and go the same way in about half as many."""
+"""Step of a centroid towards the mean of its rows; 1 reaches it. The inertia under a given assignment is quadratic in
+the centroid and falls for any step below 2, so the iterations still descend. Centroids move in one direction for many
+iterations; this step takes about half as many."""
 
 
 @dataclass(frozen=True)
 class KMeansConfig:
-    """How a k-means is run; its number of clusters is given with the data."""
+    """How k-means is run; the number of clusters is given with the data."""
 
     iterations: int = 50
     """The most Lloyd iterations over all rows, and over each sample."""
     tolerance: float = 4e-4
-    """Stop when the centroids move less than this share of the data's variance (mean over coordinates, squared)."""
+    """Stop when the mean squared move of the centroids is below this share of the data's variance, a coordinate."""
     start_rows: tuple[int, int] = (16384, 32768)
-    """k-means++ looks at an eighth of the rows, but at no fewer and no more than these, and at least four a cluster."""
+    """Bounds on the rows that k-means++ reads: an eighth of all, within these, and at least four a cluster."""
     growth: int = 4
-    """Each sample is this many times the one before, the first has 128 rows a cluster, as fewer lead to a worse end; 0:
-    from k-means++ to all rows."""
+    """Ratio of the sizes of successive samples. The first has 128 rows a cluster; fewer give a higher final error. 0:
+    no samples between k-means++ and all rows."""
     rows_per_cluster: int = 256
     """Fit to at most this many rows a cluster, a random sample; 0: to all rows."""
     axes_iterations: int = 0
-    """Where there are few rows a cluster, or many clusters, the most Lloyd iterations at each number of principal axes;
-    with 10 the error is up to nine percent lower, in two to three times the time. 0: all dimensions at once."""
+    """The most Lloyd iterations at each number of principal axes, with few rows a cluster or many clusters. With 10 the
+    error is up to nine percent lower, in two to three times the time. 0: all dimensions at once."""
 
 
 class KMeans(NamedTuple):
@@ -70,7 +70,7 @@ def kmeans(key: jax.Array, x: np.ndarray | jax.Array | Rows, k: int, config: KMe
     """Cluster rows x f32 [I, D] into k clusters.
 
     Rows that are split over a mesh (`rows.place`) give the centroids of one device up to rounding; their assignment
-    stays split, [I'], and filled-up rows have K.
+    stays split, [I'], and is K for padding rows.
 
     Raises:
       UserError: fewer rows than clusters, or a row with NaN or infinity.
@@ -102,7 +102,7 @@ def fit(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> jax.Array:
     centroids = lloyd(rows.x, rows.where, centroids, first, config, rows.mesh)
     if not by_axes or k < MANY:
         return centroids
-    # Which end is better depends on the data: rows in heavy clusters want the one, rows without any the other.
+    # Which of the two is better depends on the data: k-means++ for rows in heavy clusters, axes for rows without any.
     both = (centroids, fit_by_axes(start_key, rows, k, config))
     return min(both, key=lambda each: float(assign_rows(rows, each)[1]))
 
@@ -120,7 +120,7 @@ def fit_by_axes(key: jax.Array, rows: Rows, k: int, config: KMeansConfig) -> jax
     centroids = plus_plus(start_key, sample[:, :1], k)
     for count in [2**power for power in range(len(axes).bit_length()) if 2**power < len(axes)]:
         centroids = lloyd(rotated[:, :count], rows.where, centroids, sample[:, :count], few, rows.mesh)
-        # All rows are centred, so that zero is the mean of the axes that are added.
+        # All rows are centred, so that the mean along the added axes is zero.
         centroids = jnp.pad(centroids, ((0, 0), (0, min(2 * count, len(axes)) - count)))
     return lloyd(rotated, rows.where, centroids, sample, config, rows.mesh) @ axes.T + mean
 
@@ -133,7 +133,7 @@ def moments(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sample_sizes(rows: int, k: int, config: KMeansConfig) -> list[int]:
-    """Rows that k-means++ looks at, then those of the growing samples, which are at most half of the rows."""
+    """Rows that k-means++ reads, then those of the growing samples, which are at most half of the rows."""
     first = min(rows, max(int(np.clip(rows // 8, *config.start_rows)), 4 * k))
     sizes, size = [first], max(first, 128 * k)
     while config.growth > 1 and size <= rows // 2:
@@ -172,8 +172,8 @@ def subset(rows: Rows, numbers: np.ndarray) -> Rows:
 def plus_plus(key: jax.Array, x: jax.Array, k: int) -> jax.Array:
     """Greedy k-means++: each next centroid is the best of 2 + log k rows drawn by squared distance, f32 [k, D].
 
-    The best for a few rows need not be good for the others: with fewer than four rows for each of k candidates there
-    are fewer candidates, down to one, the k-means++ without choice.
+    The best candidate for a few rows need not be good for the others: with fewer than four rows a cluster and candidate
+    there are fewer candidates, down to one, which is plain k-means++.
     """
     candidates = max(1, min(2 + int(np.log(k)), len(x) // (4 * k)))
     given, x = x, x - x.mean(0)
@@ -182,7 +182,7 @@ def plus_plus(key: jax.Array, x: jax.Array, k: int) -> jax.Array:
     first = jax.random.randint(first_key, (), 0, len(x))
 
     def add(nearest, key):
-        # Inverse of the cumulative sum: one uniform number a candidate, where a categorical draw needs one per row.
+        # Inverse of the cumulative sum: one uniform number a candidate; a categorical draw needs one a row.
         mass = jnp.cumsum(nearest)
         picked = jnp.searchsorted(mass, jax.random.uniform(key, (candidates,)) * mass[-1], side="right")
         picked = jnp.minimum(picked, len(x) - 1)
@@ -207,12 +207,12 @@ def lloyd(
     mesh: Mesh | None = None,
     sampled: bool = False,
 ) -> jax.Array:
-    """Lloyd iterations from given centroids f32 [K, D] until they rest, or for config.iterations, f32 [K, D].
+    """Lloyd iterations from given centroids f32 [K, D] to convergence, or config.iterations of them, f32 [K, D].
 
     Args:
       x: f32 [I', D]; where: bool [I'], the real rows.
-      sample: f32 [n, D], rows where empty clusters may start again.
-      sampled: x is itself a sample: rest as soon as the centroids move less than their sampling error.
+      sample: f32 [n, D], rows at which empty clusters may be re-seeded.
+      sampled: x is itself a sample: stop as soon as the centroids move less than their sampling error.
     """
     count = jnp.maximum(where.sum(), 1)
     limit = config.tolerance * _mean_variance(x, where, count)
@@ -227,7 +227,7 @@ def lloyd(
         means, seeded = update(centroids, sums, counts, sample)
         further = centroids + jnp.where(seeded[:, None], 1, STEP) * (means - centroids)
         moved = jnp.mean((further - centroids) ** 2)
-        # A mean over n / K rows has the variance of a cluster divided by n / K; a tenth is little against that.
+        # A mean over n / K rows has the variance of a cluster divided by n / K; a tenth of that is small.
         noise = 0.1 * inertia / x.shape[1] / count * len(centroids) / count if sampled else 0.0
         return iteration + 1, further, means, moved, noise, seeded.any()
 
@@ -236,10 +236,10 @@ def lloyd(
 
 
 def update(centroids: jax.Array, sums: jax.Array, counts: jax.Array, sample: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A Lloyd step from `totals`: centroids f32 [K, D], and which of them were empty and start again, bool [K].
+    """A Lloyd step from `totals`: centroids f32 [K, D], and which of them were empty and re-seeded, bool [K].
 
-    An empty cluster starts again at the row of `sample` f32 [n, D] that is served worst. A row that lies on a centroid
-    is no better place, so data with fewer distinct rows than clusters come to rest too.
+    An empty cluster is re-seeded at the row of `sample` f32 [n, D] with the largest error. A row on a centroid is not
+    used, so data with fewer distinct rows than clusters converge too.
     """
     empty = counts == 0
     updated = jnp.where(empty[:, None], centroids, sums / jnp.maximum(counts, 1)[:, None])
@@ -273,7 +273,7 @@ def assign_rows(rows: Rows, centroids: jax.Array) -> tuple[jax.Array, jax.Array]
     """The nearest centroid of each row, int32 [I'] (K where there is no row), and the inertia, f32 []."""
     if not isinstance(rows.x, np.ndarray):
         return assign_all(rows.x, rows.where, centroids, rows.mesh)
-    # By blocks: rows in the host's memory need no copy of all of them on the device.
+    # By blocks: rows in the host's memory are never copied to the device all at once.
     starts = range(0, len(rows.x), ASSIGNED_AT_ONCE)
     codes, distances = zip(*(assign(rows.x[s : s + ASSIGNED_AT_ONCE], centroids) for s in starts), strict=True)
     return jnp.concatenate(codes), sum(jnp.sum(each) for each in distances)
@@ -289,7 +289,7 @@ def assign_all(
 
 
 def over_devices(of_device, mesh: Mesh | None, x: jax.Array, where: jax.Array, centroids: jax.Array):
-    """of_device(x, where, centroids), its results added up over the devices that the rows are split over."""
+    """of_device(x, where, centroids), its results summed over the devices that the rows are split over."""
     if mesh is None:
         return of_device(x, where, centroids)
     rows, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
@@ -322,14 +322,14 @@ def assign(x: jax.Array, centroids: jax.Array, prices: jax.Array | None = None) 
 
     def of_rows(rows):
         codes = find(rows)
-        # The distance by difference, as |x|^2 - 2xc + |c|^2 loses all digits for rows near their centroid.
+        # Distances by difference: |x|^2 - 2xc + |c|^2 loses all digits for rows near their centroid.
         return codes, jnp.sum((rows - centroids[codes]) ** 2, axis=-1)
 
     return by_chunk(of_rows, x, chunk_rows(len(centroids)))
 
 
 def chunk_rows(k: int) -> int:
-    """Rows whose distances to k centroids are held at once."""
+    """Rows whose distances to k centroids are computed at once."""
     return max(64, DISTANCES_AT_ONCE // k)
 
 
@@ -339,7 +339,7 @@ def by_chunk(function, x: jax.Array, chunk: int):
     if not len(x):
         x = jnp.zeros((1, x.shape[1]), x.dtype)
         return jax.tree.map(lambda found: found[:0], function(x))
-    # The last chunk reaches back over rows that were done: to fill it up would copy all rows.
+    # The last chunk overlaps rows that are done: padding it would copy all rows.
     starts = np.minimum(np.arange(0, len(x), chunk), len(x) - chunk)
     found = jax.lax.map(lambda start: function(jax.lax.dynamic_slice_in_dim(x, start, chunk)), jnp.asarray(starts))
     last = len(x) - (len(starts) - 1) * chunk
@@ -353,9 +353,9 @@ def by_chunk(function, x: jax.Array, chunk: int):
 def nearest(centroids: jax.Array, prices: jax.Array | None = None):
     """A function rows f32 [n, D] -> the code of each row's nearest centroid, int32 [n], the first of equals.
 
-    On a CPU a plain minimum over the matrix product's result is almost free, and finding where it lies takes longer
-    than the product. So the minimum of each GROUP of centroids is taken first; the group, and the place inside it, are
-    then found in an eighth of the numbers. Distances are measured from the centroids' mean, which keeps their digits
+    On a CPU the minimum of the matrix product's result is almost free, but its argmin takes longer than the product. So
+    the minimum of each GROUP of centroids is taken first; the argmin over groups, and then inside one group, reads an
+    eighth of the numbers. Coordinates are taken relative to the centroids' mean, which keeps the digits of distances
     when all rows lie far from zero.
     """
     k = len(centroids)
@@ -373,7 +373,7 @@ def nearest(centroids: jax.Array, prices: jax.Array | None = None):
         of_group = distances.min(1)
         least = of_group.min(0)
         group = jnp.where(of_group == least, group_number, groups).min(0)
-        # NaN equals nothing: such rows get the last code, and stay inside the codebook.
+        # NaN equals nothing: such rows get the last code, which is inside the codebook.
         group = jnp.minimum(group, groups - 1)
         members = jnp.take_along_axis(distances, group[None, None], axis=0)[0]
         member = jnp.where(members == least, member_number, GROUP).min(0)

@@ -1,12 +1,12 @@
 """Optimized product quantization (Ge et al. 2013): a rotation, then one independent codebook in each sub-space.
 
-OneSearch §3.1.3 gives it what the last k-means level left over (2 x 256), so that the last codes of an ID name an
-item's own features, side by side and not by hierarchy.
+OneSearch §3.1.3 quantizes the residual of the last k-means level with it (2 x 256), so that the last codes of an ID
+describe an item's own features, in parallel and not as a hierarchy.
 
-The rotation starts at the principal components, dealt to the sub-spaces so that each holds as much as its codebook can
-tell apart, and then alternates with the codebooks: with the codes fixed the best rotation is an orthogonal Procrustes
-problem, with the rotation fixed each codebook takes a Lloyd step from where it stands. That alternation looks at a
-sample of the rows; the codebooks are then finished on many more.
+The rotation starts at the principal components, assigned to the sub-spaces so that each has as much variance as its
+codebook can encode. Then rotation and codebooks are updated in turn: with the codes fixed, the best rotation solves an
+orthogonal Procrustes problem; with the rotation fixed, each codebook takes a Lloyd step. This runs on a sample of the
+rows; the codebooks are then finished on a larger one.
 """
 
 from dataclasses import dataclass, field
@@ -31,15 +31,15 @@ class OpqConfig:
     """How a product quantizer is fitted."""
 
     sizes: tuple[int, ...] = (256, 256)
-    """Codes in each sub-space; the width of the vectors divides by how many there are."""
+    """Codes in each sub-space; the number of sub-spaces must divide the width of the vectors."""
     rotations: int = 20
-    """Times that the rotation is solved for; 0 leaves the principal components."""
+    """Updates of the rotation; 0 leaves the principal components."""
     start: KMeansConfig = field(default_factory=partial(KMeansConfig, iterations=5))
     """The k-means that gives each sub-space its first codebook."""
     sample_rows: int = 128
-    """Rows a code of the largest codebook, sampled, on which the rotation is found."""
+    """Sampled rows, a code of the largest codebook, on which the rotation is fitted."""
     finish_rows: int = 1024
-    """Rows a code of the largest codebook, sampled, on which the codebooks are finished."""
+    """Sampled rows, a code of the largest codebook, on which the codebooks are finished."""
     finish: KMeansConfig = field(default_factory=partial(KMeansConfig, iterations=20))
     """The Lloyd iterations that finish the codebooks under the last rotation."""
 
@@ -89,7 +89,7 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: OpqConfig = OpqConfig
 
 
 def check(config: OpqConfig, shape: tuple[int, ...]) -> None:
-    """UserError when the configuration cannot be, or does not fit rows of a shape [I, D]."""
+    """UserError when the configuration is invalid, or does not fit rows of a shape [I, D]."""
     (rows, width), sizes = shape, config.sizes
     if not sizes or min(sizes) < 2:
         raise UserError(f"OPQ sizes={sizes}: give at least one sub-space, each of 2 codes or more")
@@ -114,7 +114,7 @@ def encode(opq: Opq, x: np.ndarray | jax.Array) -> jax.Array:
 
 
 def decode(opq: Opq, codes: np.ndarray | jax.Array) -> jax.Array:
-    """What codes int32 [I, m] stand for, f32 [I, D]; sub-spaces beyond the first m lie at their codebook's mean."""
+    """The vectors f32 [I, D] of codes int32 [I, m]; sub-spaces beyond the first m give the mean of their codebook."""
     codes = jnp.asarray(codes)
     known = [codebook[codes[:, j]] for j, codebook in enumerate(opq.codebooks[: codes.shape[1]])]
     rest = [jnp.tile(codebook.mean(0), (len(codes), 1)) for codebook in opq.codebooks[codes.shape[1] :]]
@@ -122,13 +122,13 @@ def decode(opq: Opq, codes: np.ndarray | jax.Array) -> jax.Array:
 
 
 def principal_rotation(x: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
-    """Principal directions of centred x [I, D] dealt to the sub-spaces, orthonormal f64 [D, D] (Ge et al. §3.2).
+    """Principal directions of centred x [I, D] assigned to the sub-spaces, orthonormal f64 [D, D] (Ge et al. §3.2).
 
-    From the largest variance on, each direction goes to the sub-space with room whose variances have the least product
+    In order of falling variance, each direction goes to the sub-space with room whose variances have the least product
     for its number of codes. For Gaussian data no rotation has a lower bound of the error.
     """
     values, directions = principal_axes(x)
-    # Relative to the least variance, so that a direction always adds to the product that it joins.
+    # Relative to the least variance, so that every direction increases the product of its sub-space.
     floor = max(values[0] * 1e-9, np.finfo(np.float64).tiny)
     spread = np.log(np.maximum(values, floor))
     spread -= spread[-1]
@@ -166,7 +166,7 @@ def alternate(x: jax.Array, rotation: jax.Array, books: Books) -> tuple[jax.Arra
     turned = parts(x @ rotation, len(books))
     for part, axes, book in zip(turned, parts(rotation, len(books)), books, strict=True):
         codes, _ = assign(part, book)
-        # All that either step needs to know of the rows: their sum, code by code, before the rotation.
+        # Both steps need only the sum of the rows of each code, before the rotation.
         sums = jax.ops.segment_sum(x, codes, len(book))
         counts = jax.ops.segment_sum(jnp.ones(len(x)), codes, len(book))
         moved.append(update(book, sums @ axes, counts, part)[0])

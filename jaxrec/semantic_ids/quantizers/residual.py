@@ -1,6 +1,6 @@
-"""Residual k-means: each level clusters what the levels before it left over (OneMall Eq. 1-2).
+"""Residual k-means: each level clusters the residual of the levels before it (OneMall Eq. 1-2).
 
-Levels may be balanced, all their clusters about equally large (OneSearch §3.1.3 balances the last one only).
+Levels may be balanced: their clusters are about equally large (OneSearch §3.1.3 balances the last level only).
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ class ResidualConfig:
     balanced: tuple[int, ...] = ()
     """Levels, counted from 1, whose clusters are kept about equally large; OneSearch: the last one, (3,)."""
     kmeans: KMeansConfig = field(default_factory=partial(KMeansConfig, rows_per_cluster=1024, axes_iterations=10))
-    """How the other levels are fitted: with more care than a single level needs, as errors add up."""
+    """k-means of the other levels: more rows and iterations than a single level needs, since errors add up."""
     balance: BalancedConfig = field(default_factory=BalancedConfig)
-    """How the balanced levels are balanced."""
+    """The fit of the balanced levels."""
 
 
 @flax.struct.dataclass
@@ -57,8 +57,8 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array | Rows, config: ResidualConfig
     Rows that are split over a mesh (`rows.place`) give the codebooks of one device up to rounding.
 
     Raises:
-      UserError: no level, a level with fewer than two codes, a balanced level that is not there, fewer rows than codes,
-        or a row with NaN or infinity.
+      UserError: no level, a level with fewer than two codes, a balanced level that does not exist, fewer rows than
+        codes, or a row with NaN or infinity.
     """
     rows = x if isinstance(x, Rows) else place(x)
     check(config, (len(rows), rows.x.shape[1]))
@@ -76,7 +76,7 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array | Rows, config: ResidualConfig
 
 
 def check(config: ResidualConfig, shape: tuple[int, ...]) -> None:
-    """UserError when the configuration cannot be, or does not fit rows of a shape [I, D]."""
+    """UserError when the configuration is invalid, or does not fit rows of a shape [I, D]."""
     if not config.sizes or min(config.sizes) < 2:
         raise UserError(
             f"sizes={config.sizes} of the residual k-means: give at least one level, each of 2 codes or more"
@@ -90,7 +90,7 @@ def check(config: ResidualConfig, shape: tuple[int, ...]) -> None:
 
 
 def encode(fitted: Residual, x: np.ndarray | jax.Array) -> jax.Array:
-    """The codes of x f32 [I, D], int32 [I, levels] (OneMall Eq. 2); each row's by itself, whatever the others are."""
+    """The codes of x f32 [I, D], int32 [I, levels] (OneMall Eq. 2); rows are independent."""
     x = check_rows(x, 0)
     check_width(x, fitted.width)
     return _codes(fitted, x)
@@ -108,9 +108,9 @@ def decode(fitted: Residual, codes: np.ndarray | jax.Array) -> jax.Array:
 
 
 def encode_together(fitted: Residual, x: np.ndarray | jax.Array, config: BalancedConfig) -> jax.Array:
-    """The codes of a whole catalogue x f32 [I, D], int32 [I, levels]: balanced levels keep their bound to the letter.
+    """The codes of a whole catalogue x f32 [I, D], int32 [I, levels]: balanced levels keep their bound strictly.
 
-    Where `encode` gives a cluster a few rows too many, the rows that lose least go to the next one.
+    Where `encode` gives a cluster too many rows, those whose error rises least are moved to another cluster.
     """
     x = jnp.asarray(check_rows(x, 0))
     check_width(x, fitted.width)
@@ -131,13 +131,13 @@ def _encode_rows(fitted: Residual, rows: Rows) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _codes(fitted: Residual, x: jax.Array) -> jax.Array:
-    """The first part of `_encode`; the second, as large as x, is then never made."""
+    """The codes of `_encode` alone; the residuals, as large as x, are then never computed."""
     return _encode(fitted, x)[0]
 
 
 @jax.jit
 def _encode(fitted: Residual, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The codes int32 [I, levels], and what the levels leave over, f32 [I, D]."""
+    """The codes int32 [I, levels], and the residual, f32 [I, D]."""
     finders = [nearest(*level) for level in zip(fitted.centroids, fitted.prices, strict=True)]
 
     def of_rows(rows):

@@ -15,17 +15,17 @@ from jaxrec.config import UserError
 
 CHECKED_AT_ONCE = 65_536
 LARGEST, LEAST = 1e13, 1e-12
-"""The largest number that an embedding may hold, and the least that the largest of a catalogue may be: beyond, sums of
-squares over many rows overflow in float32, or squares vanish."""
+"""Bounds on the largest absolute number of a catalogue's embeddings: above, sums of squares over many rows overflow in
+float32; below, squares underflow to zero."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Checked rows on the devices.
 
-    x: f32 [I', D], I' >= I rows, filled up with zeros so that they split evenly; without a mesh as they were given, so
-    that no copy of all is made where a sample will do. where: bool [I'], True for a real row. valid: int64 [I], the
-    places of the real rows. mesh: over whose devices the rows are split, or None.
+    x: f32 [I', D], I' >= I rows, padded with zeros so that they split evenly; without a mesh as given, so that no copy
+    is made where a sample is enough. where: bool [I'], True for a real row. valid: int64 [I], the positions of the real
+    rows. mesh: the rows are split over its devices; None for one device.
     """
 
     x: np.ndarray | jax.Array
@@ -34,21 +34,21 @@ class Rows:
     mesh: Mesh | None = None
 
     def __len__(self) -> int:
-        """How many real rows there are on all hosts, I."""
+        """The number of real rows on all hosts, I."""
         return len(self.valid)
 
     def local(self, values: jax.Array) -> np.ndarray:
-        """The part of values [I', ...] that belongs to the rows that this host gave, as NumPy."""
+        """The values [I', ...] of this host's own rows, as NumPy."""
         mine = np.concatenate([np.asarray(shard.data) for shard in _in_order(values)])
         return mine[np.concatenate([np.asarray(shard.data) for shard in _in_order(self.where)])]
 
 
 def check_rows(x: np.ndarray | jax.Array, k: int) -> np.ndarray | jax.Array:
-    """x [I, D] as float32 (half, double and integer numbers are converted), fit to be put into k clusters.
+    """x [I, D] as float32 (half, double and integer numbers are converted), checked for k clusters.
 
     Raises:
-      UserError: no matrix, no numbers, no width, fewer than k rows, or a row with NaN, infinity or a number beyond
-        `LARGEST`; also a double too large for float32, which is infinite there.
+      UserError: no matrix, no numbers, width 0, fewer than k rows, or a row with NaN, infinity or a number beyond
+        `LARGEST`; also a double too large for float32, which becomes infinite.
     """
     x = to_matrix(x)
     check_enough(len(x), k)
@@ -66,7 +66,7 @@ def unusable(x: np.ndarray | jax.Array) -> np.ndarray:
 
 
 def complaint(row: np.ndarray) -> tuple[str, str]:
-    """What is wrong with an unusable row [D], and the mend."""
+    """The defect of an unusable row [D], and the mend."""
     if not np.isfinite(row).all():
         return "NaN or infinity", "mend them first"
     worst = row[np.abs(row).argmax()]
@@ -77,7 +77,7 @@ def complaint(row: np.ndarray) -> tuple[str, str]:
 
 
 def check_scale(x: np.ndarray | jax.Array) -> None:
-    """UserError where all numbers of a catalogue x [I, D] are so small that their squares vanish; zeros alone pass."""
+    """UserError where all numbers of a catalogue x [I, D] are so small that their squares underflow; all zeros pass."""
     largest = max((float(np.abs(np.asarray(x[s : s + CHECKED_AT_ONCE])).max())
                    for s in range(0, len(x), CHECKED_AT_ONCE)), default=0.0)  # fmt: skip
     if 0 < largest < LEAST:
@@ -88,7 +88,7 @@ def check_scale(x: np.ndarray | jax.Array) -> None:
 
 
 def to_matrix(x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    """x [I, D] as float32, what `check_rows` refuses refused except for the rows' number and content."""
+    """x [I, D] as float32, with the errors of `check_rows` except for the number and the content of rows."""
     try:
         x = x if isinstance(x, jax.Array) else np.asarray(x)
     except ValueError as error:
@@ -114,7 +114,7 @@ def check_enough(rows: int, k: int) -> None:
 
 
 def check_width(x: np.ndarray | jax.Array, width: int) -> None:
-    """UserError when x [I, D] is not as wide as what the codebooks were fitted to."""
+    """UserError when x [I, D] has another width than the codebooks were fitted to."""
     if x.shape[1] != width:
         raise UserError(
             f"embeddings are {x.shape[1]} wide, but the codebooks were fitted to a width of "
@@ -123,7 +123,7 @@ def check_width(x: np.ndarray | jax.Array, width: int) -> None:
 
 
 def place(x: np.ndarray | jax.Array, mesh: Mesh | None = None, at_least: int = 1) -> Rows:
-    """Check rows x [I, D] and put them on the device, or, with a mesh, split over all of its devices.
+    """Check rows x [I, D] and put them on the device; with a mesh, split over all of its devices.
 
     On several hosts each gives its own rows; UserError as in `check_rows`, for `at_least` rows in all.
     """
@@ -149,14 +149,14 @@ def place(x: np.ndarray | jax.Array, mesh: Mesh | None = None, at_least: int = 1
 def _unusable(x: np.ndarray | jax.Array, start: int) -> np.ndarray:
     """The unusable rows among those from `start` on, counted from there."""
     some = np.asarray(x[start : start + CHECKED_AT_ONCE])
-    # Two passes in place of one look at each number: five times as fast. NaN is passed on, and below nothing.
+    # Two reductions instead of a test of each number: five times as fast. NaN propagates and fails the comparison.
     if not some.size or (some.max() <= LARGEST and some.min() >= -LARGEST):
         return np.zeros(0, int)
     return np.flatnonzero(~(np.abs(some) <= LARGEST).all(axis=1))
 
 
 def _odd_row(x: list) -> str:
-    """Names the first of some lists that is not as long as the first; "" when that is not what is wrong."""
+    """A message that names the first list of another length than the first; "" when all lengths agree."""
     widths = [len(row) if hasattr(row, "__len__") else 0 for row in x]
     odd = next((row for row, width in enumerate(widths) if width != widths[0]), None)
     return "" if odd is None else f"row {odd} is of another width ({widths[odd]}) than row 0 ({widths[0]})"

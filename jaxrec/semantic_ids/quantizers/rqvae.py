@@ -1,13 +1,12 @@
-"""RQ-VAE: an autoencoder whose latent is quantized level by level, each level on what those before it left over.
+"""RQ-VAE: an autoencoder whose latent is quantized level by level, each level on the residual of those before it.
 
 OneSug Eq. 3 (§3.2.2), and TIGER's recipe: encoder and decoder of three blocks are trained together with the codebooks,
-straight through the choice of the codes.
+with a straight-through gradient.
 
-The known way to fail is collapse: few codes are chosen, only these learn, and the others are never chosen again. Three
-things prevent it. The autoencoder starts at the principal components and first learns with its latent not quantized, so
-that there is something to quantize. k-means on its latents then starts the codebooks, where random codes would lie far
-from all latents. And a code that no row has chosen for some steps moves to a random residual of the batch, where there
-are rows: that alone brings back codebooks that have collapsed.
+The known failure is collapse: few codes are chosen, only these learn, and the others are never chosen again. Three
+things prevent it. The autoencoder is initialised with the principal components and warmed up without quantization.
+k-means on its latents then initialises the codebooks; random codes would lie far from all latents. And a code that no
+row has chosen for some steps moves to a random residual of the batch; this alone revives collapsed codebooks.
 """
 
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from jaxrec.semantic_ids.quantizers.rows import check_enough, check_rows, check_
 
 STEPS_PER_CALL = 50
 CHUNK_ROWS = 4096
-"""Rows that go through the encoder or the decoder at once: bounds the memory of their hidden layers."""
+"""Rows in one pass of the encoder or the decoder; bounds the memory of their hidden layers."""
 
 Books = tuple[jax.Array, ...]
 """One array a level."""
@@ -48,28 +47,28 @@ class RqVaeConfig:
     latent_width: int = 32
     """Width of the latent and of the codes."""
     linear: bool = True
-    """A linear path beside the blocks, from the principal components on: a lower error after as many steps, at a few
-    more shared IDs. False leaves the blocks alone, as in the papers."""
+    """Add a linear path, initialised with the principal components, to the blocks: a lower error after as many steps,
+    with a few more shared IDs. False: the blocks alone, as in the papers."""
     beta: float = 0.25
     """Weight of the term that commits the encoder to the chosen codes."""
     ema_decay: float = 0.0
-    """0: codes learn by the gradient of the loss. Above 0, such as 0.99: they are moving averages of the residuals that
-    chose them, with this decay."""
+    """0: codes are trained by the gradient of the loss. Above 0, e.g. 0.99: codes are moving averages, with this decay,
+    of the residuals assigned to them."""
     warm_steps: int = 500
-    """First steps, with the latent not quantized."""
+    """Warm-up steps without quantization."""
     steps: int = 2000
-    """Steps with the latent quantized."""
+    """Steps with quantization."""
     batch_size: int = 512
     """Rows in a step."""
     learning_rate: float = 2e-3
-    """Learning rate of Adam; it falls to zero along a cosine while the latent is quantized."""
+    """Learning rate of Adam; with quantization it falls to zero along a cosine."""
     revive_after: int = 20
-    """Steps without a row after which a code moves to a random residual of the batch; where a level has more codes than
-    a batch has rows, as many times more."""
+    """Steps without a row after which a code moves to a random residual of the batch. Where a level has more codes than
+    a batch has rows, the number is multiplied by their ratio."""
     start_rows: int = 256
-    """Rows a code of the largest level, sampled, whose principal components and latents start the training."""
+    """Sampled rows, a code of the largest level, whose principal components and latents initialise the training."""
     start: KMeansConfig = field(default_factory=partial(KMeansConfig, iterations=20))
-    """The k-means that starts them."""
+    """The k-means that initialises the codebooks."""
 
 
 @flax.struct.dataclass
@@ -99,10 +98,10 @@ class RqVae:
 
 @flax.struct.dataclass
 class Training:
-    """What changes from step to step.
+    """The training state.
 
-    counts: f32 [K] a level, the moving average of how many rows of a batch chose a code. idle: int32 [K] a level, the
-    steps since one did.
+    counts: f32 [K] a level, the moving average of the rows of a batch assigned to a code. idle: int32 [K] a level, the
+    steps since a row was assigned.
     """
 
     params: dict
@@ -136,7 +135,7 @@ def fit(key: jax.Array, x: np.ndarray | jax.Array, config: RqVaeConfig = RqVaeCo
 
 
 def check(config: RqVaeConfig, shape: tuple[int, ...]) -> None:
-    """UserError when the configuration cannot be, or does not fit rows of a shape [I, D]."""
+    """UserError when the configuration is invalid, or does not fit rows of a shape [I, D]."""
     if not config.sizes or min(config.sizes) < 2:
         raise UserError(f"RQ-VAE sizes={config.sizes}: give at least one level, each of 2 codes or more")
     if min((config.latent_width, config.batch_size, *config.hidden)) < 1:
@@ -160,7 +159,7 @@ def encode(rqvae: RqVae, x: np.ndarray | jax.Array) -> jax.Array:
 
 @jax.jit
 def decode(rqvae: RqVae, codes: np.ndarray | jax.Array) -> jax.Array:
-    """What codes int32 [I, m] stand for, f32 [I, D]; the first m levels alone are allowed."""
+    """The embeddings f32 [I, D] that codes int32 [I, m] of the first m levels decode to."""
     codes = jnp.asarray(codes)
     books = rqvae.codebooks[: codes.shape[1]]
     latent = sum((book[codes[:, m]] for m, book in enumerate(books)), jnp.zeros(rqvae.codebooks[0].shape[1]))
@@ -179,8 +178,8 @@ def loss(
 
     Args:
       x: f32 [B, D], and its reconstruction.
-      residuals: f32 [B, levels, latent width], what each level had to quantize; chosen: the codes that it chose.
-      where: bool [B], the rows that count; the others give 0.
+      residuals: f32 [B, levels, latent width], the input of each level; chosen: the vectors of the chosen codes.
+      where: bool [B], mask of the rows; masked rows give 0.
     """
     fixed = jax.lax.stop_gradient
     reconstructed = jnp.sum((x - reconstruction) ** 2, axis=-1)
@@ -193,7 +192,7 @@ def loss(
 def quantize(codebooks: Books, latents: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes int32 [B, levels] of latents f32 [B, latent width]; also the residuals and the chosen codes' vectors.
 
-    Both f32 [B, levels, latent width]. A residual's gradient goes to the latent, not to the codes before it.
+    Both f32 [B, levels, latent width]. A residual's gradient reaches the latent, not the codes of earlier levels.
     """
     residual, levels = latents, []
     for codebook in codebooks:
@@ -210,7 +209,7 @@ def straight_through(latents: jax.Array, chosen: jax.Array) -> jax.Array:
 
 
 def blocks(layers: dict, x: jax.Array) -> jax.Array:
-    """Dense layers, a ReLU behind each but the last, and the linear path if there is one: f32 [B, in] to [B, out]."""
+    """Dense layers, with a ReLU after each but the last, plus the linear path if any: f32 [B, in] to [B, out]."""
     hidden = x
     count = sum(name.startswith("layer_") for name in layers)
     for i in range(count):
@@ -220,9 +219,9 @@ def blocks(layers: dict, x: jax.Array) -> jax.Array:
 
 
 def init(key: jax.Array, x: jax.Array, config: RqVaeConfig) -> dict:
-    """The weights of the encoder and of the decoder to begin with, for centred embeddings x f32 [I, D].
+    """Initial weights of the encoder and the decoder, for centred embeddings x f32 [I, D].
 
-    Random blocks; with a linear path they begin at zero and the path at the principal components.
+    Blocks are random. With a linear path, their output is zero and the path has the principal components.
     """
     widths = (x.shape[1], *config.hidden, config.latent_width)
     dense = jax.nn.initializers.he_normal()
@@ -243,7 +242,7 @@ def init(key: jax.Array, x: jax.Array, config: RqVaeConfig) -> dict:
 
 
 def principal_directions(x: np.ndarray, count: int) -> np.ndarray:
-    """The first principal directions of centred x [I, D], f32 [D, count]; zeros beyond the D that there are."""
+    """The first principal directions of centred x [I, D], f32 [D, count]; zeros beyond D."""
     found = principal_axes(x)[1][:, :count]
     return np.pad(found, ((0, 0), (0, count - found.shape[1]))).astype(np.float32)
 
@@ -253,7 +252,7 @@ def centre_and_scale(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     1 when all rows are the same up to rounding.
     """
-    # In units of the largest number, as squares of large ones overflow and of small ones vanish.
+    # In units of the largest number: squares of large numbers overflow and those of small ones underflow.
     largest = jnp.maximum(jnp.abs(x).max(), 1e-30)
     mean = (x / largest).mean(0)
     spread = jnp.sqrt(jnp.mean((x / largest - mean) ** 2))
@@ -280,9 +279,9 @@ def begin(params: dict, codebooks: Books, rows: int, config: RqVaeConfig) -> Tra
 def follow(
     codebook: jax.Array, counts: jax.Array, residuals: jax.Array, codes: jax.Array, decay: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Move codes f32 [K, d] towards the residuals f32 [B, d] that chose them (codes int32 [B]); also the new counts.
+    """Move codes f32 [K, d] towards their residuals f32 [B, d] (of codes int32 [B]); also returns the new counts.
 
-    A code is the average of its residuals over the steps, a step weighing `decay` times the one after it.
+    A code is the average of its residuals over the steps; each step has `decay` times the weight of the next.
     """
     used = jax.ops.segment_sum(jnp.ones(len(codes)), codes, len(codebook))
     sums = jax.ops.segment_sum(residuals, codes, len(codebook))
@@ -294,7 +293,7 @@ def follow(
 def revive(
     key: jax.Array, codebook: jax.Array, counts: jax.Array, idle: jax.Array, residuals: jax.Array, after: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Move codes that were idle (int32 [K] steps) for `after` steps to random residuals f32 [B, d], as good as new."""
+    """Move codes idle (int32 [K] steps) for `after` steps to random residuals f32 [B, d]; their counts are reset."""
     dead = idle >= after
     picked = residuals[jax.random.randint(key, (len(codebook),), 0, len(residuals))]
     even = len(residuals) / len(codebook)
@@ -307,7 +306,7 @@ def optimiser(config: RqVaeConfig) -> optax.GradientTransformation:
 
 
 def trained(params: dict, codebooks: Books, config: RqVaeConfig) -> tuple[dict, Books]:
-    """What the gradient trains: the weights, and the codebooks when they are no moving averages."""
+    """The parameters trained by gradient: the weights, and the codebooks unless they are moving averages."""
     return params, () if config.ema_decay else codebooks
 
 
@@ -361,7 +360,7 @@ def train(config: RqVaeConfig, state: Training, x: jax.Array, keys: jax.Array) -
                 book, counts = follow(book, counts, residuals[:, m], codes[:, m], config.ema_decay)
             idle = (idle + 1).at[codes[:, m]].set(0)
             level_key = jax.random.fold_in(revive_key, m)
-            # A batch with fewer rows than codes leaves most codes idle, dead or not.
+            # In a batch with fewer rows than codes most codes are idle, dead or not.
             after = config.revive_after * max(1, -(-len(book) // len(residuals)))
             levels.append(revive(level_key, book, counts, idle, residuals[:, m], after))
         codebooks, counts, idle = zip(*levels, strict=True)

@@ -1,1 +1,1 @@
-"""The table of IDs: which item has which, what is done about shared ones, how good they are, version by version."""
+"""The table of IDs: items and their IDs, collisions, quality, versions."""

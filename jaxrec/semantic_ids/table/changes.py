@@ -1,11 +1,11 @@
-"""What happens to a catalogue after its codebooks were fitted: items come, leave, come back, and change.
+"""Changes of a catalogue after its codebooks were fitted: items are added, removed, restored and re-encoded.
 
     append(folder, ["new-1", "new-2"], x)        # IDs by the frozen codebooks; earlier items keep theirs
-    remove(folder, ["old-7"])                    # leaves the catalogue, and holds on to its ID
-    reencode(folder, ["live-3"], x)              # what it is has changed, and so may its ID (OneMall §3.1.3)
+    remove(folder, ["old-7"])                    # leaves the catalogue and keeps its ID
+    reencode(folder, ["live-3"], x)              # a new embedding, and perhaps a new ID (OneMall §3.1.3)
 
 `folder` is the semantic_ids folder of a run; each call that changes something writes a version (`versions`). Embeddings
-are those that the codebooks encode: of an aligned run, aligned. All of them can be run again after a kill.
+are the codebooks' inputs: aligned ones in an aligned run. Every call can be repeated after a kill.
 """
 
 from collections.abc import Sequence
@@ -32,20 +32,19 @@ def append(
     own: np.ndarray | None = None,
     rows: pa.Table | None = None,
 ) -> dict:
-    """Give new items their IDs, under the policy for collisions that the first items had.
+    """Assign IDs to new items, under the collision policy of the first items.
 
     Args:
-      item_ids: [n], embeddings: f32 [n, D]. An item that is there already keeps its ID whatever its embedding, and is
-        counted as `known`; one that had left comes back with the ID it had.
-      popularity: [n], which of the new items come first; None: in their order.
+      item_ids: [n], embeddings: f32 [n, D]. An item of the catalogue keeps its ID whatever its embedding, and is
+        counted as `known`; a removed item is restored with its ID.
+      popularity: [n], the order of the new items under one ID; None: the given order.
       own: f32 [n, D'], with scenarios: the items' own embeddings, kept for those that sell them (`vectors.keep_own`).
-      rows: [n], in a run: the items in columns of its items.parquet, kept for who serves them (`later.keep_rows`).
+      rows: [n], in a run: the items in the columns of its items.parquet, kept for serving (`later.keep_rows`).
     Returns:
-      `version` (the current one when there is nothing new), `added`, `returned`, `known`; `collisions` where there are
-      new items.
+      `version` (the current one if no item is new), `added`, `returned`, `known`; `collisions` if there are new items.
     Raises:
       UserError: no items, an item listed twice, an embedding of another width or with NaN or infinity, an extra level
-        that is full, or what `versions.read_version` refuses.
+        that is full, or as `versions.read_version`.
     """
     folder = Path(folder)
     with locked(folder):
@@ -63,7 +62,7 @@ def append(
             first = None if popularity is None else np.asarray(popularity)[new]
             resolved = resolve(encoded, books.sizes, table.collisions, x[new], books, first, table.codes)
             codes, report = resolved.codes, _told(resolved)
-        # Before the version: killed in between, no item is there without its own embedding or its row.
+        # Before the version: after a kill in between, no item lacks its own embedding or its row.
         _keep(folder, item_ids, own)
         if rows is not None:
             keep_rows(folder, rows)
@@ -75,13 +74,13 @@ def append(
 
 
 def remove(folder: Path, item_ids: Sequence[str]) -> dict:
-    """Take items out of the catalogue. They stay in the table, inactive: no other item gets their place under a policy
-    that gives each its own, and `append` brings them back with their ID.
+    """Remove items from the catalogue. They stay in the table as inactive rows: under a policy of unique IDs no other
+    item gets theirs, and `append` restores them with their IDs.
 
     Returns:
-      `version` (the current one when nobody left), `removed`, `known` (had left before).
+      `version` (the current one if no item was removed), `removed`, `known` (removed before).
     Raises:
-      UserError: no items, an item listed twice or without an ID, or none would be left.
+      UserError: no items, an item listed twice or without an ID, or no item would remain.
     """
     folder = Path(folder)
     check_ids(item_ids)
@@ -103,16 +102,17 @@ def reencode(
     popularity: np.ndarray | None = None,
     own: np.ndarray | None = None,
 ) -> dict:
-    """Encode items anew whose embeddings changed, such as live streams that sell something else by now.
+    """Re-encode items whose embeddings changed, such as live streams that sell other products now.
 
-    An item that the codebooks put where they put it before keeps its whole ID, its place among items of the same ID and
-    its row; the others get one as new items do, and give their old one up.
+    An item with unchanged codes keeps its whole ID, its position among the items of that ID and its row. The others get
+    new IDs as new items do; their old IDs become free.
 
     Returns:
-      `version` (the current one when all stayed), `encoded` (items given), `changed`, `changed_share` (of the items),
-      `changed_codes` (share of the items whose code changed, level by level), `changed_codes_mean`, `collisions`.
+      `version` (the current one if no code changed), `encoded` (items given), `changed`, `changed_share` (of the
+      items), `changed_codes` (share of the items whose code changed, level by level), `changed_codes_mean`,
+      `collisions`.
     Raises:
-      UserError: an item without an ID or that has left, and what `append` refuses.
+      UserError: an item without an ID or a removed one, or as `append`.
     """
     folder = Path(folder)
     with locked(folder):
@@ -150,7 +150,7 @@ def reencode(
 
 
 def check_ids(item_ids: Sequence[str]) -> None:
-    """UserError when there are no items, one is no text or is empty, or one is listed twice."""
+    """UserError when there are no items, an id is not text or is empty, or one is listed twice."""
     if not len(item_ids):
         raise UserError("the table of items is empty: give at least one item_id")
     seen: dict[str, int] = {}
@@ -162,7 +162,7 @@ def check_ids(item_ids: Sequence[str]) -> None:
 
 
 def check_items(item_ids: Sequence[str], embeddings: np.ndarray, width: int) -> np.ndarray:
-    """Embeddings as f32 [n, width]; UserError when they or the item ids cannot be used, naming the item."""
+    """Embeddings as f32 [n, width]; UserError, which names the item, when they or the item ids are unusable."""
     check_ids(item_ids)
     x = np.asarray(to_matrix(embeddings))
     if len(x) != len(item_ids):
@@ -175,7 +175,7 @@ def check_items(item_ids: Sequence[str], embeddings: np.ndarray, width: int) -> 
 
 
 def check_popularity(popularity: np.ndarray | None, items: int) -> None:
-    """UserError when there is a popularity, but not one number an item."""
+    """UserError when popularity is given, but is not one number an item."""
     if popularity is None:
         return
     if np.shape(popularity) != (items,) or np.isnan(np.asarray(popularity, np.float64)).any():
@@ -208,7 +208,7 @@ def _changes(
     codes: np.ndarray | None = None,
     encoded: np.ndarray | None = None,
 ) -> IdChanges:
-    """Rows of a table that become active or inactive, and new rows behind them."""
+    """Rows of a table that become active or inactive, followed by new rows."""
     codes = table.codes[:0] if codes is None else codes
     return IdChanges(
         pa.concat_arrays([table.item_ids.take(pa.array(rows, pa.int64())), as_strings(new_ids)]),

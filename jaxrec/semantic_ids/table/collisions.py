@@ -1,14 +1,14 @@
-"""Items that share a semantic ID: kept together, moved to the nearest free ID, or told apart by one more level.
+"""Items that share a semantic ID: kept together, moved to the nearest free ID, or numbered by an extra level.
 
     resolved = resolve(codes, books.sizes, CollisionConfig("nearest_free"), embeddings=x, codebooks=books)
     space = SemanticIds(resolved.codes, resolved.sizes)
     print(describe(resolved.changed))
 
-Of the items under one ID the most popular come first, then those of the lower index.
+Items of one ID are ordered by falling popularity, then by index.
 
-`nearest_free` works in passes. The surplus items of an ID first look for a free ID under their prefix of M - 1 codes,
-then, those that found none, under the prefix of M - 2, and so on down to the first code, which no item leaves. Under a
-prefix an item takes, level by level as when it was encoded, the nearest code with room below it.
+`nearest_free` works in passes. The surplus items of an ID search for a free ID under their prefix of M - 1 codes; those
+that find none search under the prefix of M - 2 codes, and so on down to the first code, which never changes. Under a
+prefix an item takes, level by level as in encoding, the nearest code with room below it.
 """
 
 import math
@@ -28,27 +28,27 @@ from jaxrec.semantic_ids.quantizers.rows import check_rows, check_width
 from jaxrec.semantic_ids.table.space import SemanticIds
 
 AT_ONCE = 1 << 22
-"""Distances of items to codes that are held at once."""
+"""Distances of items to codes computed at once."""
 DECODED_AT_ONCE = 1 << 15
 ROOM = 1 << 62
-"""What stands for more places than int64 counts."""
+"""Replaces capacities beyond int64."""
 
 Distances = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(items [n], their prefixes [n, m]) to the distances of each to the codes that may follow, f64 [n, K], up to a number
-that depends on the item alone."""
+"""(items [n], their prefixes [n, m]) to the distances of each item to the next codes, f64 [n, K], up to a constant for
+each item."""
 
 
 @dataclass(frozen=True)
 class CollisionConfig:
-    """What is done about items that share a semantic ID."""
+    """Policy for items that share a semantic ID."""
 
     policy: Literal["keep", "nearest_free", "extra_level"] = "keep"
-    """keep: they share it, and decoding lists them; nearest_free: those that are too many move to the nearest free ID;
-    extra_level: one more code numbers the items under an ID (TIGER)."""
+    """keep: items share the ID, and decoding lists all of them; nearest_free: surplus items move to the nearest free
+    ID; extra_level: one more code numbers the items of an ID (TIGER)."""
     capacity: int = 1
     """nearest_free: items that may share an ID."""
     extra_size: int = 0
-    """extra_level: codes in that level, with room for items to come; 0: as many as the fullest ID needs today."""
+    """extra_level: codes in that level, so that later items have room; 0: the number of items of the fullest ID."""
 
 
 class Resolved(NamedTuple):
@@ -60,7 +60,7 @@ class Resolved(NamedTuple):
 
 
 def check(config: CollisionConfig) -> None:
-    """UserError when the configuration cannot be."""
+    """UserError when the configuration is invalid."""
     if config.policy not in ("keep", "nearest_free", "extra_level"):
         raise UserError(f"collisions.policy={config.policy!r}: it is one of 'keep', 'nearest_free', 'extra_level'")
     if config.capacity < 1:
@@ -81,17 +81,17 @@ def resolve(
     """Apply a policy to the IDs of items.
 
     Args:
-      codes: int [I, M], as they were encoded.
+      codes: int [I, M], as encoded.
       sizes: codes in each level.
       config: the policy.
-      embeddings: f32 [I, D], what was encoded; codebooks: with what. Only nearest_free needs them.
-      popularity: [I], who comes first; None: by index alone.
+      embeddings: f32 [I, D], the encoded embeddings; codebooks: their encoder. For nearest_free only.
+      popularity: [I], the order of items under an ID; None: by index alone.
       taken: int [J, M], IDs of other items, which keep them ([J, M + 1] with extra_level).
     Returns:
-      Codes, sizes and a report of what changed; `describe` makes a sentence of it. Items for which nearest_free finds
-      nothing free under their first code keep their ID and are counted as `without_room`.
+      Codes, sizes and a report of the changes; `describe` turns it into a sentence. Items for which nearest_free finds
+      no free ID under their first code keep their ID and are counted as `without_room`.
     Raises:
-      UserError: a configuration that cannot be, arrays that do not fit each other, a code outside its level, or an
+      UserError: an invalid configuration, arrays that do not fit each other, a code outside its level, or an
         extra level that is too small.
     """
     check(config)
@@ -122,7 +122,7 @@ def resolve(
 
 
 def describe(changed: dict) -> str:
-    """What `resolve` changed, as a reader wants to know it."""
+    """A sentence that says what `resolve` changed."""
     ids = (
         f"{changed['distinct_after']:,} distinct IDs (before: {changed['distinct_before']:,}), "
         f"at most {changed['largest_after']:,} items an ID (before: {changed['largest_before']:,})"
@@ -143,21 +143,21 @@ def describe(changed: dict) -> str:
 
 
 def level_vectors(part: Residual | Fsq | Opq) -> list[np.ndarray] | None:
-    """One f64 [K, D] a level, where the codes of a quantizer stand for the sum of their vectors; None where not."""
+    """One f64 [K, D] a level, if a quantizer decodes to a sum of one vector a level; else None."""
     if isinstance(part, Residual):
         return [np.asarray(centroids, np.float64) for centroids in part.centroids]
     if isinstance(part, Fsq):
         return [np.asarray(decode_fsq(part, np.arange(part.sizes[0])[:, None]), np.float64)]
     if not isinstance(part, Opq):
         return None
-    # A sub-space adds its code, turned back; the sub-spaces are orthogonal.
+    # A sub-space adds its code, rotated back; the sub-spaces are orthogonal.
     ends = np.cumsum([codebook.shape[1] for codebook in part.codebooks])
     axes = np.split(np.asarray(part.rotation, np.float64), ends[:-1], axis=1)
     return [np.asarray(codebook, np.float64) @ some.T for codebook, some in zip(part.codebooks, axes)]
 
 
 def squared_errors(codebooks: Codebooks, codes: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Squared distances of embeddings x f32 [I, D] to what their IDs int [I, M] stand for, f32 [I]."""
+    """Squared distances of embeddings x f32 [I, D] to the embeddings that their IDs int [I, M] decode to, f32 [I]."""
     blocks = [slice(start, start + DECODED_AT_ONCE) for start in range(0, len(x), DECODED_AT_ONCE)]
     found = [np.sum((x[some] - decode(codebooks, codes[some])) ** 2, axis=1) for some in blocks]
     return np.concatenate([np.zeros(0, np.float32), *found])
@@ -193,7 +193,7 @@ def _groups(rows: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
 
 
 def _rank(groups: np.ndarray) -> np.ndarray:
-    """How many earlier rows are of the same group, int64 [n]."""
+    """The number of earlier rows of the same group, int64 [n]."""
     order = np.argsort(groups, kind="stable")
     first = np.searchsorted(groups[order], groups[order])
     rank = np.empty(len(groups), np.int64)
@@ -204,11 +204,11 @@ def _rank(groups: np.ndarray) -> np.ndarray:
 def _number(
     codes: np.ndarray, sizes: tuple[int, ...], extra_size: int, order: np.ndarray, taken: np.ndarray
 ) -> tuple[np.ndarray, tuple[int, ...]]:
-    """One more code for each item: the lowest numbers that are free under its ID, in the stated order."""
+    """One more code for each item: the lowest free numbers under its ID, by falling popularity, then index."""
     levels = len(sizes)
     groups = _groups(np.concatenate([taken[:, :levels], codes]), sizes)
     theirs, mine = groups[: len(taken)], groups[len(taken) :][order]
-    # Under an ID with the taken numbers t0 < t1 < ..., the free number of rank r is r more than how many t_j - j <= r.
+    # Under an ID with the taken numbers t0 < t1 < ..., the free number of rank r is r + the number of t_j - j <= r.
     pairs = np.unique(theirs << 32 | taken[:, levels])
     below = pairs - _rank(pairs >> 32)
     rank = _rank(mine)
@@ -235,7 +235,7 @@ def _nearest_free(
     codebooks: Codebooks,
 ) -> tuple[np.ndarray, dict]:
     """The codes after the moves, and the report of them."""
-    # Who has a place: of those that keep their IDs and then of the others in their order, the first few under each ID.
+    # Under each ID the first few have a place: `taken` IDs, then items in order.
     everyone = np.concatenate([taken, codes[order]])
     has_place = _rank(_groups(everyone, sizes)) < capacity
     occupied, surplus = everyone[has_place], order[~has_place[len(taken) :]]
@@ -265,10 +265,10 @@ def _pass(
     x: np.ndarray,
     codebooks: Codebooks,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Moves items under their first `kept` codes where there is room; changes codes, returns who moved and who waits.
+    """Moves items under their first `kept` codes where there is room; changes codes, returns moved and waiting items.
 
-    Choosing level by level for all items at once is the same as one item after the other: what an item finds under a
-    prefix depends only on those that came there before it, and room below a code is a free ID for each that takes it.
+    Choosing level by level for all items at once equals choosing for one item after the other: the free codes under a
+    prefix depend only on earlier items there, and room below a code is a free ID for every item that takes the code.
     """
     found = waiting
     for level in range(kept, len(sizes)):
@@ -289,10 +289,11 @@ def _choose(
     occupied: np.ndarray,
     distances: Distances,
 ) -> np.ndarray:
-    """One after the other, each item takes the nearest next code that has room; int64 [n], -1 where none has.
+    """In order, each item takes the nearest next code with room; int64 [n], -1 where none has room.
 
     prefixes: int [n, m] of the items [n]. sizes: of m + 1 levels. occupied: int [J, M], IDs that take up room.
-    Items under different prefixes do not meet, so the first of each prefix choose together, then the second, ...
+    Items under different prefixes are independent: the first items of all prefixes choose together, then the second,
+    ...
     """
     k, level = sizes[-1], prefixes.shape[1]
     numbers = _groups(np.concatenate([prefixes, occupied[:, :level]]), sizes)
@@ -323,7 +324,7 @@ def _choose(
 
 
 def _distances(codebooks: Codebooks, x: np.ndarray, level: int) -> Distances:
-    """Distances to the codes of a level, from what the quantizers before it and its own levels above leave over."""
+    """Distances to the codes of a level, from the residual of the earlier quantizers and levels."""
     before, part = 0, codebooks.parts[0]
     if level >= len(part.sizes):
         before, part = len(part.sizes), codebooks.parts[1]
@@ -345,13 +346,13 @@ def _distances(codebooks: Codebooks, x: np.ndarray, level: int) -> Distances:
 
 
 def _decoded_distances(codebooks: Codebooks, x: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
-    """Distances by decoding every prefix with every code behind it, for codebooks that are no sum of vectors."""
+    """Distances by decoding every prefix with every next code, for codebooks that are no sum of vectors."""
     k = codebooks.sizes[prefixes.shape[1]]
     found = np.empty((len(x), k))
     step = max(1, DECODED_AT_ONCE // k)
     codes = np.tile(np.arange(k, dtype=np.int32), step)[:, None]
     for start in range(0, len(x), step):
-        # The last block is filled up with its last row: one shape, so that decoding compiles once.
+        # The last block is padded with its last row: one shape, so that decoding compiles once.
         rows = np.minimum(np.arange(start, start + step), len(x) - 1)
         vectors = decode(codebooks, np.concatenate([np.repeat(prefixes[rows], k, axis=0), codes], axis=1))
         vectors = vectors.reshape(step, k, -1).astype(np.float64)

@@ -1,4 +1,4 @@
-"""How a catalogue wears its codebooks out: use of the IDs, version by version (OneSearch §4.2 and Figure 6)."""
+"""Drift of a catalogue from its codebooks: use of the IDs, version by version (OneSearch §4.2 and Figure 6)."""
 
 from pathlib import Path
 
@@ -8,22 +8,21 @@ from rich.table import Table
 from jaxrec.semantic_ids.table.versions import read_lineage
 
 OUTDATED = 1.5
-"""From this many times the error of the items that the codebooks were fitted to, new ones are said not to fit."""
+"""New items are reported as a bad fit from this ratio of their error to that of the items of the fit."""
 RISEN = 1.25
-"""The same, for times the error of the first items that came later. These are the fairer measure: codebooks lie nearer
-to what they were fitted to (on Amazon Beauty, 3 x 256 codes and 9,680 items: 1.21 times nearer than to more of the
-same)."""
+"""The same for the ratio to the error of the first later items, which is the fairer comparison: the items of the fit
+have a lower error (on Amazon Beauty, 3 x 256 codes and 9,680 items, 1.21 times lower than items of the same kind)."""
 
 
 def drift(folder: Path) -> list[dict]:
-    """One row for each version that led to the current one, the first first, as plain numbers for JSON.
+    """One row for each version from the first to the current one, as plain numbers for JSON.
 
-    `cur`: share of the IDs that the codebooks can spell that are in use, for prefixes of 1, 2, ... M codes, and
-    `cur_total` for whole IDs (OneSearch's CUR); `icr`: share of the IDs in use that one item has to itself (ICR).
-    `error_added`: mean squared error of the items that the version encoded, before collisions were resolved, and
-    `error_ratio`: how many times that of the first version that knows its errors; `error_rise`: how many times that of
-    the first version in which items came or were encoded anew; None where nothing was encoded, or there is none yet.
-    `hint` is a sentence about `OUTDATED` or `RISEN` items, or empty.
+    `cur`: distinct prefixes in use over all possible ones, for prefixes of 1, 2, ... M codes; `cur_total`: the same for
+    whole IDs (OneSearch's CUR). `icr`: share of the IDs in use that belong to one item (ICR). `error_added`: mean
+    squared error of the items that the version encoded, before collisions were resolved. `error_ratio`: its ratio to
+    that of the first version with known errors. `error_rise`: its ratio to that of the first version that added or
+    re-encoded items. Both are None where no item was encoded or there is no such version. `hint`: a sentence about
+    `OUTDATED` or `RISEN` items, or empty.
 
     Raises:
       UserError: there are no versions, or one is damaged.
@@ -59,7 +58,7 @@ def drift(folder: Path) -> list[dict]:
 
 
 def drift_table(rows: list[dict]) -> Table:
-    """The rows of `drift` for a terminal; what is encoded anew is marked ~."""
+    """The rows of `drift` for a terminal; re-encoded items are marked ~."""
     title = "Versions of the IDs: CUR of prefixes, ICR, items that share, most items an ID, error of the new"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("v")

@@ -1,9 +1,9 @@
-"""What a run knows of items that came after its tables were made: their rows, in the columns of its items.parquet.
+"""The rows of items added after a run's tables were made, in the columns of its items.parquet.
 
-    <run>/tables/items.parquet              the items that the model was trained on; nothing changes them
-    <run>/semantic_ids/later_items.parquet  item_id and the other columns, of items that were appended
+    <run>/tables/items.parquet              the items that the model was trained on; never changed
+    <run>/semantic_ids/later_items.parquet  item_id and the other columns of appended items
 
-A semantic_ids folder that is in no run has no such rows, and needs none.
+A semantic_ids folder outside a run has no such rows.
 """
 
 from pathlib import Path
@@ -22,18 +22,18 @@ LATER = "later_items.parquet"
 
 
 def items_of_run(folder: Path) -> Path | None:
-    """items.parquet of the run that a semantic_ids folder is in; None where it is in none."""
+    """items.parquet of the run that contains a semantic_ids folder; None outside a run."""
     path = Path(folder).absolute().parent / "tables" / "items.parquet"
     return path if path.is_file() else None
 
 
 def read_rows(folder: Path, path: Path) -> pa.Table | None:
-    """The items of a parquet file, or of a folder of them, in those columns of the run that the file has.
+    """The items of a parquet file, or of a folder of them, in the columns that the file shares with the run.
 
-    None where there is no run.
+    None outside a run.
 
     Raises:
-      UserError: a column is of another type than that of the run, or what `files.read_table` refuses.
+      UserError: a column is of another type than that of the run, or as `files.read_table`.
     """
     if (there := items_of_run(folder)) is None:
         return None
@@ -43,9 +43,9 @@ def read_rows(folder: Path, path: Path) -> pa.Table | None:
 
 
 def keep_rows(folder: Path, rows: pa.Table) -> None:
-    """Keep the rows of items that the run doesn't list, for who holds the lock of the versions; newer ones count.
+    """Keep the rows of items that the run doesn't list; the caller holds the lock of the versions.
 
-    Of an item that was kept before, the columns that `rows` lack stay as they were; of another they are missing values.
+    Newer rows replace older ones. Columns that `rows` lack keep their values for items kept before, else are null.
     The file is written whole or not at all. Fault point: `partial:later`, before the rename.
     """
     path, partial = Path(folder) / LATER, Path(folder) / f".{LATER}.partial"
@@ -70,13 +70,13 @@ def keep_rows(folder: Path, rows: pa.Table) -> None:
 
 
 def read_later(folder: Path) -> pa.Table | None:
-    """The rows of all items that came later; None where there are none."""
+    """The rows of all later items; None if there are none."""
     path = Path(folder) / LATER
     return pq.read_table(path) if path.is_file() else None
 
 
 def check_known(folder: Path, item_ids: ItemIds) -> None:
-    """UserError where the folder is in a run that has no row of one of these items: `serve.py` could not start."""
+    """UserError if the folder is in a run that lacks a row of one of these items: `serve.py` could not start."""
     if (there := items_of_run(folder)) is None:
         return
     listed, later = pq.read_table(there, columns=["item_id"])["item_id"], read_later(folder)
@@ -92,7 +92,7 @@ def check_known(folder: Path, item_ids: ItemIds) -> None:
 
 
 def count_untitled(folder: Path, item_ids: ItemIds) -> int:
-    """How many of these items have a row that came later, and no title in it."""
+    """The number of these items that have a later row without a title."""
     later = read_later(folder)
     if later is None or "title" not in later.column_names:
         return 0
@@ -100,7 +100,7 @@ def count_untitled(folder: Path, item_ids: ItemIds) -> int:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text, however Arrow keeps it."""
+    """Whether a column of this Arrow type holds text."""
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
@@ -113,7 +113,7 @@ def _cast(path: Path, table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
             raise pa.ArrowInvalid("text is not converted")
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        # A popularity may be any number.
+        # A popularity may have any numeric type.
         return column.cast(field.type, safe=field.name != "count")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""semantic_ids.html: a catalogue's IDs as a person sees them: their figures, their tree, and items that share codes.
+"""semantic_ids.html: the figures of a catalogue's IDs, their tree, and items that share codes.
 
 `figure_tables` and `id_tree` are shown in the report of a run too.
 """
@@ -40,8 +40,8 @@ def write_page(
 ) -> None:
     """Write the page of a catalogue's IDs: one file without scripts that needs no network.
 
-    item_ids: [I], shown where an item has no title. titles, categories: [I] or None. counts: [I], how popular each
-    item is; by default the space's popularity. figures: what `quality` gave; by default what it says of the IDs alone.
+    item_ids: [I], shown for items without a title. titles, categories: [I] or None. counts: [I], popularity of each
+    item; by default that of the space. figures: the result of `quality`; by default its figures of the IDs alone.
 
     Raises:
       UserError: a column is not as long as the space, or the disk is full.
@@ -63,7 +63,7 @@ def write_page(
 class PageItems:
     """Items and their IDs in the order of the IDs, so that a prefix is a range of rows.
 
-    item_ids, titles, categories: [I]; counts: [I], how popular each item is. All but the first may be None.
+    item_ids, titles, categories: [I]; counts: [I], popularity of each item. All but the first may be None.
 
     Raises:
       UserError: a column is not as long as the space.
@@ -85,7 +85,7 @@ class PageItems:
 
     @cached_property
     def popularity(self) -> np.ndarray:
-        """f64 [I]; all 0 when not known."""
+        """f64 [I]; all 0 when unknown."""
         known = self.space.popularity if self.counts is None else self.counts
         return np.zeros(len(self.item_ids)) if known is None else np.nan_to_num(np.asarray(known, np.float64))
 
@@ -100,7 +100,7 @@ class PageItems:
         return self.space.codes[self.order]
 
     def title(self, item: int) -> str:
-        """What to call an item."""
+        """The title of an item, or its id."""
         return (self.titles[item] if self.titles is not None else None) or str(self.item_ids[item])
 
     def popular(self, start: int, end: int, most: int) -> list[int]:
@@ -116,7 +116,7 @@ class PageItems:
 
     @cached_property
     def _category(self) -> tuple[list[str], np.ndarray]:
-        """Names, the first of them empty, and which of them each item has, int [I]."""
+        """Category names, the first of them empty, and the index of each item's category, int [I]."""
         if self.categories is None:
             return [""], np.zeros(len(self.item_ids), int)
         encoded = pa.array([name or None for name in self.categories], pa.string()).dictionary_encode()
@@ -124,13 +124,13 @@ class PageItems:
 
 
 def tree_section(catalogue: PageItems) -> Section:
-    """The IDs from coarse to fine, as nested parts that open."""
+    """The IDs from coarse to fine, as nested sections that open."""
     note = "Codes from coarse to fine; the fullest branches first, the most popular items of each. Open one to go down."
     return "tree", "The tree of semantic IDs", note, f'<div class="card">{_branches(catalogue, 0, None, 0)}</div>'
 
 
 def figure_tables(figures: dict) -> str:
-    """Figures of `quality`, and whatever else stands beside them, as tables; what is missing is left out."""
+    """Figures of `quality`, with any others in the dict, as tables; missing ones are left out."""
     tabled = ("codebook_sizes", "levels", "prefixes", "bucket_sizes", "reconstruction_error", "pairs_sharing_prefix")
     rest = {name: value for name, value in figures.items() if name not in tabled}
     parts = [_level_table(figures), _prefix_table(figures)]
@@ -151,7 +151,7 @@ def _headline(figures: dict) -> list[tuple[str, str]]:
 
 
 def percent(share: float) -> str:
-    """A share for people, to four digits."""
+    """A share in percent, to four digits."""
     return f"{100 * share:.4g}%"
 
 
@@ -219,7 +219,7 @@ def _levels(space: SemanticIds, figures: dict) -> Section:
 
 def _use_picture(level: int, counts: np.ndarray) -> str:
     falling = np.sort(counts)[::-1]
-    # More points can't be seen and only make the page heavy.
+    # More points are invisible and only make the page large.
     ranks = np.unique(np.linspace(0, len(falling) - 1, min(len(falling), CURVE_POINTS)).round().astype(int))
 
     def draw(axes: Any) -> None:
@@ -361,7 +361,7 @@ def _items(catalogue: PageItems, start: int, end: int, most: int, with_id: bool)
 
 
 def _gist(catalogue: PageItems, start: int, end: int) -> str:
-    """What a branch is about: its most frequent category, and the titles of its most popular items."""
+    """A summary of a branch: its most frequent category, and the titles of its most popular items."""
     category, share = catalogue.main_category(start, end)
     titles = list(dict.fromkeys(catalogue.title(item) for item in catalogue.popular(start, end, 12)))[:3]
     head = f"{category} {share:.0%} · " if category else ""

@@ -1,7 +1,7 @@
-"""How good a set of semantic IDs is: conflicts, use of the codes, and what is kept of the embeddings.
+"""Quality of a set of semantic IDs: conflicts, use of the codes, and how well they preserve the embeddings.
 
-The figures need only the IDs, so they compare any quantizers, or IDs made elsewhere; with embeddings, and a function
-that decodes a prefix, they also say what was lost.
+Most figures need only the IDs, so they compare any quantizers, or IDs made elsewhere. Those of the loss need embeddings
+and a function that decodes a prefix.
 """
 
 import math
@@ -19,10 +19,10 @@ from jaxrec.run import track
 from jaxrec.semantic_ids.table.space import SemanticIds
 
 Decode = Callable[[np.ndarray], np.ndarray]
-"""Prefixes of IDs int32 [n, m], m <= M, to what they stand for, f32 [n, D]."""
+"""Prefixes of IDs int32 [n, m], m <= M, to their decoded embeddings, f32 [n, D]."""
 CHUNK_ROWS = 65_536
 SEARCH_ROWS = 4096
-"""Rows searched at once for neighbours: their distances to all queries then stay in cache."""
+"""Rows searched for neighbours at once; their distances to all queries stay in cache."""
 
 
 def quality(
@@ -33,11 +33,10 @@ def quality(
 ) -> dict:
     """Every figure below, as plain numbers for quality.json; those without their input are left out.
 
-    embeddings: f32 [I, D], what was encoded. decode: what a prefix stands for. pairs: int [n, 2], items that belong
-    together.
+    embeddings: f32 [I, D], the encoded embeddings. decode: decodes a prefix. pairs: int [n, 2], pairs of related items.
 
     Raises:
-      UserError: there are no items, or not one embedding for each.
+      UserError: there are no items, or not one embedding an item.
     """
     items = len(space.codes)
     if not items:
@@ -64,15 +63,15 @@ def quality(
 
 
 def collisions(counts: np.ndarray) -> dict[str, float]:
-    """How far IDs tell items apart, from the number of items under each ID in use, int [distinct].
+    """Collision figures, from the number of items of each ID in use, int [distinct].
 
-    `conflict_rate`: share of items whose ID another item has too. `exclusive_rate`: share of IDs in use that belong to
-    exactly one item (both OneMall Table 5). The paper gives no formulas; under this reading its 36% / 86% and 11% / 95%
-    fit together: with I items, (1 - conflict) I IDs are exclusive, hence .64 / .86 = .74 I distinct IDs, of which .10 I
-    are shared by .36 I items, 3.5 each; and .89 / .95 leaves .05 I IDs for .11 I items, 2.3 each.
+    `conflict_rate`: share of items that share their ID with another item. `exclusive_rate`: share of IDs in use that
+    belong to exactly one item (both OneMall Table 5). The paper gives no formulas; under this reading its 36% / 86% and
+    11% / 95% fit together: with I items, (1 - conflict) I IDs are exclusive, hence .64 / .86 = .74 I distinct IDs, of
+    which .10 I are shared by .36 I items, 3.5 each; and .89 / .95 leaves .05 I IDs for .11 I items, 2.3 each.
 
-    `duplicate_rate`: share of items that distinct IDs fall short by, 1 - distinct / I, the usual "collision rate" of
-    published ID tables. `largest_bucket`: items under the most crowded ID.
+    `duplicate_rate`: 1 - distinct IDs / I, the usual "collision rate" of published ID tables. `largest_bucket`: items
+    of the most crowded ID.
     """
     alone = int((counts == 1).sum())
     items = int(counts.sum())
@@ -85,20 +84,20 @@ def collisions(counts: np.ndarray) -> dict[str, float]:
 
 
 def independent_coding_rate(counts: np.ndarray) -> float:
-    """OneSearch's ICR (Tables 2 and 3), read as the share of IDs in use that one item has to itself; counts as above.
+    """OneSearch's ICR (Tables 2 and 3), read as the share of IDs in use that belong to one item; counts as above.
 
-    The paper gives no formula, and of the plain readings only this one lets the rows of Table 2 be of one catalogue.
+    The paper gives no formula, and only this reading is consistent with one catalogue for all rows of Table 2.
     With 4096-1024-512 codes its CUR of 1.64%, 7.03% (last level balanced) and 0.51% (all balanced) of 2^31 IDs are 35,
     151 and 11 million IDs in use, so I >= 151 million; their ICR is 43.32%, 68.08% and 33.47%. Were ICR the distinct
     IDs over the items, I would be 81, 222 and 33 million; were it the share of items with an ID of their own, the last
-    row would hold 11 / .3347 = 33 million items at most. As a share of the IDs it asks for no more than
-    I >= (2 - .6808) 151 = 199 million. It then equals `exclusive_rate`, under the name that readers of OneSearch know.
+    row would have at most 11 / .3347 = 33 million items. As a share of the IDs it implies only
+    I >= (2 - .6808) 151 = 199 million. It equals `exclusive_rate`, under the name that readers of OneSearch know.
     """
     return float((counts == 1).mean())
 
 
 def level_use(codes: np.ndarray, size: int) -> dict[str, float]:
-    """Use of one level's codes int [I] of `size`: share used at all, entropy in bits beside its most, Gini, fullest."""
+    """Use of one level's codes int [I] of `size`: share in use, entropy in bits and its maximum, Gini, fullest."""
     counts = np.bincount(codes, minlength=size)
     return {
         "use": float((counts > 0).mean()),
@@ -112,10 +111,10 @@ def level_use(codes: np.ndarray, size: int) -> dict[str, float]:
 def prefix_use(space: SemanticIds) -> list[dict[str, float]]:
     """Figures of the IDs cut to their first 1, 2, ... M codes: those of `collisions`, and three more.
 
-    `distinct`: prefixes in use. `utilization`: their share of all that the codebooks can spell (OneSearch's CUR of L1,
-    L1*L2, ..., total). `entropy_bits`: bits that the prefix tells about an item; log2 I would name each.
+    `distinct`: prefixes in use. `utilization`: their share of all possible prefixes (OneSearch's CUR of L1, L1*L2, ...,
+    total). `entropy_bits`: information of the prefix about an item; log2 I if IDs are unique.
     """
-    capacities = accumulate(space.codebook_sizes, mul)  # Python's whole numbers: five levels of 8192 overflow int64.
+    capacities = accumulate(space.codebook_sizes, mul)  # Python integers: five levels of 8192 overflow int64.
     return [
         {
             "distinct": len(counts),
@@ -136,8 +135,8 @@ def prefix_counts(space: SemanticIds) -> Iterator[np.ndarray]:
 def bucket_sizes(counts: np.ndarray) -> list[dict[str, int]]:
     """Histogram of how crowded IDs are, from the items under each, int [distinct].
 
-    Bins of 1, 2, 3-4, 5-8, 9-16, ... items, each with its IDs and the items under them; bins without IDs between
-    others are kept, so that the list draws as it is.
+    Bins of 1, 2, 3-4, 5-8, 9-16, ... items, each with its IDs and the items under them; empty bins between
+    others are kept, so that the list can be plotted directly.
     """
     edges = 2 ** np.arange(int(counts.max()).bit_length() + 1)
     bins = np.searchsorted(edges, counts)
@@ -179,11 +178,11 @@ def reconstruction_error(codes: np.ndarray, embeddings: np.ndarray, decode: Deco
 def neighbour_recall(
     space: SemanticIds, embeddings: np.ndarray, decode: Decode | None = None, k: int = 10, most: int = 1000
 ) -> dict[str, float]:
-    """Share of items' k nearest neighbours that are still among the k nearest when IDs stand for the embeddings.
+    """Share of items' k nearest neighbours that stay among the k nearest when IDs replace the embeddings.
 
     Over at most `most` evenly spaced items; distances are Euclidean, ties go to the lower index; 1 for a single item.
-    `neighbour_recall@k` (with `decode`): nearest by what the IDs decode to. `neighbour_recall_by_id@k`: nearest by the
-    ID alone, the longest shared prefix first; see `recall_by_prefix`.
+    `neighbour_recall@k` (with `decode`): nearest by decoded embedding. `neighbour_recall_by_id@k`: nearest by the ID
+    alone, the longest shared prefix first; see `recall_by_prefix`.
     """
     items = len(embeddings)
     names = [f"neighbour_recall@{k}"] * (decode is not None) + [f"neighbour_recall_by_id@{k}"]
@@ -202,13 +201,13 @@ def neighbour_recall(
 def recall_by_prefix(space: SemanticIds, rows: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
     """Expected share of `neighbours` among the first k others by length of shared prefix, f64 [n].
 
-    rows: int [n], items that search. neighbours: int [n, k], who should be found, none of them the item itself. Others
-    that share equally much stand in random order; the expectation over all such orders is exact: where `above` others
-    share more and `tied` share as much as a neighbour does, it is found with probability (k - above) / tied within
-    0 and 1.
+    rows: int [n], query items. neighbours: int [n, k], the true neighbours, never the item itself. Items with equally
+    long shared prefixes are in random order, and the expectation over all such orders is exact: if `above` items share
+    a longer prefix than a neighbour and `tied` an equally long one, the neighbour is found with probability
+    (k - above) / tied, clipped to [0, 1].
     """
     k = neighbours.shape[1]
-    # Others that share at least 0, 1, ... M codes with each searching item, and none that share M + 1, [n, M + 2].
+    # Others that share at least 0, 1, ... M codes with each query item, and 0 for M + 1, [n, M + 2].
     begins = _prefix_begins(space.ids)
     leaves = space.leaf[rows]
     sharing = [np.full(len(rows), len(space.codes))]
@@ -247,19 +246,19 @@ def _search(
     places = jnp.arange(len(some), dtype=jnp.int32) + start
     closeness = jnp.where(places == rows[:, None], -jnp.inf, -distances)
     near, place = jax.lax.top_k(closeness, min(found[0].shape[1], len(some)))
-    # Those found before come first: top_k prefers the first of equals, which is the lower row.
+    # Earlier results come first: top_k prefers the first of equal values, which is the lower row.
     both, where = jnp.concatenate([found[0], near], axis=1), jnp.concatenate([found[1], places[place]], axis=1)
     near, place = jax.lax.top_k(both, found[0].shape[1])
     return near, jnp.take_along_axis(where, place, axis=1)
 
 
 def _prefix_begins(ids: np.ndarray) -> np.ndarray:
-    """Where, going through sorted distinct IDs [distinct, M], a prefix of 1, 2, ... M codes is new, same shape."""
+    """Where a prefix of 1, 2, ... M codes begins in sorted distinct IDs [distinct, M], same shape."""
     begins = np.ones(ids.shape, bool)
     begins[1:] = np.logical_or.accumulate(ids[1:] != ids[:-1], axis=1)
     return begins
 
 
 def _tracked(steps: range, what: str) -> Iterable[int]:
-    """`steps` under a progress bar, when there are enough of them to wait for."""
+    """`steps` under a progress bar, when there are many."""
     return track(steps, what) if len(steps) > 8 else steps

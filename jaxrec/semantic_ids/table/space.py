@@ -1,4 +1,4 @@
-"""The semantic IDs of a catalogue: which ID each item has, and which items an ID stands for."""
+"""The semantic IDs of a catalogue: the ID of each item, and the items of each ID."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,16 +56,16 @@ class SemanticIds:
 
     @cached_property
     def leaf(self) -> np.ndarray:
-        """Which of `ids` each item has, int32 [I]."""
+        """The index in `ids` of each item's ID, int32 [I]."""
         return self._grouped[1]
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """How many items share each of `ids`, int64 [distinct]."""
+        """The number of items of each of `ids`, int64 [distinct]."""
         return np.bincount(self.leaf, minlength=len(self.ids))
 
     def items(self, code: np.ndarray | tuple[int, ...]) -> np.ndarray:
-        """The items of one ID [M], int32, most popular first; none when no item has it."""
+        """The items of one ID [M], int32, most popular first; empty when no item has it."""
         leaf = self._leaf_of.get(tuple(int(c) for c in code))
         if leaf is None:
             return np.zeros(0, np.int32)
@@ -73,12 +73,12 @@ class SemanticIds:
         return self._order[end - self.counts[leaf] : end]
 
     def to_text(self, code: np.ndarray | tuple[int, ...]) -> str:
-        """An ID, or the prefix of one, as a reader sees it: <12,77,203>."""
+        """An ID, or a prefix of one, as text: <12,77,203>."""
         return "<" + ",".join(str(int(c)) for c in code) + ">"
 
     @cached_property
     def _grouped(self) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct rows in rising order, and which of them each row is."""
+        """The distinct rows in rising order, and the index of each row in them."""
         keys = _sort_keys(self.codes, self.codebook_sizes)
         order = np.lexsort(keys[::-1])
         new = np.ones(len(order), bool)
@@ -89,7 +89,7 @@ class SemanticIds:
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """Where in `_order` the items of each of `ids` end, int64 [distinct]."""
+        """The end in `_order` of the items of each of `ids`, int64 [distinct]."""
         return np.cumsum(self.counts)
 
     @cached_property
@@ -104,9 +104,9 @@ class SemanticIds:
 
 
 def _sort_keys(codes: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
-    """Codes [I, M] as few int64 [I], the first the most significant: sorting by them sorts the rows.
+    """Codes [I, M] as a few int64 [I], the most significant first: sorting by these keys sorts the rows.
 
-    Neighbouring levels are joined into one number while it fits; ten times as fast as `np.unique` by rows.
+    Neighbouring levels are packed into one number while they fit; ten times as fast as `np.unique` by rows.
     """
     keys, room = [codes[:, 0].astype(np.int64)], 2**63 // sizes[0]
     for level, size in enumerate(sizes[1:], start=1):
@@ -130,7 +130,7 @@ def write_codes(path: Path, item_ids: ItemIds, space: SemanticIds) -> None:
 def read_codes(path: Path, item_ids: ItemIds | None = None, popularity: np.ndarray | None = None) -> SemanticIds:
     """Read codes.parquet in the order of item_ids [I]; None: of all items in the file's own order.
 
-    Without codebook sizes in its metadata (a table made elsewhere), each level is as large as its largest code needs.
+    Without codebook sizes in the metadata (a table made elsewhere), the size of a level is its largest code + 1.
 
     Raises:
       UserError: the file is no parquet file, a column is missing or mistyped, a code is missing, negative or too

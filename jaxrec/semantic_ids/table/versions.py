@@ -1,19 +1,19 @@
-"""The ID tables of a catalogue that changes: versions that are only ever added, each made with the same codebooks.
+"""The ID tables of a changing catalogue: append-only versions, all made with the same codebooks.
 
     <semantic_ids>/versions/
-      current.json            which version counts, written last
-      000001/                 the IDs that the tokenize phase gave
+      current.json            the current version, written last
+      000001/                 the IDs of the tokenize phase
         changes.parquet       the rows that this version adds or replaces
-        version.json          parent, time, what was done, the hashes of the codebooks and of the files here, figures
+        version.json          parent, time, action, the hashes of the codebooks and of the files here, figures
       000002/ ...
 
-A version holds only the rows in which it differs from its parent, so a table is read by going through the versions that
-led to it. An item keeps its row for good: one that left the catalogue is marked inactive, holds on to its ID and comes
-back with it. A version is written under another name, fsynced and renamed, and only then does `current.json` name it:
-killed at any moment, either the old version counts or the new one, and both are whole.
+A version holds only the rows in which it differs from its parent, so a table is read by applying its ancestors in
+order. An item keeps its row forever: a removed item is marked inactive, keeps its ID and is restored with it. A version
+is written under a temporary name, fsynced and renamed, and only then does `current.json` name it. After a kill at any
+moment the current version is the old or the new one, and both are complete.
 
-`codes.parquet` of the run is not touched until `publish` replaces it. A model of the run goes on with the IDs that it
-was trained on (`trained_space`), and who serves it brings its catalogue to what was published.
+`codes.parquet` of the run is unchanged until `publish` replaces it. A model of the run keeps the IDs that it was
+trained on (`trained_space`); serving brings its catalogue to the published version.
 """
 
 import fcntl
@@ -43,10 +43,10 @@ BOOKS, CODES, QUALITY = "codebooks.safetensors", "codes.parquet", "quality.json"
 
 @dataclass(frozen=True, eq=False)
 class IdTable:
-    """The IDs of one version, those of inactive items among them; rows are in the order in which items first came.
+    """The IDs of one version, including inactive items; rows are in the order in which items were first added.
 
-    item_ids: string [I]. codes: int32 [I, M], the IDs. encoded: int32 [I, m], what the codebooks alone gave, before
-    collisions were resolved. active: bool [I]. sizes: codes in each level of M. record: what version.json says.
+    item_ids: string [I]. codes: int32 [I, M], the IDs. encoded: int32 [I, m], the codes before collisions were
+    resolved. active: bool [I]. sizes: codes in each of the M levels. record: the content of version.json.
     """
 
     item_ids: pa.Array
@@ -63,7 +63,7 @@ class IdTable:
 
     @property
     def collisions(self) -> CollisionConfig:
-        """The policy under which new items get their IDs."""
+        """The collision policy for new items."""
         return from_json(CollisionConfig, self.record["collisions"])
 
     @property
@@ -105,15 +105,15 @@ class IdChanges:
 
 
 def begin(folder: Path, config: CollisionConfig | None = None) -> IdTable:
-    """Make version 1 of what the tokenize phase wrote; when there are versions already, read the current one.
+    """Make version 1 from the output of the tokenize phase; if there are versions already, read the current one.
 
     Args:
-      folder: the semantic_ids folder of a run: codebooks.safetensors, codes.parquet and, to know the errors that later
+      folder: the semantic_ids folder of a run: codebooks.safetensors, codes.parquet and, for the errors that later
         items are compared with, embeddings.safetensors with rows in the order of codes.parquet.
-      config: the policy that made codes.parquet; None: what quality.json says under "collisions" (the report of
+      config: the policy that made codes.parquet; None: that under "collisions" in quality.json (the report of
         `collisions.resolve`), else `keep`.
     Raises:
-      UserError: a file is missing or damaged, or the IDs are not of these codebooks and this policy.
+      UserError: a file is missing or damaged, or the IDs do not fit these codebooks and this policy.
     """
     folder = Path(folder)
     with locked(folder):
@@ -121,7 +121,7 @@ def begin(folder: Path, config: CollisionConfig | None = None) -> IdTable:
 
 
 def begin_locked(folder: Path, config: CollisionConfig | None = None) -> IdTable:
-    """`begin` for who holds the lock."""
+    """`begin`; the caller holds the lock."""
     if existing := numbers(folder):
         if not (versions(folder) / "current.json").exists():
             _repair(folder, existing)
@@ -147,11 +147,11 @@ def begin_locked(folder: Path, config: CollisionConfig | None = None) -> IdTable
 
 
 def read_version(folder: Path, version: int | None = None) -> IdTable:
-    """The IDs of a version, by default of the current one; every file that led to it is checked.
+    """The IDs of a version, by default of the current one; the files of all its ancestors are checked.
 
     Raises:
-      UserError: there are no versions, not this one, a file is damaged, or the version was made with other codebooks
-        than the folder holds.
+      UserError: there are no versions or not this one, a file is damaged, or the version was made with other codebooks
+        than those in the folder.
     """
     folder = Path(folder)
     lineage = read_lineage(folder, version)
@@ -161,10 +161,10 @@ def read_version(folder: Path, version: int | None = None) -> IdTable:
 
 
 def read_lineage(folder: Path, version: int | None = None) -> list[dict]:
-    """What version.json says of a version (by default the current one) and of those that led to it, the first first.
+    """version.json of a version (by default the current one) and of its ancestors, the oldest first.
 
     Raises:
-      UserError: there are no versions, not this one, or one of the files is damaged.
+      UserError: there are no versions or not this one, or a file is damaged.
     """
     folder = Path(folder)
     if version is None:
@@ -178,7 +178,7 @@ def read_lineage(folder: Path, version: int | None = None) -> list[dict]:
 
 
 def list_versions(folder: Path) -> list[dict]:
-    """What version.json says of every version, those that a roll-back left behind among them, and which is `current`.
+    """version.json of every version, including those that a roll-back left, with the flag `current`.
 
     Raises:
       UserError: one of these files is damaged.
@@ -192,13 +192,13 @@ def list_versions(folder: Path) -> list[dict]:
 
 
 def roll_back(folder: Path, version: int) -> dict:
-    """Make an earlier version (or a later one that was left) the current one; nothing is deleted.
+    """Make another version, earlier or later, the current one; nothing is deleted.
 
     Returns:
-      What its version.json says. The next version is numbered after the highest there is, with this one as its parent.
+      Its version.json. The next version has this one as its parent, and the highest number plus one.
 
     Raises:
-      UserError: there is no such version, it or one that led to it is damaged, or it was made with other codebooks.
+      UserError: there is no such version, it or an ancestor is damaged, or it was made with other codebooks.
     """
     folder = Path(folder)
     check_number(folder, version)
@@ -211,11 +211,11 @@ def roll_back(folder: Path, version: int) -> dict:
 def publish(folder: Path, version: int | None = None) -> Path:
     """Replace codes.parquet by the active items of a version (by default the current one), in one step.
 
-    embeddings.safetensors stays as it was tokenized: a model of the run is refused it where the list of items is
-    another, and sees the old embeddings of items that were encoded anew.
+    embeddings.safetensors is not changed: reading it for another list of items is refused, and re-encoded items keep
+    their old embeddings there.
 
     Raises:
-      UserError: what `read_version` refuses, or a run has no row of an item (`later.check_known`).
+      UserError: as `read_version`, or a run has no row of an item (`later.check_known`).
     """
     folder = Path(folder)
     path = folder / CODES
@@ -234,7 +234,7 @@ def publish(folder: Path, version: int | None = None) -> Path:
 def check_publishable(folder: Path, changing: ItemIds = (), version: int | None = None) -> None:
     """UserError when `publish` would refuse a version (by default the current one).
 
-    Items of `changing` don't count: their rows are about to come, or they are about to leave.
+    Items of `changing` are not checked: their rows are about to be written, or they are about to be removed.
     """
     folder = Path(folder)
     if items_of_run(folder) is None:
@@ -244,14 +244,14 @@ def check_publishable(folder: Path, changing: ItemIds = (), version: int | None 
 
 
 def trained_version(folder: Path) -> int | None:
-    """The version whose IDs a model of the run was trained on, whatever was published since; None without versions."""
+    """The version that a model of the run was trained on, regardless of later publications; None without versions."""
     return 1 if 1 in numbers(folder) else None
 
 
 def trained_space(folder: Path, item_ids: ItemIds, popularity: np.ndarray | None = None) -> SemanticIds:
     """The IDs that a model of a run was trained on, of the items [I] of its tables and in their order.
 
-    Those of codes.parquet, until a later version was published there.
+    They are read from codes.parquet, or from version 1 if a later version was published there.
 
     Raises:
       UserError: as `space.read_codes`, or a file of the first version is damaged.
@@ -272,16 +272,16 @@ def commit(
     counts: dict[str, int],
     report: dict | None = None,
 ) -> IdTable:
-    """Write the next version and make it the current one, for who holds the lock.
+    """Write the next version and make it the current one; the caller holds the lock.
 
     Args:
       parent: the current table; without rows when there is none.
-      changes: what differs from it.
-      errors: f32 [n], squared errors of the items that were encoded now; NaN where unknown.
-      config: the policy for collisions of the versions to come.
-      action: what was done; counts: to how many items; report: what else is to be told of it.
+      changes: its changed and added rows.
+      errors: f32 [n], squared errors of the items encoded by this version; NaN where unknown.
+      config: the collision policy of later versions.
+      action: the kind of change; counts: numbers of items; report: further values for version.json.
 
-    Fault points: `partial:version` before the rename, `done:version` after it, `current:version` when it counts.
+    Fault points: `partial:version` before the rename, `done:version` after it, `current:version` once it is current.
     """
     number = max(numbers(folder), default=0) + 1
     final, partial = _path(folder, number), versions(folder) / f"{number:06d}.partial"
@@ -317,7 +317,7 @@ def commit(
 
 
 def figures(table: IdTable, errors: np.ndarray) -> dict:
-    """How well the active IDs tell items apart, and the mean of the squared errors f32 [n] that are known."""
+    """Collision figures of the active IDs, and the mean of the known squared errors f32 [n]."""
     space = table.space()
     known = errors[np.isfinite(errors)]
     shared = collisions(space.counts)
@@ -334,24 +334,24 @@ def figures(table: IdTable, errors: np.ndarray) -> dict:
 
 
 def versions(folder: Path) -> Path:
-    """Where the versions are."""
+    """The folder of the versions."""
     return Path(folder) / "versions"
 
 
 def numbers(folder: Path) -> list[int]:
-    """The versions that are there, in rising order."""
+    """The numbers of the versions, rising."""
     return sorted(int(path.name) for path in versions(folder).glob("[0-9]*") if path.name.isdigit())
 
 
 def first_ids(folder: Path) -> pa.Array:
-    """The items that the tokenize phase gave IDs, in its order, string [I]; UserError when they cannot be read."""
+    """The items of the tokenize phase in its order, string [I]; UserError when they cannot be read."""
     folder = Path(folder)
     first = _path(folder, 1) / "changes.parquet"
     return _item_ids(first if first.exists() else folder / CODES)
 
 
 def check_replaceable(folder: Path, inputs: str) -> None:
-    """UserError when a run would make its IDs anew, from these inputs, though they have versions beyond the first."""
+    """UserError when a run would replace its IDs, from these inputs, though they have versions beyond the first."""
     made = folder / "fingerprint.json"
     if max(numbers(folder), default=0) > 1 and not (made.exists() and read_json(made).get("inputs") == inputs):
         raise UserError(
@@ -362,10 +362,10 @@ def check_replaceable(folder: Path, inputs: str) -> None:
 
 @contextmanager
 def replacing(folder: Path, inputs: str) -> Iterator[None]:
-    """Keeps the versions of a folder from changing while a run replaces it by IDs of these inputs.
+    """Locks the versions of a folder while a run replaces it by IDs of these inputs.
 
     Raises:
-      UserError: versions came since `check_replaceable` was asked, or another process is changing them.
+      UserError: versions were added since `check_replaceable`, or another process is changing them.
     """
     with locked(folder) if (folder / BOOKS).is_file() else nullcontext():
         check_replaceable(folder, inputs)
@@ -380,7 +380,7 @@ def check_number(folder: Path, version: int) -> None:
 
 
 def current_number(folder: Path) -> int:
-    """The version that counts; UserError when there is none, or current.json is damaged."""
+    """The number of the current version; UserError when there is none, or current.json is damaged."""
     path, there = versions(folder) / "current.json", numbers(folder)
     back = f"roll back to one of {', '.join(map(str, there))}"
     if not path.exists():
@@ -393,7 +393,7 @@ def current_number(folder: Path) -> int:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the versions of a folder for this process; UserError when another one does, or there are no IDs there."""
+    """Locks the versions of a folder for this process; UserError when another holds the lock, or there are no IDs."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the semantic_ids folder of a run")
     if not (folder / BOOKS).is_file():
@@ -427,7 +427,7 @@ def _point_at(folder: Path, number: int) -> None:
 
 
 def _repair(folder: Path, existing: list[int]) -> None:
-    """Points at the first version where the process was killed just before it; refuses to guess among several."""
+    """Points at version 1 if a kill left no current.json; UserError if there are several versions."""
     if existing != [1]:
         current_number(folder)
     read_version(folder, 1)
@@ -435,7 +435,7 @@ def _repair(folder: Path, existing: list[int]) -> None:
 
 
 def _read_record(folder: Path, number: int) -> dict:
-    """version.json without its own fingerprint, which is checked."""
+    """version.json without its fingerprint, which is checked."""
     path = _path(folder, number) / "version.json"
     if not path.exists():
         raise UserError(f"{path} is missing: restore it from a copy, or roll back to a version that does without it")
@@ -457,7 +457,7 @@ def _check_books(folder: Path, lineage: list[dict]) -> None:
 
 
 def _config_of(folder: Path) -> CollisionConfig:
-    """The policy that quality.json tells of."""
+    """The collision policy in quality.json."""
     path = folder / QUALITY
     told = (read_json(path) if path.exists() else {}).get("collisions") or {}
     names = ("policy", "capacity", "extra_size")
@@ -476,10 +476,10 @@ def _changes_of(table: IdTable) -> IdChanges:
 
 
 def _stack(parts: list[IdChanges], record: dict) -> IdTable:
-    """IdChanges one after the other: the last row of an item counts, at the place of its first."""
+    """Applies IdChanges in order: the last row of an item counts, at the position of its first."""
     coded = pa.concat_arrays([part.item_ids for part in parts]).dictionary_encode()
     last = np.empty(len(coded.dictionary), np.int64)
-    last[coded.indices.to_numpy()] = np.arange(len(coded))  # Of equal places the last one stays.
+    last[coded.indices.to_numpy()] = np.arange(len(coded))  # Of equal indices the last assignment stays.
     columns = {
         name: np.concatenate([getattr(part, name) for part in parts])[last] for name in ("codes", "encoded", "active")
     }
