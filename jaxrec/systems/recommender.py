@@ -64,7 +64,12 @@ class Served:
 
 
 class Assembly(Protocol):
-    """A model fitted to one catalogue, as the recommender sees it."""
+    """A model fitted to one catalogue, as the recommender sees it.
+
+    The assembly of a model that reads texts (a query, a prefix, the searches of a history) also has
+    `read_texts(history)`: the history with the arrays that its features cut, such as `tokens`. Histories then hold
+    texts (`jaxrec.data.searches.with_texts`).
+    """
 
     space: TargetSpace
     """what the tokens of the model's targets mean"""
@@ -169,6 +174,11 @@ class GenerativeRecommender:
         """The model's variables: {"params", ...}."""
         return self._variables
 
+    @property
+    def reads_queries(self) -> bool:
+        """Whether the model reads the query or prefix of a request, and the searches of its history."""
+        return hasattr(self.assembly, "read_texts")
+
     def recommend(
         self,
         histories: list[History],
@@ -249,6 +259,8 @@ class GenerativeRecommender:
         Where there are more than the largest, all batches have that size.
         """
         sizes = sizes or (self.config.batch_size,)
+        if self.reads_queries:
+            histories = [self.assembly.read_texts(history) for history in histories]
         ends = [int(history["session"][-1]) + 1 if len(history["session"]) else 0 for history in histories]
         pairs = list(zip(histories, ends, strict=True))
         buckets = np.array([self.feature_config.bucket_of(history, end) for history, end in pairs])
