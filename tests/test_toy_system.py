@@ -1,13 +1,13 @@
 """A system that reads a query and writes texts, in two stages, through the same code as all others."""
 
 import dataclasses
-import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -31,7 +31,7 @@ from jaxrec.systems import System, load_recommender, train
 from jaxrec.systems.recommender import GenerativeRecommender
 from jaxrec.targets import load_text_space, normalised, text_space
 from jaxrec.training import checkpoint
-from jaxrec.training.stages import best_variables
+from jaxrec.training.stages import best_variables, run_stages
 
 ROOT = Path(__file__).parent.parent
 K = 10
@@ -82,7 +82,7 @@ def exhaustive(model: GenerativeRecommender, history: dict) -> np.ndarray:
     return np.asarray(score(model.assembly, model.variables, arrays, target, real))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def score(assembly, variables: dict, arrays: dict, target: jax.Array, real: jax.Array) -> jax.Array:
     """float32 [L] of targets int32 [L, M] of one context."""
     batch = {name: array[None] for name, array in arrays.items()} | {"target": target[None]}
@@ -124,10 +124,8 @@ def test_the_second_stage_prefers_what_was_chosen(path, model):
     before, after = (best_variables(path / "stages" / name) for name in ("likelihood", "preference"))
     batch = next(toy_system.training_batches(model.assembly, config))
     frozen, key = {"likelihood": before}, jax.random.key(0)
-    losses = [
-        float(toy_system.preference(model.assembly, config, None, frozen, each["params"], {}, batch, key)[0])
-        for each in (before, after)
-    ]
+    loss = jax.jit(partial(toy_system.preference, model.assembly, config, None))
+    losses = [float(loss(frozen, each["params"], {}, batch, key)[0]) for each in (before, after)]
     compared = np.asarray(batch["real"].any(-1)[:, 1:].sum(1))
     # With no difference from the reference, every comparison is even.
     np.testing.assert_allclose(losses[0], np.log1p(compared)[compared > 0].mean(), rtol=1e-5)
@@ -142,7 +140,8 @@ def test_killed_in_the_second_stage_it_ends_in_the_same_bits(path, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (again / "stages" / "preference" / "fingerprint.json").exists()
-    train(Run.open(again, config), config)
+    run = Run.open(again, config)
+    run_stages(run, toy_system.stages(run, config))
     first, second = (
         checkpoint.load_parts(each / "stages" / "preference", "params", "opt_state", "step") for each in (path, again)
     )

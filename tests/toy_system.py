@@ -223,7 +223,7 @@ config = ToySuggestConfig(
     data=SyntheticMall(*(60, 60, 6, 3, 6), browsed_per_session=1, exposures_per_session=1, searched=0.6),
     batch_size=32,
     optim=OptimConfig(learning_rate=1e-2, warmup=4),
-    training=LoopConfig(steps=48, log_every=16, checkpoint_every=16, evaluate_every=24),
+    training=LoopConfig(steps=48, log_every=16, checkpoint_every=16, evaluate_every=0),
     validation=EvaluationConfig(split="valid", max_users=30),
     evaluation=EvaluationConfig(cutoffs=(1, 5, 10), shown_users=3),
 )

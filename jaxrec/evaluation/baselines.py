@@ -236,11 +236,13 @@ class PopularTexts:
             typed = normalised(history.get("prefix", history.get("query", ""))) if self.completing else ""
             held = self.space.held(history, np.zeros(0, bool)) if exclude_history else ()
             begins = np.array([spelled[text].startswith(typed) for text in order], bool)
-            best = np.concatenate([order[begins], order[~begins]])
+            first, others = order[begins], order[~begins]
+            best = np.concatenate([first, others])
             best = best[~np.isin(best, held)][:k]
             texts[row, : len(best)] = best
-            # Scores fall from the texts that begin so to the others, whatever the others' popularity.
-            scores[row, : len(best)] = counts[best] + np.isin(best, order[begins]) * (counts.max(initial=0) + 1)
+            # Scores fall from the first to the others, whatever the others' popularity.
+            above = counts.max(initial=0) + 1 if len(others) else 0
+            scores[row, : len(best)] = counts[best] + above * np.isin(best, first)
         return texts, scores
 
 
