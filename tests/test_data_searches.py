@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from search_records import random_record
 
-from jaxrec.data.searches import before_moment, before_session, led_to, recent_items, recent_queries
+from jaxrec.data.searches import before_moment, before_session, led_to, recent_items, recent_queries, with_texts
 
 
 def rows_of(record, prefix=""):
@@ -94,3 +94,25 @@ def test_a_record_of_items_alone_has_a_past_of_items_alone():
     assert list(before_session(record, 3)) == list(before_moment(record, 9, 3)) == [
         "item", "behavior", "timestamp", "session",
     ]  # fmt: skip
+
+
+QUERIES, PREFIXES = (np.array([f"{name} {row}" for row in range(12)], object) for name in ("query", "prefix"))
+
+
+def test_the_history_of_a_request_holds_texts():
+    for seed in range(20):
+        record = random_record(seed)
+        history = with_texts({**record, "prefix": np.int32(3)}, QUERIES, PREFIXES)
+        assert history["prefix"] == "prefix 3" and "query" not in history
+        assert with_texts({**record, "query": np.int32(5)}, QUERIES)["query"] == "query 5"
+        for found, rows in (
+            (recent_queries(history, 5, 25)["query"], recent_queries(record, 5, 25)["query"]),
+            (recent_items(history, 5, 25)["item_query"], recent_items(record, 5, 25)["item_query"]),
+        ):
+            assert found.tolist() == ["" if row < 0 else QUERIES[row] for row in rows.tolist()]
+        assert history["suggestion_query"] is record["suggestion_query"]
+        np.testing.assert_array_equal(history["item"], record["item"])
+
+
+def test_a_history_without_searches_has_no_texts():
+    assert with_texts({"item": np.zeros(1)}, QUERIES).keys() == {"item"}

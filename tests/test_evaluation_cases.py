@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from search_records import random_record
+from text_parts import make_space
 
 from jaxrec.config import UserError
 from jaxrec.data.tables import FEEDBACK, SPLITS
-from jaxrec.evaluation.cases import make_cases, prefix_cases, search_cases, shuffle_ties, tied_fraction
+from jaxrec.evaluation.cases import make_cases, prefix_cases, search_cases, shuffle_ties, text_cases, tied_fraction
+from jaxrec.targets import normalised
 
 
 def record(user, events):
@@ -228,3 +230,35 @@ def test_a_shuffled_event_keeps_the_search_that_led_to_it():
     after = shuffle_ties(before, 0)
     assert after["item"].tolist() != before["item"].tolist()
     np.testing.assert_array_equal(after["item"], after["search"])
+
+
+WRITINGS = np.array(["Ab", "ab ", "bb", "B  b", "a", "A", "ba", "BA", "aB", "b"], object)
+"""Queries, some of which are the same text."""
+
+
+def test_cases_of_texts_by_loops():
+    """Writings of one text are one truth, with the stronger feedback; it is new unless any writing was searched for."""
+    records = [random_record(seed) for seed in range(60)]
+    for record in records:  # one prefix a session, for which several queries were chosen
+        record["suggestion_timestamp"] = 10 * record["suggestion_session"].astype(np.int64)
+        record["suggestion_prefix"] = record["suggestion_session"]
+    prefixes = np.array([f"p{row}" for row in range(20)], object)
+    cases, space = prefix_cases(records, "train"), make_space(["ab", "b b"])
+    found = text_cases(cases, space, WRITINGS, prefixes)
+    merged = 0
+    for row, history in enumerate(cases.histories):
+        levels, where = {}, cases.where[row]
+        for query, level in zip(cases.targets[row][where].tolist(), cases.levels[row][where].tolist(), strict=True):
+            text = normalised(WRITINGS[query])
+            merged += text in levels
+            levels[text] = min(level, levels.get(text, 9))
+        searched = {normalised(WRITINGS[query]) for query in history["search_query"].tolist()}
+        keep = found.where[row]
+        texts = [normalised(text) for text in space.show(found.targets[row][keep])]
+        assert dict(zip(texts, found.levels[row][keep].tolist(), strict=True)) == levels
+        assert found.new[row][keep].tolist() == [text not in searched for text in texts]
+        assert (found.levels[row][~keep] == -1).all() and not found.new[row][~keep].any()
+        assert found.histories[row]["prefix"] == f"p{history['prefix']}"
+        assert found.histories[row]["search_query"].tolist() == WRITINGS[history["search_query"]].tolist()
+    assert merged > 3 and len(found) == len(cases) > 10
+    assert text_cases(prefix_cases([]), space, WRITINGS, prefixes).targets.shape == (0, 1)

@@ -272,3 +272,24 @@ def test_the_fingerprint_changes_with_items_texts_and_tokenizer():
         dataclasses.replace(space, tokenizer=train_tokenizer(["a"], TokenizerConfig(260)), vocabulary=0).describe(["1"])
     )
     assert original not in [other["fingerprint"] for other in others]
+
+
+def test_a_text_is_held_where_it_was_searched_for():
+    space = make_space(["ab", "b"])
+    held = space.held({"search_query": np.array(["B", "aa", " b ", "", "AA"], object)}, np.zeros(0, bool))
+    assert space.show(held) == ["b", "aa"] and held.dtype == np.int32
+    assert space.held({"item": np.zeros(3, np.int32)}, np.zeros(0, bool)).tolist() == []
+
+
+@pytest.mark.parametrize("kind", ["listed", "free"])
+def test_what_was_searched_for_is_left_out(kind, request):
+    """As the ranking with everything, without it; others move up."""
+    model = request.getfixturevalue(kind)
+    everything, scores = model.recommend(HISTORIES, 7)
+    searched = [model.space.show(row[[0, 2]]) for row in everything]
+    histories = [
+        {**each, "search_query": np.array(texts, object)} for each, texts in zip(HISTORIES, searched, strict=True)
+    ]
+    answers, of_new = model.recommend(histories, 5, exclude_history=True)
+    np.testing.assert_array_equal(answers, everything[:, [1, 3, 4, 5, 6]])
+    np.testing.assert_allclose(of_new, scores[:, [1, 3, 4, 5, 6]], atol=1e-5)

@@ -4,8 +4,9 @@
             search      x y     y        recent_items(record, 3, 25)     item  [a b c]  item_query [- y y]
             time      0 ... 10 20 30
 
-Queries are rows of queries.parquet, -1 for none: a text or its tokens are looked up in an array by them. Sequences are
-aligned left, the oldest entry first.
+Queries are rows of queries.parquet, -1 for none: a text or its tokens are looked up in an array by them. The history of
+a request holds texts in place of rows, "" for none; `with_texts` brings a record's history into this form. Sequences
+are aligned left, the oldest entry first.
 """
 
 import numpy as np
@@ -19,12 +20,14 @@ def recent_queries(record: Record, count: int, moment: int | None = None) -> dic
     """The last searches strictly before `moment` (Unix seconds; None: all of the record).
 
     Returns:
-      query int32 [count], NO_QUERY in the padding; query_timestamp int64 [count]; query_mask bool [count].
+      query int32 [count], NO_QUERY in the padding, or texts (object [count]) where the record holds texts;
+      query_timestamp int64 [count]; query_mask bool [count].
     """
+    query = record["search_query"]
     index = np.flatnonzero(_before(record["search_timestamp"], moment))
     index = index[max(len(index) - count, 0) :]
     return {
-        "query": _padded(record["search_query"][index], count, np.int32, NO_QUERY),
+        "query": _padded(query[index], count, query.dtype, _no_query(query)),
         "query_timestamp": _padded(record["search_timestamp"][index], count, np.int64),
         "query_mask": np.arange(count) < len(index),
     }
@@ -40,8 +43,9 @@ def recent_items(
 
     Returns:
       item int32 [count]; item_timestamp int64 [count]; item_query int32 [count], the query of the search that led to
-      the event, NO_QUERY for none and in the padding; item_mask bool [count].
+      the event, NO_QUERY for none and in the padding, or texts as in `recent_queries`; item_mask bool [count].
     """
+    query = query_of_events(record)
     keep = _before(record["timestamp"], moment)
     if wanted is not None:
         keep = keep & wanted[record["behavior"]]
@@ -52,16 +56,28 @@ def recent_items(
     return {
         "item": _padded(record["item"][index], count, np.int32),
         "item_timestamp": _padded(record["timestamp"][index], count, np.int64),
-        "item_query": _padded(query_of_events(record)[index], count, np.int32, NO_QUERY),
+        "item_query": _padded(query[index], count, query.dtype, _no_query(query)),
         "item_mask": np.arange(count) < len(index),
     }
 
 
 def query_of_events(record: Record) -> np.ndarray:
-    """The query of the search that led to each event: int32 [T], NO_QUERY for none."""
-    search = record["search"]
-    queries = np.append(record["search_query"], np.int32(NO_QUERY))
-    return queries[search]
+    """The query of the search that led to each event: int32 [T], NO_QUERY for none, or texts as in `recent_queries`."""
+    queries = record["search_query"]
+    return np.append(queries, np.array(_no_query(queries), queries.dtype))[record["search"]]
+
+
+def with_texts(history: Record, queries: np.ndarray, prefixes: np.ndarray | None = None) -> Record:
+    """A history in the form of a request's: texts in place of the rows in `search_query`, `query` and `prefix`.
+
+    Earlier suggestions, which no request holds, stay rows.
+
+    Args:
+      queries: object [n], the texts of queries.parquet.
+      prefixes: object [n], the texts of prefixes.parquet; None where no history has a prefix.
+    """
+    tables = {"search_query": queries, "query": queries, "prefix": prefixes}
+    return history | {name: texts[history[name]] for name, texts in tables.items() if name in history}
 
 
 def led_to(record: Record, search: int, where: np.ndarray | None = None) -> np.ndarray:
@@ -113,7 +129,12 @@ def _before(timestamps: np.ndarray, moment: int | None) -> np.ndarray:
     return np.ones(len(timestamps), bool) if moment is None else timestamps < moment
 
 
-def _padded(values: np.ndarray, count: int, dtype: type, fill: int = 0) -> np.ndarray:
+def _no_query(queries: np.ndarray) -> int | str:
+    """What stands for no query among rows, or among texts."""
+    return "" if queries.dtype == object else NO_QUERY
+
+
+def _padded(values: np.ndarray, count: int, dtype: type | np.dtype, fill: int | str = 0) -> np.ndarray:
     result = np.full(count, fill, dtype)
     result[: len(values)] = values
     return result

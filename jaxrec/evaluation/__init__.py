@@ -5,8 +5,16 @@ models = {**fit_baselines(records, num_items, target_behaviors), "onemall": reco
 rows = evaluate(models, cases) + evaluate_ties_shuffled(records, num_items, target_behaviors)
 """
 
-from jaxrec.evaluation.baselines import Recommender, fit_baselines
-from jaxrec.evaluation.cases import Cases, make_cases, prefix_cases, search_cases, shuffle_ties, tied_fraction
+from jaxrec.evaluation.baselines import Recommender, fit_baselines, text_baselines
+from jaxrec.evaluation.cases import (
+    Cases,
+    make_cases,
+    prefix_cases,
+    search_cases,
+    shuffle_ties,
+    text_cases,
+    tied_fraction,
+)
 from jaxrec.evaluation.comparison import comparison_tables, evaluate, evaluate_ties_shuffled, standing_table, standings
 from jaxrec.evaluation.metrics import id_accuracy, ranking_metrics, validity_rate
 
@@ -25,6 +33,8 @@ __all__ = [
     "shuffle_ties",
     "standing_table",
     "standings",
+    "text_baselines",
+    "text_cases",
     "tied_fraction",
     "validity_rate",
 ]

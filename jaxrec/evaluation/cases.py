@@ -3,6 +3,7 @@
     make_cases     history before a session          truths: the items of the session
     search_cases   history before a search, query    truths: the items that the search led to
     prefix_cases   history before a prefix, prefix   truths: the suggested queries that the user chose
+    text_cases     the same with texts in place of rows, as models read them
 
 No history has an event, a search or a suggestion at or after the time of the request. Feedback on suggestions of the
 request's own session is left out too, since it was given at an unknown later time.
@@ -19,8 +20,9 @@ import numpy as np
 
 from jaxrec.config import UserError
 from jaxrec.data.features import asked_at
-from jaxrec.data.searches import before_moment, before_session, led_to
+from jaxrec.data.searches import before_moment, before_session, led_to, with_texts
 from jaxrec.data.tables import CHOSEN, FEEDBACK, SPLITS
+from jaxrec.targets.space import TargetSpace
 
 History = dict[str, np.ndarray]
 Record = dict[str, np.ndarray]
@@ -39,10 +41,11 @@ class Cases:
 
     Of a record with searches or suggestions, also their fields (`jaxrec.data.examples.Record`, without the split). In a
     case of a search: `query` int32, a row of queries.parquet. In a case of a prefix: `prefix` int32, a row of
-    prefixes.parquet.
+    prefixes.parquet. In the history of a request, and in `text_cases`, texts stand in place of these rows.
     """
     targets: np.ndarray
-    """int32 [U, L], distinct within a row, -1 where `where` is False: items, or queries in cases of prefixes."""
+    """int32 [U, L], distinct within a row, -1 where `where` is False: items, or queries in cases of prefixes, or
+    numbers of texts in `text_cases`."""
     where: np.ndarray
     """bool [U, L]."""
     new: np.ndarray
@@ -147,6 +150,31 @@ def prefix_cases(records: Iterable[Record], split: str = "test") -> Cases:
             found.append((history | {"prefix": np.int32(prefix)}, truths, new, levels))
     levels, _ = _pad([each[3] for each in found], -1, np.int8)
     return dataclasses.replace(_cases_of([each[:3] for each in found]), levels=levels)
+
+
+def text_cases(cases: Cases, space: TargetSpace, queries: np.ndarray, prefixes: np.ndarray | None = None) -> Cases:
+    """Cases whose truths are queries, as a model reads and writes them: texts in place of rows, truths of `space`.
+
+    Two writings of one text are one truth, with the stronger feedback. It is new if no search of the history is for it,
+    in any writing.
+
+    Args:
+      queries, prefixes: as for `jaxrec.data.searches.with_texts`.
+    """
+    histories = [with_texts(history, queries, prefixes) for history in cases.histories]
+    rows = [queries[targets[where]] for targets, where in zip(cases.targets, cases.where, strict=True)]
+    targets, where = space.truths(rows)
+    new, levels = np.zeros_like(where), None
+    for row, history in enumerate(histories):
+        new[row] = where[row] & ~np.isin(targets[row], space.held(history, np.zeros(0, bool)))
+    if cases.levels is not None:
+        levels = np.full(targets.shape, -1, np.int8)
+        for row, texts in enumerate(rows):
+            numbers, there = space.truths([[text] for text in texts])
+            given = cases.levels[row][cases.where[row]]
+            for place, number in enumerate(targets[row][where[row]]):
+                levels[row, place] = given[there[:, 0] & (numbers[:, 0] == number)].min()
+    return Cases(cases.users, histories, targets, where, new, cases.cold, levels)
 
 
 def _cases_of(found: Sequence[tuple[History, np.ndarray, np.ndarray]]) -> Cases:

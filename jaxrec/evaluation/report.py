@@ -184,9 +184,10 @@ def _example(shown: dict[str, Any]) -> str:
     earlier = len(shown["history"]) - len(history)
     past = "".join(f"<li>{escape(title)}</li>" for title in history)
     before = f'<p class="more">{earlier:,} earlier</p>' if earlier else ""
+    typed = "".join(f"<p>Typed: {escape(shown[name])}</p>" for name in ("query", "prefix") if name in shown)
     actual = "".join(f"<li>{escape(title)}</li>" for title in shown["targets"])
     return (
-        f'<div class="card"><h3>User {escape(str(shown["user"]))}</h3><div class="columns">'
+        f'<div class="card"><h3>User {escape(str(shown["user"]))}</h3>{typed}<div class="columns">'
         f"<div><h4>History</h4>{before}<ul>{past}</ul></div>"
         f"<div><h4>Generated next</h4><ol>{''.join(map(_generated, shown['generated']))}</ol></div>"
         f"<div><h4>Then actually taken</h4><ul>{actual}</ul></div></div></div>"

@@ -35,6 +35,7 @@ from jaxrec.semantic_ids.table.space import read_codes, rows_in
 from jaxrec.semantic_ids.table.versions import BOOKS, CODES, read_version, trained_version
 from jaxrec.serving.answers import ANSWERS, Answers
 from jaxrec.serving.schema import MAX_K, Answer, Event, Request
+from jaxrec.serving.searches import UserSearches, inline_searches
 
 LOG = logging.getLogger(__name__)
 SPARE = 1 << 16
@@ -43,6 +44,8 @@ NO_QUERIES = "reads no queries; leave query and prefix out of the request, and s
 NOTHING_ALLOWED = "the filters of this request allow no item of the catalogue"
 DEPTHS = (10, 50, 100, MAX_K)
 """The depths of rankings; at most one program is compiled for each."""
+NO_ITEM = -1
+"""The item of a search in a history."""
 AT_ONCE = 64
 """Requests in one call of the model; few, since a call may rank the whole catalogue for each of them."""
 LIST_SIZES = tuple(LISTED**power + 1 for power in range(1, 20))
@@ -60,6 +63,7 @@ class Retriever:
     Attributes:
       sizes: what batches of the model are padded to; None for a model that pads by itself.
       answers: what the run answers with, items or texts.
+      reads_queries: whether the model reads queries, prefixes and searches.
       ready: whether `warm_up` was called.
     """
 
@@ -94,6 +98,10 @@ class Retriever:
         self.answer_time = bool(statistics.get("answer_time", True))
         self._read_events(len(users))
         self.recommender = recommender or self._load_recommender(config)
+        self.reads_queries = bool(getattr(self.recommender, "reads_queries", False))
+        self.searches = UserSearches(self.run.tables, len(users)) if self.reads_queries else None
+        if self.searches is not None:
+            self.latest = max(self.latest, self.searches.latest)
         self.sizes = self._sizes(batch_size)
         space = getattr(self.recommender, "space", None)
         self.answers: Answers = ANSWERS["items" if space is None else space.kind](space, self.target_behaviors)
@@ -220,9 +228,9 @@ class Retriever:
                 answers[row] = UserError(f"this request can't be answered: {type(error).__name__}; the log says why")
                 continue
             if allowed[row] is not None and not allowed[row].count:
-                source = "model" if len(history["item"]) else "popular"
+                source = "model" if _is_known(history) else "popular"
                 answers[row] = Answer(items=[], source=source, ignored=ignored[row] or None, note=NOTHING_ALLOWED)
-            elif len(history["item"]):
+            elif _is_known(history):
                 known.append((row, history))
             else:
                 popular = self.answers.popular(version, request.k, allowed[row])
@@ -254,12 +262,15 @@ class Retriever:
     def history(self, request: Request, version: Version | None = None) -> tuple[History, list[str]]:
         """(the history of the request's user, item ids that are not in the catalogue); the history may be empty.
 
+        Where the model reads queries, the history also holds the user's searches and the typed text, as texts
+        (`jaxrec.data.searches.with_texts`).
+
         Removed items stay in histories. Ids that the request blocks or allows are looked up too.
 
         Raises:
           UserError: an unknown behavior, or a query for a recommender that reads none.
         """
-        if request.has_query and not getattr(self.recommender, "reads_queries", False):
+        if request.has_query and not self.reads_queries:
             raise UserError(f"the system {self.system!r} of this run {NO_QUERIES}")
         version = version or self.catalogue.current
         ignored = [item for item in [*(request.blocked or ()), *(request.allowed or ())] if version.row(item) is None]
@@ -269,13 +280,20 @@ class Retriever:
             history = {name: column[rows] for name, column in self.events.items()}
             if user is not None:
                 history["user"] = np.int32(user)
+            if self.searches is not None:
+                history |= self.searches.of_user(user, rows)
         else:
-            there = [event for event in request.history if version.row(event.item_id) is not None]
-            ignored = [event.item_id for event in request.history if version.row(event.item_id) is None] + ignored
+            named = {entry.item_id for entry in request.history} - {None}
+            unknown = {item for item in named if version.row(item) is None}
+            there = [event for event in request.history if event.item_id not in unknown]
+            ignored = [event.item_id for event in request.history if event.item_id in unknown] + ignored
             history = self._inline(there, version)
+        typed = {"query": request.query, "prefix": request.prefix}
+        history |= {name: text for name, text in typed.items() if text is not None}
         if not self.answer_time:
             return history, ignored
-        now = max(self.latest, history["timestamp"].max(initial=0)) if request.now is None else request.now
+        latest = max(history[name].max(initial=0) for name in ("timestamp", "search_timestamp") if name in history)
+        now = max(self.latest, latest) if request.now is None else request.now
         return {**history, "now": np.int64(now)}, ignored
 
     def _allowed(
@@ -284,21 +302,26 @@ class Retriever:
         """The answers that the request may get; None = all."""
         return self.answers.allowed(request, within, history, version)
 
-    def _inline(self, events: list[Event], version: Version) -> History:
-        """A history given in the request, in order of time. Without times, each event is a session at the current
+    def _inline(self, entries: list[Event], version: Version) -> History:
+        """A history given in the request, in order of time. Without times, each entry is a session at the current
         time."""
-        times = [self.latest if event.timestamp is None else event.timestamp for event in events]
+        times = [self.latest if entry.timestamp is None else entry.timestamp for entry in entries]
         order = np.argsort(times, kind="stable")
         timestamp = np.array(times, np.int64)[order]
-        starts = np.diff(timestamp) > 0 if any(event.timestamp is not None for event in events) else 1
-        session = np.zeros(len(events), np.int32)
-        session[1:] = np.cumsum(np.broadcast_to(starts, max(len(events) - 1, 0)))
-        return {
-            "item": np.array([version.row(event.item_id) for event in events], np.int32)[order],
-            "behavior": np.array([self._behavior(event.behavior) for event in events], np.int8)[order],
+        starts = np.diff(timestamp) > 0 if any(entry.timestamp is not None for entry in entries) else 1
+        session = np.zeros(len(entries), np.int32)
+        session[1:] = np.cumsum(np.broadcast_to(starts, max(len(entries) - 1, 0)))
+        rows = [NO_ITEM if entry.item_id is None else version.row(entry.item_id) for entry in entries]
+        columns = {
+            "item": np.array(rows, np.int32)[order],
+            "behavior": np.array([self._behavior(entry.behavior) for entry in entries], np.int8)[order],
             "timestamp": timestamp,
             "session": session,
         }
+        history = {name: column[columns["item"] != NO_ITEM] for name, column in columns.items()}
+        if not self.reads_queries:
+            return history
+        return history | inline_searches([entries[row] for row in order], timestamp, session)
 
     def _behavior(self, name: str | None) -> int:
         if name is None:
@@ -366,3 +389,9 @@ class Retriever:
             for more in ({}, {"exclude_history": True}) if self.answers.filtered else ({},):
                 self.answer([Request.model_validate(asked | more)])
         self.ready = True
+
+
+def _is_known(history: History) -> bool:
+    """Whether a history says anything to the model: an event, a search, or what was typed."""
+    typed = "query" in history or "prefix" in history
+    return typed or len(history["item"]) > 0 or len(history.get("search_query", ())) > 0

@@ -21,6 +21,7 @@ from jaxrec.evaluation import (
     make_cases,
     standing_table,
     standings,
+    text_baselines,
 )
 from jaxrec.evaluation.cases import Record
 from jaxrec.evaluation.comparison import TEACHER_FORCED
@@ -85,10 +86,12 @@ def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folde
     assembly = model.assembly
     items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
     name, kind = read_json(run.config_file)["system"], model.space.kind if hasattr(model, "space") else "items"
-    compared = config.baselines and kind == "items"
+    compared = config.baselines and kind == "items"  # with what is counted of items
     records = list(Records(assembly.examples, config.split)) if kind == "items" else []
     cases = draw(cases_of(assembly, config.split, records), config)
     baselines = fit_baselines(records, items, targets) if compared else {}
+    if config.baselines and kind == "texts":
+        baselines = text_baselines(model.space)
     rows = evaluate({**baselines, name: model}, cases, split=config.split, cutoffs=config.cutoffs)
     if compared:
         rows += evaluate_ties_shuffled(
@@ -163,6 +166,7 @@ def _shown(run: Run, model: Recommender, cases: Cases, count: int) -> list[dict]
         shown.append(
             {
                 "user": users[some.users[row]],
+                **{name: str(history[name]) for name in ("query", "prefix") if name in history},
                 "history": show_items(recent, titles),
                 "targets": show(right, titles),
                 "generated": generated,

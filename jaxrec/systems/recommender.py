@@ -64,7 +64,12 @@ class Served:
 
 
 class Assembly(Protocol):
-    """A model fitted to one catalogue, as the recommender sees it."""
+    """A model fitted to one catalogue, as the recommender sees it.
+
+    The assembly of a model that reads texts (a query, a prefix, the searches of a history) also has
+    `read_texts(history)`: the history with the arrays that its features cut, such as `tokens`. Histories then hold
+    texts (`jaxrec.data.searches.with_texts`).
+    """
 
     space: TargetSpace
     """what the tokens of the model's targets mean"""
@@ -169,6 +174,11 @@ class GenerativeRecommender:
         """The model's variables: {"params", ...}."""
         return self._variables
 
+    @property
+    def reads_queries(self) -> bool:
+        """Whether the model reads the query or prefix of a request, and the searches of its history."""
+        return hasattr(self.assembly, "read_texts")
+
     def recommend(
         self,
         histories: list[History],
@@ -181,15 +191,17 @@ class GenerativeRecommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best answers to each history: int32 [B, k] (-1 = none) and their log-probabilities float32 [B, k].
 
-        `exclude_history` leaves out the answers that the history holds under a target behavior. Items that share an ID
+        `exclude_history` leaves out the answers that the history holds: items under a target behavior, or texts as
+        searches. Items that share an ID
         share its score and stand in falling popularity. `allowed` says which answers each history may get, in the order
         of the trie of `served`, which is that of a version of a live catalogue (`serve_version`) or by default of the
         trained one. Batches are padded to one of `sizes`, which rise; by default to `config.batch_size`, for which the
         fewest programs are compiled.
         """
         served = self.served if served is None else served
-        if exclude_history and served.trie is not None:
-            allowed = self._unseen(histories)
+        held = [self._held(history) for history in histories] if exclude_history else None
+        if held and served.trie is not None:
+            allowed = [self.order.allowed(blocked=answers) for answers in held]
         answers = np.full((len(histories), k), -1, np.int32)
         scores = np.full((len(histories), k), -np.inf, np.float32)
         width = self.width(k)
@@ -204,7 +216,12 @@ class GenerativeRecommender:
             found: Found = jax.device_get(search)
             if found.nan.any():
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
-            of_batch, of_scores = self.space.read(found, k)
+            if held and served.trie is None:
+                # Nothing was listed that the search could have left out.
+                more = k + max(len(held[row]) for row in rows)
+                of_batch, of_scores = _without([held[row] for row in rows], *self.space.read(found, more), k)
+            else:
+                of_batch, of_scores = self.space.read(found, k)
             answers[rows], scores[rows] = of_batch[: len(rows)], of_scores[: len(rows)]
         return answers, scores
 
@@ -249,6 +266,8 @@ class GenerativeRecommender:
         Where there are more than the largest, all batches have that size.
         """
         sizes = sizes or (self.config.batch_size,)
+        if self.reads_queries:
+            histories = [self.assembly.read_texts(history) for history in histories]
         ends = [int(history["session"][-1]) + 1 if len(history["session"]) else 0 for history in histories]
         pairs = list(zip(histories, ends, strict=True))
         buckets = np.array([self.feature_config.bucket_of(history, end) for history, end in pairs])
@@ -266,10 +285,9 @@ class GenerativeRecommender:
         wanted, behaviors = self.assembly.wanted, len(self.assembly.behaviors)
         return self.feature_config.cut(history, end, behaviors=behaviors, wanted=wanted)
 
-    def _unseen(self, histories: list[History]) -> list[Allowed]:
-        """The answers that each history does not hold yet."""
-        held = (self.space.held(history, self.assembly.wanted) for history in histories)
-        return [self.order.allowed(blocked=answers) for answers in held]
+    def _held(self, history: History) -> np.ndarray:
+        """The answers that a history already holds."""
+        return self.space.held(history, self.assembly.wanted)
 
     def _note(self, arrays: dict, item_filter: ItemFilter | None, width: int | tuple, k: int) -> None:
         """Remembers which shapes were asked for, so that `warm_up` can ask for them again."""
@@ -344,6 +362,18 @@ class GenerativeRecommender:
         options = {"batch": _batch_size(arrays), "width": self.width(FIRST), "k": FIRST}
         first = self.space.search(extend, served.trie, **options, constrained=False).valid[:, :FIRST]
         return measured | {"validity": validity_rate(first, jnp.broadcast_to(real[:, None], first.shape))}
+
+
+def _without(
+    held: Sequence[np.ndarray], answers: np.ndarray, scores: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first k answers of each ranking [B, n] that its history does not hold, and their scores."""
+    kept = np.full((len(held), k), -1, np.int32), np.full((len(held), k), -np.inf, np.float32)
+    for row, mine in enumerate(held):
+        new = np.flatnonzero(~np.isin(answers[row], mine))[:k]
+        for values, all_values in zip(kept, (answers, scores), strict=True):
+            values[row, : len(new)] = all_values[row, new]
+    return kept
 
 
 def _batch_size(arrays: dict[str, jax.Array]) -> int:

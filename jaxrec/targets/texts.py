@@ -211,8 +211,9 @@ class TextSpace:
         return tokens.reshape(*answers.shape, -1), mask.reshape(*answers.shape, -1)
 
     def held(self, history: dict[str, np.ndarray], wanted: np.ndarray) -> np.ndarray:
-        """None: a history holds items."""
-        return np.zeros(0, np.int32)
+        """The texts of its searches, of a history that holds texts (`jaxrec.data.searches.with_texts`)."""
+        searched = dict.fromkeys(filter(None, map(normalised, history.get("search_query", ()))))
+        return np.array([self.numbers.of(text) for text in searched], np.int32)
 
     def most_popular(self, k: int) -> np.ndarray:
         """The k most popular listed texts, equal ones as they stand, int64 [<= k]."""
