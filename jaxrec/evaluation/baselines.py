@@ -1,5 +1,7 @@
-"""The baselines of every comparison: popularity, recent popularity, personal frequency, Markov chain, ItemKNN; for texts,
-popularity and most popular completion.
+"""The baselines of every comparison.
+
+For items: popularity, recent popularity, personal frequency, Markov chain, ItemKNN. For texts: popularity and most
+popular completion.
 
 Each is fitted on the train split's events of the target behaviors, and ranks from a user's history alone. All compute a
 dense row of scores per user and return the best k, with ties broken by popularity, then by item index. So items of
