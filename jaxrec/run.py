@@ -9,10 +9,11 @@ A phase writes into `<name>.partial`, which is fsynced and renamed to `<name>` w
 suffix is always complete. A stage keeps its own checkpoints, so it works in its final folder and is marked when done.
 A run has one stage or several (`run.stage_names`, `jaxrec.training.stages`); the last one is served.
 
-A training is never lost by accident: if a phase or stage would be remade and a training depends on it, the run is
-refused. With `Run.open(..., replace=True)` the changed folders are made in `next/` and replace the old ones when the
-new training is finished. Until then the old training is served; `Run.check_trained` checks that there is one. A return
-to the old configuration discards the new training: `next/` is removed.
+A training is never lost by accident: where a phase or stage would be made anew and a training depends on it, the run
+is refused. With `Run.open(..., replace=True)` what changed is made beside the old, in `next/`, and takes its place when
+the new training is finished. Until then the old one is served; `Run.check_trained` tells whether there is one. What is
+made from a phase or stage in `next/` is made there too. Going back to the old one gives the new one up: it is removed
+from `next/`. Only stages that the process does not visit (`train.py --only`) stay there.
 
 Fault injection, for the tests: with JAXREC_KILL_AT=<point> in the environment the process kills itself (SIGKILL) at
 that point. Points: `phase:<name>` before the work of a phase or stage, `partial:<name>` after it and before the rename
@@ -178,8 +179,9 @@ class Run:
             return result
         if name == EVALUATION:
             self._drop_results()
-        elif self._made_of(name, inputs, unknown=(name,) if folder.exists() else ()):
-            self._check_replaceable(name)
+        elif (lost := self._made_of(name, inputs, unknown=(name,) if folder.exists() else ())) or self._beside:
+            if lost:
+                self._check_replaceable(name)
             self._go_beside(name)
             folder = self.place(name)
             folder.parent.mkdir(exist_ok=True)
@@ -205,8 +207,9 @@ class Run:
     def stage(self, name: str, inputs: str, make: Callable[[Path], None], needed: Iterable[str] | None = None) -> str:
         """As `phase`, for work that resumes from its own checkpoints: `make` gets the folder as it was left.
 
-        A folder without checkpoints that was begun from other inputs is emptied first. When the last of `stage_names`
-        is finished, all folders in `next/` replace the old ones.
+        A folder without checkpoints that was begun from other inputs is emptied first. A stage that is made from
+        anything beside the old is trained there too. When the last of `stage_names` is finished, all that this process
+        made or found beside the old takes its place.
 
         Args:
           name: the folder inside the run directory, as "stages/train".
@@ -216,22 +219,27 @@ class Run:
           UserError: as `phase`; or the folder holds checkpoints or a result of other inputs.
         """
         result, last = fingerprint(name, inputs), name == self.training
+        sources = self._sources(name, needed)
         self._made[name] = inputs
         if not self.is_trained(name, inputs):
             of_others = not _begun(self.path / name, inputs) and _has_work(self.path / name)
             if of_others or self._made_of(name, inputs):
                 self._check_replaceable(name)
                 self._go_beside(name)
+            elif not sources.keys().isdisjoint(self._beside) or self._goes_on_beside(name, inputs):
+                self._check_beside(name, inputs)
+                self._go_beside(name)
             elif self._serves_another():
                 # A stage was added: the served one stays until the new last one is finished.
                 if last:
+                    self._check_beside(name, inputs)
                     self._go_beside(name)
             elif last or not _has_work(self.path / self.training):
                 if last:
                     self._drop_results()
                 self._take_config()
             fault_point(f"phase:{name}")
-            self._work(self.place(name), name, inputs, make, needed)
+            self._work(self.place(name), name, inputs, make, sources)
         if last:
             self._swap()
         return result
@@ -279,8 +287,13 @@ class Run:
         if training() != before:
             raise UserError(f"the training in {self.path} was replaced while it was read; start again") from cause
 
+    def _sources(self, name: str, needed: Iterable[str] | None) -> dict[str, str]:
+        """The inputs of all phases and stages that a stage is made from, by name."""
+        others = set() if needed is None else {stage_path(each) for each in self.stage_names} - set(needed)
+        return {other: of for other, of in self._made.items() if other not in {name, *others}}
+
     def _work(
-        self, folder: Path, name: str, inputs: str, make: Callable[[Path], None], needed: Iterable[str] | None
+        self, folder: Path, name: str, inputs: str, make: Callable[[Path], None], sources: dict[str, str]
     ) -> None:
         """Begins a stage in `folder`, recording its inputs, or resumes it."""
         with writing(folder):
@@ -288,9 +301,7 @@ class Run:
                 _remove(folder)
                 _remove(_events(self.log_of(name), name))  # They are those of a training that was removed.
                 folder.mkdir(parents=True)
-                others = set() if needed is None else {stage_path(each) for each in self.stage_names} - set(needed)
-                made = {other: of for other, of in self._made.items() if other not in {name, *others}}
-                write_json(folder / "begun.json", {"inputs": inputs, "made": made})
+                write_json(folder / "begun.json", {"inputs": inputs, "made": sources})
             make(folder)
             fault_point(f"partial:{name}")
             write_json(folder / "fingerprint.json", {"inputs": inputs})
@@ -313,6 +324,20 @@ class Run:
         """
         stages = (begun.parent for begun in self.stages.glob("*/begun.json"))
         return any(_has_work(stage) and _made_from(stage, unknown).get(name, inputs) != inputs for stage in stages)
+
+    def _goes_on_beside(self, name: str, inputs: str) -> bool:
+        """Whether a stage has work of these inputs in `next/`, and none in its place."""
+        beside = self.path / NEXT / name
+        return _begun(beside, inputs) and _has_work(beside) and not _has_work(self.path / name)
+
+    def _check_beside(self, name: str, inputs: str) -> None:
+        """Refuses to begin a stage anew in `next/` where work of other inputs would be lost."""
+        beside = self.path / NEXT / name
+        if _has_work(beside) and not _begun(beside, inputs) and not self._replace:
+            raise UserError(
+                f"{beside} holds a stage that is trained with another configuration or from other data; go back to "
+                "those, give another --run, or --replace to have that stage trained anew"
+            )
 
     def _check_replaceable(self, name: str) -> None:
         if self._replace:
@@ -346,7 +371,7 @@ class Run:
             self._drop_results()
             (self.path / self.training / "fingerprint.json").unlink(missing_ok=True)
         trained = [name for name in self._beside if Path(name).parent.name == "stages"]
-        self._replace_lines([Path(name).name for name in trained])
+        self._replace_lines({Path(name).name for name in trained})
         for name in trained:
             events = _events(self.path / NEXT / "metrics.jsonl", name)
             if events.exists():
@@ -358,20 +383,32 @@ class Run:
             fault_point(f"swap:{name}")
         self._beside = []
         self._set_places()
-        # The rest belongs to a discarded training.
-        _remove(self.path / NEXT)
+        self._clear_next()
 
-    def _replace_lines(self, names: list[str]) -> None:
-        """Replaces the log lines of the old stages by those of the new ones."""
-        old, new = self.path / "metrics.jsonl", self.path / NEXT / "metrics.jsonl"
-        if not new.exists():
+    def _clear_next(self) -> None:
+        """Removes from `next/` what a training that was given up left there; stages that were not visited stay."""
+        beside = self.path / NEXT
+        unvisited = {name for name in self.stage_names if stage_path(name) not in self._made}
+        waiting = {name for name in unvisited if _has_work(beside / stage_path(name))}
+        if not waiting:
+            _remove(beside)
             return
-        lines = old.read_text().splitlines(keepends=True) if old.exists() else []
-        kept = [line for line in lines if _stage_of(line) not in (None, *names)]
-        partial = old.with_name(f".{old.name}.partial")
-        partial.write_text("".join(kept) + new.read_text())
-        partial.rename(old)
-        new.unlink()
+        log = beside / "metrics.jsonl"
+        for name in self._made:
+            _remove(beside / name)
+            _remove(_events(log, name))
+        _write_lines(log, [line for line in _lines(log) if _stage_of(line) in waiting])
+
+    def _replace_lines(self, names: set[str]) -> None:
+        """Puts the lines of stages that were trained beside the old ones in the place of those.
+
+        They stay in the log in `next/` too until all have taken their places: killed in between, it is done again.
+        """
+        old, new = self.path / "metrics.jsonl", self.path / NEXT / "metrics.jsonl"
+        if not (names and new.exists()):
+            return
+        kept = [line for line in _lines(old) if _stage_of(line) not in (None, *names)]
+        _write_lines(old, kept + [line for line in _lines(new) if _stage_of(line) in names])
 
     def _serves_another(self) -> bool:
         """Whether the run directory serves another, finished stage."""
@@ -592,6 +629,17 @@ def stage_path(name: str) -> str:
 def _events(log: Path, stage: str) -> Path:
     """The folder of a stage's TensorBoard events, beside its log."""
     return log.parent / "tensorboard" / Path(stage).name
+
+
+def _lines(log: Path) -> list[str]:
+    """The lines of a metrics.jsonl with their ends; none where there is no such file."""
+    return log.read_text().splitlines(keepends=True) if log.exists() else []
+
+
+def _write_lines(log: Path, lines: list[str]) -> None:
+    partial = log.with_name(f".{log.name}.partial")
+    partial.write_text("".join(lines))
+    partial.rename(log)
 
 
 def _stage_of(line: str) -> str | None:

@@ -171,7 +171,8 @@ def go(path, data="d", width=8, users=5, replace=False, stop=False):
 def train(run, folder, width, stop):
     state = folder / "00000001"
     with run.metrics_file.open("a") as log:
-        log.write("going on " if state.exists() else "beginning ")
+        did = "going on" if state.exists() else "beginning"
+        print(json.dumps({"stage": "train", "did": did}), file=log)
     state.mkdir(exist_ok=True)
     (state / "manifest.json").write_text("{}")
     if stop:
@@ -188,6 +189,10 @@ if __name__ == "__main__":
 trains: dict = {"__name__": "trains"}
 exec(TRAINS, trains)
 go = trains["go"]
+
+
+def logged(path: Path) -> list[str]:
+    return [json.loads(line)["did"] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 def stop_after_a_checkpoint(path: Path, **changed) -> None:
@@ -211,7 +216,7 @@ def test_a_training_is_not_lost_to_other_data_or_another_configuration(tmp_path,
     assert files(tmp_path) == before
     go(tmp_path)
     assert (tmp_path / "evaluation.json").read_text() == "d 8 5"
-    assert (tmp_path / "metrics.jsonl").read_text() == ("beginning " if finished else "beginning going on ")
+    assert logged(tmp_path) == (["beginning"] if finished else ["beginning", "going on"])
 
 
 def test_what_a_training_was_made_from_is_not_made_of_other_inputs_where_it_is_missing(tmp_path):
@@ -224,7 +229,7 @@ def test_what_a_training_was_made_from_is_not_made_of_other_inputs_where_it_is_m
     go(tmp_path)  # Of the same inputs it is what the training was made from.
     Run(tmp_path).check_trained()
     assert files(tmp_path / "tables") == files(tmp_path / "moved")
-    assert (tmp_path / "metrics.jsonl").read_text() == "beginning "
+    assert logged(tmp_path) == ["beginning"]
 
 
 def test_a_missing_stage_of_other_inputs_is_made_beside_the_training_that_was_made_from_it(tmp_path):
@@ -244,6 +249,17 @@ def test_a_missing_stage_of_other_inputs_is_made_beside_the_training_that_was_ma
     train("b", replace=True)
     assert made == ["a", "train", "b", "train"]
     Run(tmp_path).check_trained()
+
+
+def test_a_new_phase_is_made_beside_the_old_training_when_an_earlier_one_is(tmp_path):
+    run = Run.open(tmp_path, CONFIG)
+    run.stage("stages/train", run.phase("tables", "a", count_calls([], "a")), count_calls([], "train"))
+    run = Run.open(tmp_path, CONFIG, replace=True)
+    embeddings = run.phase("embeddings", run.phase("tables", "b", count_calls([], "b")), count_calls([], "b"))
+    assert not (tmp_path / "embeddings").exists() and (run.place("embeddings") / "file").read_text() == "b"
+    run.stage("stages/train", embeddings, count_calls([], "train"))
+    assert (tmp_path / "embeddings" / "file").exists() and not (tmp_path / "next").exists()
+    run.check_trained()
 
 
 def test_what_came_while_the_new_training_ran_is_not_replaced(tmp_path):
@@ -290,7 +306,7 @@ def test_another_evaluation_needs_no_other_training(tmp_path):
     go(tmp_path)
     go(tmp_path, users=6)
     assert (tmp_path / "evaluation.json").read_text() == "d 8 6"
-    assert (tmp_path / "metrics.jsonl").read_text() == "beginning "
+    assert logged(tmp_path) == ["beginning"]
     assert Run.load(tmp_path)[1]["evaluation"] == {"users": 6}
 
 
@@ -303,7 +319,7 @@ def test_the_old_training_stays_until_the_one_that_replaces_it_is_finished(tmp_p
         Run(tmp_path).check_trained()
     go(tmp_path, data="e", width=9, replace=True)
     go(tmp_path / "fresh", data="e", width=9)
-    assert (tmp_path / "metrics.jsonl").read_text() == "beginning beginning going on "
+    assert logged(tmp_path) == ["beginning", "beginning", "going on"]
     for folder in (tmp_path, tmp_path / "fresh"):
         (folder / "metrics.jsonl").unlink()
     fresh = files(tmp_path / "fresh")

@@ -32,7 +32,7 @@ from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
-from jaxrec.systems import load_recommender, train
+from jaxrec.systems import generative, load_recommender, train
 from jaxrec.systems.generative import bound_loss
 from jaxrec.systems.rankgr.config import RankGRObjective, RankGRRunConfig, behavior_levels
 from jaxrec.systems.rankgr.model import assemble, with_pretrained
@@ -45,6 +45,7 @@ from jaxrec.systems.rankgr.training import (
     pack,
     rank_from,
     rank_loss,
+    stages,
 )
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.training import checkpoint
@@ -427,6 +428,29 @@ def test_the_weights_a_run_began_from_may_go(tmp_path):
     assert _weights(str(tmp_path / "qwen"), tmp_path / "kept.json") == there
     with pytest.raises(UserError, match="there is no folder"):
         _weights(str(tmp_path / "other"), tmp_path / "kept.json")
+
+
+def test_the_weights_of_a_training_beside_the_old_one_may_go_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(generative, "prepare_with_ids", lambda *_: ())
+    run, gone = Run(tmp_path), str(tmp_path / "qwen")
+    config = dataclasses.replace(load_config(ROOT / "tests" / "mall_rankgr.py"), pretrained=gone)
+
+    def keep(place: Path, folder: str, files: list[str]) -> None:
+        (place / STAGE).mkdir(parents=True, exist_ok=True)
+        (place / STAGE / "pretrained.json").write_text(json.dumps({"folder": folder, "files": files}))
+
+    def digests() -> tuple[str, ...]:
+        return stages(run, config)[-1].data()
+
+    with pytest.raises(UserError, match="there is no folder"):
+        digests()
+    keep(run.path, gone, ["old"])
+    assert digests() == ("old",)
+    # Of another folder they don't count.
+    keep(run.path / "next", str(tmp_path / "other"), ["other"])
+    assert digests() == ("old",)
+    keep(run.path / "next", gone, ["new"])
+    assert digests() == ("new",)
 
 
 SPLIT = (

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from onemall_parts import make_assembly
 
 from jaxrec.config import UserError, load_config
 from jaxrec.evaluation import make_cases
+from jaxrec.systems import generative
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.generative import train_model
 from jaxrec.systems.recommender import DecodingConfig
-from jaxrec.systems.validation import validation_cases, validation_metrics
+from jaxrec.systems.validation import make_validation, validation_cases, validation_metrics
 from jaxrec.text.finetune import FinetuneConfig
 from jaxrec.training.optim import OptimConfig
 from jaxrec.training.stages import Task
@@ -50,6 +52,31 @@ def test_a_decoding_that_does_not_fit_the_ids_is_refused_before_training(tmp_pat
     assert wrong.validation_decoding == config.decoding
     with pytest.raises(UserError, match=rf"'decoding.{key}' has 2 numbers, but semantic IDs have 3 levels"):
         train_model(make_assembly(), wrong, None, None, Task("train", tmp_path, tmp_path / "metrics.jsonl"))
+
+
+def test_a_validation_decoding_that_does_not_fit_the_ids_is_refused_before_training(tmp_path, monkeypatch):
+    config, given = load_config(Path(__file__).parent / "mall.py"), []
+    monkeypatch.setattr(generative, "minimise", lambda *_, evaluate, **__: given.append(evaluate))
+    wrong = dataclasses.replace(config, validation_decoding=DecodingConfig(beam_widths=(4, 4)))
+    task = Task("train", tmp_path, tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"'validation_decoding.beam_widths' has 2 numbers, but semantic IDs have 3"):
+        train_model(make_assembly(), wrong, None, None, task)
+    # Where nothing is validated, it decides nothing.
+    never = dataclasses.replace(config.training, evaluate_every=0)
+    train_model(make_assembly(), dataclasses.replace(wrong, training=never), print, None, task)
+    assert given == [None]
+
+
+def test_what_no_trie_can_be_built_of_is_refused_before_the_first_evaluation():
+    def build_trie() -> None:
+        raise UserError("the listed text 'milk' is too long")
+
+    texts = SimpleNamespace(space=SimpleNamespace(levels=None, kind="texts", build_trie=build_trie))
+    config = EvaluationConfig(split="valid")
+    with pytest.raises(UserError, match="too long"):
+        make_validation(texts, None, DecodingConfig(), config)
+    with pytest.raises(UserError, match=r"'validation_decoding.candidates' .* texts have no levels; leave"):
+        make_validation(texts, None, DecodingConfig(candidates=(3,)), config)
 
 
 @pytest.mark.parametrize("name", ["mall_sequential", "mall_tiger"])

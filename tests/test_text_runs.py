@@ -14,6 +14,7 @@ from jaxrec.run import Run
 from jaxrec.systems import phases, train
 from jaxrec.systems.onemall import training as onemall
 from jaxrec.systems.onemall.config import OneMallConfig
+from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
 
@@ -81,6 +82,24 @@ def test_the_alignment_is_a_stage(monkeypatch, tmp_path, made):
     made.clear()
     train(Run.open(run.path, changed, replace=True), changed)
     assert {"train_model", "compare"} <= set(made) and not {"finetune_items", "tokenize"} & set(made)
+
+
+def test_a_new_alignment_on_new_data_is_trained_beside_the_old_training(monkeypatch, tmp_path, made):
+    make_encoder(tmp_path / "bert", ["milk"])
+    text = EncoderConfig(model=str(tmp_path / "bert"))
+    run, config = run_with(monkeypatch, tmp_path, {"item_id": ["a"], "text": ["milk"]}, text)
+    old = replace(config, align=AlignConfig())
+    train(Run.open(run.path, old), old)
+    changed = replace(config, data=SyntheticMall(seed=1))
+    train(Run.open(run.path, changed, replace=True), changed, until="alignment")
+    assert made[-1] == "finetune_items"
+    assert [folder.name for folder in (run.path / "stages").iterdir()] == ["train"]
+    Run(run.path).check_trained()
+    tuned = []
+    monkeypatch.setattr(phases, "tokenize", lambda *_, **given: tuned.append(given["tuned"]))
+    train(Run.open(run.path, changed, replace=True), changed)
+    assert tuned == [run.path / "next" / "stages" / "alignment" / "tuned"]
+    assert (run.path / "stages" / "alignment").exists() and not (run.path / "next").exists()
 
 
 def test_items_with_embeddings_need_no_encoder(monkeypatch, tmp_path, made):

@@ -409,6 +409,152 @@ def test_a_stage_that_is_added_is_served_when_it_is_finished(whole, tmp_path):
     assert_same(tmp_path, whole)
 
 
+class Plain:
+    """Stages without a model: each leaves a checkpoint, a line of its settings and events; told to, it then stops."""
+
+    def __init__(self, path: Path, needs: dict[str, tuple[str, ...]]):
+        self.path, self.needs, self.trained = path, needs, []
+
+    def go(self, replace: bool = False, stop: str = "", tables: int = 1, only: str = "", **settings: int) -> Run:
+        run = Run.open(self.path, {"system": "plain", "tables": tables, **settings}, replace)
+
+        def data() -> tuple[str, ...]:
+            return (run.phase("tables", str(tables), lambda folder: (folder / "file").write_text(str(tables))),)
+
+        def train(task: Task) -> None:
+            self.trained.append(task.name)
+            state = task.folder / "00000001"
+            if not state.exists():
+                events = task.metrics_path.parent / "tensorboard" / task.name
+                for folder in (state, events):
+                    folder.mkdir(parents=True)
+                (state / "manifest.json").write_text("{}")
+                (events / f"events.{settings[task.name]}").write_text("")
+                with task.metrics_path.open("a") as log:
+                    log.write(json.dumps({"stage": task.name, "settings": settings[task.name]}) + "\n")
+            if task.name == stop:
+                raise KilledError
+
+        def needs(name: str) -> tuple[str, ...]:
+            return tuple(each for each in self.needs.get(name, ()) if each in settings)
+
+        listed = [Stage(name, value, data, train, needs=needs(name)) for name, value in settings.items()]
+        if stop:
+            with pytest.raises(KilledError):
+                run_stages(run, listed, only=only)
+        else:
+            run_stages(run, listed, only=only)
+        return run
+
+    def lines(self, beside: bool = False) -> list[tuple[str, int]]:
+        return [(line["stage"], line["settings"]) for line in lines(self.path / "next" if beside else self.path)]
+
+    def events(self) -> list[str]:
+        return sorted(str(file.relative_to(self.path)) for file in self.path.rglob("events.*"))
+
+
+def test_going_back_to_the_old_training_leaves_the_lines_of_the_other_behind(tmp_path):
+    plain = Plain(tmp_path, {"last": ("content",)})
+    plain.go(content=1, last=1)
+    plain.go(content=2, last=1, replace=True, stop="content")
+    plain.go(content=1, last=1)
+    assert plain.lines() == [("content", 1), ("last", 1)] and not (tmp_path / "next").exists()
+    # Back to the old early stage alone, with another late one.
+    plain.go(content=2, last=1, replace=True, stop="content")
+    plain.go(content=1, last=3, replace=True)
+    assert plain.lines() == [("content", 1), ("last", 3)]
+    assert plain.events() == ["tensorboard/content/events.1", "tensorboard/last/events.3"]
+    assert plain.trained == ["content", "last", "content", "content", "last"]
+
+
+def test_lines_are_put_in_place_once_where_it_was_killed_in_between(tmp_path, monkeypatch):
+    def die(point: str) -> None:
+        if point == "swap:stages/content":
+            raise KilledError
+
+    plain = Plain(tmp_path, {"last": ("content",)})
+    plain.go(content=1, last=1)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("jaxrec.run.fault_point", die)
+        plain.go(content=2, last=1, replace=True)
+    plain.go(content=2, last=1, replace=True)
+    assert plain.lines() == [("content", 2), ("last", 1)] and not (tmp_path / "next").exists()
+
+
+def test_a_stage_whose_needed_stage_was_trained_anew_is_trained_anew(tmp_path):
+    plain = Plain(tmp_path, {"last": ("content",)})
+    plain.go(content=1, unrelated=1, last=1)
+    plain.go(content=2, unrelated=1, last=1, replace=True)
+    assert plain.trained == ["content", "unrelated", "last", "content", "last"]
+
+
+def test_one_stage_alone_keeps_what_another_was_trained_to_beside(tmp_path):
+    plain = Plain(tmp_path, {"last": ("content",)})
+    plain.go(content=1, unrelated=1, last=1)
+    plain.go(content=1, unrelated=2, last=1, only="unrelated", replace=True)
+    plain.go(content=1, unrelated=2, last=2, only="last", replace=True, stop="last")
+    assert plain.lines(beside=True) == [("unrelated", 2), ("last", 2)]
+    plain.go(content=1, unrelated=2, last=1, only="last")
+    assert [folder.name for folder in (tmp_path / "next" / "stages").iterdir()] == ["unrelated"]
+    assert plain.lines(beside=True) == [("unrelated", 2)]
+    assert plain.lines() == [("content", 1), ("unrelated", 1), ("last", 1)]
+    assert [name for name in plain.events() if "next" in name] == ["next/tensorboard/unrelated/events.2"]
+    plain.trained.clear()
+    plain.go(content=1, unrelated=2, last=1).check_trained()
+    assert plain.trained == [] and plain.lines() == [("content", 1), ("last", 1), ("unrelated", 2)]
+    assert not (tmp_path / "next").exists()
+    assert plain.events() == [
+        f"tensorboard/{each}" for each in ("content/events.1", "last/events.1", "unrelated/events.2")
+    ]
+
+
+def test_a_half_trained_stage_that_one_stage_alone_left_beside_goes_on_there(tmp_path):
+    """Though the tables that it was trained from have taken their place since."""
+    plain = Plain(tmp_path, {"last": ("content",)})
+    plain.go(content=1, unrelated=1, last=1, only="content")
+    plain.go(content=1, unrelated=1, last=1, only="last")
+    plain.go(content=1, unrelated=1, last=1, only="unrelated", tables=2, replace=True, stop="unrelated")
+    plain.go(content=1, unrelated=1, last=1, only="content", tables=2, replace=True)
+    plain.go(content=1, unrelated=1, last=1, only="last", tables=2, replace=True).check_trained()
+    assert plain.lines() == [("content", 1), ("last", 1)] and plain.lines(beside=True) == [("unrelated", 1)]
+    (tmp_path / "next" / "stages" / "unrelated" / "00000001" / "state").write_text("half")
+    plain.go(content=1, unrelated=1, last=1, tables=2)
+    assert (tmp_path / "stages" / "unrelated" / "00000001" / "state").read_text() == "half"
+    assert plain.lines() == [("content", 1), ("last", 1), ("unrelated", 1)]
+    assert not (tmp_path / "next").exists()
+
+
+def test_an_added_stage_is_not_trained_anew_without_replace(tmp_path):
+    plain = Plain(tmp_path, {"preference": ("likelihood",)})
+    plain.go(likelihood=1)
+    plain.go(likelihood=1, preference=1, stop="preference")
+    before = marks(tmp_path / "next", "preference")
+    for changed in ({"preference": 2}, {"reward": 1, "preference": 2}):
+        with pytest.raises(UserError, match=r"next/stages/preference holds a stage that is trained with another"):
+            plain.go(likelihood=1, **changed)
+        assert marks(tmp_path / "next", "preference") == before
+    plain.go(likelihood=1, preference=1, stop="preference")
+    assert plain.lines(beside=True) == [("preference", 1)]
+    plain.go(likelihood=1, preference=2, replace=True).check_trained()
+    assert ("preference", 2) in plain.lines() and not (tmp_path / "next").exists()
+
+
+def test_a_new_early_stage_is_trained_beside_the_old_when_its_data_are(tmp_path):
+    plain = Plain(tmp_path, {"train": ("alignment",)})
+    plain.go(train=1)
+    old = (tmp_path / "metrics.jsonl").read_text(), (tmp_path / "config.json").read_text()
+    for _ in range(2):
+        run = plain.go(alignment=1, train=1, tables=2, replace=True, stop="alignment")
+        assert ((tmp_path / "metrics.jsonl").read_text(), (tmp_path / "config.json").read_text()) == old
+        assert not (tmp_path / "stages" / "alignment").exists()
+    run.check_trained()
+    assert plain.lines(beside=True) == [("alignment", 1)]  # The second command went on.
+    plain.go(train=1).check_trained()
+    assert not (tmp_path / "next").exists() and plain.lines() == [("train", 1)]
+    plain.go(alignment=1, train=1, tables=2, replace=True).check_trained()
+    assert plain.lines() == [("alignment", 1), ("train", 1)] and (tmp_path / "tables" / "file").read_text() == "2"
+
+
 def test_a_start_of_another_shape_is_named(tmp_path):
     task = Task("preference", tmp_path, tmp_path / "metrics.jsonl", {"params": {"kernel": jnp.zeros((3, 2))}})
     message = r"stage preference: params/kernel is \(3, 2\) in the stage that it starts from and \(37, 5\) here"

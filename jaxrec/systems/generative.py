@@ -117,9 +117,11 @@ def train_model(
     mean_loss: mean_loss(assembly, config, catalogue, params, extra, batch, key); where the task has frozen stages,
     their variables come behind the catalogue.
     """
-    # A decoding that doesn't fit the IDs is refused before the training, not behind it.
+    # What doesn't fit the IDs is refused before the training, not behind it: here, and by `make_validation`.
     recommender(assembly, {}, config)
-    evaluate = make_validation(assembly, config.features, config.validation_decoding, config.validation)
+    evaluate = None
+    if config.training.evaluate_every:
+        evaluate = make_validation(assembly, config.features, config.validation_decoding, config.validation)
     loss = bound_loss(mean_loss, assembly, config)
     return minimise(loss, assembly.init, batches, config, task, evaluate=evaluate, counted=counted)
 

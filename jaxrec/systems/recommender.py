@@ -51,6 +51,27 @@ class DecodingConfig:
     def __post_init__(self):
         check_least(self, "decoding", beam_width=1, batch_size=1, beam_widths=1, candidates=1, likelihood_weight=0)
 
+    def check(self, space: TargetSpace, key: str = "decoding") -> None:
+        """Whether numbers of every level fit the targets.
+
+        key: where the configuration has this beam search.
+
+        Raises:
+          UserError: they don't.
+        """
+        for name in ("beam_widths", "candidates"):
+            given, levels = getattr(self, name), space.levels
+            if given and levels is None:
+                raise UserError(
+                    f"configuration key '{key}.{name}' gives a number a level, but {space.kind} have no levels; leave "
+                    f"it out, and set {key}.beam_width"
+                )
+            if given and len(given) != levels:
+                raise UserError(
+                    f"configuration key '{key}.{name}' has {len(given)} numbers, but semantic IDs have {levels} "
+                    "levels; give one for each"
+                )
+
 
 @flax.struct.dataclass(kw_only=True)
 class Served:
@@ -136,18 +157,7 @@ class GenerativeRecommender:
 
     def __init__(self, assembly: Assembly, variables: dict, feature_config: Reader, config: DecodingConfig):
         self.assembly, self.feature_config, self.config = assembly, feature_config, config
-        for name in ("beam_widths", "candidates"):
-            given, levels = getattr(config, name), assembly.space.levels
-            if given and levels is None:
-                raise UserError(
-                    f"configuration key 'decoding.{name}' gives a number a level, but {assembly.space.kind} have no "
-                    "levels; leave it out, and set decoding.beam_width"
-                )
-            if given and len(given) != levels:
-                raise UserError(
-                    f"configuration key 'decoding.{name}' has {len(given)} numbers, but semantic IDs have {levels} "
-                    "levels; give one for each"
-                )
+        config.check(assembly.space)
         self._variables = variables
         self._signatures: dict[tuple, dict[str, np.ndarray]] = {}
         # Of this recommender: compiled functions of the class, with `self` static, would keep every one of them alive.

@@ -1,6 +1,7 @@
 """Measuring a model while it is trained: the same ranking and metrics as at the end, on fewer users."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,22 +26,23 @@ def make_validation(
 
     All items are ranked, those of the history too unless `config.exclude_history`. The same users every time:
     `config.max_users` of the split `config.split`, drawn by the seed. Their histories end before that split, which
-    is not trained on. Without a user who has a session in it, {}. Nothing is read before the first call.
+    is not trained on. Without a user who has a session in it, {}. The users are read at the first call.
 
     decoding: the beam search, `validation_decoding` of the configuration.
+
+    Raises:
+      UserError: `decoding` does not fit the targets, or no trie can be built of them.
     """
-    made: dict[str, Any] = {}
+    decoding.check(assembly.space, "validation_decoding")
+    model, trie = GenerativeRecommender(assembly, {}, features, decoding), assembly.space.build_trie()
+    drawn = cache(lambda: measured_cases(cases_of(assembly, config.split), config))
 
     def measure(state: TrainState) -> dict[str, float]:
-        if not made:
-            made["cases"] = measured_cases(cases_of(assembly, config.split), config)
-            made["trie"] = assembly.space.build_trie()
-            made["model"] = GenerativeRecommender(assembly, {}, features, decoding)
-        if not len(made["cases"]):
+        cases = drawn()
+        if not len(cases):
             return {}
-        served = assembly.serve({"params": state.params, **state.extra}).replace(trie=made["trie"])
-        cases = made["cases"]
-        ranked, _ = made["model"].recommend(cases.histories, max(CUTOFFS), config.exclude_history, served=served)
+        served = assembly.serve({"params": state.params, **state.extra}).replace(trie=trie)
+        ranked, _ = model.recommend(cases.histories, max(CUTOFFS), config.exclude_history, served=served)
         return validation_metrics(ranked, cases, config)
 
     return measure

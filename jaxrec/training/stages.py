@@ -7,12 +7,12 @@
     run_stages(run, stages)                       # trains those that are not trained yet
     run_stages(run, stages, only="preference")
 
-A stage is trained if the fingerprint recorded in its folder is its own. A fingerprint includes those of the stages that
-initialise the stage or that it reads frozen, so a stage is retrained when one of these was, and earlier stages stay
-unchanged when a later one changes. Each stage resumes from its own checkpoints after a stop, and ends in the same bits.
+A stage is trained when its fingerprint is the one that its folder was marked with. The fingerprint holds those of the
+stages that it starts from, reads frozen or needs, so that a stage is trained anew when one of these was, and earlier
+stages stay as they are when a later one changes. Each goes on from its own checkpoints after a stop, to the same bits.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,7 +65,8 @@ class Stage:
     frozen: tuple[str, ...] = ()
     """The earlier stages whose best state the loss reads and never changes: a reference policy, a reward model."""
     needs: tuple[str, ...] = ()
-    """Other earlier stages, whose results the phases of `data` read."""
+    """Further earlier stages, whose results the phases of `data` read. A phase is made anew by its own inputs alone, so
+    the settings of these stages belong to the inputs of those phases."""
 
     @property
     def earlier(self) -> tuple[str, ...]:
@@ -117,7 +118,7 @@ def run_stages(run: Run, stages: Sequence[Stage], *, until: str = "", only: str 
     for stage in stages:
         if only and stage.name not in {only, *closure}:
             continue
-        inputs = fingerprint(*stage.data(), stage.settings, *(results[name] for name in _chained(stage)))
+        inputs = fingerprint(*stage.data(), stage.settings, *(results[name] for name in stage.earlier))
         path = stage_path(stage.name)
         if stage.name in closure and not run.is_trained(path, inputs):
             raise UserError(
@@ -200,11 +201,6 @@ def _check(stages: Sequence[Stage]) -> dict[str, Stage]:
             raise ValueError(f"two stages are called {stage.name}")
         by_name[stage.name] = stage
     return by_name
-
-
-def _chained(stage: Stage) -> Iterable[str]:
-    """The stages whose fingerprints are part of this one's; those in `needs` enter by the fingerprints of the data."""
-    return dict.fromkeys(name for name in (stage.start, *stage.frozen) if name)
 
 
 def _earlier(by_name: dict[str, Stage], name: str) -> set[str]:

@@ -20,7 +20,7 @@ from jaxrec.losses.likelihood import ROWS, full_softmax, log_likelihood, next_to
 from jaxrec.losses.preference import has_preference, ldpo
 from jaxrec.models.huggingface import CONFIG_FILE
 from jaxrec.models.rankgr import RankContext
-from jaxrec.run import TRAINING, Run, read_json, stage_path, write_json
+from jaxrec.run import NEXT, TRAINING, Run, read_json, stage_path, write_json
 from jaxrec.systems.generative import bound_loss, context_batches, supervised, train_model, training_cuts
 from jaxrec.systems.rankgr.config import RankGRRunConfig, check_level_weights
 from jaxrec.systems.rankgr.model import RankGRAssembly, RankGRCatalogue, assemble, write_backbone
@@ -34,9 +34,10 @@ WEIGHTS = "pretrained.json"
 
 def stages(run: Run, config: RankGRRunConfig) -> tuple[Stage, ...]:
     """One supervised stage, from fresh or from pretrained weights."""
-    kept = run.path / stage_path(TRAINING) / WEIGHTS
+    # A training beside the old one may be initialised with other weights of the same folder.
+    kept = (each / stage_path(TRAINING) / WEIGHTS for each in (run.path / NEXT, run.path))
     # Gigabytes are digested once, and only when the stage's turn has come.
-    weights = cache(partial(_weights, config.pretrained, kept))
+    weights = cache(partial(_weights, config.pretrained, *kept))
     if config.pretrained and not Path(config.pretrained).is_dir():
         weights()  # A missing folder is refused before any work.
 
@@ -281,14 +282,14 @@ def training_batches(assembly: RankGRAssembly, config: RankGRRunConfig) -> Itera
     return context_batches(records, cuts, example, config, lengths)
 
 
-def _weights(folder: str, kept: Path) -> list:
-    """Digests of the pretrained weights; those that a training kept, when their folder is there no more."""
+def _weights(folder: str, *kept: Path) -> list:
+    """Digests of the pretrained weights; when their folder is there no more, the first that a training kept of it."""
     if not folder:
         return []
     if not Path(folder).is_dir():
-        noted = read_json(kept) if kept.exists() else {}
-        if noted.get("folder") == folder:
-            return noted["files"]
+        for noted in (read_json(file) for file in kept if file.exists()):
+            if noted.get("folder") == folder:
+                return noted["files"]
         raise UserError(f"configuration key 'pretrained': there is no folder {folder}; give one with a Qwen2")
     files = (Path(folder) / CONFIG_FILE, *sorted(Path(folder).glob("*.safetensors*")))
     return [digest(path) for path in files if path.is_file()]
