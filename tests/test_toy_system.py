@@ -232,6 +232,7 @@ def test_searches_of_the_history_are_not_new(model, cases):
 def test_the_report_shows_what_was_typed(path):
     report = (path / "report.html").read_text()
     assert "Texts, token by token" in report and "Stage preference" in report and "popular completion" in report
+    assert "Queries new to the user" in report and "57 prefixes" in report and "target session" not in report
     shown = json.loads((path / "examples_shown.json").read_text())
     assert all(f"Typed: {each['prefix']}" in report for each in shown) and len(shown) == 3
 
