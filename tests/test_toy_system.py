@@ -140,6 +140,7 @@ def test_killed_in_the_second_stage_it_ends_in_the_same_bits(path, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (again / "stages" / "preference" / "fingerprint.json").exists()
+    assert checkpoint.load_parts(again / "stages" / "preference", "step")["step"] == 4
     run = Run.open(again, config)
     run_stages(run, toy_system.stages(run, config))
     first, second = (
