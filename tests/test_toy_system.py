@@ -140,6 +140,7 @@ def test_killed_in_the_second_stage_it_ends_in_the_same_bits(path, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (again / "stages" / "preference" / "fingerprint.json").exists()
+    assert checkpoint.load_parts(again / "stages" / "preference", "step")["step"] == 4
     run = Run.open(again, config)
     run_stages(run, toy_system.stages(run, config))
     first, second = (
@@ -232,6 +233,7 @@ def test_searches_of_the_history_are_not_new(model, cases):
 def test_the_report_shows_what_was_typed(path):
     report = (path / "report.html").read_text()
     assert "Texts, token by token" in report and "Stage preference" in report and "popular completion" in report
+    assert "Queries new to the user" in report and "57 prefixes" in report and "target session" not in report
     shown = json.loads((path / "examples_shown.json").read_text())
     assert all(f"Typed: {each['prefix']}" in report for each in shown) and len(shown) == 3
 

@@ -23,9 +23,16 @@ SEMANTIC_IDS = "semantic_ids"  # the subset of what is measured of a model's IDs
 TEXTS = "texts"  # the same of a model's texts: accuracy of their tokens, validity
 TEACHER_FORCED = {"items": SEMANTIC_IDS, "texts": TEXTS}
 """The subset of what is measured of targets, by the kind of their space."""
+CASES = {"prefix": "prefixes", "query": "searches"}
+"""What is counted, by the field that the histories of such cases have; users in all others."""
 TIES_SHUFFLED = " (ties shuffled)"
 
 Row = dict[str, str | float | int]
+
+
+def unit_of(rows: Sequence[Row], targets: bool = False) -> str:
+    """What the counts of rows count: users, or as the rows say in `cases`; targets: of teacher-forced targets."""
+    return "targets" if targets else str(next((row["cases"] for row in rows if "cases" in row), "users"))
 
 
 def evaluate(
@@ -38,9 +45,11 @@ def evaluate(
 ) -> list[Row]:
     """Rows `{model, split, subset, metric, value, count}`: the mean over `count` users, for every model and subset.
 
+    Where cases are searches or prefixes, of which a user may have several, rows also have `cases`: the unit of `count`.
     Each model ranks every case twice, with and without the items of the history, `batch_size` histories at a time.
     """
     rows = []
+    asked = next((unit for name, unit in CASES.items() if len(cases) and name in cases.histories[0]), None)
     with progress() as bars:
         task = bars.add_task("evaluate", total=2 * len(cases) * len(models))
         for name, model in models.items():
@@ -59,6 +68,7 @@ def evaluate(
                     "metric": metric,
                     "value": mean(pair),
                     "count": pair[1],
+                    **({} if asked is None else {"cases": asked}),
                 }
                 for subset in SUBSETS
                 for metric, pair in sums[subset].items()
@@ -118,10 +128,11 @@ def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> li
     """One rich table a split and subset, one row a model, the best of every column bold."""
     tables = []
     for (split, subset), group in groupby(sorted(rows, key=_split_and_subset), key=_split_and_subset):
+        group = list(group)
         values, counts = pivot(group)
         shown = [metric for metric in metrics if any(metric in row for row in values.values())]
         best = {metric: max(row.get(metric, 0.0) for row in values.values()) for metric in shown}
-        unit = "targets" if subset in TEACHER_FORCED.values() else "users"
+        unit = unit_of(group, subset in TEACHER_FORCED.values())
         title = f"{split}, {subset.replace('_', ' ')} ({max(counts.values()):,.0f} {unit})"
         table = Table(title=title, title_justify="left")
         table.add_column("model")

@@ -28,6 +28,7 @@ from jaxrec.evaluation.comparison import (
     is_system,
     pivot,
     standings,
+    unit_of,
     verdict,
 )
 from jaxrec.page import Section, curve, number, score_table, tiles, write
@@ -52,6 +53,17 @@ SUBSET_NOTES = {
     "new": "what the user already had is taken out of every ranking, and only new targets count",
     "new_in_full_ranking": "the full ranking against new targets only",
 }
+WORDS = {
+    "prefixes": {
+        "all": ("Every chosen query", "full ranking"),
+        "new": ("Queries new to the user", "the user's own searches are taken out of every ranking and of the targets"),
+        "new_in_full_ranking": ("New queries inside the full ranking", "the full ranking against new targets only"),
+    },
+    "searches": {
+        "all": ("Everything that a search led to", SUBSET_NOTES["all"]),
+    },
+}
+"""Title and note of a subset where cases are no users."""
 CURVE_POINTS = 400
 
 
@@ -95,11 +107,13 @@ def _comparison(run: Run, system: str) -> Section | None:
         return None
     parts = []
     for (split, subset), group in groupby(sorted(rows, key=_place), key=lambda row: (row["split"], row["subset"])):
+        group = list(group)
         values, counts = pivot(group)
         metrics = [metric for metric in SHOWN_METRICS if any(metric in row for row in values.values())]
-        unit = "targets" if subset in TEACHER_FORCED.values() else "users"
-        note = f"{split}, {max(counts.values()):,.0f} {unit}; {SUBSET_NOTES.get(subset, '')}".rstrip("; ")
-        parts.append(f"<h3>{escape(SUBSET_TITLES.get(subset, subset))} <small>{escape(note)}</small></h3>")
+        unit = unit_of(group, subset in TEACHER_FORCED.values())
+        title, told = WORDS.get(unit, {}).get(subset, (SUBSET_TITLES.get(subset, subset), SUBSET_NOTES.get(subset, "")))
+        note = f"{split}, {max(counts.values()):,.0f} {unit}; {told}".rstrip("; ")
+        parts.append(f"<h3>{escape(title)} <small>{escape(note)}</small></h3>")
         parts.append(score_table(values, metrics, [model for model in values if is_system(model, system)]))
     note = "Every model ranks the whole catalogue for the same users. The best of a column stands in color."
     return "comparison", "Comparison", note, "\n".join(parts)
