@@ -182,7 +182,8 @@ def test_searches_are_made_from_the_queries_of_events(folder):
     write(folder, events=[{**row, "query": "x"} for row in [*plain[:2], later]])
     raw = Folder(folder).load()
     made = rows_of(raw.searches, "timestamp", "query", "session_id", "search_id")
-    assert [row[:3] for row in made] == [(T, "x", "000000000"), (T + 5000, "x", "000000001")]
+    # The first are in the stretch of the suggestions, which have a session.
+    assert [row[:3] for row in made] == [(T, "x", "s1"), (T + 5000, "x", "000000001")]
     assert [row[1] for row in rows_of(raw.events, "timestamp", "search_id")] == [made[0][3], made[0][3], made[1][3]]
     write(folder, events=changed([{**row, "query": "x"} for row in EVENTS], 3, search_id="q1"))
     with pytest.raises(UserError, match=r"'search_id', row 4: 'q1' names another user or query than another row"):
@@ -251,6 +252,18 @@ def test_rows_without_a_session_share_that_of_the_rows_around_them(folder):
     assert [found[f"q{n}"] for n in range(1, 6)] == ["s1", "s2", "s2", "000000002", "mine"]
     assert rows_of(raw.events, "timestamp", "session_id")[2:] == [(T + 90_000, "000000003"), (T + 100_020, "mine")]
     assert {row[0] for row in rows_of(raw.suggestions, "session_id")} == {"s1"}
+
+
+def test_the_session_of_a_suggestion_alone_is_that_of_no_event(folder):
+    """Where searches are made from the queries of events."""
+    (folder / "searches.jsonl").unlink()
+    rows = [{**row, "query": "x"} for row in without(EVENTS[:2], "session_id", "search_id")]
+    write(folder, events=changed(rows, 1, timestamp=T + 20_000))
+    write(folder, suggestions=[{**SUGGESTIONS[0], "timestamp": T + 10_000, "session_id": None}])
+    raw = Folder(folder).load()
+    sessions = [rows_of(table, "timestamp", "session_id") for table in (raw.events, raw.suggestions)]
+    assert sessions[0] == rows_of(raw.searches, "timestamp", "session_id")
+    assert sessions == [[(T, "000000000"), (T + 20_000, "000000002")], [(T + 10_000, "000000001")]]
 
 
 def test_a_pause_ends_what_a_search_and_its_events_share(folder):

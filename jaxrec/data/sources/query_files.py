@@ -162,10 +162,14 @@ def _searches_of_events(engine: BaseBackend, path: Path, events: ibis.Table, gap
         unknown = count_rows(events.filter(_.search_id.notnull()))
         return Linked(events.drop("search_id", "query"), None, unknown)
     refuse(path, with_query, not_blank(with_query, "query"))
-    rows = store(engine, _sessions(_in_stretches(events.mutate(_kind=ibis.literal(0, "int64")), gap)))
-    events = store(engine, rows.select(*events.columns), instead_of=rows)
+    rows = _sessions(
+        _in_stretches(events.mutate(_kind=ibis.literal(0, "int64"), _given=_.session_id), gap), shared=True
+    )
+    # Which session it is decides what one search is; `fill_sessions`, which knows the suggestions too, fills it in.
+    events = store(engine, rows.select(*events.columns, "_given", _session=_.session_id))
+    events = events.drop("session_id").rename(session_id="_given")
     made = _free_prefix(events)
-    group = ["user_id", "session_id", "query"]
+    group = ["user_id", "_session", "query"]
     first = _._row.min().over(ibis.window(group_by=group))
     keyed = events.filter(_.search_id.notnull() | _["query"].notnull())
     keyed = keyed.mutate(_id=_.search_id.coalesce(made + first.cast("string")))
@@ -179,9 +183,9 @@ def _searches_of_events(engine: BaseBackend, path: Path, events: ibis.Table, gap
     in_order = ibis.row_number().over(group_by="_id", order_by=["timestamp", "_row"])
     searches = keyed.mutate(_place=in_order).filter(_._place == 0)
     searches = searches.select("user_id", "timestamp", "session_id", "_row", query=_._searched, search_id=_._id)
-    linked = events.drop("search_id", "query").left_join(keyed.select("_row", search_id=_._id), "_row")
+    linked = events.drop("search_id", "query", "_session").left_join(keyed.select("_row", search_id=_._id), "_row")
     linked = linked.drop("_row_right") if "_row_right" in linked.columns else linked
-    return Linked(store(engine, linked, instead_of=events), store(engine, searches), unknown)
+    return Linked(store(engine, linked), store(engine, searches), unknown)
 
 
 def _free_prefix(table: ibis.Table) -> str:
