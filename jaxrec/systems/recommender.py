@@ -144,6 +144,7 @@ class GenerativeRecommender:
                     "levels; give one for each"
                 )
         self._variables = variables
+        self._order: tuple[Trie, ItemOrder] | None = None
         self._signatures: dict[tuple, dict[str, np.ndarray]] = {}
         # Of this recommender: compiled functions of the class, with `self` static, would keep every one of them alive.
         self._search = jax.jit(self.retrieve, static_argnames=("width", "k"))
@@ -153,11 +154,6 @@ class GenerativeRecommender:
     def served(self) -> Served:
         """The arrays of the trained catalogue, and the trie of the listed answers."""
         return self.assembly.serve(self._variables).replace(trie=self.space.build_trie())
-
-    @functools.cached_property
-    def order(self) -> ItemOrder:
-        """Where answers stand in the trie of `served`."""
-        return ItemOrder(self.served.trie)
 
     @property
     def space(self) -> TargetSpace:
@@ -181,15 +177,15 @@ class GenerativeRecommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best answers to each history: int32 [B, k] (-1 = none) and their log-probabilities float32 [B, k].
 
-        `exclude_history` leaves out the answers that the history holds under a target behavior. Items that share an ID
-        share its score and stand in falling popularity. `allowed` says which answers each history may get, in the order
-        of the trie of `served`, which is that of a version of a live catalogue (`serve_version`) or by default of the
-        trained one. Batches are padded to one of `sizes`, which rise; by default to `config.batch_size`, for which the
-        fewest programs are compiled.
+        `exclude_history` leaves out the answers that the history holds under a target behavior, also of those that
+        `allowed` names. Items that share an ID share its score and stand in falling popularity. `allowed` says which
+        answers each history may get, in the order of the trie of `served`, which is that of a version of a live
+        catalogue (`serve_version`) or by default of the trained one. Batches are padded to one of `sizes`, which rise;
+        by default to `config.batch_size`, for which the fewest programs are compiled.
         """
         served = self.served if served is None else served
         if exclude_history and served.trie is not None:
-            allowed = self._unseen(histories)
+            allowed = self._unseen(histories, allowed, self._order_of(served.trie))
         answers = np.full((len(histories), k), -1, np.int32)
         scores = np.full((len(histories), k), -np.inf, np.float32)
         width = self.width(k)
@@ -266,10 +262,22 @@ class GenerativeRecommender:
         wanted, behaviors = self.assembly.wanted, len(self.assembly.behaviors)
         return self.feature_config.cut(history, end, behaviors=behaviors, wanted=wanted)
 
-    def _unseen(self, histories: list[History]) -> list[Allowed]:
-        """The answers that each history does not hold yet."""
-        held = (self.space.held(history, self.assembly.wanted) for history in histories)
-        return [self.order.allowed(blocked=answers) for answers in held]
+    def _unseen(
+        self, histories: list[History], allowed: Sequence[Allowed] | None, order: ItemOrder
+    ) -> Sequence[Allowed] | None:
+        """Of `allowed` (None = all) the answers that each history does not hold yet; as it is where none holds any."""
+        held = [self.space.held(history, self.assembly.wanted) for history in histories]
+        if not any(map(len, held)):
+            return allowed
+        if allowed is None:
+            return [order.allowed(blocked=answers) for answers in held]
+        return [order.without(may, answers) for may, answers in zip(allowed, held, strict=True)]
+
+    def _order_of(self, trie: Trie) -> ItemOrder:
+        """Where answers stand in a trie; that of the last one is kept."""
+        if self._order is None or self._order[0] is not trie:
+            self._order = trie, ItemOrder(trie)
+        return self._order[1]
 
     def _note(self, arrays: dict, item_filter: ItemFilter | None, width: int | tuple, k: int) -> None:
         """Remembers which shapes were asked for, so that `warm_up` can ask for them again."""
