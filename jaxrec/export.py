@@ -11,7 +11,7 @@ CUDA and TPU:
       retrieve_<S>.stablehlo    the function for histories padded to S, one a length bucket
       model.safetensors         weights
       catalogue.safetensors     the model's arrays of the items
-      trie.safetensors          the semantic IDs
+      trie.safetensors          the semantic IDs, or the listed texts, as a trie
       items.jsonl               line i (from 0) is item i: {"item_id": ...}
       texts.jsonl, text_space.json, tokenizer.model or .json, text_tokenizer.json: of a run that answers with texts
 
@@ -92,7 +92,7 @@ def export_run(run_path: Path, to: Path, config: ExportConfig | None = None) -> 
     """Exports a trained run into the new folder `to`, whole or not at all; returns the manifest.
 
     Raises:
-      UserError: there is no trained run at `run_path`, its system is unknown or has no semantic IDs, `to` exists or
+      UserError: there is no trained run at `run_path`, its system is unknown or generates nothing, `to` exists or
         can't be written.
     """
     run, values = Run.load(Path(run_path))
@@ -102,8 +102,8 @@ def export_run(run_path: Path, to: Path, config: ExportConfig | None = None) -> 
     if not hasattr(recommender, "retrieve"):
         exported = ", ".join(name for name, each in SYSTEMS.items() if issubclass(each.config, GenerativeRunConfig))
         raise UserError(
-            f"{run.path} is a run of {system}, which scores all items and has no semantic IDs: only systems that "
-            f"generate IDs are exported ({exported}); answer with serve.py instead"
+            f"{run.path} is a run of {system}, which scores all items: only systems that generate "
+            f"their answers are exported ({exported}); answer with serve.py instead"
         )
     item_ids = pq.read_table(run.tables / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
     # Items appended or published since are not in the artefact.
@@ -443,8 +443,20 @@ def main() -> None:
     size = sum(record["bytes"] for record in manifest["files"].values())
     lengths = ", ".join(str(module["length"]) for module in manifest["modules"])
     console.print(
-        f"{manifest['catalogue']['items']:,} items, histories of {lengths}, {', '.join(manifest['platforms'])}: "
+        f"{_counted(manifest['catalogue'])}, histories of {lengths}, {', '.join(manifest['platforms'])}: "
         f"{size / 2**20:.1f} MiB written to {arguments.to}"
+    )
+
+
+def _counted(catalogue: dict[str, Any]) -> str:
+    """What an artefact answers with, and the items that histories hold."""
+    items = f"{catalogue['items']:,} items"
+    if "texts" not in catalogue:
+        return items
+    return (
+        f"{catalogue['texts']:,} texts, {items} in histories"
+        if catalogue["texts"]
+        else f"any text, {items} in histories"
     )
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.data.examples import SPLITS, read_records, write_examples
+from jaxrec.data.examples import SPLITS, Records, write_examples
 
 BEHAVIORS = ("exposure", "click", "purchase")
 
@@ -78,7 +78,7 @@ def expected(split: str) -> list[dict]:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_records_hold_the_rows(examples, split):
-    records = read_records(examples, split)
+    records = Records(examples, split)
     assert records.behaviors == BEHAVIORS
     assert [{k: r[k].tolist() if k != "user" else r[k] for k in expected(split)[0]} for r in records] == expected(split)
     record = records[0]
@@ -94,17 +94,17 @@ def test_records_say_whether_the_answers_time_may_be_told(tmp_path, answer_time)
     write(tmp_path, events_table())
     (tmp_path / "again").mkdir()
     write_examples(tmp_path / "tables", tmp_path / "again", BEHAVIORS, answer_time)
-    assert {record["answer_time"] for record in read_records(tmp_path / "again", "test")} == {answer_time}
+    assert {record["answer_time"] for record in Records(tmp_path / "again", "test")} == {answer_time}
 
 
 def test_a_split_without_events_is_empty(tmp_path):
     examples = write(tmp_path, events_table([row for row in ROWS if row[5] == "train"]))
-    assert len(read_records(examples, "train")) == 3
-    assert len(read_records(examples, "valid")) == len(read_records(examples, "test")) == 0
+    assert len(Records(examples, "train")) == 3
+    assert len(Records(examples, "valid")) == len(Records(examples, "test")) == 0
 
 
 def test_the_cache_is_bounded_and_changes_nothing(examples):
-    small, large = read_records(examples, "train", cache_bytes=1200), read_records(examples, "train")
+    small, large = Records(examples, "train", cache_bytes=1200), Records(examples, "train")
     for index in [0, 1, 2, 0, 2, 1, 0]:
         assert small[index]["item"].tolist() == large[index]["item"].tolist()
         cached = ([v for v in record.values() if isinstance(v, np.ndarray)] for record in small._cache.values())
@@ -133,9 +133,9 @@ def test_missing_files_are_named(tmp_path, examples):
     with pytest.raises(UserError, match=r"events\.parquet is missing"):
         write_examples(tmp_path, tmp_path, BEHAVIORS)
     with pytest.raises(UserError, match=r"examples\.json is missing"):
-        read_records(tmp_path, "train")
+        Records(tmp_path, "train")
     with pytest.raises(UserError, match="there is no split 'trian'; it is one of train, valid, test"):
-        read_records(examples, "trian")
+        Records(examples, "trian")
 
 
 def test_neither_writing_nor_reading_imports_tensorflow(tmp_path):
@@ -143,9 +143,9 @@ def test_neither_writing_nor_reading_imports_tensorflow(tmp_path):
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_data_examples import events_table, read_records, write
+from test_data_examples import events_table, Records, write
 examples = write(Path({str(tmp_path)!r}), events_table())
-assert list(read_records(examples, "train")[0]["item"]) == [5, 6, 7]
+assert list(Records(examples, "train")[0]["item"]) == [5, 6, 7]
 print([name for name in sys.modules if name.split(".")[0] in ("tensorflow", "torch")])
 """
     done = subprocess.run(
@@ -160,5 +160,5 @@ def test_the_same_tables_give_the_same_bytes(tmp_path):
     assert len(names) == 3
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-    rows = [np.asarray(read_records(folder, "test").sessions["start"]) for folder in folders]
+    rows = [np.asarray(Records(folder, "test").sessions["start"]) for folder in folders]
     np.testing.assert_array_equal(*rows)

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.data.examples import read_records, write_examples
+from jaxrec.data.examples import Records, write_examples
 from jaxrec.data.pipeline import array_batches, batches, cut_index, merge_small
 
 BEHAVIORS = ("exposure", "click", "purchase")
@@ -55,7 +55,7 @@ def plain_cuts(records, targets, min_history):
     ("targets", "min_history"), [(("purchase",), 1), (("click", "purchase"), 5), (("purchase",), 0)]
 )
 def test_cuts_are_those_of_plain_loops(examples, split, targets, min_history):
-    records = read_records(examples, split)
+    records = Records(examples, split)
     cuts = cut_index(records, targets, min_history=min_history)
     assert cuts.dtype == np.int32
     assert [tuple(cut) for cut in cuts.tolist()] == plain_cuts(records, targets, min_history)
@@ -63,7 +63,7 @@ def test_cuts_are_those_of_plain_loops(examples, split, targets, min_history):
 
 
 def test_the_last_cuts_of_a_record(examples):
-    records = read_records(examples, "train")
+    records = Records(examples, "train")
     every, last = (cut_index(records, ("purchase",), max_per_record=n) for n in (None, 2))
     wanted = [cut for record in np.unique(every[:, 0]) for cut in every[every[:, 0] == record][-2:].tolist()]
     assert last.tolist() == wanted and len(last) < len(every)
@@ -71,7 +71,7 @@ def test_the_last_cuts_of_a_record(examples):
 
 def test_an_unknown_target_is_named(examples):
     with pytest.raises(UserError, match="'buy' is unknown; the data has exposure, click, purchase"):
-        cut_index(read_records(examples, "train"), ("buy",))
+        cut_index(Records(examples, "train"), ("buy",))
 
 
 # 50 cuts over 10 records; features are the cut itself, a draw, and a vector as long as the bucket.

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrec.config import UserError
 from jaxrec.data.cleaning import KCore
-from jaxrec.data.examples import read_records, write_examples
+from jaxrec.data.examples import Records, write_examples
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import Folder, SyntheticMall
 from jaxrec.data.tables import CHOSEN, FEEDBACK, SPLITS
@@ -182,11 +182,32 @@ def test_searches_are_made_from_the_queries_of_events(folder):
     write(folder, events=[{**row, "query": "x"} for row in [*plain[:2], later]])
     raw = Folder(folder).load()
     made = rows_of(raw.searches, "timestamp", "query", "session_id", "search_id")
-    assert [row[:3] for row in made] == [(T, "x", "000000000"), (T + 5000, "x", "000000001")]
+    # The first are in the stretch of the suggestions, which have a session.
+    assert [row[:3] for row in made] == [(T, "x", "s1"), (T + 5000, "x", "000000001")]
     assert [row[1] for row in rows_of(raw.events, "timestamp", "search_id")] == [made[0][3], made[0][3], made[1][3]]
     write(folder, events=changed([{**row, "query": "x"} for row in EVENTS], 3, search_id="q1"))
-    with pytest.raises(UserError, match=r"'search_id', row 4: 'q1' names another user or query than in an earlier row"):
+    with pytest.raises(UserError, match=r"'search_id', row 4: 'q1' names another user or query than another row"):
         Folder(folder).load()
+
+
+def test_an_event_may_name_by_id_alone_a_search_that_another_event_tells_the_query_of(folder):
+    """The search has the time of its first event, with a query or without; an id without a query is no search."""
+    (folder / "searches.jsonl").unlink()
+    (folder / "suggestions.jsonl").unlink()
+    told = [{"query": None}, {"query": "boots"}, {"search_id": "q8", "query": None}, {"query": None}]
+    events = [{**row, **more} for row, more in zip(EVENTS, told, strict=True)]
+    events[3] = {**events[3], "search_id": None}
+    write(folder, events=events)
+    raw = Folder(folder).load()
+    assert rows_of(raw.searches, "search_id", "user_id", "timestamp", "query") == [("q1", "u", T, "boots")]
+    assert [row[1] for row in rows_of(raw.events, "item_id", "search_id", "timestamp")] == ["q1", "q1", None, None]
+    assert raw.dropped["link to an unknown search"] == 1
+    write(folder, events=changed(events, 3, search_id="q1"))
+    with pytest.raises(UserError, match=r"'search_id', row 4: 'q1' names another user or query than another row"):
+        Folder(folder).load()
+    write(folder, events=[{**row, "query": None} for row in events])
+    raw = Folder(folder).load()
+    assert raw.searches is None and raw.dropped["link to an unknown search"] == 3
 
 
 def test_without_searches_and_queries_a_search_id_is_not_used(folder, capsys):
@@ -231,6 +252,62 @@ def test_rows_without_a_session_share_that_of_the_rows_around_them(folder):
     assert [found[f"q{n}"] for n in range(1, 6)] == ["s1", "s2", "s2", "000000002", "mine"]
     assert rows_of(raw.events, "timestamp", "session_id")[2:] == [(T + 90_000, "000000003"), (T + 100_020, "mine")]
     assert {row[0] for row in rows_of(raw.suggestions, "session_id")} == {"s1"}
+
+
+def test_the_session_of_a_suggestion_alone_is_that_of_no_event(folder):
+    """Where searches are made from the queries of events."""
+    (folder / "searches.jsonl").unlink()
+    rows = [{**row, "query": "x"} for row in without(EVENTS[:2], "session_id", "search_id")]
+    write(folder, events=changed(rows, 1, timestamp=T + 20_000))
+    write(folder, suggestions=[{**SUGGESTIONS[0], "timestamp": T + 10_000, "session_id": None}])
+    raw = Folder(folder).load()
+    sessions = [rows_of(table, "timestamp", "session_id") for table in (raw.events, raw.suggestions)]
+    assert sessions[0] == rows_of(raw.searches, "timestamp", "session_id")
+    assert sessions == [[(T, "000000000"), (T + 20_000, "000000002")], [(T + 10_000, "000000001")]]
+
+
+def test_a_pause_ends_what_a_search_and_its_events_share(folder):
+    bare, later = without(EVENTS, "session_id"), T + 86_400
+    searches = [
+        {**SEARCHES[0], "session_id": None},  # led to an event of s1 a day later
+        {**SEARCHES[1], "session_id": "mine"},  # led to an event a day later, which has no session
+    ]
+    events = [
+        {**bare[0], "timestamp": later, "session_id": "s1"},
+        {**bare[1], "timestamp": later + 9000, "search_id": "q2"},
+    ]
+    write(folder, searches=searches, events=events)
+    (folder / "suggestions.jsonl").unlink()
+    raw = Folder(folder).load()
+    assert rows_of(raw.searches, "search_id", "session_id") == [("q1", "mine"), ("q2", "mine")]
+    assert rows_of(raw.events, "search_id", "session_id") == [("q1", "s1"), ("q2", "000000002")]
+
+
+@pytest.mark.parametrize("session", [None, "x", "events"])
+def test_what_a_search_leads_to_days_later_is_in_no_earlier_history(tmp_path, session):
+    """A search on Monday leads to Friday's purchase; on Wednesday nobody knows of it, whatever the sessions are."""
+    day, common = 86_400, {"user_id": "u", "behavior": "purchase"}
+    events = [
+        {**common, "item_id": "a", "timestamp": T, "session_id": "first"},
+        {**common, "item_id": "b", "timestamp": T + 3 * day, "session_id": "wednesday"},
+        {**common, "item_id": "c", "timestamp": T + 5 * day, "session_id": "x", "search_id": "q1"},
+    ]
+    if session == "events":
+        events.append({**common, "behavior": "click", "item_id": "c", "timestamp": T + day, "session_id": "x"})
+    given = session if session == "x" else None
+    searches = [{"user_id": "u", "timestamp": T + day, "query": "boots", "search_id": "q1", "session_id": given}]
+    write(tmp_path, items=ITEMS, events=events, searches=searches)
+    (tmp_path / "tables").mkdir(), (tmp_path / "examples").mkdir()
+    prepare(Folder(tmp_path), PrepareConfig(), tmp_path / "tables")
+    write_examples(tmp_path / "tables", tmp_path / "examples", BEHAVIORS)
+    found = {}
+    for split in ("valid", "test"):
+        for case in make_cases(Records(tmp_path / "examples", split), [BEHAVIORS.index("purchase")], split).histories:
+            found[case["now"]] = sorted(zip(case["item"].tolist(), case["timestamp"].tolist(), strict=True))
+    before = [(0, T), *([(2, T + day)] if session == "events" else [])]
+    assert found[T + 3 * day] == before
+    if session != "events":  # there x is the earlier session, since its first event is
+        assert found[T + 5 * day] == [*before, (1, T + 3 * day)]
 
 
 def test_the_fingerprint_follows_the_searches(folder):
@@ -422,7 +499,7 @@ def test_records_hold_the_rows_of_the_tables(prepared, split):
     allowed = SPLITS[: SPLITS.index(split) + 1]
     logs = {name: read(tables, name) for name in ("events", "searches", "suggestions")}
     users = sorted({row["user"] for rows in logs.values() for row in rows if row["split"] == split})
-    records = read_records(examples, split)
+    records = Records(examples, split)
     assert [record["user"] for record in records] == users
     for record in records:
         mine = {
@@ -452,6 +529,25 @@ def test_records_hold_the_rows_of_the_tables(prepared, split):
     assert counts["searches"] == sum(len(record["search_query"]) for record in records) > 0
 
 
+def test_no_history_holds_what_comes_after_its_question(prepared):
+    """But for events of the very second in histories before a session."""
+    _, examples, _ = prepared
+    count = 0
+    for split in SPLITS:
+        records = Records(examples, split)
+        by_user = {record["user"]: {**record, "answer_time": True} for record in records}
+        asked = [search_cases(by_user.values(), [4], split), prefix_cases(by_user.values(), split)]
+        for cases in (make_cases(by_user.values(), [4], split), *asked):
+            for history in cases.histories:
+                strict = {name for name in history if name.endswith("timestamp")}
+                if "query" not in history and "prefix" not in history:
+                    strict -= {"timestamp"}
+                    assert (history["timestamp"] <= history["now"]).all()
+                assert all((history[name] < history["now"]).all() for name in strict)
+                count += 1
+    assert count > 50
+
+
 @pytest.mark.parametrize("kept", ["searches", "suggestions"])
 def test_a_log_may_have_searches_or_suggestions_alone(tmp_path, kept):
     """Searches that led to no event give no links, and suggestions without searches give cases too."""
@@ -462,7 +558,7 @@ def test_a_log_may_have_searches_or_suggestions_alone(tmp_path, kept):
     (tmp_path / "tables").mkdir(), (tmp_path / "examples").mkdir()
     statistics = prepare(Folder(tmp_path), PrepareConfig(), tmp_path / "tables")
     write_examples(tmp_path / "tables", tmp_path / "examples", BEHAVIORS)
-    records = read_records(tmp_path / "examples", "test")
+    records = Records(tmp_path / "examples", "test")
     events = read(tmp_path / "tables", "events")
     if kept == "searches":
         assert {row["search"] for row in events} == {-1} and "suggestion_query" not in records[0]
@@ -477,7 +573,7 @@ def test_a_log_may_have_searches_or_suggestions_alone(tmp_path, kept):
 def test_models_of_items_alone_are_measured_as_before(prepared):
     """Users who only search are no case, searches are no event, and the baselines count events alone."""
     _, examples, statistics = prepared
-    records = list(read_records(examples, "test"))
+    records = list(Records(examples, "test"))
     targets, items = [BEHAVIORS.index("purchase")], statistics["items"]
     fields = ("user", "item", "behavior", "timestamp", "session", "split", "answer_time")
     plain = [{name: record[name] for name in fields} for record in records if len(record["item"])]

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from search_records import random_record
 
-from jaxrec.data.searches import before_moment, before_session, led_to, recent_items, recent_queries, with_texts
+from jaxrec.data.searches import (
+    before_moment,
+    before_session,
+    led_to,
+    query_of_events,
+    recent_items,
+    recent_queries,
+    with_texts,
+)
 
 
 def rows_of(record, prefix=""):
@@ -67,16 +75,19 @@ def test_the_part_before_a_moment_by_loops():
             assert rows_of(part, "suggestion_") == [
                 row for row in rows_of(record, "suggestion_") if row["timestamp"] < moment and row["session"] < session
             ]
-            part = before_session(record, session)
-            assert [{**row, "search": None} for row in linked(part)] == [
-                {**row, "search": None} for row in linked(record) if row["session"] < session
-            ]
-            for now, was in zip(linked(part), (row for row in linked(record) if row["session"] < session), strict=True):
-                kept = was["search"] is not None and was["search"]["session"] < session
-                assert now["search"] == (was["search"] if kept else None)
-            assert rows_of(part, "search_") == [row for row in searches if row["session"] < session]
-            earlier = [row for row in rows_of(record, "suggestion_") if row["session"] < session]
-            assert rows_of(part, "suggestion_") == earlier
+            part = before_session(record, session, moment)
+            for now, was in zip(
+                linked(part),
+                (row for row in linked(record) if row["session"] < session and row["timestamp"] <= moment),
+                strict=True,
+            ):
+                search = was.pop("search")
+                kept = search is not None and search["session"] < session and search["timestamp"] < moment
+                assert now.pop("search") == (search if kept else None) and now == was
+            for log in ("search_", "suggestion_"):
+                rows = rows_of(record, log)
+                earlier = [row for row in rows if row["session"] < session and row["timestamp"] < moment]
+                assert rows_of(part, log) == earlier
 
 
 def test_what_a_search_led_to():
@@ -89,9 +100,21 @@ def test_what_a_search_led_to():
             assert led_to(record, search, record["behavior"] == 2).tolist() == bought
 
 
+def test_a_record_without_searches_has_no_queries():
+    """As a log of events, of events and suggestions, or a user's history that a server has cut."""
+    record = {name: value for name, value in random_record(5).items() if not name.startswith("search")}
+    assert len(record["item"]) and (query_of_events(record) == -1).all()
+    found = recent_queries(record, 3, 20)
+    assert found["query"].tolist() == [-1] * 3 and not found["query_mask"].any()
+    items = recent_items(record, 40, 20)
+    assert (items["item_query"] == -1).all()
+    assert items["item_mask"].sum() == (record["timestamp"] < 20).sum() > 0
+    assert not len(led_to(record, 0))
+
+
 def test_a_record_of_items_alone_has_a_past_of_items_alone():
     record = {name: random_record(5)[name] for name in ("item", "behavior", "timestamp", "session", "split")}
-    assert list(before_session(record, 3)) == list(before_moment(record, 9, 3)) == [
+    assert list(before_session(record, 3, 9)) == list(before_moment(record, 9, 3)) == [
         "item", "behavior", "timestamp", "session",
     ]  # fmt: skip
 

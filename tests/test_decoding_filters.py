@@ -84,6 +84,18 @@ def test_hand_computed_bits():
     assert made.words.tolist() == [[0b011, 0], [0b001, 0]] and made.before.tolist() == [[0, 2], [0, 1]]
 
 
+def test_what_is_allowed_without_some_items():
+    trie = build_trie(random_codes(0, 40), SIZES)
+    order, generator = ItemOrder(trie), np.random.default_rng(0)
+    for only in (None, generator.integers(0, 40, 15)):
+        mask, out, more = generator.random(40) < 0.6, generator.integers(0, 40, 6), generator.integers(0, 44, 9)
+        request = order.without(order.allowed(order.mask(mask), blocked=out, only=only), more)
+        expected = mask & ~np.isin(np.arange(40), [*out, *more])
+        expected &= True if only is None else np.isin(np.arange(40), only)
+        check([request], expected[None], trie)
+        assert request.count == expected.sum()
+
+
 @pytest.mark.parametrize("capacity", [31, 32, 33, 1000])
 def test_there_is_a_word_for_the_end_of_the_last_node(capacity):
     trie = build_trie(random_codes(0, 31), SIZES, capacity=capacity)

@@ -107,6 +107,13 @@ def test_tied_fraction_counts_users_whose_last_two_events_tie():
     assert tied_fraction([]) == 0
 
 
+def test_users_without_events_have_no_last_two_events():
+    """Such as users who only search."""
+    records = [single(0, [1, 2, 3], [1, 2, 2]), single(1, [], [])]
+    assert tied_fraction(records) == 1
+    assert tied_fraction(records[1:]) == 0
+
+
 def test_baskets_tie_by_nature():
     assert tied_fraction([single(0, [1, 2], [1, 1]), SHOPPER]) == 0
 
@@ -172,7 +179,7 @@ def test_cases_of_prefixes_by_loops(split):
         history = cases.histories[row]
         assert (history["user"], history["prefix"], history["now"]) == (record["user"], prefix, moment)
         assert cases.targets[row][cases.where[row]].tolist() == sorted(chosen)
-        assert cases.levels[row][cases.where[row]].tolist() == [chosen[query] for query in sorted(chosen)]
+        assert cases.feedback[row][cases.where[row]].tolist() == [chosen[query] for query in sorted(chosen)]
         before = record["search_timestamp"] < moment
         known = set(record["search_query"][before].tolist())
         assert cases.targets[row][cases.new[row]].tolist() == sorted(set(chosen) - known)
@@ -181,7 +188,7 @@ def test_cases_of_prefixes_by_loops(split):
         seen = (record["suggestion_timestamp"] < moment) & (record["suggestion_session"] < session)
         assert history["suggestion_query"].tolist() == record["suggestion_query"][seen].tolist()
     taken = cases.take([3, 1])
-    np.testing.assert_array_equal(taken.levels, cases.levels[[3, 1]])
+    np.testing.assert_array_equal(taken.feedback, cases.feedback[[3, 1]])
 
 
 def test_no_case_holds_anything_from_its_question_on():
@@ -213,8 +220,41 @@ def test_a_case_of_a_session_holds_the_searches_of_earlier_sessions():
         record = by_user[user]
         asked = (record["split"] == 1) & (record["behavior"] > 0)
         earlier = record["search_session"] < record["session"][asked][0]
+        earlier &= record["search_timestamp"] < history["now"]
         assert history["search_query"].tolist() == record["search_query"][earlier].tolist()
     assert len(cases) > 10
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("told", [True, False])
+def test_cases_of_sessions_that_overlap_by_loops(split, told):
+    """A session's question is at its first event; of earlier sessions, its history holds what had happened by then."""
+    records = [{**random_record(seed), "answer_time": told} for seed in range(60)]
+    cases, place, cold, expected = make_cases(records, (1, 2), split), SPLITS.index(split), 0, []
+    names = ("item", "behavior", "timestamp", "session", "split")
+    for record in records:
+        events = list(zip(*(record[name].tolist() for name in names), strict=True))
+        sessions = [s for _, b, _, s, of in events if of == place and b in (1, 2)]
+        if not sessions:
+            continue
+        truths = {i for i, b, _, _, of in events if of == place and b in (1, 2)}
+        moment = min(t for _, _, t, s, _ in events if s == sessions[0])
+        before = [(i, b, t, s) for i, b, t, s, _ in events if s < sessions[0] and t <= moment]
+        had = {i for i, b, _, _ in before if b in (1, 2)}
+        cold += not before
+        if before:
+            now = moment if told else max(t for _, _, t, _ in before)
+            expected.append((record, sessions[0], moment, now, sorted(truths), sorted(truths - had), before))
+    assert len(cases) == len(expected) and cases.cold == cold and len(expected) > (10 if place else -1)
+    for row, (record, session, moment, now, truths, new, before) in enumerate(expected):
+        history = cases.histories[row]
+        assert (cases.users[row], history["now"]) == (record["user"], now)
+        assert cases.targets[row][cases.where[row]].tolist() == truths
+        assert cases.targets[row][cases.new[row]].tolist() == new
+        assert list(zip(*(history[name].tolist() for name in names[:4]), strict=True)) == before
+        for log in ("search", "suggestion"):
+            known = (record[f"{log}_session"] < session) & (record[f"{log}_timestamp"] < moment)
+            assert history[f"{log}_query"].tolist() == record[f"{log}_query"][known].tolist()
 
 
 def test_data_without_searches_has_no_cases_of_searches():
@@ -248,16 +288,16 @@ def test_cases_of_texts_by_loops():
     merged = 0
     for row, history in enumerate(cases.histories):
         levels, where = {}, cases.where[row]
-        for query, level in zip(cases.targets[row][where].tolist(), cases.levels[row][where].tolist(), strict=True):
+        for query, level in zip(cases.targets[row][where].tolist(), cases.feedback[row][where].tolist(), strict=True):
             text = normalised(WRITINGS[query])
             merged += text in levels
             levels[text] = min(level, levels.get(text, 9))
         searched = {normalised(WRITINGS[query]) for query in history["search_query"].tolist()}
         keep = found.where[row]
         texts = [normalised(text) for text in space.show(found.targets[row][keep])]
-        assert dict(zip(texts, found.levels[row][keep].tolist(), strict=True)) == levels
+        assert dict(zip(texts, found.feedback[row][keep].tolist(), strict=True)) == levels
         assert found.new[row][keep].tolist() == [text not in searched for text in texts]
-        assert (found.levels[row][~keep] == -1).all() and not found.new[row][~keep].any()
+        assert (found.feedback[row][~keep] == -1).all() and not found.new[row][~keep].any()
         assert found.histories[row]["prefix"] == f"p{history['prefix']}"
         assert found.histories[row]["search_query"].tolist() == WRITINGS[history["search_query"]].tolist()
     assert merged > 3 and len(found) == len(cases) > 10

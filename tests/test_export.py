@@ -325,10 +325,28 @@ def test_a_run_without_semantic_ids_is_refused_in_a_sentence(tmp_path, monkeypat
     model = SequentialRecommender(None, {})
     monkeypatch.setattr(export, "load_recommender", lambda _: model)
     with pytest.raises(
-        UserError, match=r"is a run of sasrec_ce, which .* \(onemall, rankgr, tiger, forge\); answer with"
+        UserError,
+        match=r"sasrec_ce, which scores all items: only .* answers .* \(onemall, rankgr, tiger, forge\); answer with",
     ):
         export.export_run(tmp_path, tmp_path / "artefact", CONFIG)
     assert not (tmp_path / "artefact").exists()
+
+
+@pytest.mark.parametrize(
+    ("catalogue", "said"),
+    [
+        ({"items": 1200}, "1,200 items, histories of 4, 8, cpu: 2.0 MiB written to x"),
+        ({"items": 5, "texts": 1000}, "1,000 texts, 5 items in histories, histories of 4, 8, cpu"),
+        ({"items": 5, "texts": 0}, "any text, 5 items in histories, histories of 4, 8, cpu"),
+    ],
+)
+def test_the_command_says_what_was_written(monkeypatch, capsys, catalogue, said):
+    modules = [{"length": 4}, {"length": 8}]
+    manifest = {"catalogue": catalogue, "files": {"a": {"bytes": 2 << 20}}, "modules": modules, "platforms": ["cpu"]}
+    monkeypatch.setattr(export, "export_run", lambda *_: manifest)
+    monkeypatch.setattr(sys, "argv", ["export", "run", "--to", "x"])
+    export.main()
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_a_class_name_occurs_once():
 
 
 NAMES = ("onemall", "rankgr", "onesearch", "onesug", *SYSTEMS)
-OWN_FILES = re.compile(r"systems/(__init__|[a-z]+/\w+)\.py|models/(context|cross_decoder|rankgr|sequential)\.py")
+OWN_FILES = re.compile(r"systems/(__init__|[a-z]+/\w+)\.py|models/(cross_decoder|rankgr|sequential)\.py")
 """where a system may be named: its package, the dict of all systems, its model's file"""
 
 
@@ -202,10 +202,21 @@ def test_trees_are_read():
     assert paths_of_tree("a/\n├── c/   x\n│   └── d.py\n└── e") == ["a/", "a/c/", "a/c/d.py", "a/e"]
 
 
-def test_every_file_of_the_readme_is_there():
+@pytest.fixture(scope="module")
+def tree() -> list[str]:
+    """The paths of README's tree."""
     section = (ROOT / "README.md").read_text().split("## What is where")[1].split("\n## ")[0]
     block = section.split("```")[1] if "```" in section else re.sub(r"^(?!    ).*", "", section, flags=re.M)
-    paths = [path for path in paths_of_tree(block) if re.fullmatch(r"[\w./-]+", path)]
-    assert len(paths) > 20, "README's tree is not there, or can't be read"
-    missing = [path for path in paths if not (ROOT / path).exists()]
-    assert not missing
+    return [path for path in paths_of_tree(block) if re.fullmatch(r"[\w./-]+", path)]
+
+
+def test_every_file_of_the_readme_is_there(tree):
+    assert len(tree) > 20, "README's tree is not there, or can't be read"
+    assert not [path for path in tree if not (ROOT / path).exists()]
+
+
+def test_every_file_is_in_the_readme(tree):
+    patterns = ("jaxrec/**/*.py", "configs/*.py", "benchmarks/*.py", "docs/*.md")
+    files = {str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)}
+    assert not sorted({path for path in files if not path.endswith("__init__.py")} - set(tree))
+    assert len(tree) == len(set(tree))

@@ -259,6 +259,22 @@ def ask(recommender, version, allowed=None, k=ITEMS):
     return recommender.recommend(HISTORIES, k, allowed=allowed, served=version.served)
 
 
+@pytest.mark.parametrize("filtered", [True, False])
+def test_history_is_left_out_of_what_is_allowed_in_the_order_of_what_is_served(recommender, filtered):
+    live = open_catalogue(recommender)
+    codes, popularity = np.roll(recommender.space.codes, 5, axis=0), recommender.space.popularity
+    version = live.swap(live.current.items, codes, popularity=popularity)
+    bools = np.random.default_rng(0).random((len(HISTORIES), ITEMS)) < 0.7
+    allowed = [version.allowed(row) for row in bools] if filtered else None
+    items, _ = recommender.recommend(HISTORIES, ITEMS, exclude_history=True, allowed=allowed, served=version.served)
+    may, left_out = ask(recommender, version, allowed)[0], 0
+    for history, row, every in zip(HISTORIES, items, may.tolist(), strict=True):
+        expected = [item for item in every if item >= 0 and item not in seen(history)]
+        assert row.tolist() == expected + [-1] * (ITEMS - len(expected))
+        left_out += sum(item in seen(history) for item in every)
+    assert left_out > 5
+
+
 def test_each_history_gets_what_its_own_filter_allows(recommender, log_probs):
     version = open_catalogue(recommender).current
     generator = np.random.default_rng(0)

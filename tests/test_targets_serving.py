@@ -76,6 +76,11 @@ def test_who_is_unknown_gets_the_most_popular_texts(model, retriever):
     assert json.loads(answer.to_json()) == {"texts": listed, "source": "popular"}
 
 
+def test_an_empty_filter_is_none(retriever):
+    answers = retriever.answer([Request.model_validate(KNOWN | more) for more in ({}, {"filter": {}})])
+    assert answers[0].to_json() == answers[1].to_json()
+
+
 @pytest.mark.parametrize(
     "more", [{"filter": {"category": "shoes"}}, {"blocked": []}, {"allowed": ["a"]}, {"exclude_history": True}]
 )

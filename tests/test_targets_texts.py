@@ -7,6 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from compilations import count_compilations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_parts import FEATURES, ITEMS, LETTERS, Letters, log_probs, make_history, make_space, make_text_model
@@ -82,7 +83,10 @@ def test_without_a_list_the_ranking_is_that_of_every_text(free):
 
 def test_exclude_history_leaves_texts_alone(listed, free):
     for model in (listed, free):
-        full, without = (model.recommend(HISTORIES, 3, exclude_history=each) for each in (False, True))
+        full = model.recommend(HISTORIES, 3)
+        with count_compilations() as compiled:
+            without = model.recommend(HISTORIES, 3, exclude_history=True)
+        assert compiled == [], "a filter that leaves out nothing is none"
         np.testing.assert_array_equal(full[0], without[0])
         np.testing.assert_array_equal(full[1], without[1])
 
@@ -91,6 +95,16 @@ def test_a_filter_of_listed_texts_is_followed(listed):
     order = ItemOrder(listed.served.trie)
     answers, _ = listed.recommend(HISTORIES, len(LIST), allowed=[order.allowed(blocked=[0, 5])] * 4)
     assert all(sorted(row) == [-1, -1, 1, 2, 3, 4, 6] for row in answers.tolist())
+    allowed = [order.allowed(blocked=[0, 5])] * 4
+    again, _ = listed.recommend(HISTORIES, len(LIST), exclude_history=True, allowed=allowed)
+    np.testing.assert_array_equal(again, answers)
+
+
+def test_the_most_popular_texts_are_sorted_once():
+    space = make_space(LIST, [3, 1, 4, 1, 5, 9, 2])
+    assert space.most_popular(4).tolist() == [5, 4, 2, 0] and space.most_popular(9).tolist() == [5, 4, 2, 0, 6, 1, 3]
+    assert np.shares_memory(space.most_popular(2), space.most_popular(3))
+    assert make_space(LIST).most_popular(2).tolist() == [0, 1]
 
 
 def test_writings_of_a_text_are_one_answer_written_as_the_most_popular():
@@ -180,15 +194,17 @@ def test_saved_and_read_back(tmp_path):
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocabulary=290))
     config = TextSpaceConfig(max_length=9, length_penalty=0.5, spellings=2)
     for popularity in (None, [4.0, 3.0, 2.0, 1.5]):
-        text_space(tokenizer, texts, popularity, config, vocabulary=300).save(tmp_path)
-        again = load_text_space(tmp_path)
+        folder = tmp_path / "run" / "targets"
+        text_space(tokenizer, texts, popularity, config, vocabulary=300).save(folder)
+        again = load_text_space(folder)
         assert (again.texts, again.config, again.vocabulary) == (tuple(texts), config, 300)
         assert (None if again.popularity is None else again.popularity.tolist()) == popularity
         assert again.encode(texts)[0].tolist() == text_space(tokenizer, texts, config=config).encode(texts)[0].tolist()
-    assert not list(tmp_path.glob("*.pickle"))
-    (tmp_path / "texts.jsonl").write_text('{"text": "a"\n')
-    with pytest.raises(UserError, match=r"texts\.jsonl or text_space\.json is missing or damaged"):
-        load_text_space(tmp_path)
+    assert not list(folder.glob("*.pickle"))
+    (folder / "texts.jsonl").write_text('{"text": "a"\n')
+    message = r"texts\.jsonl or text_space\.json is missing or damaged \(.*\); train the run, or export it, again"
+    with pytest.raises(UserError, match=message):
+        load_text_space(folder)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,10 @@ def write_examples(tables: Path, folder: Path, behaviors: Sequence[str], answer_
 
 
 class Records(Sequence[Record]):
-    """Random access to the records of a split; decoded records are cached, up to `cache_bytes`.
+    """Random access to the records of a split of an examples folder; decoded records are cached, up to `cache_bytes`.
+
+    Raises:
+      UserError: there is no such folder or split.
 
     Attributes:
       sessions: {column: array}, the sessions file.
@@ -140,15 +143,6 @@ class Records(Sequence[Record]):
         if size <= self._free_bytes:
             self._cache[index] = record
             self._free_bytes -= size
-
-
-def read_records(folder: Path, split: str, cache_bytes: int = 1 << 30) -> Records:
-    """The records of a split ("train", "valid" or "test") of an examples folder.
-
-    Raises:
-      UserError: there is no such folder or split.
-    """
-    return Records(Path(folder), split, cache_bytes)
 
 
 @dataclass(frozen=True)

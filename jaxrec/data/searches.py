@@ -6,7 +6,7 @@
 
 Queries are rows of queries.parquet, -1 for none: a text or its tokens are looked up in an array by them. The history of
 a request holds texts in place of rows, "" for none; `with_texts` brings a record's history into this form. Sequences
-are aligned left, the oldest entry first.
+are aligned left, the oldest entry first. A record without searches has no query.
 """
 
 import numpy as np
@@ -23,12 +23,12 @@ def recent_queries(record: Record, count: int, moment: int | None = None) -> dic
       query int32 [count], NO_QUERY in the padding, or texts (object [count]) where the record holds texts;
       query_timestamp int64 [count]; query_mask bool [count].
     """
-    query = record["search_query"]
-    index = np.flatnonzero(_before(record["search_timestamp"], moment))
+    queries, times = _searches(record)
+    index = np.flatnonzero(_before(times, moment))
     index = index[max(len(index) - count, 0) :]
     return {
-        "query": _padded(query[index], count, query.dtype, _no_query(query)),
-        "query_timestamp": _padded(record["search_timestamp"][index], count, np.int64),
+        "query": _padded(queries[index], count, queries.dtype, _no_query(queries)),
+        "query_timestamp": _padded(times[index], count, np.int64),
         "query_mask": np.arange(count) < len(index),
     }
 
@@ -63,7 +63,9 @@ def recent_items(
 
 def query_of_events(record: Record) -> np.ndarray:
     """The query of the search that led to each event: int32 [T], NO_QUERY for none, or texts as in `recent_queries`."""
-    queries = record["search_query"]
+    if "search" not in record:
+        return np.full(len(record["item"]), NO_QUERY, np.int32)
+    queries, _ = _searches(record)
     return np.append(queries, np.array(_no_query(queries), queries.dtype))[record["search"]]
 
 
@@ -82,7 +84,7 @@ def with_texts(history: Record, queries: np.ndarray, prefixes: np.ndarray | None
 
 def led_to(record: Record, search: int, where: np.ndarray | None = None) -> np.ndarray:
     """The distinct items that one search (its place in the record) led to, of the events in `where` bool [T]."""
-    led = record["search"] == search
+    led = record.get("search", np.full(len(record["item"]), -1)) == search
     return np.unique(record["item"][led if where is None else led & where])
 
 
@@ -101,13 +103,17 @@ def before_moment(record: Record, moment: int, session: int) -> Record:
     return _select(record, **part)
 
 
-def before_session(record: Record, session: int) -> Record:
-    """The part of a record in the sessions before `session`."""
-    part = {"events": record["session"] < session}
+def before_session(record: Record, session: int, moment: int) -> Record:
+    """The part of a record in the sessions before `session`, which begins at `moment` (Unix seconds).
+
+    Sessions may overlap in time: events after the moment are left out, and searches and suggestions at or after it. An
+    event of an earlier session at the moment itself is kept: in a log that tells days alone, most events would be lost.
+    """
+    part = {"events": (record["session"] < session) & (record["timestamp"] <= moment)}
     if "search_query" in record:
-        part["searches"] = record["search_session"] < session
+        part["searches"] = (record["search_session"] < session) & (record["search_timestamp"] < moment)
     if "suggestion_query" in record:
-        part["suggestions"] = record["suggestion_session"] < session
+        part["suggestions"] = (record["suggestion_session"] < session) & (record["suggestion_timestamp"] < moment)
     return _select(record, **part)
 
 
@@ -123,6 +129,11 @@ def _select(
     if suggestions is not None:
         part |= {field: record[field][suggestions] for field in SUGGESTION_DTYPES if field != "suggestion_split"}
     return part
+
+
+def _searches(record: Record) -> tuple[np.ndarray, np.ndarray]:
+    """The queries and the times of the searches; none in a record without searches."""
+    return record.get("search_query", np.zeros(0, np.int32)), record.get("search_timestamp", np.zeros(0, np.int64))
 
 
 def _before(timestamps: np.ndarray, moment: int | None) -> np.ndarray:

@@ -7,6 +7,7 @@ from ibis import _
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
+from jaxrec.data.queries import EVENT
 from jaxrec.data.tables import Source, store
 
 
@@ -27,11 +28,17 @@ class TimeSplit:
 def number_sessions(events: ibis.Table, source: Source) -> ibis.Table:
     """Adds `session` (0, 1, 2 .. inside a user, in time order) and `strength`, the rank of the behavior.
 
+    The time of a session is that of its first event, since events are what is predicted; the time of a session of
+    searches and suggestions alone is that of its first row.
+
     Leave-one-out holds out single events, so there a session is one target event with the weaker events before it.
     """
     strength = ibis.cases(*((_.behavior == name, rank) for rank, name in enumerate(source.behaviors)), else_=-1)
     events = events.mutate(strength=strength.cast("int32"))
-    starts = events.group_by(["user_id", "session_id"]).agg(start=_.timestamp.min())
+    start = _.timestamp.min()
+    if "_kind" in events.columns:
+        start = _.timestamp.min(where=_._kind == EVENT).coalesce(start)
+    starts = events.group_by(["user_id", "session_id"]).agg(start=start)
     order = ["start", "session_id"]
     starts = starts.mutate(session=ibis.row_number().over(group_by="user_id", order_by=order)).drop("start")
     events = events.inner_join(starts, ["user_id", "session_id"])

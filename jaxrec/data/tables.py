@@ -51,8 +51,6 @@ clicked through it; the query clicked; shown; recalled and not shown; drawn at r
 CHOSEN = FEEDBACK[:3]
 """The feedback on a suggested query that the user chose."""
 
-EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "behavior", "session_id")
-
 # In the names of tables that `store` makes, and in no other.
 _STORED = "jaxrec"
 _PRIME = 2_147_483_647

@@ -172,6 +172,13 @@ class ItemOrder:
         listed = np.setdiff1d(listed[mask.holds(listed)], out, assume_unique=True)
         return Allowed(self.none, listed, len(listed))
 
+    def without(self, allowed: Allowed, blocked: Sequence[int]) -> Allowed:
+        """What is allowed in this order but for `blocked`, item indices as in `allowed`."""
+        out = np.unique(self._found(blocked))
+        out = out[allowed.holds(out)]
+        flipped = np.setxor1d(allowed.flipped, out, assume_unique=True).astype(np.int32)
+        return Allowed(allowed.mask, flipped, allowed.count - len(out))
+
     def places(self, items: Sequence[int]) -> np.ndarray:
         """The position of each item index int [n], -1 where it is not in the trie: int32 [n]."""
         items = np.asarray(items, np.int64)

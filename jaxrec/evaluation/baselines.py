@@ -15,9 +15,10 @@ from typing import Protocol
 import numpy as np
 from scipy import sparse
 
+from jaxrec.data.examples import Record
 from jaxrec.data.popularity import DAY, PopularityByPeriod, PopularityConfig, popularity_by_period
 from jaxrec.data.tables import SPLITS
-from jaxrec.evaluation.cases import History, Record
+from jaxrec.evaluation.cases import History
 from jaxrec.targets import TextSpace, normalised
 
 USERS_AT_ONCE = 256

@@ -5,7 +5,9 @@
     prefix_cases   history before a prefix, prefix   truths: the suggested queries that the user chose
     text_cases     the same with texts in place of rows, as models read them
 
-No history has an event, a search or a suggestion at or after the time of the request. Feedback on suggestions of the
+The time of a request is that of the search or the prefix, or of the first event of the session. No history has anything
+after it, even where a user's sessions overlap, nor anything at that very second, with one exception: the history before
+a session keeps earlier sessions' events of that second, since some logs give days alone. Feedback on suggestions of the
 request's own session is left out too, since it was given at an unknown later time.
 
 The order of events with equal timestamps is arbitrary, but a model can learn it (data sets stored in the order of item
@@ -19,13 +21,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrec.config import UserError
-from jaxrec.data.features import asked_at
+from jaxrec.data.examples import Record
 from jaxrec.data.searches import before_moment, before_session, led_to, with_texts
 from jaxrec.data.tables import CHOSEN, FEEDBACK, SPLITS
 from jaxrec.targets.space import TargetSpace
 
 History = dict[str, np.ndarray]
-Record = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Cases:
     """int32 [U]."""
     histories: list[History]
     """One a case: item int32 [T], behavior int8 [T], timestamp int64 [T], session int32 [T]; `user` int32; `now` int:
-    the start of the target session, or the time of the search or prefix. Where `answer_time` of the record is False,
-    `now` is the time of the last event or search of the history instead. T >= 1 in a case of a session.
+    the time of the question. Where `answer_time` of the record is False, `now` is the time of the history's last event
+    instead, or of its last event or search in a case of a search or prefix. T >= 1 in a case of a session.
 
     Of a record with searches or suggestions, also their fields (`jaxrec.data.examples.Record`, without the split). In a
     case of a search: `query` int32, a row of queries.parquet. In a case of a prefix: `prefix` int32, a row of
@@ -52,7 +53,7 @@ class Cases:
     """bool [U, L]: truths not in the history, as an item of a target behavior or as a searched query."""
     cold: int = 0
     """Users left out because their history is empty; cases of searches and prefixes may have an empty history."""
-    levels: np.ndarray | None = None
+    feedback: np.ndarray | None = None
     """int8 [U, L], in cases of prefixes: the strongest feedback on each query, an index in FEEDBACK; -1 in the padding.
     """
 
@@ -63,9 +64,9 @@ class Cases:
         """The cases of these rows, e.g. `cases.take(range(256))` for a quick look during training."""
         rows = np.asarray(rows, np.int64)
         histories = [self.histories[row] for row in rows]
-        levels = None if self.levels is None else self.levels[rows]
+        feedback = None if self.feedback is None else self.feedback[rows]
         arrays = (self.targets[rows], self.where[rows], self.new[rows])
-        return Cases(self.users[rows], histories, *arrays, levels=levels)
+        return Cases(self.users[rows], histories, *arrays, feedback=feedback)
 
 
 def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split: str = "test") -> Cases:
@@ -73,8 +74,9 @@ def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split
     session.
 
     A record is one user's events in order with `split` int8 [T] (index into SPLITS). Only events whose behavior is one
-    of `target_behaviors` are truths; earlier sessions of the split without a truth belong to the history. Users without
-    a truth are left out. Users without a history are left out and counted.
+    of `target_behaviors` are truths; earlier sessions of the split without a truth belong to the history, but for what
+    happened after the first event of the truths' session. Users without a truth are left out. Users without a history
+    are left out and counted.
     """
     place = SPLITS.index(split)
     users, histories, targets, new, cold = [], [], [], [], 0
@@ -84,17 +86,18 @@ def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split
         if not asked.any():
             continue
         answer = np.unique(record["item"][asked])
-        first = int(np.argmax(asked))
-        before = record["session"] < record["session"][first]
-        if not before.any():
+        session = record["session"][np.argmax(asked)]
+        moment = int(record["timestamp"][record["session"] == session].min())
+        history = before_session(record, session, moment)
+        if not len(history["item"]):
             cold += 1
             continue
-        now = asked_at(record, int(np.argmin(before)))
+        now = moment if record.get("answer_time", True) else int(history["timestamp"].max())
         users.append(int(record["user"]))
-        history = before_session(record, record["session"][first])
         histories.append({**history, "now": now, "user": np.int32(record["user"])})
         targets.append(answer)
-        new.append(~np.isin(answer, record["item"][wanted & before]))
+        had = history["item"][np.isin(history["behavior"], target_behaviors)]
+        new.append(~np.isin(answer, had))
     padded, where = _pad(targets, -1, np.int32)
     return Cases(np.array(users, np.int32), histories, padded, where, _pad(new, False, bool)[0], cold)
 
@@ -128,7 +131,7 @@ def prefix_cases(records: Iterable[Record], split: str = "test") -> Cases:
     """One case a typed prefix of `split` for which the user chose a suggested query: the truths are the chosen queries.
 
     The suggestions of one (timestamp, session, prefix) are one prefix. The history is everything strictly before it,
-    and may be empty. `levels` are the strongest feedback on each truth.
+    and may be empty. `feedback` is the strongest on each truth.
 
     Raises:
       UserError: the records hold no suggestions.
@@ -142,14 +145,14 @@ def prefix_cases(records: Iterable[Record], split: str = "test") -> Cases:
         for moment, session, prefix in np.unique(asked, axis=0):
             rows = np.flatnonzero(chosen)[(asked == (moment, session, prefix)).all(1)]
             truths, row = np.unique(record["suggestion_query"][rows], return_inverse=True)
-            levels = np.full(len(truths), len(FEEDBACK), np.int8)
-            np.minimum.at(levels, row, record["suggestion_feedback"][rows])
+            feedback = np.full(len(truths), len(FEEDBACK), np.int8)
+            np.minimum.at(feedback, row, record["suggestion_feedback"][rows])
             history = before_moment(record, int(moment), int(session))
             new = ~np.isin(truths, history.get("search_query", []))
             history |= _asked(record, history, int(moment))
-            found.append((history | {"prefix": np.int32(prefix)}, truths, new, levels))
-    levels, _ = _pad([each[3] for each in found], -1, np.int8)
-    return dataclasses.replace(_cases_of([each[:3] for each in found]), levels=levels)
+            found.append((history | {"prefix": np.int32(prefix)}, truths, new, feedback))
+    feedback, _ = _pad([each[3] for each in found], -1, np.int8)
+    return dataclasses.replace(_cases_of([each[:3] for each in found]), feedback=feedback)
 
 
 def text_cases(cases: Cases, space: TargetSpace, queries: np.ndarray, prefixes: np.ndarray | None = None) -> Cases:
@@ -164,17 +167,17 @@ def text_cases(cases: Cases, space: TargetSpace, queries: np.ndarray, prefixes: 
     histories = [with_texts(history, queries, prefixes) for history in cases.histories]
     rows = [queries[targets[where]] for targets, where in zip(cases.targets, cases.where, strict=True)]
     targets, where = space.truths(rows)
-    new, levels = np.zeros_like(where), None
+    new, feedback = np.zeros_like(where), None
     for row, history in enumerate(histories):
         new[row] = where[row] & ~np.isin(targets[row], space.held(history, np.zeros(0, bool)))
-    if cases.levels is not None:
-        levels = np.full(targets.shape, -1, np.int8)
+    if cases.feedback is not None:
+        feedback = np.full(targets.shape, -1, np.int8)
         for row, texts in enumerate(rows):
             numbers, there = space.truths([[text] for text in texts])
-            given = cases.levels[row][cases.where[row]]
+            given = cases.feedback[row][cases.where[row]]
             for place, number in enumerate(targets[row][where[row]]):
-                levels[row, place] = given[there[:, 0] & (numbers[:, 0] == number)].min()
-    return Cases(cases.users, histories, targets, where, new, cases.cold, levels)
+                feedback[row, place] = given[there[:, 0] & (numbers[:, 0] == number)].min()
+    return Cases(cases.users, histories, targets, where, new, cases.cold, feedback)
 
 
 def _cases_of(found: Sequence[tuple[History, np.ndarray, np.ndarray]]) -> Cases:
@@ -208,7 +211,7 @@ def _pad(rows: list[np.ndarray], fill: int | bool, dtype: type) -> tuple[np.ndar
 
 
 def tied_fraction(records: Iterable[Record]) -> float:
-    """Share of users whose last two events have equal timestamps, so that their order is arbitrary.
+    """Share of users with events whose last two events have equal timestamps, so that their order is arbitrary.
 
     0 if any session has several events: the events of a basket share their timestamp, and are one target.
     """
@@ -216,7 +219,7 @@ def tied_fraction(records: Iterable[Record]) -> float:
     for record in records:
         if len(np.unique(record["session"])) < len(record["session"]):
             return 0.0
-        users += 1
+        users += len(record["session"]) > 0
         tied += len(record["timestamp"]) > 1 and record["timestamp"][-1] == record["timestamp"][-2]
     return tied / users if users else 0.0
 

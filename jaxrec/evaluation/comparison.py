@@ -13,8 +13,9 @@ from itertools import groupby
 
 from rich.table import Table
 
+from jaxrec.data.examples import Record
 from jaxrec.evaluation.baselines import Recommender, fit_baselines
-from jaxrec.evaluation.cases import Cases, Record, make_cases, shuffle_ties, tied_fraction
+from jaxrec.evaluation.cases import Cases, make_cases, shuffle_ties, tied_fraction
 from jaxrec.evaluation.metrics import CUTOFFS, add, mean, ranking_metrics
 from jaxrec.run import progress
 

@@ -91,7 +91,8 @@ class TextAnswers:
         Raises:
           UserError: the request restricts items.
         """
-        given = {"filter": request.filter, "blocked": request.blocked, "allowed": request.allowed}
+        # As for items, an empty filter is none.
+        given = {"filter": request.filter or None, "blocked": request.blocked, "allowed": request.allowed}
         names = [name for name, value in given.items() if value is not None]
         if request.exclude_history:
             names.append("exclude_history")

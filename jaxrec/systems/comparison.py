@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError, check_choice, check_least
-from jaxrec.data.examples import Records
+from jaxrec.data.examples import Record, Records
 from jaxrec.evaluation import (
     Cases,
     Recommender,
@@ -23,7 +23,6 @@ from jaxrec.evaluation import (
     standings,
     text_baselines,
 )
-from jaxrec.evaluation.cases import Record
 from jaxrec.evaluation.comparison import TEACHER_FORCED
 from jaxrec.evaluation.metrics import CUTOFFS, mean
 from jaxrec.evaluation.report import write_report

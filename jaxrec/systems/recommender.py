@@ -159,6 +159,7 @@ class GenerativeRecommender:
         self.assembly, self.feature_config, self.config = assembly, feature_config, config
         config.check(assembly.space)
         self._variables = variables
+        self._order: tuple[Trie, ItemOrder] | None = None
         self._signatures: dict[tuple, dict[str, np.ndarray]] = {}
         # Of this recommender: compiled functions of the class, with `self` static, would keep every one of them alive.
         self._search = jax.jit(self.retrieve, static_argnames=("width", "k"))
@@ -168,11 +169,6 @@ class GenerativeRecommender:
     def served(self) -> Served:
         """The arrays of the trained catalogue, and the trie of the listed answers."""
         return self.assembly.serve(self._variables).replace(trie=self.space.build_trie())
-
-    @functools.cached_property
-    def order(self) -> ItemOrder:
-        """Where answers stand in the trie of `served`."""
-        return ItemOrder(self.served.trie)
 
     @property
     def space(self) -> TargetSpace:
@@ -201,17 +197,16 @@ class GenerativeRecommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best answers to each history: int32 [B, k] (-1 = none) and their log-probabilities float32 [B, k].
 
-        `exclude_history` leaves out the answers that the history holds: items under a target behavior, or texts as
-        searches. Items that share an ID
-        share its score and stand in falling popularity. `allowed` says which answers each history may get, in the order
-        of the trie of `served`, which is that of a version of a live catalogue (`serve_version`) or by default of the
-        trained one. Batches are padded to one of `sizes`, which rise; by default to `config.batch_size`, for which the
-        fewest programs are compiled.
+        `exclude_history` leaves out the answers that the history holds (items under a target behavior, or searched
+        texts), also of those that `allowed` names. Items that share an ID share its score and are in descending popularity.
+        `allowed` says which answers each history may get, in the order of the trie of `served`, which is that of a
+        version of a live catalogue (`serve_version`) or by default of the trained one. Batches are padded to one of
+        `sizes`, which rise; by default to `config.batch_size`, for which the fewest programs are compiled.
         """
         served = self.served if served is None else served
         held = [self._held(history) for history in histories] if exclude_history else None
         if held and served.trie is not None:
-            allowed = [self.order.allowed(blocked=answers) for answers in held]
+            allowed = _unseen(held, allowed, self._order_of(served.trie))
         answers = np.full((len(histories), k), -1, np.int32)
         scores = np.full((len(histories), k), -np.inf, np.float32)
         width = self.width(k)
@@ -298,6 +293,12 @@ class GenerativeRecommender:
     def _held(self, history: History) -> np.ndarray:
         """The answers that a history already holds."""
         return self.space.held(history, self.assembly.wanted)
+
+    def _order_of(self, trie: Trie) -> ItemOrder:
+        """The positions of answers in a trie; those of the last trie are kept."""
+        if self._order is None or self._order[0] is not trie:
+            self._order = trie, ItemOrder(trie)
+        return self._order[1]
 
     def _note(self, arrays: dict, item_filter: ItemFilter | None, width: int | tuple, k: int) -> None:
         """Remembers which shapes were asked for, so that `warm_up` can ask for them again."""
@@ -399,6 +400,15 @@ def repeated_item(length: int, behavior: int) -> History:
         "session": np.arange(length, dtype=np.int32),
         "now": np.int64(0),
     }
+
+
+def _unseen(held: list[np.ndarray], allowed: Sequence[Allowed] | None, order: ItemOrder) -> Sequence[Allowed] | None:
+    """Those of `allowed` (None = all) that are not among the held answers; `allowed` itself where none are held."""
+    if not any(map(len, held)):
+        return allowed
+    if allowed is None:
+        return [order.allowed(blocked=answers) for answers in held]
+    return [order.without(may, answers) for may, answers in zip(allowed, held, strict=True)]
 
 
 def _stack(requests: list[Allowed], size: int) -> ItemFilter:

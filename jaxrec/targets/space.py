@@ -138,5 +138,5 @@ class TargetSpace(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes what answers are shown with, but for the catalogue's items, into a folder that is there."""
+        """Writes what answers are shown with, but for the catalogue's items; makes the folder where it is missing."""
         ...

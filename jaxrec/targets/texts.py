@@ -10,6 +10,7 @@ spelling's score is kept. The sum over all spellings is the text's probability, 
 sum would depend on the beam width, and order texts by how many spellings were kept by chance.
 """
 
+import functools
 import hashlib
 import json
 import threading
@@ -37,7 +38,7 @@ from jaxrec.text.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
 
 TARGETS = "targets"
 """The folder of a run that `TextSpace.save` writes into."""
-TEXTS, OPTIONS = "texts.jsonl", "text_space.json"
+TEXT_LIST, OPTIONS = "texts.jsonl", "text_space.json"
 REMEMBERED = 1 << 20
 """Texts outside the list that keep their numbers after they were generated; of more, the oldest are forgotten."""
 LISTED = {
@@ -217,8 +218,12 @@ class TextSpace:
 
     def most_popular(self, k: int) -> np.ndarray:
         """The k most popular listed texts, equal ones as they stand, int64 [<= k]."""
+        return self._by_popularity[:k]
+
+    @functools.cached_property
+    def _by_popularity(self) -> np.ndarray:
         popularity = np.zeros(len(self.texts)) if self.popularity is None else np.asarray(self.popularity)
-        return np.argsort(-popularity, kind="stable")[:k]
+        return np.argsort(-popularity, kind="stable")
 
     def outputs(self, found: Found) -> dict[str, jax.Array]:
         """Texts by number, or tokens without a list; scores, which are valid, and whether the model gave NaN."""
@@ -244,11 +249,12 @@ class TextSpace:
         }
 
     def save(self, folder: Path) -> None:
-        """Writes texts.jsonl, text_space.json and the tokenizer into a folder that is there."""
+        """Writes texts.jsonl, text_space.json and the tokenizer; makes the folder where it is missing."""
+        folder.mkdir(parents=True, exist_ok=True)
         popularity = [None] * len(self.texts) if self.popularity is None else np.asarray(self.popularity).tolist()
         pairs = zip(self.texts, popularity, strict=True)
         lines = (json.dumps({"text": text, "popularity": count}, ensure_ascii=False) + "\n" for text, count in pairs)
-        (folder / TEXTS).write_text("".join(lines), encoding="utf-8")
+        (folder / TEXT_LIST).write_text("".join(lines), encoding="utf-8")
         write_json(folder / OPTIONS, {"vocabulary": self.vocabulary} | vars(self.config))
         save_tokenizer(self.tokenizer, folder)
 
@@ -346,7 +352,7 @@ def load_text_space(folder: Path) -> TextSpace:
     options = read_json(folder / OPTIONS)
     texts, popularity = [], []
     try:
-        for line in (folder / TEXTS).read_text(encoding="utf-8").split("\n")[:-1]:
+        for line in (folder / TEXT_LIST).read_text(encoding="utf-8").split("\n")[:-1]:
             known = json.loads(line)
             texts.append(known["text"])
             popularity.append(known["popularity"])
@@ -354,7 +360,7 @@ def load_text_space(folder: Path) -> TextSpace:
         config = TextSpaceConfig(**options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder / TEXTS} or {OPTIONS} is missing or damaged ({error}); train the run again"
+            f"{folder / TEXT_LIST} or {OPTIONS} is missing or damaged ({error}); train the run, or export it, again"
         ) from error
     counts = None if None in popularity or not popularity else np.array(popularity, np.float64)
     return TextSpace(load_tokenizer(folder), tuple(texts), counts, config, vocabulary)

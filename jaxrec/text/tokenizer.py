@@ -223,12 +223,14 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     notes = read_json(folder / NOTES)
     readers = {"tokenizer.model": lambda content, _: SentencePiece(content), "tokenizer.json": HuggingFaceTokenizer}
     if not isinstance(notes, dict) or notes.get("file") not in readers:
-        raise UserError(f"{folder / NOTES} names no tokenizer's file ({', '.join(readers)}); train the run again")
+        raise UserError(
+            f"{folder / NOTES} names no tokenizer's file ({', '.join(readers)}); train the run, or export it, again"
+        )
     path = folder / notes["file"]
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); train the run again") from error
+        raise UserError(f"{path} can't be read ({error.strerror}); train the run, or export it, again") from error
     if hashlib.sha256(content).hexdigest() != notes.get("sha256"):
-        raise UserError(f"{path} is damaged: its sha256 is not that of {NOTES}; train the run again")
+        raise UserError(f"{path} is damaged: its sha256 is not that of {NOTES}; train the run, or export it, again")
     return readers[notes["file"]](content, notes.get("end"))

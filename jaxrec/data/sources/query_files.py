@@ -152,29 +152,40 @@ def _latest(events: ibis.Table, searches: ibis.Table) -> ibis.Table:
 
 
 def _searches_of_events(engine: BaseBackend, path: Path, events: ibis.Table, gap: int) -> Linked:
-    """Searches made from the queries of events: one for each search_id or, without, for each query of a session."""
+    """Searches made from the queries of events: one for each search_id or, without, for each query of a session.
+
+    A search has the time of its first event. An event with a search_id alone is linked to the search whose query
+    another event of this search_id names; without such an event, its search is unknown.
+    """
     with_query = events.filter(_["query"].notnull())
     if not count_rows(with_query):
-        return Linked(events.drop("search_id", "query"), None)
+        unknown = count_rows(events.filter(_.search_id.notnull()))
+        return Linked(events.drop("search_id", "query"), None, unknown)
     refuse(path, with_query, not_blank(with_query, "query"))
-    rows = store(engine, _sessions(events.mutate(_kind=ibis.literal(0, "int64")), gap))
-    events = store(engine, rows.select(*events.columns), instead_of=rows)
-    with_query = events.filter(_["query"].notnull())
+    rows = _sessions(
+        _in_stretches(events.mutate(_kind=ibis.literal(0, "int64"), _given=_.session_id), gap), shared=True
+    )
+    # Which session it is decides what one search is; `fill_sessions`, which knows the suggestions too, fills it in.
+    events = store(engine, rows.select(*events.columns, "_given", _session=_.session_id))
+    events = events.drop("session_id").rename(session_id="_given")
     made = _free_prefix(events)
-    group = ["user_id", "session_id", "query"]
+    group = ["user_id", "_session", "query"]
     first = _._row.min().over(ibis.window(group_by=group))
-    keyed = with_query.mutate(_id=_.search_id.coalesce(made + first.cast("string")))
-    of = ibis.window(group_by="_id", order_by="_row")
+    keyed = events.filter(_.search_id.notnull() | _["query"].notnull())
+    keyed = keyed.mutate(_id=_.search_id.coalesce(made + first.cast("string")))
+    of = ibis.window(group_by="_id", order_by=[_["query"].isnull(), _._row])
     keyed = store(engine, keyed.mutate(_of=_.user_id.first().over(of), _searched=_["query"].first().over(of)))
-    differs = (keyed.user_id != keyed._of) | (keyed["query"] != keyed._searched)
-    message = "names another user or query than in an earlier row; give every search an id of its own"
+    differs = (keyed.user_id != keyed._of) | (keyed["query"].notnull() & (keyed["query"] != keyed._searched))
+    message = "names another user or query than another row; give every search an id of its own"
     refuse(path, keyed, [Check("search_id", differs, message)])
+    unknown = count_rows(keyed.filter(_._searched.isnull()))
+    keyed = keyed.filter(_._searched.notnull())
     in_order = ibis.row_number().over(group_by="_id", order_by=["timestamp", "_row"])
     searches = keyed.mutate(_place=in_order).filter(_._place == 0)
-    searches = searches.select("user_id", "timestamp", "query", "session_id", "_row", search_id=_._id)
-    linked = events.drop("search_id", "query").left_join(keyed.select("_row", search_id=_._id), "_row")
+    searches = searches.select("user_id", "timestamp", "session_id", "_row", query=_._searched, search_id=_._id)
+    linked = events.drop("search_id", "query", "_session").left_join(keyed.select("_row", search_id=_._id), "_row")
     linked = linked.drop("_row_right") if "_row_right" in linked.columns else linked
-    return Linked(store(engine, linked, instead_of=events), store(engine, searches))
+    return Linked(store(engine, linked), store(engine, searches), unknown)
 
 
 def _free_prefix(table: ibis.Table) -> str:
@@ -190,27 +201,25 @@ def fill_sessions(
 ) -> tuple[ibis.Table, ibis.Table | None, ibis.Table | None]:
     """Fills session_id where it is null: a pause of more than `gap` seconds begins a new session of a user.
 
-    Searches, suggestions and events share their sessions. A search takes the session of the first event that it led to,
-    and an event the session of the search that led to it. Any other row takes the session of the user's nearest earlier
-    row that has one, else of the nearest later row, as long as no such pause is between them. A log of events alone
-    shares nothing: each row without a session_id is in the session of its place between two pauses.
+    Searches, suggestions and events share their sessions. All that follows holds inside one stretch, which is what a
+    user did between two such pauses: what lies in different stretches shares a session only where the log says so. A
+    search takes the session of the first event that it led to, and an event the session of the search that led to it.
+    Any other row takes the session of the user's nearest earlier row that has one, else of the nearest later row. A log
+    of events alone shares nothing: each row without a session_id is in the session of its stretch.
     """
     parts = {"event": events, "search": searches, "suggestion": suggestions}
     parts = {kind: table for kind, table in parts.items() if table is not None}
-    if searches is not None and "search_id" in events.columns:
-        led = events.filter(_.search_id.notnull() & _.session_id.notnull())
-        first = ibis.row_number().over(group_by="search_id", order_by=["timestamp", "_row"])
-        led = led.mutate(_place=first).filter(_._place == 0).select(key=_.search_id, led=_.session_id)
-        searches = searches.left_join(store(engine, led), [("search_id", "key")])
-        parts["search"] = store(engine, searches.mutate(session_id=_.session_id.coalesce(_.led)).drop("key", "led"))
-        by = store(engine, parts["search"].select(key=_.search_id, of=_.session_id))
-        linked = events.left_join(by, [("search_id", "key")])
-        parts["event"] = store(engine, linked.mutate(session_id=_.session_id.coalesce(_.of)).drop("key", "of"))
-    rows = [
-        table.select("user_id", "timestamp", "session_id", "_row", _kind=ibis.literal(place, "int64"))
-        for place, table in enumerate(parts.values())
-    ]
-    rows = store(engine, _sessions(ibis.union(*rows) if len(rows) > 1 else rows[0], gap, shared=len(rows) > 1))
+    linked, rows = searches is not None and "search_id" in events.columns, []
+    for place, (kind, table) in enumerate(parts.items()):
+        link = table.search_id if linked and kind != "suggestion" else ibis.null("string")
+        columns = ("user_id", "timestamp", "session_id", "_row")
+        rows.append(table.select(*columns, _kind=ibis.literal(place, "int64"), _link=link))
+    rows = store(engine, _in_stretches(ibis.union(*rows) if len(rows) > 1 else rows[0], gap))
+    if linked:
+        # The events are the first part, and the searches the second.
+        rows = store(engine, _share(engine, rows, giving=0, taking=1), instead_of=rows)
+        rows = store(engine, _share(engine, rows, giving=1, taking=0), instead_of=rows)
+    rows = store(engine, _sessions(rows, shared=len(parts) > 1), instead_of=rows)
     filled = {}
     for place, (kind, table) in enumerate(parts.items()):
         mine = rows.filter(_._kind == place).select("_row", session=_.session_id)
@@ -220,21 +229,39 @@ def fill_sessions(
     return filled["event"], filled.get("search"), filled.get("suggestion")
 
 
-def _sessions(rows: ibis.Table, gap: int, shared: bool = False) -> ibis.Table:
-    """The rows with session_id filled: of the nearest row if `shared`, else a number that rises after every pause."""
-    order = ["timestamp", "_kind", "_row"]
-    in_order = ibis.window(group_by="user_id", order_by=order)
-    so_far = ibis.window(group_by="user_id", order_by=order, rows=(None, 0))
+_ORDER = ("timestamp", "_kind", "_row")
+
+
+def _in_stretches(rows: ibis.Table, gap: int) -> ibis.Table:
+    """Adds `_stretch`, the number of a user's pauses of more than `gap` seconds up to the row."""
+    in_order = ibis.window(group_by="user_id", order_by=_ORDER)
+    so_far = ibis.window(group_by="user_id", order_by=_ORDER, rows=(None, 0))
     rows = rows.mutate(_pause=(_.timestamp - _.timestamp.lag().over(in_order)).fill_null(0) > gap)
-    rows = rows.mutate(_stretch=_._pause.cast("int64").sum().over(so_far))
+    return rows.mutate(_stretch=_._pause.cast("int64").sum().over(so_far)).drop("_pause")
+
+
+def _share(engine: BaseBackend, rows: ibis.Table, giving: int, taking: int) -> ibis.Table:
+    """Rows of the kind `taking` get the session of the first row of the kind `giving` with their link and stretch."""
+    given = rows.filter((_._kind == giving) & _._link.notnull() & _.session_id.notnull())
+    first = ibis.row_number().over(group_by=["_link", "_stretch"], order_by=_ORDER)
+    given = given.mutate(_place=first).filter(_._place == 0)
+    given = store(
+        engine, given.select(key=_._link, of=_._stretch, given=_.session_id, _to=ibis.literal(taking, "int64"))
+    )
+    joined = rows.left_join(given, [("_link", "key"), ("_stretch", "of"), ("_kind", "_to")])
+    return joined.mutate(session_id=_.session_id.coalesce(_.given)).select(*rows.columns)
+
+
+def _sessions(rows: ibis.Table, shared: bool = False) -> ibis.Table:
+    """The rows of `_in_stretches` with session_id filled: of the nearest row if `shared`, else the stretch's number."""
     number = _._stretch.cast("string").lpad(9, "0")
     if not shared:
         return rows.mutate(session_id=_.session_id.coalesce(number))
     stretch = ["user_id", "_stretch"]
     given = _.session_id.notnull().cast("int64")
     rows = rows.mutate(
-        _earlier=given.sum().over(ibis.window(group_by=stretch, order_by=order, rows=(None, 0))),
-        _later=given.sum().over(ibis.window(group_by=stretch, order_by=order, rows=(0, None))),
+        _earlier=given.sum().over(ibis.window(group_by=stretch, order_by=_ORDER, rows=(None, 0))),
+        _later=given.sum().over(ibis.window(group_by=stretch, order_by=_ORDER, rows=(0, None))),
     )
     # A group of rows that follow one given session holds that one alone, and so does a group of rows before one.
     rows = rows.mutate(
