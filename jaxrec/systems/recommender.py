@@ -198,7 +198,7 @@ class GenerativeRecommender:
         """The k best answers to each history: int32 [B, k] (-1 = none) and their log-probabilities float32 [B, k].
 
         `exclude_history` leaves out the answers that the history holds (items under a target behavior, or searched
-        texts), also of those that `allowed` names. Items that share an ID share its score and are in descending popularity.
+        texts), also of those that `allowed` names. Items that share an ID share its score, by descending popularity.
         `allowed` says which answers each history may get, in the order of the trie of `served`, which is that of a
         version of a live catalogue (`serve_version`) or by default of the trained one. Batches are padded to one of
         `sizes`, which rise; by default to `config.batch_size`, for which the fewest programs are compiled.
