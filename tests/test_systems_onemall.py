@@ -225,7 +225,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(folder):
     for name in ("evaluation.json", "examples_shown.json", "config.json"):
         assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes()
     said = (folder / "killed.txt").read_text()
-    assert "going on from step 48" in said and "going on from step 96" in said
+    assert "going on from step 96" in said
 
 
 def test_a_finished_run_says_no_to_another_configuration(folder):
