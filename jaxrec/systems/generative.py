@@ -117,8 +117,8 @@ def train_model(
     mean_loss: mean_loss(assembly, config, catalogue, params, extra, batch, key); where the task has frozen stages,
     their variables come behind the catalogue.
     """
-    # What doesn't fit the IDs is refused before the training, not behind it: here, and by `make_validation`.
-    recommender(assembly, {}, config)
+    # A search that doesn't fit the IDs is refused before the training; `make_validation` checks its own.
+    config.decoding.check(assembly.space)
     evaluate = None
     if config.training.evaluate_every:
         evaluate = make_validation(assembly, config.features, config.validation_decoding, config.validation)
