@@ -68,6 +68,21 @@ class RMSNorm(nn.Module):
         return (normed * scale).astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / standard deviation * scale + bias over the last axis, computed in float32."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", partitioned(init.ones, "embed"), (x.shape[-1],))
+        bias = self.param("bias", partitioned(init.zeros, "embed"), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        return (normed * scale + bias).astype(x.dtype)
+
+
 class Embedding(nn.Module):
     """A table [V, D]; call it with int ids of any shape, or `attend` with [..., D] for tied logits [..., V]."""
 
