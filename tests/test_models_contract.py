@@ -133,6 +133,7 @@ CASES = {
 VARIANTS = CASES | {
     "causal, whole vocabulary": lambda: causal(sums_to_one=False, restrict=False, groups=4, tied=False),
     "causal, tokens": lambda: causal(levels=None, groups=1, bias=False),
+    "causal, Qwen3": lambda: causal(bias=False, head_norm=True),
     "encoder_decoder, whole vocabulary": lambda: encoder_decoder(sums_to_one=False, restrict=False),
     "encoder_decoder, tokens": lambda: encoder_decoder(levels=None, activation="gelu", gated=True, start_token=2),
     "bart, prefixes": lambda: bart(causal=True, restrict=False, tied=False, sums_to_one=False),

@@ -59,10 +59,12 @@ class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, computed in float32."""
 
     epsilon: float = 1e-6
+    axis: str = "embed"
+    """name of the last axis"""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", partitioned(init.ones, "embed"), (x.shape[-1],))
+        scale = self.param("scale", partitioned(init.ones, self.axis), (x.shape[-1],))
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (normed * scale).astype(x.dtype)

@@ -98,9 +98,13 @@ class SelfAttention(nn.Module):
     """the output has a bias"""
     pre_norm: bool = True
     """the input is normalised first"""
+    head_norm: bool = False
+    """every head's query and key are normalised (RMSNorm), before the rotary embedding"""
 
     def setup(self):
         self.norm = RMSNorm(self.epsilon) if self.pre_norm else None
+        if self.head_norm:
+            self.query_norm, self.key_norm = RMSNorm(self.epsilon, "head_dim"), RMSNorm(self.epsilon, "head_dim")
         # Initial scores have the same variance as under the usual scale.
         gain = 1.0 if self.scale is None else self.head_dim**-0.5 / self.scale
         axes = ("embed", "heads", "head_dim")
@@ -148,6 +152,8 @@ class SelfAttention(nn.Module):
     def _project(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, KeyValue]:
         normed = self.norm(x) if self.pre_norm else x
         query, key = self.query(normed), self.key(normed)
+        if self.head_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary_base is not None:
             query, key = (rotate(part, positions, self.rotary_base) for part in (query, key))
         return query, (key, self.value(normed))

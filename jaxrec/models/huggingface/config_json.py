@@ -9,11 +9,13 @@ from jaxrec.config import UserError
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
-def read_config(folder: Path, model_type: str) -> dict:
+def read_config(folder: Path, *kinds: str) -> dict:
+    """The values of a folder's config.json, whose model_type is one of `kinds`."""
     path = folder / CONFIG_FILE
     raw = read_json(path, f"give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    if raw.get("model_type") != model_type:
-        raise UserError(f"{path} is of a model_type {raw.get('model_type')!r}, expected {model_type!r}: use its loader")
+    if raw.get("model_type") not in kinds:
+        wanted = " or ".join(map(repr, kinds))
+        raise UserError(f"{path} is of a model_type {raw.get('model_type')!r}, expected {wanted}: use its loader")
     return raw
 
 

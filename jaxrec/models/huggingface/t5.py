@@ -7,20 +7,20 @@ from pathlib import Path
 from jaxrec.config import UserError
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.models.huggingface.config_json import CONFIG_FILE, flag_of, make_config, number_of, read_config, size_of
-from jaxrec.models.huggingface.tensors import Parameter, Tensors, matrix, same, save_model
+from jaxrec.models.huggingface.tensors import Parameter, Tensors, check_saved, matrix, same, save_model
 
 T5_ACTIVATIONS = {"relu": ("relu", False), "gated-gelu": ("gelu", True), "gated-silu": ("silu", True)}
 
 
 def load_t5(folder: str | Path) -> tuple[EncoderDecoderConfig, dict]:
-    """The configuration and the parameters (float32) of a T5 in a folder, for `EncoderDecoder`.
+    """The configuration and the parameters (float32) of a T5 or mT5 in a folder, for `EncoderDecoder`.
 
     Raises:
       UserError: a file is missing or damaged, it is another architecture, a tensor is missing, unknown, of a wrong
         shape, or holds NaN or infinity.
     """
     folder = Path(folder)
-    raw = read_config(folder, "t5")
+    raw = read_config(folder, "t5", "mt5")
     with Tensors(folder) as tensors:
         config = _t5_config(folder, raw, tensors)
         twins = {name: "shared.weight" for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
@@ -35,8 +35,7 @@ def save_t5(folder: str | Path, config: EncoderDecoderConfig, params: dict) -> N
     Raises:
       UserError: the parameters don't fit the configuration, or the folder can't be written.
     """
-    if config.causal:
-        raise UserError("a T5 reads its context both ways: model.causal=True can't be saved in Hugging Face's layout")
+    check_saved("a T5", config, {"style": "t5", "causal": False})
     names = {(activation, gated): name for name, (activation, gated) in T5_ACTIVATIONS.items()}
     if (config.activation, config.gated) not in names:
         raise UserError(
@@ -75,10 +74,12 @@ def _t5_config(folder: Path, raw: dict, tensors: "Tensors") -> EncoderDecoderCon
         raise UserError(
             f"{path}: feed_forward_proj={activation!r} is not supported; use one of {', '.join(T5_ACTIVATIONS)}"
         )
-    tied = flag_of(path, raw, "tie_word_embeddings", True)
+    tied, newer = flag_of(path, raw, "tie_word_embeddings", True), "scale_decoder_outputs" in raw
     scale_head = flag_of(path, raw, "scale_decoder_outputs", tied)
-    if tied and "scale_decoder_outputs" in raw and "lm_head.weight" in tensors:
-        # Newer writers say `tie_word_embeddings` of every T5, and store a head only where it is another matrix.
+    if raw["model_type"] == "mt5":
+        newer, scale_head = True, False
+    if tied and newer and "lm_head.weight" in tensors:
+        # Newer writers say `tie_word_embeddings` of every model, and store a head only where it is another matrix.
         tied = tensors.equal("lm_head.weight", "shared.weight")
     return make_config(
         path,

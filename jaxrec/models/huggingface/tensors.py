@@ -158,6 +158,14 @@ class Tensors:
                 )
 
 
+def check_saved(what: str, config: Any, wanted: dict) -> None:
+    """Raises UserError when a field of the configuration has another value than the family's, so has no name there."""
+    for field, value in wanted.items():
+        found = getattr(config, field)
+        if found != value:
+            raise UserError(f"{what} has model.{field}={value!r}: {found!r} can't be saved in Hugging Face's layout")
+
+
 def save_model(folder: str | Path, config: Any, raw: dict, plan: list[Parameter], params: dict) -> None:
     if config.levels is not None:
         raw["jaxrec"] = {"levels": config.levels, "restrict": config.restrict}
