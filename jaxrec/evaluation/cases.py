@@ -7,8 +7,8 @@
 
 The time of a request is that of the search or the prefix, or of the first event of the session. No history has anything
 after it, even where a user's sessions overlap, nor anything at that very second, with one exception: the history before
-a session keeps earlier sessions' events of that second, since some logs give days alone. Feedback on suggestions of the
-request's own session is left out too, since it was given at an unknown later time.
+a session or a search keeps earlier sessions' events of that second, since some logs give days alone. Feedback on
+suggestions of the request's own session is left out too, since it was given at an unknown later time.
 
 The order of events with equal timestamps is arbitrary, but a model can learn it (data sets stored in the order of item
 ids leak the ground truth). `shuffle_ties` puts such events in random order.
@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxrec.config import UserError
 from jaxrec.data.examples import Record
-from jaxrec.data.searches import before_moment, before_session, led_to, with_texts
+from jaxrec.data.searches import before_moment, before_search, before_session, led_to, with_texts
 from jaxrec.data.tables import CHOSEN, FEEDBACK, SPLITS
 from jaxrec.targets.space import TargetSpace
 
@@ -107,7 +107,7 @@ def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split
 def search_cases(records: Iterable[Record], target_behaviors: Sequence[int], split: str = "test") -> Cases:
     """One case a search of `split` that led to target items of `split`: the truths are these items.
 
-    The history is everything strictly before the search, also in its own session, and may be empty.
+    The history is everything before the search, also in its own session (`before_search`), and may be empty.
 
     Raises:
       UserError: the records hold no searches.
@@ -121,7 +121,7 @@ def search_cases(records: Iterable[Record], target_behaviors: Sequence[int], spl
             truths = led_to(record, search, truth)
             if not len(truths):
                 continue
-            history = before_moment(record, record["search_timestamp"][search], record["search_session"][search])
+            history = before_search(record, search)
             question = {"query": np.int32(record["search_query"][search])}
             had = history["item"][np.isin(history["behavior"], target_behaviors)]
             history |= _asked(record, history, record["search_timestamp"][search])
