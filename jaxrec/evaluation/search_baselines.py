@@ -11,6 +11,7 @@ Queries are compared after `jaxrec.targets.normalised`. What a baseline gives no
 training events: of the counting ones, every item for a query that was not searched for in training.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from jaxrec.data.popularity import DAY
 from jaxrec.evaluation.baselines import Popularity, PurchaseLog, Recommender, count_matrix, recommend_best
 from jaxrec.targets import normalised
 
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
 RECENT_DAYS, FLOOR = 30, 0.02
 """The window of recent popularity, and the weight of the popularity of all time in it."""
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
