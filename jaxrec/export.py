@@ -44,6 +44,7 @@ from jaxrec.config import UserError, fingerprint, from_json, to_json
 from jaxrec.data.features import AGES, FeatureConfig
 from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
+from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.token_sequences import TokenSequenceConfig
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
@@ -61,7 +62,8 @@ FILES = {"variables": "model.safetensors", "trie": "trie.safetensors"}
 """The file of an array of `GenerativeRecommender.served`, by its first key; others are in that of the catalogue."""
 CATALOGUE = "catalogue.safetensors"
 READERS = {
-    reader.__name__: reader for reader in (FeatureConfig, ItemSequenceConfig, LeveledSessionConfig, TokenSequenceConfig)
+    reader.__name__: reader
+    for reader in (FeatureConfig, ItemSequenceConfig, LeveledSessionConfig, SearchFeatureConfig, TokenSequenceConfig)
 }
 """What makes the inputs of histories, by the name in the manifest."""
 
