@@ -247,7 +247,7 @@ class EncoderDecoder(nn.Module):
 
         Tokens may be [B, S, M] as well: a position is then the sum of its tokens' embeddings, -1 standing for none.
         """
-        memory, mask = self._encode(inputs.tokens, inputs.mask, train), inputs.mask[:, None]
+        memory, mask = self._encode(inputs, train), inputs.seen[:, None]
         cross = tuple(layer.cross.key_value(memory) for layer in self.decoder)
         memory = memory if self.config.causal else None
         ends = None if memory is None else _ends(memory, mask)
@@ -299,12 +299,15 @@ class EncoderDecoder(nn.Module):
     def _start_tokens(self, context: EncodedContext, count: int) -> jax.Array:
         return jnp.full((context.mask.shape[0], count, 1), self.config.start_token, jnp.int32)
 
-    def _encode(self, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
-        """The encoder's output, [B, S, D]."""
+    def _encode(self, inputs: ContextTokens, train: bool) -> jax.Array:
+        """The encoder's output, [B, S + Q, D]."""
+        tokens, mask = inputs.tokens, inputs.seen
         x = self.embed(jnp.maximum(tokens, 0))
         if tokens.ndim == 3:
             x = jnp.where(tokens[..., None] >= 0, x, 0.0).sum(2)
-        positions, bart = np.arange(tokens.shape[1]), self.config.style == "bart"
+        if inputs.soft is not None:
+            x = jnp.concatenate([x, inputs.soft.astype(x.dtype)], axis=1)
+        positions, bart = np.arange(mask.shape[1]), self.config.style == "bart"
         if bart:
             self._check_positions("a context", len(positions))
             # Of real tokens, so that padding changes nothing wherever it stands.

@@ -7,7 +7,8 @@
 
 from jaxrec.targets.semantic_ids import SemanticIdSpace
 from jaxrec.targets.space import Found, TargetSpace
-from jaxrec.targets.texts import TextSpace, TextSpaceConfig, load_text_space, normalised, text_space
+from jaxrec.targets.texts import TextSpace, TextSpaceConfig, load_text_space, text_space
+from jaxrec.text.words import normalised
 
 __all__ = [
     "Found",

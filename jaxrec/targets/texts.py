@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import threading
-import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from jaxrec.run import read_json, write_json
 from jaxrec.targets.semantic_ids import padded_truths
 from jaxrec.targets.space import NONE, Found
 from jaxrec.text.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
+from jaxrec.text.words import normalised
 
 TARGETS = "targets"
 """The folder of a run that `TextSpace.save` writes into."""
@@ -51,14 +51,6 @@ FREE = {
     **{name: meaning for name, meaning in LISTED.items() if name != "texts"},
     "tokens": "tokens of a text with its end, -1 behind it, best first; several may spell one text",
 }
-
-
-def normalised(text: str) -> str:
-    """What texts are compared by: NFKC, case folded, white space as single spaces and none at the ends."""
-    before = None
-    while text != before:  # folding can leave what NFKC composes, and the other way round
-        before, text = text, unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(text.split())
 
 
 @dataclass(frozen=True)
