@@ -6,6 +6,7 @@ from search_records import random_record
 
 from jaxrec.data.searches import (
     before_moment,
+    before_search,
     before_session,
     led_to,
     query_of_events,
@@ -88,6 +89,29 @@ def test_the_part_before_a_moment_by_loops():
                 rows = rows_of(record, log)
                 earlier = [row for row in rows if row["session"] < session and row["timestamp"] < moment]
                 assert rows_of(part, log) == earlier
+
+
+def test_the_part_before_a_search_by_loops():
+    """At the moment itself it holds what earlier sessions hold, but no event of a search that it doesn't hold."""
+    kept = 0
+    for seed in range(30):
+        record = random_record(seed)
+        for search, (moment, session) in enumerate(
+            zip(record["search_timestamp"].tolist(), record["search_session"].tolist(), strict=True)
+        ):
+
+            def known(row, at=moment, of=session):
+                return row["timestamp"] < at or (row["timestamp"] == at and row["session"] < of)
+
+            events = [row for row in linked(record) if known(row)]
+            events = [r for r in events if r["timestamp"] < moment or r["search"] is None or known(r["search"])]
+            part = before_search(record, search)
+            assert linked(part) == events
+            assert rows_of(part, "search_") == [row for row in rows_of(record, "search_") if known(row)]
+            suggested = before_moment(record, moment, session)
+            assert rows_of(part, "suggestion_") == rows_of(suggested, "suggestion_")
+            kept += len(part["item"]) > len(suggested["item"])
+    assert kept > 10
 
 
 def test_what_a_search_led_to():

@@ -125,18 +125,25 @@ def search_oracle(records, targets, split):
     """(user, query, moment, truths, the events before, the searches before) of every search that led to a target."""
     found = []
     for record in records:
-        events = list(
-            zip(*(record[f].tolist() for f in ("item", "behavior", "timestamp", "split", "search")), strict=True)
-        )
-        searches = list(zip(*(record[f"search_{f}"].tolist() for f in ("query", "timestamp", "split")), strict=True))
-        for place, (query, moment, of) in enumerate(searches):
-            led = {i for i, b, _, s, search in events if search == place and b in targets and s == split}
+        fields = ("item", "behavior", "timestamp", "session", "split", "search")
+        events = list(zip(*(record[f].tolist() for f in fields), strict=True))
+        fields = ("query", "timestamp", "session", "split")
+        searches = list(zip(*(record[f"search_{f}"].tolist() for f in fields), strict=True))
+        for place, (query, moment, session, of) in enumerate(searches):
+            led = {i for i, b, _, _, s, search in events if search == place and b in targets and s == split}
             if of != split or not led:
                 continue
-            before = sorted((i, b, t) for i, b, t, _, _ in events if t < moment)
+            known = [t < moment or (t == moment and other < session) for _, t, other, _ in searches] + [True]
+            before = sorted(
+                (i, b, t)
+                for i, b, t, other, _, search in events
+                if t < moment or (t == moment and other < session and known[search])
+            )
             had = {i for i, b, _ in before if b in targets}
-            earlier = sorted((q, t) for q, t, _ in searches if t < moment)
-            found.append((record["user"], query, moment, sorted(led), sorted(led - had), before, earlier))
+            earlier = sorted((q, t) for (q, t, _, _), there in zip(searches, known[:-1], strict=True) if there)
+            mine = [(i, b) for i, b, _, _, s, search in events if search == place and b in targets and s == split]
+            strongest = [max(b for i, b in mine if i == item) for item in sorted(led)]
+            found.append((record["user"], query, moment, sorted(led), sorted(led - had), strongest, before, earlier))
     return found
 
 
@@ -151,8 +158,9 @@ def test_cases_of_searches_by_loops(split):
     cases = search_cases(records, (1, 2), split)
     expected = search_oracle(records, (1, 2), SPLITS.index(split))
     assert len(cases) == len(expected) > 10 and cases.cold == 0
-    for row, (user, query, moment, truths, new, before, earlier) in enumerate(expected):
+    for row, (user, query, moment, truths, new, behavior, before, earlier) in enumerate(expected):
         history = cases.histories[row]
+        assert cases.behavior[row][cases.where[row]].tolist() == behavior
         assert (cases.users[row], history["user"], history["query"], history["now"]) == (user, user, query, moment)
         assert cases.targets[row][cases.where[row]].tolist() == truths
         assert cases.targets[row][cases.new[row]].tolist() == new
@@ -194,10 +202,12 @@ def test_cases_of_prefixes_by_loops(split):
 def test_no_case_holds_anything_from_its_question_on():
     """Nothing later, and no feedback on the suggestions of the question's own session, whatever their time."""
     records = [random_record(seed) for seed in range(60)]
-    for cases in (search_cases(records, (1, 2)), prefix_cases(records)):
-        for history in cases.histories:
-            for name in ("timestamp", "search_timestamp", "suggestion_timestamp"):
-                assert (history[name] < history["now"]).all()
+    for history in prefix_cases(records).histories:
+        for name in ("timestamp", "search_timestamp", "suggestion_timestamp"):
+            assert (history[name] < history["now"]).all()
+    for history in search_cases(records, (1, 2)).histories:
+        assert all((history[name] <= history["now"]).all() for name in ("timestamp", "search_timestamp"))
+        assert (history["suggestion_timestamp"] < history["now"]).all()
     session = {**random_record(3)}
     session["suggestion_session"] = np.zeros_like(session["suggestion_session"])
     assert all(not len(history["suggestion_query"]) for history in prefix_cases([session], "train").histories)

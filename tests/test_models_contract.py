@@ -23,7 +23,7 @@ from jaxrec.losses.preference import ldpo
 from jaxrec.models.causal import Causal, CausalConfig
 from jaxrec.models.contract import Scored, TargetModel
 from jaxrec.models.cross_decoder import CrossDecoder
-from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, bart_config
 from jaxrec.models.prior import popularity_prior
 from jaxrec.models.rankgr import RankGR
 from jaxrec.models.vocabulary import ContextTokens
@@ -91,6 +91,12 @@ def encoder_decoder(prior: bool = False, sums_to_one: bool = True, **changes) ->
     return text(model, prior=prior, sums_to_one=sums_to_one)
 
 
+def bart(prior: bool = False, sums_to_one: bool = True, **changes) -> Case:
+    sizes = {"vocabulary": 14, "width": 8, "heads": 2, "head_dim": 4, "hidden": 6, "encoder_layers": 1, "layers": 1}
+    model = EncoderDecoder(bart_config(**sizes | {"max_positions": 9, "levels": LEVELS} | changes))
+    return text(model, prior=prior, sums_to_one=sums_to_one, others="logits_bias")
+
+
 def cross_decoder(**changes) -> Case:
     assembly = onemall_parts.make_assembly(dataclasses.replace(onemall_parts.MODEL, **{"layers": 1, **changes}))
     arrays = onemall_parts.make_arrays([onemall_parts.make_history(seed, 7) for seed in range(B)], assembly)
@@ -120,21 +126,27 @@ CASES = {
     "causal": lambda: causal(prior=True),
     "encoder_decoder": lambda: encoder_decoder(tied=False),
     "encoder_decoder, prefixes": lambda: encoder_decoder(prior=True, causal=True),
+    "bart": lambda: bart(prior=True),
     "cross_decoder": cross_decoder,
     "rankgr": lambda: rankgr(pointer=True, prior=True),
 }
 VARIANTS = CASES | {
     "causal, whole vocabulary": lambda: causal(sums_to_one=False, restrict=False, groups=4, tied=False),
     "causal, tokens": lambda: causal(levels=None, groups=1, bias=False),
+    "causal, Qwen3": lambda: causal(bias=False, head_norm=True),
     "encoder_decoder, whole vocabulary": lambda: encoder_decoder(sums_to_one=False, restrict=False),
     "encoder_decoder, tokens": lambda: encoder_decoder(levels=None, activation="gelu", gated=True, start_token=2),
+    "bart, prefixes": lambda: bart(causal=True, restrict=False, tied=False, sums_to_one=False),
+    "bart, tokens": lambda: bart(levels=None, activation="relu"),
     "cross_decoder, uncompressed": lambda: cross_decoder(
         habit=False, places=True, queries=0, experts=1, item_embedding=False, prior=False
     ),
     "rankgr, codes": lambda: rankgr(context="codes", behaviors=False, gaps=False),
 }
 MODELS = (Causal, EncoderDecoder, CrossDecoder, RankGR)
-VIEWS = ("causal", "encoder_decoder, prefixes", "rankgr")
+VIEWS = ("causal", "encoder_decoder, prefixes", "bart, prefixes", "rankgr")
+UNCUT = ("encoder_decoder", "bart")
+"""their contexts have views with `model.causal` alone"""
 LOSSES = {
     "next_token": lambda scored, where: next_token(scored.log_probs, where).sum(-1),
     "smoothed": lambda scored, where: next_token(
@@ -323,10 +335,11 @@ def test_views_are_of_the_models_whose_contexts_can_be_cut():
     def shapes_of(case: Case):
         return jax.eval_shape(case.context, case.variables["params"], case.arrays)
 
-    shapes = {name: shapes_of(make(name)) for name in CASES}
-    assert {name for name, context in shapes.items() if hasattr(context, "at")} - {"encoder_decoder"} == set(VIEWS)
-    with pytest.raises(ValueError, match=r"model\.causal"):
-        shapes["encoder_decoder"].at(LAST)
+    shapes = {name: shapes_of(make(name)) for name in {*CASES, *VIEWS}}
+    assert {name for name, context in shapes.items() if hasattr(context, "at")} - set(UNCUT) == set(VIEWS)
+    for name in UNCUT:
+        with pytest.raises(ValueError, match=r"model\.causal"):
+            shapes[name].at(LAST)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -103,6 +103,28 @@ def before_moment(record: Record, moment: int, session: int) -> Record:
     return _select(record, **part)
 
 
+def before_search(record: Record, search: int) -> Record:
+    """The part of a record that was known when one of its searches (its place in the record) was made.
+
+    As `before_moment`, with the events and searches of earlier sessions at the very moment too: a log may tell days
+    alone, where most of the history would be lost. An event of the moment is left out if it comes of a search not known
+    yet.
+    """
+    moment, session = record["search_timestamp"][search], record["search_session"][search]
+    events, searches = (
+        (record[f"{log}timestamp"] < moment)
+        | ((record[f"{log}timestamp"] == moment) & (record[f"{log}session"] < session))
+        for log in ("", "search_")
+    )
+    # The last entry is the cause of events without a search, whose place is -1.
+    events &= (record["timestamp"] < moment) | np.append(searches, True)[record["search"]]
+    part = {"events": events, "searches": searches}
+    if "suggestion_query" in record:
+        earlier = record["suggestion_session"] < session
+        part["suggestions"] = earlier & (record["suggestion_timestamp"] < moment)
+    return _select(record, **part)
+
+
 def before_session(record: Record, session: int, moment: int) -> Record:
     """The part of a record in the sessions before `session`, which begins at `moment` (Unix seconds).
 

@@ -7,8 +7,8 @@
 
 The time of a request is that of the search or the prefix, or of the first event of the session. No history has anything
 after it, even where a user's sessions overlap, nor anything at that very second, with one exception: the history before
-a session keeps earlier sessions' events of that second, since some logs give days alone. Feedback on suggestions of the
-request's own session is left out too, since it was given at an unknown later time.
+a session or a search keeps earlier sessions' events of that second, since some logs give days alone. Feedback on
+suggestions of the request's own session is left out too, since it was given at an unknown later time.
 
 The order of events with equal timestamps is arbitrary, but a model can learn it (data sets stored in the order of item
 ids leak the ground truth). `shuffle_ties` puts such events in random order.
@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxrec.config import UserError
 from jaxrec.data.examples import Record
-from jaxrec.data.searches import before_moment, before_session, led_to, with_texts
+from jaxrec.data.searches import before_moment, before_search, before_session, led_to, with_texts
 from jaxrec.data.tables import CHOSEN, FEEDBACK, SPLITS
 from jaxrec.targets.space import TargetSpace
 
@@ -56,6 +56,8 @@ class Cases:
     feedback: np.ndarray | None = None
     """int8 [U, L], in cases of prefixes: the strongest feedback on each query, an index in FEEDBACK; -1 in the padding.
     """
+    behavior: np.ndarray | None = None
+    """int8 [U, L], in cases of searches: the strongest behavior of the search with each item; -1 in the padding."""
 
     def __len__(self) -> int:
         return len(self.histories)
@@ -64,9 +66,9 @@ class Cases:
         """The cases of these rows, e.g. `cases.take(range(256))` for a quick look during training."""
         rows = np.asarray(rows, np.int64)
         histories = [self.histories[row] for row in rows]
-        feedback = None if self.feedback is None else self.feedback[rows]
-        arrays = (self.targets[rows], self.where[rows], self.new[rows])
-        return Cases(self.users[rows], histories, *arrays, feedback=feedback)
+        told = {"feedback": self.feedback, "behavior": self.behavior}
+        told = {name: values[rows] for name, values in told.items() if values is not None}
+        return Cases(self.users[rows], histories, self.targets[rows], self.where[rows], self.new[rows], **told)
 
 
 def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split: str = "test") -> Cases:
@@ -105,7 +107,7 @@ def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split
 def search_cases(records: Iterable[Record], target_behaviors: Sequence[int], split: str = "test") -> Cases:
     """One case a search of `split` that led to target items of `split`: the truths are these items.
 
-    The history is everything strictly before the search, also in its own session, and may be empty.
+    The history is everything before the search, also in its own session (`before_search`), and may be empty.
 
     Raises:
       UserError: the records hold no searches.
@@ -119,12 +121,16 @@ def search_cases(records: Iterable[Record], target_behaviors: Sequence[int], spl
             truths = led_to(record, search, truth)
             if not len(truths):
                 continue
-            history = before_moment(record, record["search_timestamp"][search], record["search_session"][search])
+            history = before_search(record, search)
             question = {"query": np.int32(record["search_query"][search])}
             had = history["item"][np.isin(history["behavior"], target_behaviors)]
             history |= _asked(record, history, record["search_timestamp"][search])
-            found.append((history | question, truths, ~np.isin(truths, had)))
-    return _cases_of(found)
+            led = truth & (record["search"] == search)
+            behavior = np.zeros(len(truths), np.int8)
+            np.maximum.at(behavior, np.searchsorted(truths, record["item"][led]), record["behavior"][led])
+            found.append((history | question, truths, ~np.isin(truths, had), behavior))
+    behavior, _ = _pad([each[3] for each in found], -1, np.int8)
+    return dataclasses.replace(_cases_of([each[:3] for each in found]), behavior=behavior)
 
 
 def prefix_cases(records: Iterable[Record], split: str = "test") -> Cases:

@@ -97,6 +97,36 @@ def ranking_metrics(
     }
 
 
+def graded_ndcg_at(ranked: np.ndarray, items: np.ndarray, grades: np.ndarray, k: int) -> np.ndarray:
+    """f64 [U]: NDCG@k with grades as gains, as trec_eval: sum of grade / log2(1 + rank) over the best possible sum.
+
+    ranked int32 [U, n] with -1 = none; items int32 [U, L] are judged, distinct within a row, -1 in the padding; grades
+    f32 [U, L] >= 0. Items without a judgment have the gain 0; a repeated item counts at its first position. 0 where no
+    grade is above 0.
+    """
+    discounts = 1.0 / np.log2(np.arange(k) + 2.0)
+    gains = np.zeros(ranked.shape)
+    for item, grade in zip(items.T, np.where(items >= 0, grades, 0).T, strict=True):
+        hits = (ranked == item[:, None]) & (item >= 0)[:, None]
+        first = hits & (np.cumsum(hits, axis=1) == 1)
+        gains += first * grade[:, None]
+    ideal = -np.sort(-np.where(items >= 0, grades, 0), axis=1)[:, :k]
+    best, found = (values[:, :k] @ discounts[: values[:, :k].shape[1]] for values in (ideal, gains))
+    return np.divide(found, best, out=np.zeros(len(ranked)), where=best > 0)
+
+
+def condensed(ranked: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Rankings int32 [U, n] without the answers that are not in items int32 [U, L], the others moved up; -1 behind.
+
+    Condensed lists (Sakai, 2007): no answer is counted as irrelevant only because nobody judged it.
+    """
+    keep = np.zeros(ranked.shape, bool)
+    for item in items.T:
+        keep |= (ranked == item[:, None]) & (item >= 0)[:, None]
+    order = np.argsort(~keep, axis=1, kind="stable")
+    return np.take_along_axis(np.where(keep, ranked, -1), order, axis=1)
+
+
 def add(left: dict[str, SumCount], right: dict[str, SumCount]) -> dict[str, SumCount]:
     """Adds (sum, count) pairs key by key; keys of one side only are kept."""
     zero = (0.0, 0)

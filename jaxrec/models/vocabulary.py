@@ -22,11 +22,20 @@ class ContextTokens:
     """Contexts of tokens: tokens int32 [B, S] with mask bool [B, S], True = a token.
 
     prior: a distribution over the targets' IDs that is added to the decoder's logits, or None.
+    soft, soft_mask: [B, Q, D] and bool [B, Q], embeddings of positions behind the tokens that are no tokens of the
+      vocabulary, or None. Models with an encoder read them.
     """
 
     tokens: jax.Array
     mask: jax.Array
     prior: Prior | None = None
+    soft: jax.Array | None = None
+    soft_mask: jax.Array | None = None
+
+    @property
+    def seen(self) -> jax.Array:
+        """bool [B, S + Q]: the mask of all positions."""
+        return self.mask if self.soft is None else jnp.concatenate([self.mask, self.soft_mask], axis=1)
 
 
 def check_levels(levels: Levels | None, vocabulary: int) -> None:
@@ -53,23 +62,34 @@ def to_tokens(codes: jax.Array, levels: Levels | None, first: int = 0) -> jax.Ar
 
 
 def level_logits(
-    table: jax.Array, state: jax.Array, level: int, levels: Levels | None, restrict: bool
+    table: jax.Array,
+    state: jax.Array,
+    level: int,
+    levels: Levels | None,
+    restrict: bool,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Logits float32 [..., K] of a level's codes from states [..., D], and the log of their normaliser [...].
 
-    `table` [V, D] is the head. The normaliser is over the level's slice when `restrict`, else over the vocabulary.
+    `table` [V, D] is the head, with a bias [V] or none. The normaliser is over the level's slice when `restrict`, else
+    over the vocabulary.
     """
     table, state = table.astype(jnp.float32), state.astype(jnp.float32)
+
+    def logits_of(tokens: slice) -> jax.Array:
+        logits = project(state, table[tokens].T)
+        return logits if bias is None else logits + bias[tokens]
+
     if levels is None:
-        logits = project(state, table.T)
+        logits = logits_of(slice(None))
         return logits, jax.nn.logsumexp(logits, axis=-1)
     if level >= len(levels):
         raise UserError(f"level {level} is asked for, but model.levels names {len(levels)}: give a level for each code")
     offset, size = levels[level]
     if restrict:
-        logits = project(state, table[offset : offset + size].T)
+        logits = logits_of(slice(offset, offset + size))
         return logits, jax.nn.logsumexp(logits, axis=-1)
-    logits = project(state, table.T)
+    logits = logits_of(slice(None))
     return logits[..., offset : offset + size], jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -80,12 +100,13 @@ def level_log_probs(
     levels: Levels | None,
     restrict: bool,
     prior: jax.Array | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Log-probabilities float32 [..., K] of the level's codes; arguments as for `level_logits`.
 
     prior: float32 [..., K], added to the logits of a level that is normalised by itself (`restrict`).
     """
-    logits, log_z = level_logits(table, state, level, levels, restrict)
+    logits, log_z = level_logits(table, state, level, levels, restrict, bias)
     if prior is None:
         return logits - log_z[..., None]
     return jax.nn.log_softmax(logits + prior, axis=-1)

@@ -2,20 +2,24 @@
 
 The behaviors that are in the data: *exposure*, an opportunity to see a product, which was on display or in the
 mailer in the store and week of a visit; *purchase*; *coupon_purchase*, a purchase with a coupon. There are no clicks.
+
+Nobody typed a query. `queries` derives searches from the baskets: one for every category (or product type) among the
+purchased products, at the time of the basket, which led to the products of it. The words of a query stand in the texts
+of its products, so finding the category is easy; a measured search asks which product of it is bought.
 """
 
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import ibis
 import pyarrow as pa
 from ibis import _
 from ibis.backends import BaseBackend
 
-from jaxrec.config import UserError, fingerprint
+from jaxrec.config import UserError, fingerprint, to_json
 from jaxrec.data.cleaning import KCore, k_core
 from jaxrec.data.sources.grocery_words import product_text, product_title, readable
 from jaxrec.data.tables import RawTables, Split, connect, count_rows, mix, store
@@ -44,11 +48,16 @@ class CompleteJourney:
     """How validation and test are held out."""
     seed: int = 0
     """Seed of the sampling of exposures."""
+    queries: Literal["none", "category", "product_type"] = "none"
+    """The words that the derived searches of a basket consist of; none: no searches. Other logs don't depend on it."""
 
     def fingerprint(self) -> str:
-        """Of the package's version and this configuration."""
+        """Of the package's version and this configuration; `queries` counts where there are any."""
         _data_folder()
-        return fingerprint("complete_journey", importlib.metadata.version(PACKAGE), self)
+        values = to_json(self)
+        if self.queries == "none":
+            del values["queries"]
+        return fingerprint("complete_journey", importlib.metadata.version(PACKAGE), values)
 
     def load(self) -> RawTables:
         """Reads and cleans the package's parquet files.
@@ -69,13 +78,20 @@ class CompleteJourney:
             ),
         )
         kept = store(engine, bought.group_by("product_id").agg(price=(_.paid / _.quantity).median()))
-        events = bought.mutate(behavior=ibis.ifelse(_.coupon, "coupon_purchase", "purchase"))
-        events = _as_events(events)
+        items = store(engine, _items(products.inner_join(kept, "product_id").order_by("product_id").to_pyarrow()))
+        events = _as_events(bought.mutate(behavior=ibis.ifelse(_.coupon, "coupon_purchase", "purchase")))
+        searches = None
+        if self.queries != "none":
+            events = store(engine, _searched(events, items, self.queries))
+            searches = store(engine, _searches(events))
+            events = events.drop("query")
         if self.exposures_per_session:
             exposures = self._exposures(promotions.semi_join(kept, "product_id"), visits)
-            events = events.union(_as_events(exposures.mutate(behavior=ibis.literal("exposure"))))
-        items = store(engine, _items(products.inner_join(kept, "product_id").order_by("product_id").to_pyarrow()))
-        return RawTables(engine, items, store(engine, events), dropped=dropped)
+            exposures = _as_events(exposures.mutate(behavior=ibis.literal("exposure")))
+            missing = {} if searches is None else {"search_id": ibis.null("string")}
+            events = events.union(exposures.mutate(**missing))
+        facts = {} if searches is None else {"queries_derived_from": self.queries}
+        return RawTables(engine, items, store(engine, events), searches, dropped=dropped, facts=facts)
 
     def _purchases(
         self, engine: BaseBackend, lines: ibis.Table, products: ibis.Table, dropped: dict[str, int]
@@ -149,6 +165,19 @@ def _as_events(rows: ibis.Table) -> ibis.Table:
         behavior=_.behavior,
         session_id=_.basket_id.cast("string"),
     )
+
+
+def _searched(purchases: ibis.Table, items: ibis.Table, column: str) -> ibis.Table:
+    """The purchases with the `query` that finds their product, its words of `column` as one types them, and the
+    `search_id`: one for every query of a basket."""
+    words = items.select("item_id", query=items[column].lower())
+    return purchases.inner_join(words, "item_id").mutate(search_id=_.session_id + ": " + _["query"])
+
+
+def _searches(purchases: ibis.Table) -> ibis.Table:
+    """The searches of `_searched` purchases."""
+    basket = {name: _[name].min() for name in ("user_id", "timestamp", "query", "session_id")}
+    return purchases.group_by("search_id").agg(**basket)
 
 
 def _items(products: pa.Table) -> pa.Table:
