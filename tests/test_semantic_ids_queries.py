@@ -180,6 +180,12 @@ def test_an_encoder_that_was_tuned_on_searches(tables, text, trains, tmp_path):
         assert not np.allclose(embed_new(folder, queries, text_config=text), embed_texts(queries, text), atol=1e-3)
 
 
+def test_nothing_is_embedded_for_a_keyword_column_that_is_none(tables, tmp_path):
+    nowhere, wrong = EncoderConfig(model="no_such_package_here"), KeywordConfig(attributes=("brnd",))
+    with pytest.raises(UserError, match=r"keywords\.attributes names 'brnd'"):
+        tokenize(tables, tmp_path, nowhere, AlignConfig(), IDS, CollisionConfig(), 0, keywords=wrong)
+
+
 def test_bad_folders(tables, made, text, tmp_path):
     folder = shutil.copytree(made, tmp_path / "ids")
     (folder / "keywords.parquet").write_bytes(b"no parquet")
