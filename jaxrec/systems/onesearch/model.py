@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.queries import KnownQueries, load_queries, query_texts
 from jaxrec.systems.recommender import GenerativeRecommender, Served, filled_up, with_later_prior
 from jaxrec.targets import SemanticIdSpace
+from jaxrec.text.tokenizer import TextTokenizer
 from jaxrec.training.sharding import init_sharded
 
 DAY = 86_400
@@ -72,10 +73,17 @@ class OneSearchAssembly:
     examples: Any = None
     """folder of the example records"""
 
+    required_text: ClassVar[str] = "query"
+
     @property
     def target_behaviors(self) -> list[int]:
         """Indices of the target behaviors."""
         return np.flatnonzero(self.wanted).tolist()
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Of what is typed."""
+        return self.queries.tokenizer
 
     @property
     def catalogue(self) -> OneSearchCatalogue:
