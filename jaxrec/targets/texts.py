@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import threading
-import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import UserError, check_least
+from jaxrec.data.queries import normalised
 from jaxrec.decoding.beam import Rescore, expand_items
 from jaxrec.decoding.filters import ItemFilter
 from jaxrec.decoding.step import Extend
@@ -51,14 +51,6 @@ FREE = {
     **{name: meaning for name, meaning in LISTED.items() if name != "texts"},
     "tokens": "tokens of a text with its end, -1 behind it, best first; several may spell one text",
 }
-
-
-def normalised(text: str) -> str:
-    """What texts are compared by: NFKC, case folded, white space as single spaces and none at the ends."""
-    before = None
-    while text != before:  # folding can leave what NFKC composes, and the other way round
-        before, text = text, unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(text.split())
 
 
 @dataclass(frozen=True)
