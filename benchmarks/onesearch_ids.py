@@ -40,6 +40,7 @@ from shared.timing import parse_seeds, parser, report
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.query_pairs import has_searches
 from jaxrec.data.sources import CompleteJourney, Folder
+from jaxrec.data.words import normalised
 from jaxrec.run import console, report_user_errors
 from jaxrec.semantic_ids import RqVaeConfig, SemanticIdConfig, rq_opq
 from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_new
@@ -51,7 +52,6 @@ from jaxrec.semantic_ids.table.space import SemanticIds
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.keywords import KeywordConfig
-from jaxrec.text.words import normalised
 
 LARGEST = "256-64-32"
 PARTS = (16, 16)
