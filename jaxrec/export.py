@@ -46,12 +46,13 @@ from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.token_sequences import TokenSequenceConfig
+from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
 from jaxrec.semantic_ids.table.versions import trained_version
 from jaxrec.systems import SYSTEMS, load_recommender
 from jaxrec.systems.generative import GenerativeRunConfig
-from jaxrec.targets import Found, load_text_space, normalised
+from jaxrec.targets import Found, load_text_space
 from jaxrec.text.tokenizer import NOTES as TOKENIZER
 from jaxrec.text.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
 

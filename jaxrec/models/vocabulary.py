@@ -26,8 +26,9 @@ class ContextTokens:
     """Contexts of tokens: tokens int32 [B, S] with mask bool [B, S], True = a token.
 
     prior: a distribution over the targets' IDs that is added to the decoder's logits, or None.
-    soft, soft_mask: [B, Q, D] and bool [B, Q], embeddings of positions behind the tokens that are no tokens of the
-      vocabulary, or None. Models with an encoder read them.
+    soft, soft_mask: [B, Q, D] and bool [B, Q], embeddings of positions in front of the tokens that are no tokens of the
+      vocabulary, or None; in front, so that padding behind the tokens does not move them. Models with an encoder read
+      them.
     """
 
     tokens: jax.Array
@@ -38,8 +39,8 @@ class ContextTokens:
 
     @property
     def seen(self) -> jax.Array:
-        """bool [B, S + Q]: the mask of all positions."""
-        return self.mask if self.soft is None else jnp.concatenate([self.mask, self.soft_mask], axis=1)
+        """bool [B, Q + S]: the mask of all positions."""
+        return self.mask if self.soft is None else jnp.concatenate([self.soft_mask, self.mask], axis=1)
 
 
 def check_levels(levels: Levels | None, vocabulary: int) -> None:
