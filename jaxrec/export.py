@@ -51,9 +51,10 @@ from jaxrec.run import Run, console, read_json, report_user_errors, sync, track,
 from jaxrec.semantic_ids.table.versions import trained_version
 from jaxrec.systems import SYSTEMS, load_recommender
 from jaxrec.systems.generative import GenerativeRunConfig
-from jaxrec.targets import Found, load_text_space, normalised
+from jaxrec.targets import Found, load_text_space
 from jaxrec.text.tokenizer import NOTES as TOKENIZER
 from jaxrec.text.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
+from jaxrec.text.words import normalised
 
 FORMAT = 1
 MANIFEST, ITEMS = "manifest.json", "items.jsonl"

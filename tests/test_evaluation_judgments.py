@@ -57,7 +57,7 @@ def test_reading_and_rows(tmp_path):
     pq.write_table(pa.table(judged), tmp_path / "judgments.parquet")
     found = read_judgments(tmp_path, "test")
     assert found.queries == ("red", "tea") and found.now == 17, "the query without a grade above 0 is left out"
-    assert found.items.tolist() == [[1, -1], [0, 4]] and found.grades.tolist() == [[3, 0], [2, 2]]
+    assert found.items.tolist() == [[1, -1], [0, 4]] and found.gains.tolist() == [[3, 0], [2, 2]]
     assert read_judgments(tmp_path, "valid") is None
     model = First()
     rows = evaluate_judgments({"m": model}, found, cutoffs=(2, 5), batch_size=1)
@@ -68,6 +68,17 @@ def test_reading_and_rows(tmp_path):
     assert values["judged_only", "ndcg@5"] == pytest.approx(1)
     assert values["judged_only", "ndcg@2"] == pytest.approx(1), "the whole ranking is condensed, to its last place"
     assert all(row["count"] == 2 and row["cases"] == "judged queries" for row in rows)
+
+
+def test_the_lowest_grade_is_irrelevant_unless_it_is_the_only_one(tmp_path):
+    pq.write_table(pa.table({"query": ["red", "tea"]}), tmp_path / "queries.parquet")
+    pq.write_table(pa.table({"timestamp": [5]}), tmp_path / "events.parquet")
+    judged = {"query_index": pa.array([0, 0, 1], pa.int32()), "item": pa.array([4, 1, 2], pa.int32())}
+    judged["split"] = ["test", "test", "train"]
+    for grades, gains in (([3.0, 1.5, 1.0], [[0.5, 2.0]]), ([1.0] * 3, [[1.0, 1.0]])):
+        pq.write_table(pa.table(judged | {"grade": grades}), tmp_path / "judgments.parquet")
+        found = read_judgments(tmp_path, "test")
+        assert found.items.tolist() == [[1, 4]] and found.gains.tolist() == gains
 
 
 def test_no_judgment_is_no_query():

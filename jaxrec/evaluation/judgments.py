@@ -3,7 +3,8 @@
     judged       the full ranking: items without a judgment count as irrelevant
     judged_only  the ranking without them (`jaxrec.evaluation.metrics.condensed`)
 
-A grade of 0 is irrelevant. The requests are queries of nobody: there is no history.
+Gains are the grades above the lowest one of the file, which is irrelevant, as an item without a judgment is; where
+there is one grade alone, its gain is 1. The requests are queries of nobody: there is no history.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -25,32 +27,32 @@ FILE = "judgments.parquet"
 
 @dataclass(frozen=True, eq=False)
 class Judgments:
-    """U queries, each with an item of a grade above 0, padded to the longest list of items."""
+    """U queries, each with an item of a gain above 0, padded to the longest list of items."""
 
     queries: tuple[str, ...]
     """[U]"""
     items: np.ndarray
     """int32 [U, L], -1 in the padding"""
-    grades: np.ndarray
+    gains: np.ndarray
     """f32 [U, L], 0 in the padding"""
     now: int = 0
     """the time of the requests: the end of the log"""
 
     @classmethod
-    def of(cls, queries: Sequence[str], rows: np.ndarray, items: np.ndarray, grades: np.ndarray, now: int = 0):
-        """From n judgments: rows of `queries`, items, and grades; of a pair that is judged twice, the higher grade."""
-        order = np.lexsort((-grades, items, rows))
-        rows, items, grades = rows[order], items[order], grades[order]
+    def of(cls, queries: Sequence[str], rows: np.ndarray, items: np.ndarray, gains: np.ndarray, now: int = 0):
+        """From n judgments: rows of `queries`, items, and gains; of a pair that is judged twice, the higher gain."""
+        order = np.lexsort((-gains, items, rows))
+        rows, items, gains = rows[order], items[order], gains[order]
         first = np.ones(len(rows), bool)
         first[1:] = (np.diff(rows) != 0) | (np.diff(items) != 0)
-        rows, items, grades = rows[first], items[first], grades[first]
-        useful = np.isin(rows, rows[grades > 0])
-        rows, items, grades = rows[useful], items[useful], grades[useful]
+        rows, items, gains = rows[first], items[first], gains[first]
+        useful = np.isin(rows, rows[gains > 0])
+        rows, items, gains = rows[useful], items[useful], gains[useful]
         distinct, row, counts = np.unique(rows, return_inverse=True, return_counts=True)
         place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         shape = (len(distinct), counts.max(initial=1))
         padded, given = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        padded[row, place], given[row, place] = items, grades
+        padded[row, place], given[row, place] = items, gains
         return cls(tuple(queries[each] for each in distinct), padded, given, now)
 
     def __len__(self) -> int:
@@ -69,11 +71,15 @@ def read_judgments(tables: Path, split: str) -> Judgments | None:
     if not (tables / FILE).is_file():
         return None
     table = pq.read_table(tables / FILE)
-    table = table.filter(pc.equal(table["split"], split))
+    grades = table["grade"].to_numpy().astype(np.float32)
+    lowest, highest = grades.min(initial=np.inf), grades.max(initial=-np.inf)
+    gains = grades - lowest if lowest < highest else np.ones_like(grades)
+    of_split = pc.equal(table["split"], split).to_numpy(zero_copy_only=False)
+    table, gains = table.filter(pa.array(of_split)), gains[of_split]
     queries = pq.read_table(tables / "queries.parquet", columns=["query"])["query"].to_pylist()
     rows, items = table["query_index"].to_numpy(), table["item"].to_numpy()
     now = pc.max(pq.read_table(tables / "events.parquet", columns=["timestamp"])["timestamp"]).as_py() or 0
-    found = Judgments.of(queries, rows, items, table["grade"].to_numpy().astype(np.float32), int(now))
+    found = Judgments.of(queries, rows, items, gains, int(now))
     return found if len(found) else None
 
 
@@ -96,11 +102,11 @@ def evaluate_judgments(
             sums = {(subset, k): 0.0 for subset in (JUDGED, JUDGED_ONLY) for k in cutoffs}
             for start in range(0, len(judgments), batch_size):
                 batch = slice(start, start + batch_size)
-                items, grades = judgments.items[batch], judgments.grades[batch]
+                items, gains = judgments.items[batch], judgments.gains[batch]
                 ranked, _ = model.recommend(requests[batch], max(cutoffs))
                 for subset, ranking in ((JUDGED, ranked), (JUDGED_ONLY, condensed(ranked, items))):
                     for k in cutoffs:
-                        sums[subset, k] += float(graded_ndcg_at(ranking, items, grades, k).sum())
+                        sums[subset, k] += float(graded_ndcg_at(ranking, items, gains, k).sum())
                 bars.advance(task, len(ranked))
             found = {"model": name, "split": split, "count": len(judgments), "cases": "judged queries"}
             rows += [

@@ -58,8 +58,8 @@ SUBSET_NOTES = {
     "all": "full ranking, repeat purchases count",
     "new": "what the user already had is taken out of every ranking, and only new targets count",
     "new_in_full_ranking": "the full ranking against new targets only",
-    JUDGED: "grades are gains; an item that nobody judged has none",
-    JUDGED_ONLY: "grades are gains; items that nobody judged are taken out of every ranking",
+    JUDGED: "graded gains; an item that nobody judged has none",
+    JUDGED_ONLY: "graded gains; items that nobody judged are taken out of every ranking",
 }
 WORDS = {
     "prefixes": {

@@ -7,12 +7,11 @@
     bm25                          words of the query in the items' texts (Robertson & Zaragoza, 2009, by `bm25s`)
     <name> encoder                cosine of the query's and the items' embeddings
 
-Queries are compared after `jaxrec.targets.normalised`. What a baseline gives no score is ranked by popularity over all
-training events: of the counting ones, every item for a query that was not searched for in training.
+Queries are compared after `jaxrec.text.words.normalised`. What a baseline gives no score is ranked by popularity over
+all training events: of the counting ones, every item for a query that was not searched for in training.
 """
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,11 @@ from scipy import sparse
 
 from jaxrec.data.popularity import DAY
 from jaxrec.evaluation.baselines import Popularity, PurchaseLog, Recommender, count_matrix, recommend_best
-from jaxrec.targets import normalised
+from jaxrec.text.words import normalised, words
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
 RECENT_DAYS, FLOOR = 30, 0.02
 """The window of recent popularity, and the weight of the popularity of all time in it."""
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
-"""A word, or a single character of Chinese or Japanese, which write no spaces."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +183,7 @@ class WordMatch:
     def fit(cls, popularity: Popularity, texts: Sequence[str]) -> "WordMatch":
         """texts: of the items; one of them at least holds a word."""
         index = bm25s.BM25()
-        index.index([words(text) for text in texts], show_progress=False)
+        index.index([words(normalised(text)) for text in texts], show_progress=False)
         return cls(popularity, index)
 
     def recommend(self, histories, k, exclude_history=False):
@@ -196,7 +193,7 @@ class WordMatch:
         distinct, row = np.unique(np.array(asked.query, object), return_inverse=True)
         scores = np.zeros((len(distinct), len(self.popularity.counts)), np.float32)
         for place, query in enumerate(distinct):
-            if known := self.index.get_tokens_ids(words(query)):
+            if known := self.index.get_tokens_ids(words(normalised(query))):
                 scores[place] = self.index.get_scores_from_ids(known)
         return scores[row]
 
@@ -251,16 +248,11 @@ def search_baselines(
     for name, baseline in baselines.items():
         if "popularity" not in name:
             models[f"{name} in query"] = WithinQuery(baseline, log)
-    if any(map(words, item_texts or ())):
+    if any(words(normalised(text)) for text in item_texts or ()):
         models["bm25"] = WordMatch.fit(popularity, item_texts)
     for name, (queries, items) in (embeddings or {}).items():
         models[f"{name} encoder"] = NearestItems.of(popularity, log.texts, queries, items)
     return models
-
-
-def words(text: str) -> list[str]:
-    """The words of a normalised text, in order."""
-    return WORD.findall(normalised(text))
 
 
 def _shares(counts: sparse.csr_array) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.evaluation.cases import Cases
-from jaxrec.targets import normalised
+from jaxrec.text.words import normalised
 
 ALL, NEW, NEW_IN_FULL_RANKING = "all", "new", "new_in_full_ranking"
 UNSEEN = "unseen_queries"

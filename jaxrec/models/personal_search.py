@@ -2,11 +2,10 @@
 
     text tokens | BOS SEP EOS start | tasks | codes, a slice a level           one vocabulary (`SearchVocabulary`)
 
-    BOS uid SEP query SEP its ID SEP last queries' IDs SEP last items' IDs SEP EOS  + soft tokens of the long past
-     │                                                                                          │
-     └───────────────────────────▶ EncoderDecoder ◀─────────────────────── QFormer ◀── sums of centroids (Eq. 4)
-                                         │
-                          log-probabilities of codes, mixed with `CandidateHead`'s over given items
+    soft tokens   BOS uid SEP query SEP its ID SEP last queries' IDs SEP last items' IDs SEP EOS
+      ▲                          │
+      │                          └──▶ EncoderDecoder ──▶ log-probabilities of codes, mixed with `CandidateHead`'s
+    QFormer ◀── sums of centroids of the long past (Eq. 4)                           over given items
 
 The mixture is not in the paper; without candidates this is the paper's model. The tasks that align texts with IDs
 (§3.4.1) have prompts of their own, `TaskInputs`; where texts are written, `texts` gives the same module with the text
@@ -147,10 +146,10 @@ def level_sums(codes: jax.Array, centroids: Sequence[jax.Array]) -> jax.Array:
     codes int32 [B, L, M], -1 in the padding; centroids: float32 [K, E] a level, of the first levels or all. Computed as
     products of the codes' counts [B, K] with the centroids: the [B, L, E] centroids of the items are never made.
     """
-    rows, sums = jnp.arange(len(codes))[:, None], []
+    rows, sums = jnp.arange(codes.shape[0])[:, None], []
     for level, table in enumerate(centroids):
         code = codes[..., level]
-        counts = jnp.zeros((len(codes), len(table))).at[rows, jnp.maximum(code, 0)].add(code >= 0)
+        counts = jnp.zeros((codes.shape[0], len(table))).at[rows, jnp.maximum(code, 0)].add(code >= 0)
         sums.append(counts @ table)
     return jnp.stack(sums, axis=1)
 
@@ -207,7 +206,7 @@ class PersonalSearch(nn.Module):
 
     def search_prompt(self, inputs: SearchInputs) -> tuple[jax.Array, jax.Array]:
         """Tokens int32 [B, S] or, where positions are IDs, [B, S, M], and mask bool [B, S] of the prompt (§3.3)."""
-        batch = len(inputs.query)
+        batch = inputs.query.shape[0]
         parts = [self._special(batch, BOS)]
         if self.prompt.user_ids != "none":
             parts += [self._ids(inputs.user_codes), self._special(batch, SEP)]
@@ -223,7 +222,7 @@ class PersonalSearch(nn.Module):
         """As `search_prompt`: the task in place of BOS, the text or the ID, EOS."""
         task = self.vocabulary.texts + SPECIALS + inputs.task[:, None]
         parts = [self._words(task), self._words(inputs.tokens), self._ids(inputs.codes[:, None])]
-        return self._joined([*parts, self._special(len(task), EOS)])
+        return self._joined([*parts, self._special(task.shape[0], EOS)])
 
     def _special(self, batch: int, which: int) -> tuple[jax.Array, jax.Array]:
         return self._words(jnp.full((batch, 1), self.vocabulary.texts + which, jnp.int32))
@@ -237,11 +236,14 @@ class PersonalSearch(nn.Module):
         """Positions of IDs int32 [B, n, M]."""
         tokens = self.vocabulary.codes(codes)
         if self.prompt.positions == "codes":
-            tokens = tokens.reshape(len(tokens), -1, 1)
+            tokens = tokens.reshape(tokens.shape[0], -1, 1)
         return tokens, (tokens >= 0).any(-1)
 
     def _joined(self, parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
         tokens, mask = (jnp.concatenate(each, axis=1) for each in zip(*parts, strict=True))
+        # Padding of the parts goes to the end: relative positions are then those of the real tokens alone.
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        tokens, mask = jnp.take_along_axis(tokens, order[..., None], 1), jnp.take_along_axis(mask, order, 1)
         if self.prompt.positions == "codes":
             tokens = jnp.maximum(tokens[..., 0], 0)
         return tokens, mask

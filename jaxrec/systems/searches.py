@@ -15,7 +15,9 @@ from jaxrec.evaluation.judgments import evaluate_judgments, read_judgments
 from jaxrec.evaluation.search_baselines import QueryLog, search_baselines
 from jaxrec.evaluation.subsets import item_subsets, query_counts, query_subsets
 from jaxrec.run import Run, read_json
-from jaxrec.semantic_ids.embeddings import embed_new, encodes_texts
+from jaxrec.semantic_ids.embeddings import encodes_texts
+from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
+from jaxrec.semantic_ids.queries import load_query_ids
 from jaxrec.text.encoder import EncoderConfig, embed_texts
 
 
@@ -53,7 +55,8 @@ def evaluate_searches(
 
 
 def _embeddings(run: Run, texts: Sequence[str], item_ids: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of the queries and the items, by the encoder as it came (`text`) and as the run aligned it (`aligned`).
+    """Of the queries and the items, by the encoder as it came (`text`) and as the run aligned it and quantized
+    its embeddings (`aligned`).
 
     Neither where the items brought embeddings of their own, which no text encoder made.
     """
@@ -63,5 +66,8 @@ def _embeddings(run: Run, texts: Sequence[str], item_ids: Sequence[str]) -> dict
     config = from_json(EncoderConfig, read_json(run.config_file)["text"])
     return {
         "text": (embed_texts(queries, config), embed_texts(texts, config)),
-        "aligned": (embed_new(run.semantic_ids, queries), embed_new(run.semantic_ids, texts, item_ids)),
+        "aligned": (
+            load_query_ids(run.semantic_ids, config).embeddings(queries),
+            read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids),
+        ),
     }

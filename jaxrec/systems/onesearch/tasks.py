@@ -19,7 +19,7 @@ from jaxrec.data.search_statistics import training_searches
 from jaxrec.run import console
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.model import OneSearchAssembly
-from jaxrec.targets import normalised
+from jaxrec.text.words import normalised
 
 NONE = -1
 
