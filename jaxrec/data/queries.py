@@ -43,6 +43,8 @@ def normalised(text: str) -> str:
 
     The tables hold texts as they were typed. Models, and whatever counts texts, read them in this form.
     """
+    if text.isascii():  # where all of this is to lower the letters
+        return " ".join(text.lower().split())
     before = None
     while text != before:  # folding can leave what NFKC composes, and the other way round
         before, text = text, unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
