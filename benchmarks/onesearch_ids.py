@@ -40,6 +40,7 @@ from shared.timing import parse_seeds, parser, report
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.query_pairs import has_searches
 from jaxrec.data.sources import CompleteJourney, Folder
+from jaxrec.data.words import normalised
 from jaxrec.run import console, report_user_errors
 from jaxrec.semantic_ids import RqVaeConfig, SemanticIdConfig, rq_opq
 from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_new, finetune_items
@@ -53,7 +54,6 @@ from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import SearchFinetuneConfig
 from jaxrec.text.keywords import KeywordConfig
 from jaxrec.text.pair_batches import TermConfig, TermsConfig
-from jaxrec.text.words import normalised
 from jaxrec.training.loop import LoopConfig
 
 BATCHES = {"q2q": 256, "i2i": 256, "q2i": 256, "rank": 32}

@@ -4,16 +4,25 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from jaxrec.data.queries import normalised
-
-__all__ = ["normalised", "words"]
-
 # Scripts written without spaces: a character of these stands as a word of its own.
 _UNSPACED = (
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF),  # Thai and Lao, Burmese, Khmer
     (0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),  # kana, Han
 )  # fmt: skip
 _ASCII_WORD = re.compile("[a-z0-9]+")
+
+
+def normalised(text: str) -> str:
+    """What texts are compared by: NFKC, case folded, white space as single spaces and none at the ends.
+
+    The tables hold texts as they were typed. Models, and whatever counts texts, read them in this form.
+    """
+    if text.isascii():  # where all of this is to lower the letters
+        return " ".join(text.lower().split())
+    before = None
+    while text != before:  # folding can leave what NFKC composes, and the other way round
+        before, text = text, unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(text.split())
 
 
 def words(text: str) -> list[str]:
