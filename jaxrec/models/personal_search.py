@@ -147,10 +147,10 @@ def level_sums(codes: jax.Array, centroids: Sequence[jax.Array]) -> jax.Array:
     codes int32 [B, L, M], -1 in the padding; centroids: float32 [K, E] a level, of the first levels or all. Computed as
     products of the codes' counts [B, K] with the centroids: the [B, L, E] centroids of the items are never made.
     """
-    rows, sums = jnp.arange(len(codes))[:, None], []
+    rows, sums = jnp.arange(codes.shape[0])[:, None], []
     for level, table in enumerate(centroids):
         code = codes[..., level]
-        counts = jnp.zeros((len(codes), len(table))).at[rows, jnp.maximum(code, 0)].add(code >= 0)
+        counts = jnp.zeros((codes.shape[0], len(table))).at[rows, jnp.maximum(code, 0)].add(code >= 0)
         sums.append(counts @ table)
     return jnp.stack(sums, axis=1)
 
@@ -207,7 +207,7 @@ class PersonalSearch(nn.Module):
 
     def search_prompt(self, inputs: SearchInputs) -> tuple[jax.Array, jax.Array]:
         """Tokens int32 [B, S] or, where positions are IDs, [B, S, M], and mask bool [B, S] of the prompt (§3.3)."""
-        batch = len(inputs.query)
+        batch = inputs.query.shape[0]
         parts = [self._special(batch, BOS)]
         if self.prompt.user_ids != "none":
             parts += [self._ids(inputs.user_codes), self._special(batch, SEP)]
@@ -223,7 +223,7 @@ class PersonalSearch(nn.Module):
         """As `search_prompt`: the task in place of BOS, the text or the ID, EOS."""
         task = self.vocabulary.texts + SPECIALS + inputs.task[:, None]
         parts = [self._words(task), self._words(inputs.tokens), self._ids(inputs.codes[:, None])]
-        return self._joined([*parts, self._special(len(task), EOS)])
+        return self._joined([*parts, self._special(task.shape[0], EOS)])
 
     def _special(self, batch: int, which: int) -> tuple[jax.Array, jax.Array]:
         return self._words(jnp.full((batch, 1), self.vocabulary.texts + which, jnp.int32))
@@ -237,7 +237,7 @@ class PersonalSearch(nn.Module):
         """Positions of IDs int32 [B, n, M]."""
         tokens = self.vocabulary.codes(codes)
         if self.prompt.positions == "codes":
-            tokens = tokens.reshape(len(tokens), -1, 1)
+            tokens = tokens.reshape(tokens.shape[0], tokens.shape[1] * tokens.shape[2], 1)
         return tokens, (tokens >= 0).any(-1)
 
     def _joined(self, parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
