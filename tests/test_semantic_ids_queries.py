@@ -26,8 +26,8 @@ from jaxrec.semantic_ids.quantizers.residual import ResidualConfig
 from jaxrec.semantic_ids.queries import centroids, load_query_ids
 from jaxrec.semantic_ids.tokenize import tokenize
 from jaxrec.text.align import AlignConfig
-from jaxrec.text.encoder import EncoderConfig, embed_texts
-from jaxrec.text.finetune import SearchFinetuneConfig
+from jaxrec.text.encoder import EncoderConfig, embed_texts, load_encoder, with_params
+from jaxrec.text.finetune import SearchFinetuneConfig, Tuned, save
 from jaxrec.text.keywords import KeywordConfig
 from jaxrec.text.pair_batches import TermConfig, TermsConfig
 from jaxrec.training.loop import LoopConfig
@@ -161,23 +161,40 @@ def test_figures(made):
     assert len(figures["prefixes"]) == 5 and "independent_coding_rate" in figures
 
 
-@pytest.mark.parametrize("trains", ["projection", "encoder"])
-def test_an_encoder_that_was_tuned_on_searches(tables, text, trains, tmp_path):
-    config = replace(ON_SEARCHES, trains=trains)
-    tuned = finetune_items(tables, tmp_path / "work", text, config, seed=0)
+def test_an_alignment_on_searches(tables, text, tmp_path):
+    tuned = finetune_items(tables, tmp_path / "work", text, ON_SEARCHES, seed=0)
     figures = read_json(tuned / "alignment.json")
     assert {f"{name}_pairs" for name in ("i2i", "q2q", "q2i", "rank")} <= figures.keys()
+    check_alone(tables, text, tmp_path, ON_SEARCHES, tuned)
+
+
+def test_an_encoder_that_was_tuned(tables, text, tmp_path):
+    encoder = load_encoder(text.model)
+    other = jax.tree.map(lambda weights: weights * 1.5, encoder.params)
+    save(Tuned(with_params(encoder, other), None, {}), tmp_path / "work" / "tuned")
+    folder = check_alone(tables, text, tmp_path, replace(ON_SEARCHES, trains="encoder"), tmp_path / "work" / "tuned")
+    queries = queries_of(tables)
+    assert not np.allclose(load_query_ids(folder).embeddings(queries), embed_texts(queries, text), atol=1e-2)
+
+
+def check_alone(tables, text, tmp_path, config, tuned):
+    """The IDs of queries need nothing but the folder, which is returned."""
     folder = tmp_path / "ids"
     folder.mkdir()
     tokenize(tables, folder, text, config, IDS, CollisionConfig(), 0, tuned=tuned, query_ids=True)
-    shutil.rmtree(tmp_path / "work")  # nothing but the folder is needed
+    shutil.rmtree(tmp_path / "work")
     ids, queries = load_query_ids(folder), queries_of(tables)
     codes = ids.codes(queries)
     np.testing.assert_array_equal(codes, codebooks.encode(ids.codebooks, ids.embeddings(queries)))
     np.testing.assert_allclose(ids.embeddings(queries), embed_new(folder, queries, text_config=text), atol=1e-6)
     assert ids.codes(["unheard of"]).shape == (1, 5)
-    if trains == "encoder":
-        assert not np.allclose(embed_new(folder, queries, text_config=text), embed_texts(queries, text), atol=1e-3)
+    return folder
+
+
+def test_nothing_is_embedded_for_a_keyword_column_that_is_none(tables, tmp_path):
+    nowhere, wrong = EncoderConfig(model="no_such_package_here"), KeywordConfig(attributes=("brnd",))
+    with pytest.raises(UserError, match=r"keywords\.attributes names 'brnd'"):
+        tokenize(tables, tmp_path, nowhere, AlignConfig(), IDS, CollisionConfig(), 0, keywords=wrong)
 
 
 def test_bad_folders(tables, made, text, tmp_path):

@@ -12,8 +12,18 @@ from ibis import _
 
 from jaxrec.config import UserError
 from jaxrec.data.cleaning import KCore, drop_repeats, k_core
+from jaxrec.data.item_texts import texts_from_queries
 from jaxrec.data.pairs import PairConfig, build_pairs
-from jaxrec.data.queries import EVENT, count_kinds, has_queries, join_activity, part_of, query_tables, search_rows
+from jaxrec.data.queries import (
+    EVENT,
+    count_kinds,
+    has_queries,
+    join_activity,
+    judgment_table,
+    part_of,
+    query_tables,
+    search_rows,
+)
 from jaxrec.data.splits import TimeSplit, assign_splits, number_sessions
 from jaxrec.data.tables import RawTables, Source, count_rows, spilling_into, store, write_table
 from jaxrec.run import progress
@@ -59,7 +69,10 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
         events, activity = _split(raw, events, source, config, dropped)
         bars.update(task, advance=1, description="Preparing: items and users")
         items = _items(raw, events, source, config)
-        users = (events if activity is None else activity).select("user_id").distinct().order_by("user_id").to_pyarrow()
+        users = _users(raw, events if activity is None else activity)
+        facts = dict(raw.facts)
+        if raw.query_texts:
+            items, facts["items_without_text"] = _with_texts(raw, items, events, source)
         queries = None if activity is None else query_tables(engine, raw, activity, users)
         events = store(engine, _index(raw, events, items, users), instead_of=events)
         train = events.filter((_.split == "train") & _.behavior.isin(source.target_behaviors))
@@ -69,16 +82,33 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
         bars.update(task, advance=1, description="Preparing: pairs of items")
         pairs = build_pairs(engine, train, config.pairs)
         bars.update(task, advance=1, description="Preparing: writing")
-        statistics = _statistics(source, raw, events, items, users, pairs, {k: n for k, n in dropped.items() if n})
+        files = {} if queries is None else queries.files()
+        if raw.judgments is not None:
+            files["judgments"] = judgment_table(engine, raw, queries, items, dropped)
+        statistics = _statistics(source, facts, events, items, users, pairs, {k: n for k, n in dropped.items() if n})
         statistics["answer_time"] = tells_answer_time(source, config)
         if queries is not None:
-            statistics |= {name: table.num_rows for name, table in queries.files().items()}
+            statistics |= {name: table.num_rows for name, table in files.items()}
             events = search_rows(engine, events, queries.searches)
-        files = {} if queries is None else queries.files()
         _write(folder, raw, items=items, users=users, pairs=pairs, events=_sorted_events(events), **files)
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
         bars.update(task, advance=1, description=f"Prepared {items.num_rows:,} items, {users.num_rows:,} users")
     return statistics
+
+
+def _users(raw: RawTables, activity: ibis.Table) -> pa.Table:
+    """user_id of all users in the order of their indices, with the columns of their profiles where there are any."""
+    users = activity.select("user_id").distinct()
+    if raw.profiles is not None:
+        further = [name for name in raw.profiles.columns if name != "user_id"]
+        users = users.left_join(raw.profiles, "user_id").select("user_id", *further)
+    return users.order_by("user_id").to_pyarrow()
+
+
+def _with_texts(raw: RawTables, items: pa.Table, events: ibis.Table, source: Source) -> tuple[pa.Table, int]:
+    """Items with texts of their queries, and how many got none; of events that are predicted, in training."""
+    clicked = events.filter((_.split == "train") & _.behavior.isin(source.target_behaviors) & _.search_id.notnull())
+    return texts_from_queries(items, clicked.select("item_id", "search_id"), raw.searches, raw.query_texts)
 
 
 def _write(folder: Path, raw: RawTables, **tables: pa.Table) -> None:
@@ -94,7 +124,7 @@ def _split(
 
     Sessions are numbered and split over all activity (`jaxrec.data.queries.join_activity`), which holds the events too.
     """
-    engine, names = raw.engine, events.columns
+    engine, names = raw.engine, [name for name in events.columns if name != "given_split"]
     rows = events
     if has_queries(raw):
         # The limits of the k-core are on users with target events; a user beyond them is dropped altogether.
@@ -171,7 +201,7 @@ def _scatter(index: pa.ChunkedArray, values: pa.ChunkedArray, size: int) -> list
 
 def _statistics(
     source: Source,
-    raw: RawTables,
+    facts: dict[str, Any],
     events: ibis.Table,
     items: pa.Table,
     users: pa.Table,
@@ -199,5 +229,5 @@ def _statistics(
         "events_by_split": {name: by_split.get(name, 0) for name in ("train", "valid", "test")},
         "pairs_by_kind": {kind: pc.sum(pc.equal(pairs["kind"], kind)).as_py() or 0 for kind in ("itemcf", "swing")},
         "dropped": dropped,
-        **raw.facts,
+        **facts,
     }

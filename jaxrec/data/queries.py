@@ -5,6 +5,7 @@
                          feedback
     queries.parquet      query; count: its searches in training; chosen: suggestions in training that chose the query
     prefixes.parquet     prefix; count: its suggestions in training
+    judgments.parquet    query_index, item, grade, split: the relevance of items to queries, where the source tells it
 
 queries.parquet and prefixes.parquet hold the texts of all splits in alphabetical order, so that the index of a text
 tells nothing of its split. The counts are of training alone: a text whose counts are 0 was not seen in training.
@@ -17,7 +18,7 @@ import pyarrow as pa
 from ibis import _
 from ibis.backends import BaseBackend
 
-from jaxrec.data.tables import CHOSEN, RawTables, count_rows, store
+from jaxrec.data.tables import CHOSEN, SPLITS, RawTables, count_rows, store
 
 EVENT, SEARCH, SUGGESTION = "event", "search", "suggestion"
 
@@ -104,6 +105,24 @@ def query_tables(engine: BaseBackend, raw: RawTables, activity: ibis.Table, user
         texts = ["prefix", "query", "prefix_index", "query_index", "feedback"]
         suggestions = _narrow(suggestions.select(*columns, *texts).to_pyarrow())
     return QueryTables(searches, suggestions, queries, prefixes)
+
+
+def judgment_table(
+    engine: BaseBackend, raw: RawTables, queries: QueryTables, items: pa.Table, dropped: dict[str, int]
+) -> pa.Table:
+    """The judgments by the indices of their query and item, with the split of the query's searches, the latest of them.
+
+    Judgments of a query or an item that preparation dropped are counted in `dropped`.
+    """
+    rank = ibis.cases(*((_.split == name, rank) for rank, name in enumerate(SPLITS)), else_=0)
+    searches = store(engine, queries.searches.select(["query_index", "query", "split"]))
+    known = searches.mutate(rank=rank).group_by(["query_index", "query"]).agg(rank=_["rank"].max())
+    split = ibis.cases(*((_["rank"] == rank, name) for rank, name in enumerate(SPLITS)), else_="")
+    item = store(engine, _indexed(items, "item_id", "item"))
+    table = raw.judgments.inner_join(known, "query").inner_join(item, "item_id").mutate(split=split)
+    table = table.order_by(["query_index", "item"]).select("query_index", "item", "grade", "split").to_pyarrow()
+    dropped["judgment of a dropped query or item"] = count_rows(raw.judgments) - table.num_rows
+    return table
 
 
 def search_rows(engine: BaseBackend, events: ibis.Table, searches: pa.Table | None) -> ibis.Table:

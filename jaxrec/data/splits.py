@@ -8,7 +8,7 @@ from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
 from jaxrec.data.queries import EVENT
-from jaxrec.data.tables import Source, store
+from jaxrec.data.tables import SPLITS, Source, store
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def assign_splits(engine: BaseBackend, events: ibis.Table, source: Source, confi
       sessions of users with fewer than three sessions with targets are train.
     - time: a session is valid or test when it, or one before it, ended at or after the boundary. So no event of train
       happens after the boundary.
+    - given: the latest split that the source gives (`given_split`) to a row of the session, or of one before it.
 
     Args:
       engine: where intermediate results are kept.
@@ -66,12 +67,19 @@ def assign_splits(engine: BaseBackend, events: ibis.Table, source: Source, confi
       config: the boundaries of a split by time.
 
     Raises:
-      UserError: the boundaries are out of order.
+      UserError: the boundaries are out of order, or the source gives no splits.
     """
+    targets = events.filter(_.behavior.isin(source.target_behaviors))
+    if source.split == "given":
+        if "given_split" not in events.columns:
+            raise UserError(f'{type(source).__name__} gives no splits; set its split to something else than "given"')
+        sessions = _split_as_given(events)
+        events = events.drop("given_split")
+        return events.inner_join(store(engine, sessions), ["user_id", "session"])
     sessions = events.mutate(target=_.behavior.isin(source.target_behaviors)).group_by(["user_id", "session"])
     sessions = store(engine, sessions.agg(end=_.timestamp.max(), target=_.target.any().cast("int64")))
     if source.split == "time":
-        sessions = _split_by_time(events.filter(_.behavior.isin(source.target_behaviors)), sessions, config)
+        sessions = _split_by_time(targets, sessions, config)
     else:
         sessions = _split_last(sessions)
     return events.inner_join(sessions.select("user_id", "session", "split"), ["user_id", "session"])
@@ -89,6 +97,16 @@ def _split_last(sessions: ibis.Table) -> ibis.Table:
         else_="",
     )
     return sessions.mutate(split=split).filter(_.split != "")
+
+
+def _split_as_given(events: ibis.Table) -> ibis.Table:
+    """user_id, session, split: a user's sessions never fall back to an earlier split."""
+    rank = ibis.cases(*((_.given_split == name, rank) for rank, name in enumerate(SPLITS)), else_=0)
+    sessions = events.mutate(rank=rank).group_by(["user_id", "session"]).agg(rank=_.rank.max())
+    so_far = ibis.window(group_by="user_id", order_by="session", rows=(None, 0))
+    split = ibis.cases(*((_.latest == rank, name) for rank, name in enumerate(SPLITS)), else_="")
+    sessions = sessions.mutate(latest=_.rank.max().over(so_far)).mutate(split=split)
+    return sessions.select("user_id", "session", "split")
 
 
 def _split_by_time(targets: ibis.Table, sessions: ibis.Table, config: TimeSplit) -> ibis.Table:

@@ -6,7 +6,7 @@ writes the folder that `Tables` reads:
 
     items.parquet        sorted by item_id; the row number is the item index used everywhere later
     events.parquet       sorted by (user, session, timestamp, strength of the behavior, item)
-    users.parquet        sorted by user_id; the row number is the user index
+    users.parquet        sorted by user_id; the row number is the user index; with a source's columns of profiles
     pairs.parquet        item pairs that belong together, see `jaxrec.data.pairs`
     statistics.json      counts of the tables, and the rows that were dropped, by reason
 
@@ -16,6 +16,11 @@ Where the source has searches or suggestions (`jaxrec.data.queries`):
     suggestions.parquet  sorted by (user, timestamp, prefix)
     queries.parquet      the distinct queries, sorted; the row number is the index of a query
     prefixes.parquet     the distinct prefixes, sorted; the row number is the index of a prefix
+
+A search has user, user_id, session, split, timestamp, search_id, query (text) and query_index. An event that a search
+led to has its row in `search`; a search may have led to no event. Where queries were judged for relevance:
+
+    judgments.parquet    query_index int32, item int32, grade float64, split; sorted by (query_index, item)
 
 Further tables of a source (`RawTables.extra`) are written under their own names: live_streams.parquet.
 """
@@ -43,7 +48,7 @@ from jaxrec.config import UserError
 from jaxrec.data.spark import store_rows
 
 SPLITS = ("train", "valid", "test")
-Split = Literal["leave_one_out", "last_session", "time"]
+Split = Literal["leave_one_out", "last_session", "time", "given"]
 
 FEEDBACK = ("order", "item_click", "click", "show", "not_show", "random")
 """The feedback on a suggested query, strongest first (OneSug Table 1): an item bought through the query; an item
@@ -63,16 +68,24 @@ class RawTables:
     engine: BaseBackend
     """The ibis backend that holds the tables."""
     items: ibis.Table
-    """item_id str, title str, text str, category str, brand str, price float64 and any further attributes."""
+    """item_id str, title str, text str, category str, brand str, price float64 and any further attributes. Title and
+    text are null in items without a text, where `query_texts` is not 0."""
     events: ibis.Table
     """user_id str, item_id str, timestamp int64 seconds, behavior str, session_id str; no nulls; optional further
-    columns. `search_id` str is the search that led to the event, null for none."""
+    columns. `search_id` str is the search that led to the event, null for none. `given_split` str, of SPLITS, is for
+    split "given", in events and in searches."""
     searches: ibis.Table | None = None
     """search_id str (unique), user_id str, timestamp int64 seconds, query str, session_id str; no nulls. A session_id
     names one session of the user in all three tables."""
     suggestions: ibis.Table | None = None
     """user_id str, timestamp int64 seconds, prefix str, query str, feedback str (of FEEDBACK), session_id str; no
     nulls. The rows of one (user_id, timestamp, prefix) are the queries suggested for one typed prefix."""
+    judgments: ibis.Table | None = None
+    """query str (of a search), item_id str, grade float64: how relevant an item is to a query; one row a pair."""
+    profiles: ibis.Table | None = None
+    """user_id str (unique) and any columns that describe users."""
+    query_texts: int = 0
+    """How many of the queries that led to an item in training make its text, where it has none."""
     extra: dict[str, ibis.Table] = field(default_factory=dict)
     """Further tables, by the name of their file in the prepared folder."""
     dropped: dict[str, int] = field(default_factory=dict)

@@ -300,13 +300,13 @@ class EncoderDecoder(nn.Module):
         return jnp.full((context.mask.shape[0], count, 1), self.config.start_token, jnp.int32)
 
     def _encode(self, inputs: ContextTokens, train: bool) -> jax.Array:
-        """The encoder's output, [B, S + Q, D]."""
+        """The encoder's output, [B, Q + S, D]."""
         tokens, mask = inputs.tokens, inputs.seen
         x = self.embed(jnp.maximum(tokens, 0))
         if tokens.ndim == 3:
             x = jnp.where(tokens[..., None] >= 0, x, 0.0).sum(2)
         if inputs.soft is not None:
-            x = jnp.concatenate([x, inputs.soft.astype(x.dtype)], axis=1)
+            x = jnp.concatenate([inputs.soft.astype(x.dtype), x], axis=1)
         positions, bart = np.arange(mask.shape[1]), self.config.style == "bart"
         if bart:
             self._check_positions("a context", len(positions))

@@ -2,11 +2,10 @@
 
     text tokens | BOS SEP EOS start | tasks | codes, a slice a level           one vocabulary (`SearchVocabulary`)
 
-    BOS uid SEP query SEP its ID SEP last queries' IDs SEP last items' IDs SEP EOS  + soft tokens of the long past
-     │                                                                                          │
-     └───────────────────────────▶ EncoderDecoder ◀─────────────────────── QFormer ◀── sums of centroids (Eq. 4)
-                                         │
-                          log-probabilities of codes, mixed with `CandidateHead`'s over given items
+    soft tokens   BOS uid SEP query SEP its ID SEP last queries' IDs SEP last items' IDs SEP EOS
+      ▲                          │
+      │                          └──▶ EncoderDecoder ──▶ log-probabilities of codes, mixed with `CandidateHead`'s
+    QFormer ◀── sums of centroids of the long past (Eq. 4)                           over given items
 
 The mixture is not in the paper; without candidates this is the paper's model. The tasks that align texts with IDs
 (§3.4.1) have prompts of their own, `TaskInputs`; where texts are written, `texts` gives the same module with the text
@@ -237,11 +236,14 @@ class PersonalSearch(nn.Module):
         """Positions of IDs int32 [B, n, M]."""
         tokens = self.vocabulary.codes(codes)
         if self.prompt.positions == "codes":
-            tokens = tokens.reshape(tokens.shape[0], tokens.shape[1] * tokens.shape[2], 1)
+            tokens = tokens.reshape(tokens.shape[0], -1, 1)
         return tokens, (tokens >= 0).any(-1)
 
     def _joined(self, parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
         tokens, mask = (jnp.concatenate(each, axis=1) for each in zip(*parts, strict=True))
+        # Padding of the parts goes to the end: relative positions are then those of the real tokens alone.
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        tokens, mask = jnp.take_along_axis(tokens, order[..., None], 1), jnp.take_along_axis(mask, order, 1)
         if self.prompt.positions == "codes":
             tokens = jnp.maximum(tokens[..., 0], 0)
         return tokens, mask

@@ -26,7 +26,8 @@ def user_ids(codes: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def hashed_ids(users: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
-    """A code of every level for users int32 [B], int32 [B, M]: Knuth's multiplicative hash, another a level."""
-    step = jnp.arange(1, len(sizes) + 1, dtype=jnp.uint32) * jnp.uint32(2246822519)
-    hashed = (users.astype(jnp.uint32)[:, None] * jnp.uint32(2654435761) + step) * jnp.uint32(2654435761)
-    return ((hashed >> 8) % jnp.array(sizes, jnp.uint32)).astype(jnp.int32)
+    """A code of every level for users int32 [B], int32 [B, M]: MurmurHash3's finaliser of the user and the level."""
+    x = users.astype(jnp.uint32)[:, None] * jnp.uint32(len(sizes)) + jnp.arange(len(sizes), dtype=jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return ((x ^ (x >> 16)) % jnp.array(sizes, jnp.uint32)).astype(jnp.int32)

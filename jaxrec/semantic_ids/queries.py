@@ -4,7 +4,7 @@
     ids.codes(["running shoes", "never seen before"])     # int32 [2, M]
 
 A query is embedded as an item's text is, and enhanced with the keywords in it. Queries are compared by their normalised
-texts (`jaxrec.text.words`). The tokenize phase writes those of queries.parquet, in its order:
+texts (`jaxrec.data.words`). The tokenize phase writes those of queries.parquet, in its order:
 
     query_codes.parquet            query, c1..cM int32
     query_embeddings.safetensors   `embeddings`, f32 [n, D]
@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
-from jaxrec.semantic_ids.embeddings import ENCODER, embed_new, encoder_of, read_alignment, with_products
+from jaxrec.data.words import normalised
+from jaxrec.semantic_ids.embeddings import ENCODER, embed_new, encoder_of, encodes_texts, read_alignment, with_products
 from jaxrec.semantic_ids.files.vectors import read_embeddings, write_embeddings
 from jaxrec.semantic_ids.keyword_embeddings import KeywordEmbeddings, load_keywords
 from jaxrec.semantic_ids.quantizers import codebooks
@@ -30,13 +31,12 @@ from jaxrec.semantic_ids.quantizers.codebooks import Codebooks
 from jaxrec.semantic_ids.table.versions import BOOKS
 from jaxrec.text import align
 from jaxrec.text.encoder import EncoderConfig, encode_batches, load_encoder, longest
-from jaxrec.text.words import normalised
 
 QUERY_CODES, QUERY_EMBEDDINGS = "query_codes.parquet", "query_embeddings.safetensors"
 BLOCK_ROWS = 64
 """Rows that are projected and quantized at once: one shape, compiled once, so the other queries change no code."""
-BLOCK_TOKENS = 256
-"""Tokens that are encoded at once: a request has few queries, mostly short."""
+BLOCK_TOKENS = 64
+"""Tokens that are encoded at once, padding included: a request has few queries, mostly short."""
 
 
 class QueryIds:
@@ -123,10 +123,10 @@ def load_query_ids(folder: Path, text_config: EncoderConfig | None = None) -> Qu
 def write_query_ids(tables: Path, folder: Path, text_config: EncoderConfig) -> dict | None:
     """Writes the IDs and embeddings of queries.parquet into a semantic_ids folder with codebooks; returns figures.
 
-    None, and no files, for tables without queries.
+    None, and no files, for tables without queries, or where items brought embeddings of their own.
     """
     path = Path(tables) / "queries.parquet"
-    if not path.is_file():
+    if not (path.is_file() and encodes_texts(folder)):
         return None
     ids, queries = QueryIds(folder, text_config), pq.read_table(path, columns=["query"])["query"].to_pylist()
     texts = [normalised(query) for query in queries]

@@ -24,7 +24,7 @@ from jaxrec.semantic_ids.table.space import ItemIds, SemanticIds, write_codes
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
-from jaxrec.text.keywords import KeywordConfig
+from jaxrec.text.keywords import KeywordConfig, check_attributes
 from jaxrec.text.scenarios import TowersConfig
 
 
@@ -58,6 +58,8 @@ def tokenize(
     align_key, id_key = _keys(seed)
     items = pq.read_table(tables / "items.parquet")
     collisions.check(collision_config)
+    if keywords is not None:
+        check_attributes(items, keywords)
     # The width is unknown before items are embedded; `codebooks.fit` checks it then. Every size divides 0.
     codebooks.check(id_config, (len(items), 0))
     embeddings, pairs, figures = embed_catalogue(align_key, tables, folder, text_config, align_config, tuned)

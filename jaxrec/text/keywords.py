@@ -7,7 +7,7 @@ keywords with the most page views are kept. Queries and items are searched for t
     found = keywords.match_many(["red Acme running shoes"])       # [[rows of `acme`, `running shoes`]]
     vectors = enhance(vectors, keyword_vectors, found)            # Eq. 2
 
-Keywords are whole words of the normalised text (`jaxrec.text.words`). Of overlapping ones the longest counts, of
+Keywords are whole words of the normalised text (`jaxrec.data.words`). Of overlapping ones the longest counts, of
 equally long ones the first.
 """
 
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jaxrec.config import UserError, check_least
-from jaxrec.text.words import normalised, words
+from jaxrec.data.words import normalised, words
 
 Matches = Sequence[Sequence[int]]
 """The keywords of each text, as their rows, in the order of their places in the text."""

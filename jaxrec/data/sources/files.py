@@ -1,10 +1,11 @@
 """Shared by the sources that read files: digests, and lines with their numbers for messages."""
 
+import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxrec.config import UserError
 
@@ -14,6 +15,22 @@ def require(path: Path, what: str) -> Path:
     if not path.is_file():
         raise UserError(f"{path} is missing; it should hold {what}")
     return path
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked where its name ends in .gz.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; correct the path")
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def kind_of(path: Path) -> str:
+    """The last part of a file's name that says what it holds, .gz left out: `.tsv` of clicks.tsv.gz."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -32,7 +49,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
       UserError: a line is no UTF-8.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, raw in enumerate(file, 1):
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")

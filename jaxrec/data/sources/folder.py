@@ -12,7 +12,6 @@ In CSV, product_ids are separated by `|`. Ids and texts are taken as they are wr
 Rows are numbered from 1 in messages, a header not counted; in JSONL the row is the line.
 """
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,10 @@ import ibis
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
-from jaxrec.data.sources.checks import Check, as_number, as_seconds, as_text, check_words, choice, not_null, refuse
+from jaxrec.data.sources.checks import as_number, as_seconds, as_text, check_words, choice, not_null, refuse
 from jaxrec.data.sources.files import digest
-from jaxrec.data.sources.formats import SUFFIXES, Wanted, read_file
+from jaxrec.data.sources.formats import SUFFIXES, Wanted
+from jaxrec.data.sources.item_files import ITEMS, SCENARIOS, typed_items
 from jaxrec.data.sources.query_files import (
     SEARCHES,
     SUGGESTIONS,
@@ -31,19 +31,12 @@ from jaxrec.data.sources.query_files import (
     typed_searches,
     typed_suggestions,
 )
+from jaxrec.data.sources.reading import read_table
 from jaxrec.data.tables import RawTables, Split, connect, count_rows, store
 from jaxrec.run import console
 
 FILES = ("items", "events", "searches", "suggestions")
-SCENARIOS = ("product_card", "short_video", "live_stream")
 
-ITEMS = Wanted(
-    ("item_id", "title", "category", "brand", "price", "text", "scenario", "product_ids", "embedding"),
-    required=("item_id", "title"),
-    ids=("item_id", "product_ids"),
-    vectors=("embedding",),
-    further=True,
-)
 EVENTS = Wanted(
     ("user_id", "item_id", "timestamp", "behavior", "session_id", "scenario", "query", "watch_seconds", "search_id"),
     required=("user_id", "item_id", "timestamp", "behavior"),
@@ -91,7 +84,7 @@ class Folder:
             )
         if old := _find(folder, "queries"):
             raise UserError(f"{old} has the earlier name of suggestions{old.suffix}; rename it")
-        items = _items(engine, folder)
+        items = typed_items(engine, *_read(engine, folder, "items", ITEMS))
         searches, suggestions = (
             typed(engine, *_read(engine, folder, name, wanted)) if _find(folder, name) else None
             for name, wanted, typed in (
@@ -150,83 +143,6 @@ class Folder:
         return path, typed.semi_join(items, "item_id"), unknown
 
 
-def _items(engine: BaseBackend, folder: Path) -> ibis.Table:
-    path, table = _read(engine, folder, "items", ITEMS)
-    for name in table.columns:
-        if name.lower() in _MADE:
-            raise UserError(f"{path}: the column {name!r} has the name of {_MADE[name.lower()]}; rename it")
-    check_words(path, table, ("title", "category", "brand", "text", "scenario"), ITEMS.ids)
-    copies = ibis.row_number().over(group_by=as_text(table.item_id), order_by=table._row)
-    table = store(engine, table.mutate(_copy=copies))
-    checks = [*not_null(table, "item_id"), Check("item_id", table._copy > 0, "occurs twice; give every item one row")]
-    checks += not_null(table, "title")
-    columns = {name: as_text(table[name]) for name in ("item_id", "title")}
-    for name in ("category", "brand"):
-        columns[name] = as_text(table[name]).fill_null("") if name in table.columns else ibis.literal("")
-    columns["price"] = ibis.null("float64")
-    if "price" in table.columns:
-        checks += as_number(table, "price").checks
-        columns["price"] = as_number(table, "price").value
-    if "scenario" in table.columns:
-        checks += choice(table, "scenario", SCENARIOS, "use one of these")
-        columns["scenario"] = as_text(table.scenario)
-    refuse(path, table, checks)
-    words = [columns[name] for name in ("title", "category", "brand")]
-    joined = ibis.literal(". ").join([word.nullif("") for word in words])
-    columns["text"] = as_text(table.text).coalesce(joined) if "text" in table.columns else joined
-    if "product_ids" in table.columns:
-        columns["product_ids"] = _product_ids(engine, path, table)
-    if "embedding" in table.columns:
-        columns["embedding"] = _embedding(path, table)
-    further = [name for name in table.columns if name not in columns and not name.startswith("_")]
-    order = ["item_id", "title", "text", "category", "brand", "price"]
-    order += [name for name in columns if name not in order]
-    return store(
-        engine, table.select(**{name: columns[name] for name in order}, **{name: table[name] for name in further})
-    )
-
-
-_MADE = {"count": "a column that preparation makes, the purchases of an item in training"}
-"""Columns of the prepared items that no file can bring."""
-
-
-def _product_ids(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.expr.types.ArrayValue:
-    products = table.product_ids
-    if products.type().is_string():
-        products = products.nullif("").split("|")
-    if not products.type().is_array():
-        raise UserError(
-            f"{path}, column 'product_ids': holds {products.type()}; write a list of item ids (in CSV, split by |)"
-        )
-    products = products.cast("array<string>")
-    sold = table.select(product=products.unnest(), _row=table._row)
-    known = table.select(product=as_text(table.item_id))
-    missing = sold.anti_join(known, "product").order_by(["_row", "product"]).limit(1).to_pyarrow().to_pylist()
-    if missing:
-        raise UserError(
-            f"{path}, column 'product_ids', row {missing[0]['_row']}: there is no item {missing[0]['product']!r}; "
-            f"add it to {path.name}, or take it out of the list"
-        )
-    return products
-
-
-def _embedding(path: Path, table: ibis.Table) -> ibis.expr.types.ArrayValue:
-    if not (table.embedding.type().is_array() and table.embedding.type().value_type.is_numeric()):
-        raise UserError(
-            f"{path}, column 'embedding': holds {table.embedding.type()}; write lists of numbers, in parquet or JSONL"
-        )
-    first = table.order_by("_row").limit(1).select("_row", width=table.embedding.length()).to_pyarrow().to_pylist()[0]
-    row, width = first["_row"], first["width"]
-    if not width:
-        raise UserError(
-            f"{path}, column 'embedding', row {row}: is empty; give every item an embedding, or drop the column"
-        )
-    differs = (table.embedding.length() != width) | table.embedding.isnull()
-    message = f"has not the width {width} of row {row}; give all items one width"
-    refuse(path, table, [Check("embedding", differs, message, show=False)])
-    return table.embedding.cast("array<float32>")
-
-
 def _find(folder: Path, name: str) -> Path | None:
     """The one file that holds the table `name`."""
     found = [path for suffix in SUFFIXES if (path := folder / f"{name}.{suffix}").is_file()]
@@ -236,43 +152,11 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _read(engine: BaseBackend, folder: Path, name: str, wanted: Wanted) -> tuple[Path, ibis.Table]:
-    """A file as a table with a column `_row`, numbered from 1; prints the type read for each column.
-
-    Raises:
-      UserError: the file is missing, is empty, lacks a column, or is refused by `read_file`.
-    """
+    """The file of the table `name`, and `read_table` of it."""
     path = _find(folder, name)
     if path is None:
         raise UserError(
             f"{folder} has no {name}.parquet, {name}.csv or {name}.jsonl; "
             f"add one with the columns {', '.join(wanted.required)}"
         )
-    table, unused = read_file(engine, path, wanted)
-    names = [column for column in table.columns if column != "_row"] + unused
-    for column in wanted.required:
-        if column not in table.columns:
-            near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-            hint = f"rename {near[0]!r}" if near else f"it has {', '.join(names)}"
-            raise UserError(f"{path}: the column {column!r} is missing; {hint}")
-    if count_rows(table) == 0:
-        raise UserError(f"{path} has no rows; it needs at least one")
-    console.print(f"{path.name}: {_described(table, wanted, unused)}", markup=False)
-    return path, table
-
-
-def _described(table: ibis.Table, wanted: Wanted, unused: list[str]) -> str:
-    """The types read for the columns of a file, in one line."""
-    groups: dict[str, list[str]] = {}
-    for name in (name for name in table.columns if name != "_row"):
-        kind = table[name].type()
-        if kind.is_array() or name == "product_ids":
-            what = "lists"
-        elif name == "timestamp":
-            what = "times"
-        elif name in ("price", "watch_seconds") or (kind.is_numeric() and name not in wanted.names):
-            what = "numbers"
-        else:
-            what = "true or false" if kind.is_boolean() else "text"
-        groups.setdefault(what, []).append(name)
-    groups |= {"not used": [name or "a column without a name" for name in unused]} if unused else {}
-    return "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items())
+    return path, read_table(engine, path, wanted)

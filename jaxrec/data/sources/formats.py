@@ -2,10 +2,14 @@
 
 Nothing is guessed. CSV: fields are quoted by `"`, which is doubled inside quotes; there are no comments and no escapes.
 The header decides whether commas, tabs or semicolons separate fields. CSV and JSONL are UTF-8, with or without a byte
-order mark. Identifiers and texts are strings, also where JSON has numbers: `007`, `1.0`, `1e5` and `true` stay so.
+order mark; a source may name another encoding of its CSV. Names in .tsv and .txt are CSV too, and .gz is unpacked.
+Identifiers and texts are strings, also where JSON has numbers: `007`, `1.0`, `1e5` and `true` stay so.
 """
 
 import csv
+import gzip
+import io
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +26,7 @@ from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
 from jaxrec.data.sources.checks import FLOAT_ID
-from jaxrec.data.sources.files import Real, Whole, as_written, json_lines, written
+from jaxrec.data.sources.files import Real, Whole, as_written, json_lines, kind_of, opened, written
 from jaxrec.data.tables import store
 
 SUFFIXES = ("parquet", "csv", "jsonl")
@@ -52,6 +56,8 @@ class Wanted:
     """Those of them that hold lists of numbers."""
     further: bool = False
     """Whether other columns are read too. Those whose names begin with `_` never are."""
+    encoding: str = "utf-8"
+    """The encoding of CSV."""
 
 
 def read_file(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Table, list[str]]:
@@ -65,10 +71,20 @@ def read_file(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Tab
       UserError: the file can't be read, a row doesn't fit the header, two columns have one name, or an identifier is a
         floating-point number in JSON.
     """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; correct the path")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; it needs the columns {', '.join(wanted.required)}")
-    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
-    return readers[path.suffix](engine, path, wanted)
+    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl} | dict.fromkeys((".csv", ".tsv", ".txt"), _read_csv)
+    kind = path.suffix if path.suffix == ".parquet" else kind_of(path)
+    if kind not in readers:
+        raise UserError(
+            f"{path} is no table that can be read; write {', '.join(readers)}, or one of the last three in .gz"
+        )
+    try:
+        return readers[kind](engine, path, wanted)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path} can't be unpacked ({error}); write it again, or unpack it") from error
 
 
 def _places(path: Path, names: Sequence[str], wanted: Wanted) -> dict[str, str]:
@@ -111,11 +127,12 @@ def _read_parquet(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis
 
 
 def _read_csv(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Table, list[str]]:
-    _check_encoding(path)
+    if wanted.encoding == "utf-8":
+        _check_encoding(path)
     delimiter, header = _header(path, wanted)
     places = _places(path, header, wanted)
     growing, row = _Growing(engine), 1
-    with _records(path, delimiter) as records:
+    with _records(path, delimiter, wanted.encoding) as records:
         next(record for record in records if record)
         while chunk := _chunk(path, records, delimiter, len(header)):
             columns = dict(zip(header, zip(*chunk, strict=True), strict=True))
@@ -133,7 +150,7 @@ def _header(path: Path, wanted: Wanted) -> tuple[str, list[str]]:
     known, headers = {name.lower() for name in wanted.names}, {}
     for delimiter in DELIMITERS:
         try:
-            with _records(path, delimiter) as records:
+            with _records(path, delimiter, wanted.encoding) as records:
                 headers[delimiter] = next((record for record in records if record), [])
         except csv.Error:
             continue
@@ -150,11 +167,13 @@ def _header(path: Path, wanted: Wanted) -> tuple[str, list[str]]:
 
 
 @contextmanager
-def _records(path: Path, delimiter: str) -> Iterator[Any]:
-    """A reader of the records of a CSV file; a blank line is an empty record. Bytes that are no UTF-8 are escaped."""
+def _records(path: Path, delimiter: str, encoding: str = "utf-8") -> Iterator[Any]:
+    """A reader of the records of a CSV file; a blank line is an empty record. Bytes of no character are escaped."""
     longest = csv.field_size_limit(_LONGEST_FIELD)
+    encoding = "utf-8-sig" if encoding == "utf-8" else encoding
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        with opened(path) as raw:
+            file = io.TextIOWrapper(raw, newline="", encoding=encoding, errors="surrogateescape")
             yield csv.reader(file, delimiter=delimiter, strict=True)
     finally:
         csv.field_size_limit(longest)
@@ -288,7 +307,7 @@ def _holds_real(value: Any) -> bool:
 
 
 def _check_encoding(path: Path) -> None:
-    with path.open("rb") as file:
+    with opened(path) as file:
         start = file.read(1024)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in start[:4]):
         raise UserError(f"{path}, row 1: this is UTF-16; save the file as UTF-8")
@@ -307,7 +326,9 @@ def _strings(path: Path, name: str, values: Sequence[Any], rows: Sequence[int], 
         except UnicodeEncodeError as error:
             code = ord(error.object[error.start])
             # Python escapes a byte that is no UTF-8 as the code 0xdc00 + byte.
-            what = f"the byte 0x{code - 0xDC00:02x}" if path.suffix == ".csv" else f"half a character, \\u{code:04x},"
+            what = (
+                f"the byte 0x{code - 0xDC00:02x}" if kind_of(path) != ".jsonl" else f"half a character, \\u{code:04x},"
+            )
             raise UserError(
                 f"{path}, column {name!r}, row {row}: {what} is no UTF-8; save the file as UTF-8"
             ) from error

@@ -143,6 +143,7 @@ class OneSearchConfig(GenerativeRunConfig):
     """The loss of the third stage, whose optimiser and length are `optim` and `training`."""
 
     of_phases: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.of_phases, "tokenizer")
+    query_ids: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

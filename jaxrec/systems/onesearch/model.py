@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
+from jaxrec.config import UserError
 from jaxrec.data.examples import Records
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.search_statistics import SearchStatistics, search_statistics, training_searches
@@ -21,6 +22,7 @@ from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.user_ids import hashed_ids, user_ids
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
+from jaxrec.semantic_ids.queries import centroids
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.queries import KnownQueries, load_queries, query_texts
@@ -211,6 +213,15 @@ def user_id(codes: jax.Array) -> jax.Array:
     return jnp.where(mask.any(-1, keepdims=True), user_ids(codes, mask), -1)
 
 
+def run_centroids(run: Run, space: SemanticIdSpace, item_ids: Sequence[str]) -> tuple[np.ndarray, ...]:
+    """The centroids of Eq. 4: of the run's codebooks or, of quantizers without centroids, of its items."""
+    try:
+        return tuple(centroids(run.semantic_ids))
+    except UserError:
+        embeddings = read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids)
+        return level_centroids(space.codes, space.codebook_sizes, embeddings)
+
+
 def level_centroids(codes: np.ndarray, sizes: tuple[int, ...], embeddings: np.ndarray) -> tuple[np.ndarray, ...]:
     """The centroid of every code, float32 [K, E] a level: the mean of what the levels before leave of its items.
 
@@ -235,7 +246,7 @@ def assemble(run: Run, config: OneSearchConfig) -> OneSearchAssembly:
       UserError: a file is missing or doesn't fit the items.
     """
     item_ids, counts, space, behaviors, wanted = read_items(run, config)
-    queries, rows = load_queries(run), query_texts(run.tables)
+    queries, rows = load_queries(run, space.levels), query_texts(run.tables)
     vocabulary = SearchVocabulary(queries.tokenizer.size, len(TASKS), space.codebook_sizes)
     model = PersonalSearch(vocabulary.fit(config.model), vocabulary, config.prompt)
     searched = training_searches(run.tables, config.data.target_behaviors)
@@ -250,9 +261,7 @@ def assemble(run: Run, config: OneSearchConfig) -> OneSearchAssembly:
         queries=queries,
         statistics=search_statistics(queries.texts, numbers, *columns, config.statistics),
         rows=rows,
-        centroids=level_centroids(
-            space.codes, space.codebook_sizes, read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids)
-        ),
+        centroids=run_centroids(run, space, item_ids),
         prior=popularity_prior(space.codes, counts, space.codebook_sizes) if config.prior else None,
         examples=run.examples,
     )

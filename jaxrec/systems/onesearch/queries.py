@@ -1,7 +1,7 @@
 """The queries of a run as the model reads them: tokens, semantic IDs, and the numbers of distinct texts.
 
-The phase `prompts` of a run holds the tokenizer and the IDs of the log's queries. Texts are compared after
-`jaxrec.targets.normalised`: two writings of a query are one.
+The phase `prompts` of a run holds the tokenizer. Texts are compared after `jaxrec.data.words.normalised`: two writings
+of a query are one.
 """
 
 from collections.abc import Sequence
@@ -9,42 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
 from jaxrec.data.search_statistics import UNKNOWN
+from jaxrec.data.words import normalised
 from jaxrec.run import Run
-from jaxrec.semantic_ids.embeddings import embed_new, encodes_texts
-from jaxrec.semantic_ids.quantizers import codebooks
-from jaxrec.targets import normalised
+from jaxrec.semantic_ids.embeddings import encodes_texts
+from jaxrec.semantic_ids.queries import QueryIds, load_query_ids
 from jaxrec.text.tokenizer import TextTokenizer, TokenizerConfig, load_tokenizer, save_tokenizer, train_tokenizer
 
-PROMPTS, CODES = "prompts", "query_codes.parquet"
+PROMPTS = "prompts"
 NO_CODE = -1
 REMEMBERED = 1 << 16
 """texts outside the log whose tokens and IDs are kept"""
-
-
-@dataclass(frozen=True, eq=False)
-class QueryCodes:
-    """Semantic IDs of query texts, from the codebooks of the items: a query and an item alike share their codes."""
-
-    folder: Path
-    """the run's semantic_ids"""
-    levels: int
-    """levels M of the items' IDs; those that only tell items apart have no code here, and are NO_CODE"""
-
-    def codes(self, texts: Sequence[str]) -> np.ndarray:
-        """int32 [n, M] of texts; all NO_CODE where the items' embeddings were not made of texts."""
-        found = np.full((len(texts), self.levels), NO_CODE, np.int32)
-        if len(texts) and encodes_texts(self.folder):
-            coded = codebooks.encode(codebooks.load(self.folder / "codebooks.safetensors"), self._embed(texts))
-            found[:, : coded.shape[1]] = coded
-        return found
-
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
-        return embed_new(self.folder, list(texts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +33,13 @@ class KnownQueries:
     """[Q], normalised"""
     of_row: np.ndarray
     """int64 [rows of queries.parquet]: their numbers"""
-    code_table: np.ndarray
-    """int32 [Q, M]"""
+    levels: int
+    """levels M of the items' IDs; those that only tell items apart have no code of a query"""
     tokenizer: TextTokenizer
-    ids: QueryCodes
+    ids: QueryIds | None
+    """IDs of texts; None where the items' embeddings were not made of texts"""
+    code_table: np.ndarray = field(init=False, repr=False)
+    """int32 [Q, M], NO_CODE where there is none"""
     tokens: tuple[np.ndarray, ...] = field(init=False, repr=False)
     """of each query"""
     number: dict[str, int] = field(init=False, repr=False)
@@ -71,6 +52,7 @@ class KnownQueries:
         object.__setattr__(self, "tokens", tuple(np.array(row, np.int32) for row in rows))
         object.__setattr__(self, "number", {text: number for number, text in enumerate(self.texts)})
         object.__setattr__(self, "others", {})
+        object.__setattr__(self, "code_table", self._codes(self.texts))
 
     def numbers(self, queries: Sequence[str] | np.ndarray) -> np.ndarray:
         """int64 [n] of texts, UNKNOWN for those not in the log, or of rows of queries.parquet."""
@@ -83,12 +65,19 @@ class KnownQueries:
         number = self._number(text)
         if number >= 0:
             return self.code_table[number]
-        return self._remembered(("codes", normalised(text)), lambda: self.ids.codes([normalised(text)])[0])
+        return self._remembered(("codes", normalised(text)), lambda: self._codes([text])[0])
 
     def tokens_of(self, text: str) -> np.ndarray:
         """int32 [t] of any text."""
         number = self._number(text)
         return self.tokens[number] if number >= 0 else np.array(self.tokenizer.encode([normalised(text)])[0], np.int32)
+
+    def _codes(self, texts: Sequence[str]) -> np.ndarray:
+        found = np.full((len(texts), self.levels), NO_CODE, np.int32)
+        if self.ids is not None and len(texts):
+            there = self.ids.has_id(texts)
+            found[there, : self.ids.levels] = self.ids.codes(texts)[there]
+        return found
 
     def _number(self, text: str) -> int:
         found = self.number.get(text)
@@ -125,34 +114,16 @@ def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def make_prompts(run: Run, folder: Path, config: TokenizerConfig, texts: Sequence[str]) -> None:
-    """The phase `prompts`: the tokenizer of the queries and `texts`, and the IDs of the queries."""
+    """The phase `prompts`: the tokenizer of the queries and `texts`."""
     known, _ = distinct(query_texts(run.tables))
     save_tokenizer(train_tokenizer([*known, *texts], config), folder)
-    codes = QueryCodes(run.semantic_ids, _levels(run)).codes(known)
-    columns = {f"c{level + 1}": codes[:, level] for level in range(codes.shape[1])}
-    pq.write_table(pa.table({"query": pa.array(known, pa.string()), **columns}), folder / CODES)
 
 
-def load_queries(run: Run) -> KnownQueries:
-    """What `make_prompts` wrote.
+def load_queries(run: Run, levels: int) -> KnownQueries:
+    """The queries of a run whose items' IDs have so many levels.
 
     Raises:
       UserError: a file is missing or damaged.
     """
-    folder = run.place(PROMPTS)
-    texts, of_row = distinct(query_texts(run.tables))
-    try:
-        table = pq.read_table(folder / CODES)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{folder / CODES} can't be read ({error}); delete {folder} to have it made again") from error
-    if tuple(table["query"].to_pylist()) != texts:
-        raise UserError(f"{folder / CODES} holds other queries than the tables; delete {folder} to have it made again")
-    names = [name for name in table.column_names if name != "query"]
-    codes = np.stack([table[name].to_numpy() for name in names], axis=1).astype(np.int32)
-    return KnownQueries(texts, of_row, codes, load_tokenizer(folder), QueryCodes(run.semantic_ids, len(names)))
-
-
-def _levels(run: Run) -> int:
-    """Levels M of the items' IDs."""
-    names = pq.read_schema(run.semantic_ids / "codes.parquet").names
-    return sum(name[0] == "c" and name[1:].isdigit() for name in names)
+    ids = load_query_ids(run.semantic_ids) if encodes_texts(run.semantic_ids) else None
+    return KnownQueries(*distinct(query_texts(run.tables)), levels, load_tokenizer(run.place(PROMPTS)), ids)

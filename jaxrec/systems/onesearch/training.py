@@ -16,7 +16,7 @@ import numpy as np
 from jaxrec.config import fingerprint
 from jaxrec.data.examples import Record, Records
 from jaxrec.data.pipeline import Features
-from jaxrec.data.searches import before_moment, led_to
+from jaxrec.data.searches import before_search, led_to
 from jaxrec.losses.likelihood import next_token
 from jaxrec.models.personal_search import TaskInputs
 from jaxrec.run import Run
@@ -186,7 +186,7 @@ def example(
     objective, wanted = config.objective, assembly.wanted
     items = led_to(record, place, wanted[record["behavior"]])
     moment = int(record["search_timestamp"][place])
-    history = before_moment(record, moment, int(record["search_session"][place]))
+    history = before_search(record, place)
     history |= {"query": record["search_query"][place], "now": moment, "user": record["user"]}
     if not record.get("answer_time", True):
         times = np.concatenate([history["timestamp"], history["search_timestamp"]])
