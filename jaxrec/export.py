@@ -46,6 +46,7 @@ from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.token_sequences import TokenSequenceConfig
+from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
 from jaxrec.semantic_ids.table.versions import trained_version
@@ -54,7 +55,6 @@ from jaxrec.systems.generative import GenerativeRunConfig
 from jaxrec.targets import Found, load_text_space
 from jaxrec.text.tokenizer import NOTES as TOKENIZER
 from jaxrec.text.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
-from jaxrec.text.words import normalised
 
 FORMAT = 1
 MANIFEST, ITEMS = "manifest.json", "items.jsonl"

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrec.data.popularity import DAY
+from jaxrec.data.words import normalised, words
 from jaxrec.evaluation.baselines import PurchaseLog, baselines_of
 from jaxrec.evaluation.search_baselines import (
     FLOOR,
@@ -20,7 +21,6 @@ from jaxrec.evaluation.search_baselines import (
     WordMatch,
     search_baselines,
 )
-from jaxrec.text.words import normalised, words
 
 ITEMS = 12
 QUERIES = ["boots", "Boots ", "red hats", "tea", "never searched"]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxrec.config import UserError
+from jaxrec.data.words import normalised, words
 from jaxrec.text.keywords import KeywordConfig, Keywords, enhance, mine
-from jaxrec.text.words import normalised, words
 
 ITEMS = pa.table(
     {

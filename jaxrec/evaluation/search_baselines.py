@@ -7,7 +7,7 @@
     bm25                          words of the query in the items' texts (Robertson & Zaragoza, 2009, by `bm25s`)
     <name> encoder                cosine of the query's and the items' embeddings
 
-Queries are compared after `jaxrec.text.words.normalised`. What a baseline gives no score is ranked by popularity over
+Queries are compared after `jaxrec.data.words.normalised`. What a baseline gives no score is ranked by popularity over
 all training events: of the counting ones, every item for a query that was not searched for in training.
 """
 
@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from jaxrec.data.popularity import DAY
+from jaxrec.data.words import normalised, words
 from jaxrec.evaluation.baselines import Popularity, PurchaseLog, Recommender, count_matrix, recommend_best
-from jaxrec.text.words import normalised, words
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
 RECENT_DAYS, FLOOR = 30, 0.02

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import Cases
-from jaxrec.text.words import normalised
 
 ALL, NEW, NEW_IN_FULL_RANKING = "all", "new", "new_in_full_ranking"
 UNSEEN = "unseen_queries"

@@ -32,6 +32,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError
 from jaxrec.data.query_pairs import QueryPairConfig, query_pairs
+from jaxrec.data.words import normalised
 from jaxrec.nn.finite import check_finite
 from jaxrec.run import read_json, write_json
 from jaxrec.semantic_ids.files.items import open_items
@@ -52,7 +53,6 @@ from jaxrec.text.scenarios import (
     tower_data,
     train_towers,
 )
-from jaxrec.text.words import normalised
 
 TEXT, ALIGNMENT, ENCODER = "text.json", "alignment.safetensors", "encoder"
 TOWER = "item_tower.safetensors"

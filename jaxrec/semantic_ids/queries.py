@@ -4,7 +4,7 @@
     ids.codes(["running shoes", "never seen before"])     # int32 [2, M]
 
 A query is embedded as an item's text is, and enhanced with the keywords in it. Queries are compared by their normalised
-texts (`jaxrec.text.words`). The tokenize phase writes those of queries.parquet, in its order:
+texts (`jaxrec.data.words`). The tokenize phase writes those of queries.parquet, in its order:
 
     query_codes.parquet            query, c1..cM int32
     query_embeddings.safetensors   `embeddings`, f32 [n, D]
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
+from jaxrec.data.words import normalised
 from jaxrec.semantic_ids.embeddings import ENCODER, embed_new, encoder_of, encodes_texts, read_alignment, with_products
 from jaxrec.semantic_ids.files.vectors import read_embeddings, write_embeddings
 from jaxrec.semantic_ids.keyword_embeddings import KeywordEmbeddings, load_keywords
@@ -30,7 +31,6 @@ from jaxrec.semantic_ids.quantizers.codebooks import Codebooks
 from jaxrec.semantic_ids.table.versions import BOOKS
 from jaxrec.text import align
 from jaxrec.text.encoder import EncoderConfig, encode_batches, load_encoder, longest
-from jaxrec.text.words import normalised
 
 QUERY_CODES, QUERY_EMBEDDINGS = "query_codes.parquet", "query_embeddings.safetensors"
 BLOCK_ROWS = 64

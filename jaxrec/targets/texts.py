@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import UserError, check_least
-from jaxrec.data.queries import normalised
+from jaxrec.data.words import normalised
 from jaxrec.decoding.beam import Rescore, expand_items
 from jaxrec.decoding.filters import ItemFilter
 from jaxrec.decoding.step import Extend
@@ -35,7 +35,6 @@ from jaxrec.run import read_json, write_json
 from jaxrec.targets.semantic_ids import padded_truths
 from jaxrec.targets.space import NONE, Found
 from jaxrec.text.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
-from jaxrec.text.words import normalised
 
 TARGETS = "targets"
 """The folder of a run that `TextSpace.save` writes into."""

@@ -7,7 +7,7 @@ keywords with the most page views are kept. Queries and items are searched for t
     found = keywords.match_many(["red Acme running shoes"])       # [[rows of `acme`, `running shoes`]]
     vectors = enhance(vectors, keyword_vectors, found)            # Eq. 2
 
-Keywords are whole words of the normalised text (`jaxrec.text.words`). Of overlapping ones the longest counts, of
+Keywords are whole words of the normalised text (`jaxrec.data.words`). Of overlapping ones the longest counts, of
 equally long ones the first.
 """
 
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jaxrec.config import UserError, check_least
-from jaxrec.text.words import normalised, words
+from jaxrec.data.words import normalised, words
 
 Matches = Sequence[Sequence[int]]
 """The keywords of each text, as their rows, in the order of their places in the text."""
@@ -73,12 +73,10 @@ class Keywords:
         items: the attributes and `text`, str; columns that are missing have no keywords.
         """
         columns = [name for name in (*dict.fromkeys(self.attributes), "text") if name in items.column_names]
-        found = [self._of_column(items[name]) for name in columns]
-        return (
-            [list(dict.fromkeys(chain(*of_item))) for of_item in zip(*found)]
-            if found
-            else [[] for _ in range(len(items))]
-        )
+        if not columns:
+            return [[] for _ in range(len(items))]
+        found = zip(*(self._of_column(items[name]) for name in columns))
+        return [list(dict.fromkeys(chain(*of_item))) for of_item in found]
 
     def _of_column(self, column: pa.ChunkedArray) -> list[list[int]]:
         """The keywords of each value; each distinct value is searched once."""

@@ -1,7 +1,7 @@
 """The queries of a run as the model reads them: tokens, semantic IDs, and the numbers of distinct texts.
 
 The phase `prompts` of a run holds the tokenizer and the items' neighbours. Texts are compared after
-`jaxrec.text.words.normalised`: two writings of a query are one.
+`jaxrec.data.words.normalised`: two writings of a query are one.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
 from jaxrec.data.search_statistics import UNKNOWN
+from jaxrec.data.words import normalised
 from jaxrec.run import Run
 from jaxrec.semantic_ids.embeddings import encodes_texts
 from jaxrec.semantic_ids.queries import QueryIds, load_query_ids
 from jaxrec.text.tokenizer import TextTokenizer, TokenizerConfig, load_tokenizer, save_tokenizer, train_tokenizer
-from jaxrec.text.words import normalised
 
 PROMPTS, NEIGHBOURS = "prompts", "neighbours.safetensors"
 NO_CODE = -1

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from jaxrec.config import UserError
 from jaxrec.data.pipeline import Features, array_batches
 from jaxrec.data.search_statistics import training_searches
+from jaxrec.data.words import normalised
 from jaxrec.run import console
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.model import OneSearchAssembly
-from jaxrec.text.words import normalised
 
 NONE = -1
 

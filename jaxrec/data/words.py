@@ -13,7 +13,10 @@ _ASCII_WORD = re.compile("[a-z0-9]+")
 
 
 def normalised(text: str) -> str:
-    """What texts are compared by: NFKC, case folded, white space as single spaces and none at the ends."""
+    """What texts are compared by: NFKC, case folded, white space as single spaces and none at the ends.
+
+    The tables hold texts as they were typed. Models, and whatever counts texts, read them in this form.
+    """
     if text.isascii():  # where all of this is to lower the letters
         return " ".join(text.lower().split())
     before = None
