@@ -236,7 +236,7 @@ def test_faults_of_judged_pairs(tmp_path, row, message):
         ({"test_buckets": (10,)}, r"test_buckets=\(10,\) must be numbers from 0 to 9"),
         ({"test_buckets": (2,), "valid_buckets": (2, 3)}, r"share a bucket"),
         ({"split": "time"}, r"no users and no times to split by"),
-        ({"encoding": "martian"}, r"encoding='martian' is unknown"),
+        ({"encoding": "martian"}, r"encoding='martian' can't be read"),
         ({"title": "maker's"}, r"the column \"maker's\" is missing; rename 'maker'"),
     ],
 )

@@ -60,6 +60,16 @@ class Wanted:
     """The encoding of CSV."""
 
 
+def check_encoding(name: str) -> None:
+    """Raises UserError if Python knows no such encoding of texts, or one whose commas and line ends are not ASCII's."""
+    try:
+        ascii_inside = ",\n".encode(name) == b",\n"
+    except LookupError:
+        ascii_inside = False
+    if not ascii_inside:
+        raise UserError(f"encoding={name!r} can't be read; give one such as utf-8 or cp1252, or save the file as UTF-8")
+
+
 def read_file(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Table, list[str]]:
     """A file as a table, with its rows numbered in `_row`, and the names of the columns that are left out.
 
