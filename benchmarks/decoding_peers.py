@@ -32,6 +32,7 @@ if "--threads" in sys.argv:
 import jax
 import jax.numpy as jnp
 import numpy as np
+from shared.beams import random_ids, same, search
 from shared.peer_process import PeerProcess
 from shared.t5 import CONFIG, FIRST, LEVELS, SIZE, make_contexts, make_t5
 from shared.timing import best_of, parser, report
@@ -43,28 +44,13 @@ from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import report_user_errors
 from jaxrec.training.flops import matmul_flops
 
+MODEL = EncoderDecoder(CONFIG)
 QUICK = ((1, 10), (1, 50))
 CASES = (*QUICK, (8, 50), (8, 512))
 ITEMS = 100_000
 END = 1
 WIDTHS = (10, 32, 100, 256, 512)
 GROWTH = (10_000, 10_000_000)
-
-
-@partial(jax.jit, static_argnames=("beam_width", "constrained"))
-def search(
-    variables: dict, tokens: jax.Array, mask: jax.Array, trie: Trie, allowed=None, *, beam_width: int, constrained=True
-) -> BeamResult:
-    """The beams of every context."""
-    model = EncoderDecoder(CONFIG)
-    context = model.apply(variables, ContextTokens(tokens, mask), method="prefill")
-
-    def extend(codes, cache, level):
-        return model.apply(variables, context, codes, cache, level, method="extend")
-
-    return beam_search(
-        extend, None, trie, batch=len(tokens), beam_width=beam_width, allowed=allowed, constrained=constrained
-    )
 
 
 @partial(jax.jit, static_argnames="beam_width")
@@ -98,7 +84,7 @@ def main() -> None:
 
 def measure_peers(python: str, threads: int, cases: tuple, repeats: int, peak: float) -> None:
     """The rows against other libraries, of one number of threads."""
-    codes = random_ids(ITEMS)
+    codes = random_ids(ITEMS, SIZE, LEVELS)
     tokens = codes + FIRST + SIZE * np.arange(LEVELS)
     tries = build_trie(codes, (SIZE,) * LEVELS), build_trie(tokens, (CONFIG.vocabulary,) * LEVELS)
     variables = make_t5()
@@ -108,7 +94,7 @@ def measure_peers(python: str, threads: int, cases: tuple, repeats: int, peak: f
         np.save(Path(folder) / "contexts.npy", np.asarray(contexts, np.int64))
         np.save(Path(folder) / "ids.npy", tokens)
         peers = PeerProcess(
-            python, "t5_peers.py", Path(folder), threads, "torch, transformers, ctranslate2, sentencepiece"
+            python, "beam_peers.py", Path(folder), threads, "torch, transformers, ctranslate2, sentencepiece"
         )
         for batch, beams in cases:
             some = variables, contexts[:batch], mask[:batch]
@@ -121,9 +107,11 @@ def measure_parts(threads: int, quick: bool, peak: float) -> None:
     """The rows of ours alone: trie, filter, catalogue, beams."""
     batch, widths = (1, WIDTHS[:3]) if quick else (8, WIDTHS)
     fewer, more = (GROWTH[0], GROWTH[1] // 10) if quick else GROWTH
-    small, trie, large = (build_trie(random_ids(count), (SIZE,) * LEVELS) for count in (fewer, ITEMS, more))
+    small, trie, large = (
+        build_trie(random_ids(count, SIZE, LEVELS), (SIZE,) * LEVELS) for count in (fewer, ITEMS, more)
+    )
     built = [random_filter(one, batch) for one in (trie, large)]
-    run = partial(search, make_t5(), *make_contexts(batch), beam_width=widths[-1])
+    run = partial(search, MODEL, make_t5(), *make_contexts(batch), beam_width=widths[-1])
     calls = [partial(run, trie), partial(run, trie, constrained=False), partial(run, trie, built[0])]
     calls += [partial(run, small), partial(run, large), partial(run, large, built[1])]
     on, off, filtered, little, much, much_filtered = best_of(calls, 3)
@@ -147,15 +135,9 @@ def random_filter(trie: Trie, batch: int) -> ItemFilter:
     return jax.jit(build_filter)(trie, jnp.asarray(allowed))
 
 
-def random_ids(count: int) -> np.ndarray:
-    """About `count` distinct IDs, sorted."""
-    drawn = np.random.default_rng(0).integers(0, SIZE**LEVELS, count)
-    return np.stack([np.unique(drawn) // SIZE**level % SIZE for level in range(LEVELS)[::-1]], axis=1)
-
-
 def hold_equal(peers: PeerProcess, some: tuple, tries: tuple[Trie, Trie], batch: int, beams: int) -> None:
     """AssertionError unless ours and each peer find the same IDs with the same scores."""
-    ours = search(*some, tries[0], beam_width=beams)
+    ours = search(MODEL, *some, tries[0], beam_width=beams)
     same(
         ours.codes + FIRST + SIZE * np.arange(LEVELS), ours.log_probs, peers.ask(peer="trie", batch=batch, beams=beams)
     )
@@ -163,22 +145,12 @@ def hold_equal(peers: PeerProcess, some: tuple, tries: tuple[Trie, Trie], batch:
     same(free.codes, free.log_probs, peers.ask(peer="ctranslate2", batch=batch, beams=beams))
 
 
-def same(tokens: jax.Array, scores: jax.Array, peer: dict) -> None:
-    """Scores to 1e-4 in order; IDs as sets, where those that tie with the last within 1e-4 may differ."""
-    scores, theirs = np.asarray(scores), np.array(peer["scores"])
-    np.testing.assert_allclose(scores, theirs, atol=1e-4)
-    for ours_row, their_row, row in zip(np.asarray(tokens), np.array(peer["tokens"]), scores, strict=True):
-        clear = row > row[-1] + 2e-4
-        ours_ids, their_ids = (set(map(tuple, ids.tolist())) for ids in (ours_row[clear], their_row))
-        assert ours_ids <= their_ids, sorted(ours_ids - their_ids)[:3]
-
-
 def compare(
     peers: PeerProcess, some: tuple, trie: Trie, batch: int, beams: int, threads: int, repeats: int, peak: float
 ):
     """Times one case in turns."""
     times = {"trie": [], "ctranslate2": []}
-    run = partial(search, *some, trie, beam_width=beams)
+    run = partial(search, MODEL, *some, trie, beam_width=beams)
     ours = []
     for turn in range(repeats):
         ours += best_of([run], 2)

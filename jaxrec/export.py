@@ -13,7 +13,8 @@ CUDA and TPU:
       catalogue.safetensors     the model's arrays of the items
       trie.safetensors          the semantic IDs, or the listed texts, as a trie
       items.jsonl               line i (from 0) is item i: {"item_id": ...}
-      texts.jsonl, text_space.json, tokenizer.model or .json, text_tokenizer.json: of a run that answers with texts
+      texts.jsonl, text_space.json                       of a run that answers with texts
+      tokenizer.model or .json, text_tokenizer.json      of a run that reads or answers with texts
 
 Only arrays that the function reads are written. docs/export.md describes the inputs and has the code that answers with
 jax and safetensors alone; `load` needs jaxrec.
@@ -43,13 +44,17 @@ from jaxrec.config import UserError, fingerprint, from_json, to_json
 from jaxrec.data.features import AGES, FeatureConfig
 from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
+from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.token_sequences import TokenSequenceConfig
+from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import History
 from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
 from jaxrec.semantic_ids.table.versions import trained_version
 from jaxrec.systems import SYSTEMS, load_recommender
 from jaxrec.systems.generative import GenerativeRunConfig
 from jaxrec.targets import Found, load_text_space
+from jaxrec.text.tokenizer import NOTES as TOKENIZER
+from jaxrec.text.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
 
 FORMAT = 1
 MANIFEST, ITEMS = "manifest.json", "items.jsonl"
@@ -58,7 +63,8 @@ FILES = {"variables": "model.safetensors", "trie": "trie.safetensors"}
 """The file of an array of `GenerativeRecommender.served`, by its first key; others are in that of the catalogue."""
 CATALOGUE = "catalogue.safetensors"
 READERS = {
-    reader.__name__: reader for reader in (FeatureConfig, ItemSequenceConfig, LeveledSessionConfig, TokenSequenceConfig)
+    reader.__name__: reader
+    for reader in (FeatureConfig, ItemSequenceConfig, LeveledSessionConfig, SearchFeatureConfig, TokenSequenceConfig)
 }
 """What makes the inputs of histories, by the name in the manifest."""
 
@@ -141,6 +147,8 @@ def write_artefact(
             lines = (json.dumps({"item_id": item}, ensure_ascii=False) + "\n" for item in item_ids)
             (partial / ITEMS).write_text("".join(lines), encoding="utf-8")
             recommender.space.save(partial)
+            if (tokenizer := getattr(recommender.assembly, "tokenizer", None)) is not None:
+                save_tokenizer(tokenizer, partial)
             manifest["files"] = {path.name: _file_record(path) for path in sorted(partial.iterdir())}
             write_json(partial / MANIFEST, manifest | {"fingerprint": fingerprint(manifest)})
             for path in [*partial.iterdir(), partial]:
@@ -299,6 +307,7 @@ class Artefact:
         files = {array["file"] for array in manifest["weights"].values()}
         self.weights = jax.device_put({k: v for file in sorted(files) for k, v in load_file(folder / file).items()})
         self.features = from_json(READERS[manifest["reader"]], manifest["features"])
+        self.tokenizer: TextTokenizer | None = load_tokenizer(folder) if (folder / TOKENIZER).exists() else None
         self._texts = load_text_space(folder) if "texts" in manifest["catalogue"] else None
         self._calls = {}
         for module in manifest["modules"]:
@@ -314,6 +323,16 @@ class Artefact:
         config = replace(self.features, buckets=(max(lengths),))
         cuts = [_cut(history, config, behaviors, wanted) for history in histories]
         return {name: np.stack([cut[name] for cut in cuts]) for name in cuts[0]}
+
+    def tokens(self, text: str) -> np.ndarray:
+        """The tokens int32 [n] of a query or prefix, which a system's context is made of, without an end token.
+
+        Raises:
+          UserError: the artefact has no tokenizer, or the text holds half a character.
+        """
+        if self.tokenizer is None:
+            raise UserError("this artefact has no tokenizer: the run that was exported reads no texts")
+        return np.array(self.tokenizer.encode([normalised(text)])[0], np.int32)
 
     def retrieve(self, requests: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answers a batch: the inputs of one module of the manifest -> its outputs. Each new batch size compiles once.

@@ -61,7 +61,7 @@ def write_run(path):
 
 LEAVES = [
     *("null", "true", "-0.0", "NaN", "-Infinity", "1e999", "17", '"17"', '""', '"a"', '"shoes"', '"u1"', "{}", "[]"),
-    *('" "', '"\\u3000"', '"sh"', f'"{"x" * 1001}"', '[{"query": "sh"}]', '[{"item_id": "a", "query": "sh"}]'),
+    *('" "', '"\\u3000"', '"sh"', f'"{"x" * 10_001}"', '[{"query": "sh"}]', '[{"item_id": "a", "query": "sh"}]'),
     *(
         '"\\ud800"',
         '"\\udc00\\ud800"',
@@ -89,14 +89,14 @@ ENTRIES = st.fixed_dictionaries(
     {},
     optional={
         "item_id": st.sampled_from(["a", "z", "", None]),
-        "query": st.sampled_from(["shoes", " red", "", "\u3000", "\ud800", "x" * 1000, "x" * 1001, None]),
+        "query": st.sampled_from(["shoes", " red", "", "\u3000", "\ud800", "x" * 1000, "x" * 10_001, None]),
         "behavior": st.sampled_from(["purchase", None]),
         "timestamp": st.sampled_from([17, None]),
     },
 )
 QUERY_REQUESTS = st.fixed_dictionaries(
     {"history": st.lists(ENTRIES, max_size=3)},
-    optional={name: st.sampled_from(["sh", "\n", "", 7, "\udfff", "x" * 1001, None]) for name in ("query", "prefix")},
+    optional={name: st.sampled_from(["sh", "\n", "", 7, "\udfff", "x" * 10_001, None]) for name in ("query", "prefix")},
 )
 """Requests with queries, prefixes and searches, good and bad, as JSON values."""
 LINES = st.binary(max_size=40) | VALUES.map(str.encode) | texts_of_objects(VALUES).map(str.encode)

@@ -141,7 +141,9 @@ def search_oracle(records, targets, split):
             )
             had = {i for i, b, _ in before if b in targets}
             earlier = sorted((q, t) for (q, t, _, _), there in zip(searches, known[:-1], strict=True) if there)
-            found.append((record["user"], query, moment, sorted(led), sorted(led - had), before, earlier))
+            mine = [(i, b) for i, b, _, _, s, search in events if search == place and b in targets and s == split]
+            strongest = [max(b for i, b in mine if i == item) for item in sorted(led)]
+            found.append((record["user"], query, moment, sorted(led), sorted(led - had), strongest, before, earlier))
     return found
 
 
@@ -156,8 +158,9 @@ def test_cases_of_searches_by_loops(split):
     cases = search_cases(records, (1, 2), split)
     expected = search_oracle(records, (1, 2), SPLITS.index(split))
     assert len(cases) == len(expected) > 10 and cases.cold == 0
-    for row, (user, query, moment, truths, new, before, earlier) in enumerate(expected):
+    for row, (user, query, moment, truths, new, behavior, before, earlier) in enumerate(expected):
         history = cases.histories[row]
+        assert cases.behavior[row][cases.where[row]].tolist() == behavior
         assert (cases.users[row], history["user"], history["query"], history["now"]) == (user, user, query, moment)
         assert cases.targets[row][cases.where[row]].tolist() == truths
         assert cases.targets[row][cases.new[row]].tolist() == new

@@ -133,6 +133,16 @@ def test_a_system_is_held_against_the_best_baseline_of_each_metric():
     assert text.getvalue().startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("cases", "metric", "said"),
+    [("prefixes", "ndcg@10", "ndcg@10 on new queries"), ("searches", "mrr@10", "mrr@10 on new items")],
+)
+def test_the_verdict_names_what_is_answered_and_searches_are_judged_by_mrr(cases, metric, said):
+    values = {(model, "new", name): 0.5 for model in ("ours", "bm25") for name in ("ndcg@10", "mrr@10")}
+    (found,) = standings([{**row, "cases": cases} for row in rows_of(values)], "ours")
+    assert (found.metric, found.what) == (metric, said) and said in verdict([found], "ours")
+
+
 def test_without_a_baseline_or_users_there_is_no_verdict():
     assert standings(rows_of({("onemall", "all", "recall@10"): 0.1}), "onemall") == []
     both = {("onemall", "new", "recall@10"): 0.0, ("markov", "new", "recall@10"): 0.0}

@@ -36,6 +36,7 @@ from jaxrec.export import ExportConfig, write_artefact
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.systems.sequential.model import SequentialRecommender
 from jaxrec.targets import SemanticIdSpace
+from jaxrec.text.tokenizer import TokenizerConfig, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 BATCHES = (1, 3, 8)
@@ -104,6 +105,30 @@ def rewrite_manifest(folder: Path, **changes) -> None:
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
     del manifest["fingerprint"]
     (folder / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": fingerprint(manifest)}))
+
+
+class ReadingTexts:
+    """A recommender, or its assembly, whose contexts are made of a tokenizer's tokens."""
+
+    def __init__(self, original, **more):
+        self.__dict__ |= {"original": original} | more
+
+    def __getattr__(self, name):
+        return getattr(self.original, name)
+
+
+def test_the_tokenizer_of_a_system_that_reads_queries(recommender, folder, tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(["red boots", "tea"], TokenizerConfig(vocabulary=275))
+    made = export.export_modules(recommender, CONFIG)
+    monkeypatch.setattr(export, "export_modules", lambda *_: made)
+    reading = ReadingTexts(recommender, assembly=ReadingTexts(recommender.assembly, tokenizer=tokenizer))
+    manifest = write_artefact(reading, IDS, tmp_path / "artefact", CONFIG)
+    assert {"tokenizer.model", "text_tokenizer.json"} <= set(manifest["files"])
+    artefact = export.load(tmp_path / "artefact")
+    assert artefact.tokens(" Red BOOTS").tolist() == tokenizer.encode(["red boots"])[0]
+    assert artefact.tokens("").shape == (0,) and artefact.tokens("靴 👢").dtype == np.int32
+    with pytest.raises(UserError, match="has no tokenizer"):
+        export.load(folder).tokens("boots")
 
 
 def test_the_manifest_tells_what_a_caller_needs(folder):

@@ -23,7 +23,8 @@ from jaxrec.losses.preference import ldpo
 from jaxrec.models.causal import Causal, CausalConfig
 from jaxrec.models.contract import Scored, TargetModel
 from jaxrec.models.cross_decoder import CrossDecoder
-from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, bart_config
+from jaxrec.models.personal_search import PersonalSearch, PromptConfig, SearchInputs, SearchVocabulary
 from jaxrec.models.prior import popularity_prior
 from jaxrec.models.rankgr import RankGR
 from jaxrec.models.vocabulary import ContextTokens
@@ -91,6 +92,12 @@ def encoder_decoder(prior: bool = False, sums_to_one: bool = True, **changes) ->
     return text(model, prior=prior, sums_to_one=sums_to_one)
 
 
+def bart(prior: bool = False, sums_to_one: bool = True, **changes) -> Case:
+    sizes = {"vocabulary": 14, "width": 8, "heads": 2, "head_dim": 4, "hidden": 6, "encoder_layers": 1, "layers": 1}
+    model = EncoderDecoder(bart_config(**sizes | {"max_positions": 9, "levels": LEVELS} | changes))
+    return text(model, prior=prior, sums_to_one=sums_to_one, others="logits_bias")
+
+
 def cross_decoder(**changes) -> Case:
     assembly = onemall_parts.make_assembly(dataclasses.replace(onemall_parts.MODEL, **{"layers": 1, **changes}))
     arrays = onemall_parts.make_arrays([onemall_parts.make_history(seed, 7) for seed in range(B)], assembly)
@@ -116,25 +123,69 @@ def rankgr(**changes) -> Case:
     return Case(assembly.model, variables, arrays, build, masks, targets, "rank_head")
 
 
+def personal_search(positions: str = "items") -> Case:
+    sizes = {"width": 8, "heads": 2, "head_dim": 4, "hidden": 6, "encoder_layers": 1, "layers": 1}
+    vocabulary = SearchVocabulary(texts=6, tasks=1, sizes=SIZES)
+    model = PersonalSearch(
+        vocabulary.fit(EncoderDecoderConfig(**sizes)), vocabulary, PromptConfig(positions, long_queries=2, long_heads=2)
+    )
+    rng = np.random.default_rng(2)
+    ids = {"query_codes": (), "user_codes": (2,), "recent_queries": (2,), "recent_items": (3,), "candidates": (4,)}
+    arrays = {name: rng.integers(0, SIZES, (B, *shape, M)).astype(np.int32) for name, shape in ids.items()}
+    arrays |= {name: rng.normal(size=(B, *shape)).astype(np.float32) for name, shape in
+               {"long": (3, M, 5), "habits": (4, 3), "user": (2,)}.items()}  # fmt: skip
+    arrays["query"] = rng.integers(0, 6, (B, 4)).astype(np.int32)
+    masks = {"query": "query_mask", "recent_items": "recent_items_mask", "candidates": "candidates_mask"}
+    masks |= {"habits": "candidates_mask"}
+    arrays |= {mask: np.arange(arrays[name].shape[1]) < [[9], [2]] for name, mask in masks.items()}
+    targets = TARGETS.copy()
+    targets[:, 0] = arrays["candidates"][:, 0]  # for the candidates' weights to learn from
+
+    def build(arrays: dict) -> SearchInputs:
+        of_masks = {
+            name: jnp.where(arrays[mask][(...,) + (None,) * (arrays[name].ndim - 2)], arrays[name], -1)
+            for name, mask in masks.items()
+            if name != "habits"
+        }
+        others = {name: value for name, value in arrays.items() if name not in masks.values()}
+        return SearchInputs(**others | of_masks)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), build(arrays), TARGETS)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape) + (leaf.ndim == 1), leaf.dtype),
+        nn.unbox(shapes)["params"],
+    )
+    # A bias under a softmax has no gradient.
+    return Case(model, {"params": params}, arrays, build, masks, targets, r"\['habit_out'\]\['bias'\]")
+
+
 CASES = {
     "causal": lambda: causal(prior=True),
     "encoder_decoder": lambda: encoder_decoder(tied=False),
     "encoder_decoder, prefixes": lambda: encoder_decoder(prior=True, causal=True),
+    "bart": lambda: bart(prior=True),
     "cross_decoder": cross_decoder,
     "rankgr": lambda: rankgr(pointer=True, prior=True),
+    "personal_search": personal_search,
 }
 VARIANTS = CASES | {
     "causal, whole vocabulary": lambda: causal(sums_to_one=False, restrict=False, groups=4, tied=False),
     "causal, tokens": lambda: causal(levels=None, groups=1, bias=False),
+    "causal, Qwen3": lambda: causal(bias=False, head_norm=True),
     "encoder_decoder, whole vocabulary": lambda: encoder_decoder(sums_to_one=False, restrict=False),
     "encoder_decoder, tokens": lambda: encoder_decoder(levels=None, activation="gelu", gated=True, start_token=2),
+    "bart, prefixes": lambda: bart(causal=True, restrict=False, tied=False, sums_to_one=False),
+    "bart, tokens": lambda: bart(levels=None, activation="relu"),
     "cross_decoder, uncompressed": lambda: cross_decoder(
         habit=False, places=True, queries=0, experts=1, item_embedding=False, prior=False
     ),
+    "personal_search, codes": lambda: personal_search("codes"),
     "rankgr, codes": lambda: rankgr(context="codes", behaviors=False, gaps=False),
 }
-MODELS = (Causal, EncoderDecoder, CrossDecoder, RankGR)
-VIEWS = ("causal", "encoder_decoder, prefixes", "rankgr")
+MODELS = (Causal, EncoderDecoder, CrossDecoder, RankGR, PersonalSearch)
+VIEWS = ("causal", "encoder_decoder, prefixes", "bart, prefixes", "rankgr")
+UNCUT = ("encoder_decoder", "bart")
+"""their contexts have views with `model.causal` alone"""
 LOSSES = {
     "next_token": lambda scored, where: next_token(scored.log_probs, where).sum(-1),
     "smoothed": lambda scored, where: next_token(
@@ -243,7 +294,9 @@ def test_score_is_the_chain_of_extend(name):
         assert (total < 0.99).all()
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("cross_decoder", "rankgr")])
+@pytest.mark.parametrize(
+    "name", [name for name in VARIANTS if name not in ("cross_decoder", "rankgr") and "search" not in name]
+)
 def test_the_mean_is_that_of_the_levels_log_probabilities(name):
     """In models that mix nothing in."""
     scored, steps = scores(name)
@@ -323,10 +376,11 @@ def test_views_are_of_the_models_whose_contexts_can_be_cut():
     def shapes_of(case: Case):
         return jax.eval_shape(case.context, case.variables["params"], case.arrays)
 
-    shapes = {name: shapes_of(make(name)) for name in CASES}
-    assert {name for name, context in shapes.items() if hasattr(context, "at")} - {"encoder_decoder"} == set(VIEWS)
-    with pytest.raises(ValueError, match=r"model\.causal"):
-        shapes["encoder_decoder"].at(LAST)
+    shapes = {name: shapes_of(make(name)) for name in {*CASES, *VIEWS}}
+    assert {name for name, context in shapes.items() if hasattr(context, "at")} - set(UNCUT) == set(VIEWS)
+    for name in UNCUT:
+        with pytest.raises(ValueError, match=r"model\.causal"):
+            shapes[name].at(LAST)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from jaxrec.models.causal import Causal, CausalConfig
 from jaxrec.models.cross_decoder import CrossDecoderLayer
-from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, bart_config
 from jaxrec.models.sequential import (
     Bert4RecConfig,
     CoreConfig,
@@ -26,7 +26,7 @@ from jaxrec.models.sequential import (
 from jaxrec.models.vocabulary import ContextTokens
 
 RATE = 0.9
-ADDED = re.compile(r"/((out|down|out_\d+)/weight|moe/down|norm_\d+_1/scale)$")
+ADDED = re.compile(r"/((out|down|out_\d+)/(weight|bias)|moe/down|norm_\d+_1/scale)$")
 """the parameters without which a block adds nothing"""
 RNG = np.random.default_rng(0)
 TOKENS, MASK = RNG.integers(3, 17, (2, 5)), np.arange(5) < [[5], [3]]
@@ -101,6 +101,9 @@ MODELS = {
     "encoder_decoder": (
         lambda: tokens(EncoderDecoder(EncoderDecoderConfig(encoder_layers=2, **TEXT, **LEVELS))), 6, 2 + 2 * 2
     ),
+    # of the normalised embeddings of the encoder, of the start token and of the targets; each block's by itself, before
+    # the norm of the sum: two a layer of the encoder, three of the decoder
+    "bart": (lambda: tokens(EncoderDecoder(bart_config(encoder_layers=2, **TEXT, **LEVELS))), 3, 2 * 2 + 2 * 2 * 3),
     "sasrec": (lambda: sequential(SasRecConfig(**SHORT)), 1, 2 * 2),
     "bert4rec": (lambda: sequential(Bert4RecConfig(**SHORT)), 1, 2 * 2),
     "core": (lambda: sequential(CoreConfig(**SHORT)), 2, 2 * 2),  # of the items' table as well

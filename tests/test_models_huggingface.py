@@ -17,14 +17,27 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError
 from jaxrec.models.causal import Causal, CausalConfig
-from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from jaxrec.models.huggingface import load_qwen2, load_t5, save_qwen2, save_t5
+from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, bart_config
+from jaxrec.models.huggingface import (
+    load,
+    load_bart,
+    load_qwen2,
+    load_qwen3,
+    load_t5,
+    save_bart,
+    save_qwen2,
+    save_qwen3,
+    save_t5,
+)
 from jaxrec.models.vocabulary import ContextTokens, level_logits
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
-T5, GATED, QWEN2 = "t5_relu_tied", "t5_gated_untied", "qwen2_tied"
-LOADERS = {T5: load_t5, GATED: load_t5, QWEN2: load_qwen2}
-SAVERS = {T5: save_t5, GATED: save_t5, QWEN2: save_qwen2}
+T5, GATED, MT5, QWEN2, QWEN3, BART = (
+    "t5_relu_tied", "t5_gated_untied", "mt5_untied", "qwen2_tied", "qwen3_untied", "bart_tied"
+)  # fmt: skip
+LOADERS = {T5: load_t5, GATED: load_t5, MT5: load_t5, QWEN2: load_qwen2, QWEN3: load_qwen3, BART: load_bart}
+SAVERS = {T5: save_t5, GATED: save_t5, MT5: save_t5, QWEN2: save_qwen2, QWEN3: save_qwen3, BART: save_bart}
+CAUSAL = (QWEN2, QWEN3)
 FIRST = "decoder.block.0.layer.0.SelfAttention.q.weight"
 
 
@@ -82,22 +95,23 @@ def refused(name: str, folder: Path, *words: str) -> None:
 def test_logits_are_those_of_transformers(name):
     config, params = LOADERS[name](GOLDEN / name)
     golden = load_file(GOLDEN / name / "golden.safetensors")
-    model = (Causal if name == QWEN2 else EncoderDecoder)(config)
+    model = (Causal if name in CAUSAL else EncoderDecoder)(config)
 
     def logits_of(module, states):
-        return level_logits(module._table(), states, 0, None, True)[0]
+        bias = None if name in CAUSAL else module._bias()
+        return level_logits(module._table(), states, 0, None, True, bias=bias)[0]
 
     def run(module, tokens, mask, targets):
         context = module.prefill(ContextTokens(tokens, mask))
         found = {"logits": logits_of(module, module.score(context, targets).states)}
-        return found | ({"context": logits_of(module, context.states)} if name == QWEN2 else {})
+        return found | ({"context": logits_of(module, context.states)} if name in CAUSAL else {})
 
     arrays = golden["tokens"], golden["mask"].astype(bool), golden["targets"]
     found = jax.jit(lambda params, *arrays: model.apply({"params": params}, *arrays, method=run))(params, *arrays)
     assert golden["mask"].min() == 0, "one context is padded"
     assert golden["logits"].std() > 1, "the logits say something"
     np.testing.assert_allclose(found["logits"], golden["logits"], atol=2e-5)
-    if name == QWEN2:
+    if name in CAUSAL:
         real = arrays[1]
         np.testing.assert_allclose(found["context"][real], golden["context"][real], atol=2e-5)
 
@@ -109,6 +123,15 @@ def test_configurations_are_read():
     )  # fmt: skip
     gated = load_t5(GOLDEN / GATED)[0]
     assert (gated.activation, gated.gated, gated.tied, gated.scale_head) == ("gelu", True, False, False)
+    assert load_bart(GOLDEN / BART)[0] == bart_config(
+        vocabulary=40, width=16, heads=2, head_dim=8, hidden=24, encoder_layers=2, layers=3, max_positions=26
+    )
+    mt5 = load_t5(GOLDEN / MT5)[0]
+    assert (mt5.activation, mt5.gated, mt5.tied, mt5.scale_head) == ("gelu", True, False, False)
+    assert load_qwen3(GOLDEN / QWEN3)[0] == CausalConfig(
+        vocabulary=40, width=16, heads=4, groups=2, head_dim=6, hidden=24, layers=2, rotary_base=1000.0, tied=False,
+        bias=False, head_norm=True,
+    )  # fmt: skip
     assert load_qwen2(GOLDEN / QWEN2)[0] == CausalConfig(
         vocabulary=40, width=16, heads=4, groups=2, head_dim=4, hidden=24, layers=2, rotary_base=1000.0
     )
@@ -140,6 +163,36 @@ def test_a_decoder_without_a_number_of_layers_has_the_encoders(folder):
     assert load_t5(copy)[0].layers == 2
 
 
+def test_a_bart_that_was_saved_without_its_head_has_no_bias_of_the_logits(folder):
+    copy = folder(BART)
+
+    def bare(tensors):
+        del tensors["final_logits_bias"]
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+
+    edit_tensors(copy, bare)
+    params, expected = load_bart(copy)[1], load_bart(GOLDEN / BART)[1]
+    assert not params["logits_bias"].any()
+    assert_same(params | {"logits_bias": expected["logits_bias"]}, expected)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_any_family_is_read_by_the_type_that_it_names(name):
+    config, params = LOADERS[name](GOLDEN / name)
+    found, read = load(GOLDEN / name)
+    assert found == config
+    assert_same(read, params)
+
+
+def test_a_family_that_we_do_not_have_is_refused(folder):
+    copy = folder(BART)
+    edit_config(copy, model_type="bert")
+    with pytest.raises(UserError, match="'bert', expected 'bart' or 'mt5' or 'qwen2' or 'qwen3' or 't5'"):
+        load(copy)
+
+
 # ---- both ways -------------------------------------------------------------------------------------------------------
 
 
@@ -152,9 +205,10 @@ def test_a_saved_model_is_the_same_bit_for_bit(name, tmp_path):
     assert_same(read, params)
     assert_same(load_file(tmp_path / "saved" / "model.safetensors"), load_file(GOLDEN / name / "model.safetensors"))
     saved, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "saved", GOLDEN / name))
-    # Of what both say, only how the head is tied is said in another way.
+    # Of what both say, only how the head is tied is said in another way, and an mT5 is a T5 that doesn't scale.
     different = {key for key in saved.keys() & theirs.keys() if saved[key] != theirs[key]}
-    assert different <= ({"tie_word_embeddings"} if name == GATED else {"eos_token_id"})
+    others = {GATED: {"tie_word_embeddings"}, MT5: {"tie_word_embeddings", "model_type", "architectures"}}
+    assert different <= others.get(name, {"eos_token_id"})
 
 
 def test_an_initialised_model_is_saved_and_read(tmp_path):
@@ -222,6 +276,8 @@ def test_a_copied_head_of_qwen2_is_accepted(folder):
     [
         (T5, "encoder.embed_tokens.weight", "shared.weight"),
         (QWEN2, "lm_head.weight", "model.embed_tokens.weight"),
+        (BART, "model.decoder.embed_tokens.weight", "model.shared.weight"),
+        (BART, "lm_head.weight", "model.shared.weight"),
     ],
 )
 def test_a_copy_that_differs_is_refused(folder, name, twin, source):
@@ -259,11 +315,19 @@ def test_a_truncated_file_is_refused(folder, keep):
     refused(T5, copy, "model.safetensors", "copy it anew")
 
 
-@pytest.mark.parametrize(("name", "kind"), [(T5, "qwen2"), (T5, "bert"), (QWEN2, "t5"), (QWEN2, None)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(T5, "qwen2"), (T5, "bert"), (QWEN2, "t5"), (QWEN2, None), (QWEN3, "qwen2"), (BART, "t5")]
+)
 def test_another_architecture_is_refused(folder, name, kind):
     copy = folder(name)
     edit_config(copy, model_type=kind)
-    refused(name, copy, "config.json", repr(kind), repr("qwen2" if name == QWEN2 else "t5"))
+    refused(name, copy, "config.json", repr(kind), repr(name.split("_")[0]))
+
+
+def test_a_missing_tensor_of_bart_is_named(folder):
+    copy = folder(BART)
+    edit_tensors(copy, lambda tensors: tensors.pop("model.decoder.layernorm_embedding.bias"))
+    refused(BART, copy, "no tensor model.decoder.layernorm_embedding.bias")
 
 
 def test_a_missing_tensor_is_named(folder):
@@ -286,7 +350,15 @@ def test_an_extra_tensor_is_named(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor"), [(T5, FIRST), (QWEN2, "model.layers.1.self_attn.k_proj.bias"), (T5, "shared.weight")]
+    ("name", "tensor"),
+    [
+        (T5, FIRST),
+        (QWEN2, "model.layers.1.self_attn.k_proj.bias"),
+        (T5, "shared.weight"),
+        (QWEN3, "model.layers.1.self_attn.q_norm.weight"),
+        (BART, "model.encoder.embed_positions.weight"),
+        (BART, "model.decoder.layers.2.encoder_attn.v_proj.bias"),
+    ],
 )
 def test_a_wrong_shape_is_named(folder, name, tensor):
     copy = folder(name)
@@ -302,7 +374,12 @@ def test_a_transposed_tensor_is_refused(folder):
 
 @pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize(
-    ("name", "tensor"), [(T5, "encoder.block.0.layer.0.SelfAttention.q.weight"), (QWEN2, "model.norm.weight")]
+    ("name", "tensor"),
+    [
+        (T5, "encoder.block.0.layer.0.SelfAttention.q.weight"),
+        (QWEN2, "model.norm.weight"),
+        (BART, "final_logits_bias"),
+    ],
 )
 def test_not_a_number_is_refused_and_named(folder, name, tensor, kind):
     copy = folder(name)
@@ -331,6 +408,12 @@ def test_integers_are_refused(folder):
         (T5, {"feed_forward_proj": "gelu"}, "feed_forward_proj='gelu'"),
         (T5, {"relative_attention_max_distance": 3}, "max_distance 3"),
         (QWEN2, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (QWEN3, {"attention_bias": True}, "attention_bias=True"),
+        (BART, {"activation_function": "tanh"}, "activation_function='tanh'"),
+        (BART, {"normalize_before": True}, "normalize_before=True"),
+        (BART, {"scale_embedding": True}, "scale_embedding=True"),
+        (BART, {"decoder_ffn_dim": 12}, "encoder_ffn_dim is 24, but decoder_ffn_dim is 12"),
+        (BART, {"d_model": 15}, "d_model is 15, which 2 heads don't divide"),
         (QWEN2, {"use_sliding_window": True}, "use_sliding_window=True"),
         (QWEN2, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
         (QWEN2, {"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear'"),
@@ -392,6 +475,15 @@ def test_what_has_no_name_in_their_layout_is_not_saved(tmp_path):
     qwen, params = load_qwen2(GOLDEN / QWEN2)
     with pytest.raises(UserError, match=r"model\.bias"):
         save_qwen2(tmp_path, dataclasses.replace(qwen, bias=False), params)
+    with pytest.raises(UserError, match=r"a Qwen3 has model\.bias=False"):
+        save_qwen3(tmp_path, qwen, params)
+    bart, params = load_bart(GOLDEN / BART)
+    with pytest.raises(UserError, match=r"a T5 has model\.style='t5': 'bart'"):
+        save_t5(tmp_path, bart, params)
+    with pytest.raises(UserError, match=r"a BART has model\.causal=False: True"):
+        save_bart(tmp_path, dataclasses.replace(bart, causal=True), params)
+    with pytest.raises(UserError, match="2 heads of 4 at a width of 16"):
+        save_bart(tmp_path, dataclasses.replace(bart, head_dim=4), params)
     assert not list(tmp_path.iterdir())
 
 

@@ -92,7 +92,7 @@ def test_errors_are_one_sentence(client, body, status, error):
 @given(
     body=LINES,
     method=st.sampled_from(["POST", "POST", "POST", "GET", "PUT", "DELETE", "PATCH"]),
-    path=st.sampled_from(["/recommend", "/recommend", "/recommend", "/healthz", "/readyz"])
+    path=st.sampled_from(["/recommend", "/recommend", "/search", "/healthz", "/readyz"])
     | st.text(max_size=5).map(quote),
     kind=st.sampled_from(["application/json", "text/plain", "multipart/form-data", "\xff"]),
 )
@@ -112,6 +112,13 @@ def fuzzed(tmp_path_factory):
     retriever = Retriever(write_run(tmp_path_factory.mktemp("fuzzed") / "run"), NextInLine())
     retriever.warm_up()
     return TestClient(create_app(retriever))
+
+
+def test_a_run_that_reads_no_query_refuses_searches(client):
+    answer = client.post("/search", json={"user_id": "u1", "query": "shoes"})
+    assert answer.status_code == 422 and answer.json()["error"].startswith(
+        "the system 'none' of this run reads no quer"
+    )
 
 
 def test_what_is_not_there_is_refused_in_the_same_shape(client):

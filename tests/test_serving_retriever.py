@@ -227,12 +227,12 @@ def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
         ('{"user_id": "1", "query": 7}', "query should be a valid string, not 7"),
         ('{"user_id": "1", "query": ["a"]}', 'query should be a valid string, not ["a"]'),
         (
-            f'{{"user_id": "1", "query": "{"x" * 1001}"}}',
-            f'query String should have at most 1000 characters, not "{"x" * 59}',
+            f'{{"user_id": "1", "query": "{"x" * 10_001}"}}',
+            f'query String should have at most 10000 characters, not "{"x" * 59}',
         ),
         (
-            f'{{"history": [{{"query": "{"x" * 1001}"}}]}}',
-            f'history[0].query String should have at most 1000 characters, not "{"x" * 59}',
+            f'{{"history": [{{"query": "{"x" * 10_001}"}}]}}',
+            f'history[0].query String should have at most 10000 characters, not "{"x" * 59}',
         ),
         ('{"user_id": "1", "prefix": "\\ud800"}', f"prefix {HALF}"),
         (b'{"user_id": "1", "query": "\xed\xa0\x80"}', f"query {HALF}"),

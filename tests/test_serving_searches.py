@@ -6,10 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fastapi.testclient import TestClient
 from serving_run import NextInLine, write_run
 
+from jaxrec.serving.batch import answer_file
+from jaxrec.serving.http import create_app
 from jaxrec.serving.retriever import Retriever
-from jaxrec.serving.schema import Request
+from jaxrec.serving.schema import Request, SearchRequest, parse_request
 
 
 class NextTyped(NextInLine):
@@ -133,3 +136,91 @@ def test_who_typed_or_searched_is_answered_by_the_model(retriever):
     ]  # fmt: skip
     (answer,) = retriever.answer([Request(history=[], query="red", allowed=[])])
     assert answer.source == "model" and json.loads(answer.to_json())["items"] == []
+
+
+class Searcher(NextTyped):
+    """Answers searches alone."""
+
+    required_text = "query"
+
+
+@pytest.fixture
+def searcher(run):
+    return Retriever(write_searches(run), Searcher())
+
+
+@pytest.fixture
+def client(searcher):
+    return TestClient(create_app(searcher))
+
+
+TOO_LONG = "String should have at most 10000 characters"
+QUERIES = [
+    "boots", "bottes rouges d'hiver", "红色的靴子", "أحذية المطر", "\u202eשלום", "👢👢🏽 🧦", "qzxv-17 \x00",
+    "x" * 10_000, "İ ﬁ ﬃ Å", "\t boots\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=range(len(QUERIES)))
+def test_a_search_is_answered_in_any_script_as_a_recommendation_with_a_query(client, query):
+    asked = {"user_id": "u1", "query": query, "k": 2, "filter": {"category": ["shoes", "hats"]}}
+    answer = client.post("/search", json=asked)
+    assert answer.status_code == 200 and answer.json() == client.post("/recommend", json=asked).json()
+    assert answer.json()["source"] == "model" and [each["item_id"] for each in answer.json()["items"]] == ["e", "a"]
+
+
+def test_a_search_reads_what_the_user_searched_for_before(client, searcher):
+    client.post("/search", json={"user_id": "u1", "query": "caps"})
+    (history,) = searcher.recommender.histories
+    assert searches_of(history) == [("boots", 90, 0), ("red boots", 190, 1)] and history["query"] == "caps"
+    client.post("/search", json={"history": [{"query": "hats"}, {"item_id": "a", "query": "hats"}], "query": "caps"})
+    (history,) = searcher.recommender.histories
+    assert [query for query, _, _ in searches_of(history)] == ["hats"] and history["search"].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        ({"user_id": "u1"}, "query is missing"),
+        ({"user_id": "u1", "query": None}, "query should be a valid string, not null"),
+        ({"user_id": "u1", "query": ""}, "query is empty; give the typed text, or leave it out"),
+        ({"user_id": "u1", "query": " \u3000\n"}, "query is empty; give the typed text, or leave it out"),
+        ({"query": "boots"}, "give either user_id or history"),
+        ({"user_id": "u1", "query": "boots", "prefix": "bo"}, "give either query or prefix"),
+        (
+            {"user_id": "u1", "query": "x" * 10_001},
+            f'query {TOO_LONG}, not "{"x" * 59}',
+        ),
+    ],
+)
+def test_bad_searches_are_refused_in_one_sentence(client, asked, error):
+    answer = client.post("/search", json=asked)
+    assert (answer.status_code, answer.json()) == (422, {"error": error})
+
+
+def test_a_run_that_answers_searches_needs_a_query(client, searcher, tmp_path):
+    error = "the system 'none' of this run answers what was typed; give the field query, which this request lacks"
+    for asked in ({"user_id": "u1"}, {"user_id": "u1", "prefix": "bo"}, {"history": [{"query": "boots"}]}):
+        answer = client.post("/recommend", json=asked)
+        assert (answer.status_code, answer.json()) == (422, {"error": error})
+    lines = [{"user_id": "u1", "query": "boots", "k": 1}, {"user_id": "u1"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = answer_file(searcher, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (summary.answered, summary.bad) == (1, 1) and second == {"line": 2, "error": error}
+    assert first == client.post("/search", json=lines[0]).json()
+
+
+def test_the_warm_up_asks_as_a_request_has_to(searcher):
+    searcher.warm_up()
+    assert searcher.ready and all(history["query"] == "-" for history in searcher.recommender.histories)
+
+
+def test_the_description_of_searches(client):
+    api = client.get("/openapi.json").json()
+    described = api["components"]["schemas"]["SearchRequest"]
+    assert "query" in described["required"] and "prefix" not in described["properties"]
+    body = api["paths"]["/search"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/SearchRequest"}
+    for example in described["examples"]:
+        assert parse_request(json.dumps(example), SearchRequest).query == "rain boots"

@@ -23,6 +23,7 @@ from onemall_parts import (
 
 from jaxrec.catalogue.live import LiveCatalogue
 from jaxrec.config import UserError
+from jaxrec.data.token_sequences import TokenSequenceConfig
 from jaxrec.evaluation.cases import Cases
 from jaxrec.models.prior import build_prior
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
@@ -143,6 +144,22 @@ def test_a_history_for_every_length(recommender):
     # No history falls into a bucket beyond what is read.
     unread = dataclasses.replace(features, history_lengths=(3,), past_length=3)
     assert len(GenerativeRecommender(*parts, unread, DecodingConfig()).every_length()) == 1
+
+
+class ReadsLetters:
+    """An assembly whose tokens are pairs of letters of what was typed."""
+
+    behaviors, space = ("purchase",), SemanticIdSpace(np.zeros((1, 1), np.int32), (1,))
+
+    def read_texts(self, history):
+        return {**history, "tokens": np.zeros(len(history.get("query", "")) // 2 + 1, np.int32)}
+
+
+def test_a_typed_text_for_every_length():
+    features = TokenSequenceConfig((4, 8, 32))
+    found = GenerativeRecommender(ReadsLetters(), {}, features, DecodingConfig()).every_length()
+    buckets = [features.bucket_of(ReadsLetters().read_texts(history), 0) for history in found]
+    assert buckets == [4, 8, 32] and all(history["query"] for history in found[1:])
 
 
 def test_nobody_asks(recommender):

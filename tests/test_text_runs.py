@@ -1,6 +1,8 @@
 """When a run makes its semantic IDs anew: the text encoder decides by what it holds, not by where it lies."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +10,7 @@ import pytest
 from tiny_encoder import make_encoder
 
 from jaxrec import systems
-from jaxrec.config import UserError
+from jaxrec.config import UserError, fingerprint, from_json, parse_cli, to_json
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.run import Run
 from jaxrec.systems import phases, train
@@ -17,6 +19,15 @@ from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.text.keywords import KeywordConfig
+
+
+@dataclass(frozen=True)
+class ReadsQueries(OneMallConfig):
+    """A system whose model reads IDs of queries."""
+
+    query_ids: ClassVar[bool] = True
+
 
 STEPS = {
     phases: ("write_examples", "tokenize", "finetune_items"),
@@ -107,3 +118,37 @@ def test_items_with_embeddings_need_no_encoder(monkeypatch, tmp_path, made):
     run, config = run_with(monkeypatch, tmp_path, {"item_id": ["a"], "embedding": [[1.0]]}, text)
     train(run, config)
     assert "tokenize" in made
+
+
+def test_only_what_a_run_has_decides_its_ids():
+    plain = OneMallConfig(data=SyntheticMall())
+    before = fingerprint("tables", plain.align, plain.semantic_ids, plain.collisions, plain.seed)
+    assert phases._id_inputs(plain, "tables", ()) == before
+    others = [
+        replace(plain, keywords=KeywordConfig()),
+        replace(plain, keywords=KeywordConfig(most=9)),
+        ReadsQueries(data=SyntheticMall()),
+    ]
+    assert len({before, *(phases._id_inputs(other, "tables", ()) for other in others)}) == 4
+
+
+def test_keywords_and_queries_reach_the_ids(monkeypatch, tmp_path, made):
+    columns = {"item_id": ["a"], "embedding": [[1.0]]}
+    monkeypatch.setattr(
+        phases, "prepare", lambda source, config, folder: pq.write_table(pa.table(columns), folder / "items.parquet")
+    )
+    asked = []
+    monkeypatch.setattr(phases, "tokenize", lambda *_, **given: asked.append((given["keywords"], given["query_ids"])))
+    for name, kind, keywords in (("a", OneMallConfig, None), ("b", ReadsQueries, KeywordConfig())):
+        config = kind(data=SyntheticMall(), keywords=keywords)
+        phases.prepare_with_ids(Run.open(tmp_path / name, config), config)
+    assert asked == [(None, False), (KeywordConfig(), True)]
+
+
+def test_searches_and_keywords_are_configured_by_flags(tmp_path):
+    flags = ("--align", "SearchFinetuneConfig", "--align.queries.q2q", "swing", "--align.terms.q2i.weight", "2")
+    flags += ("--keywords", "KeywordConfig", "--keywords.attributes", "brand", "category")
+    config, _ = parse_cli([str(Path(__file__).parent / "mall.py"), "--run", str(tmp_path), *flags])
+    assert isinstance(config.align, FinetuneConfig) and config.align.queries.q2q == ("swing",)
+    assert config.align.terms.q2i.weight == 2 and config.keywords.attributes == ("brand", "category")
+    assert from_json(type(config), to_json(config)) == config

@@ -1,7 +1,7 @@
 """Texts of items that have none: the queries that led to them in training.
 
 So no query of validation or test is in a text. A query counts as often as it led to the item, whatever its case and
-spaces (`jaxrec.data.queries.normalised`).
+spaces (`jaxrec.data.words.normalised`).
 """
 
 from collections import Counter, defaultdict
@@ -10,7 +10,7 @@ import ibis
 import pyarrow as pa
 from ibis import _
 
-from jaxrec.data.queries import normalised
+from jaxrec.data.words import normalised
 
 
 def texts_from_queries(items: pa.Table, events: ibis.Table, searches: ibis.Table, count: int) -> tuple[pa.Table, int]:

@@ -11,7 +11,6 @@ queries.parquet and prefixes.parquet hold the texts of all splits in alphabetica
 tells nothing of its split. The counts are of training alone: a text whose counts are 0 was not seen in training.
 """
 
-import unicodedata
 from dataclasses import dataclass
 
 import ibis
@@ -36,17 +35,6 @@ class QueryTables:
     def files(self) -> dict[str, pa.Table]:
         """The tables by the names of their files."""
         return {name: table for name, table in vars(self).items() if table is not None}
-
-
-def normalised(text: str) -> str:
-    """What texts are compared by: NFKC, case folded, white space as single spaces and none at the ends.
-
-    The tables hold texts as they were typed. Models, and whatever counts texts, read them in this form.
-    """
-    before = None
-    while text != before:  # folding can leave what NFKC composes, and the other way round
-        before, text = text, unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(text.split())
 
 
 def has_queries(raw: RawTables) -> bool:

@@ -8,11 +8,15 @@ dense row of scores per user and return the best k, with ties broken by populari
 score 0 are ranked by popularity: the usual popularity fill.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from scipy import sparse
 
 from jaxrec.data.examples import Record
@@ -47,8 +51,15 @@ class PurchaseLog:
     session: np.ndarray
     """int64 [events]: numbered 0, 1, 2.. over all users without gaps, rising with (user, time)."""
     num_users: int
-    day: np.ndarray
-    """int64 [users]: the time of the request, in days since 1970."""
+    now: np.ndarray
+    """int64 [users]: the time of the request, in seconds."""
+    query: tuple[str, ...] = ()
+    """[users]: the query of the request, "" without one; empty where no request has one."""
+
+    @property
+    def day(self) -> np.ndarray:
+        """int64 [users]: the time of the request, in days since 1970."""
+        return self.now // DAY
 
     @classmethod
     def of(cls, histories: Sequence[History], target_behaviors: Sequence[int]) -> "PurchaseLog":
@@ -61,10 +72,22 @@ class PurchaseLog:
         )
         keep = np.isin(behavior, target_behaviors)
         user, item, session = user[keep], item[keep].astype(np.int64), session[keep].astype(np.int64)
-        _, session = np.unique(user * (session.max(initial=0) + 1) + session, return_inverse=True)
         last = [int(history["timestamp"][-1]) if len(history["timestamp"]) else 0 for history in histories]
         now = [int(history.get("now", time)) for history, time in zip(histories, last, strict=True)]
-        return cls(user, item, timestamp[keep], session, len(histories), np.array(now, np.int64) // DAY)
+        query = tuple(str(history.get("query", "")) for history in histories)
+        session = _numbered(user, session)
+        return cls(user, item, timestamp[keep], session, len(histories), np.array(now, np.int64), query)
+
+    @classmethod
+    def read(cls, tables: Path, behaviors: Sequence[str]) -> "PurchaseLog":
+        """The train events of these behaviors in events.parquet, to fit baselines on; there are no requests."""
+        columns = ["user", "item", "timestamp", "session"]
+        events = pq.read_table(tables / "events.parquet", columns=[*columns, "behavior", "split"])
+        wanted = pc.and_(pc.equal(events["split"], "train"), pc.is_in(events["behavior"], pa.array(list(behaviors))))
+        events = events.filter(wanted)
+        user, item, timestamp, session = (events[name].to_numpy().astype(np.int64) for name in columns)
+        users = pq.read_metadata(tables / "users.parquet").num_rows
+        return cls(user, item, timestamp, _numbered(user, session), users, np.zeros(users, np.int64))
 
     def session_users(self) -> np.ndarray:
         """int64 [sessions]: the user of each session."""
@@ -91,7 +114,7 @@ class Popularity:
         return cls(np.bincount(log.item, minlength=num_items), tuple(target_behaviors))
 
     def recommend(self, histories, k, exclude_history=False):
-        return _recommend(self, histories, k, exclude_history, self.scores)
+        return recommend_best(self, histories, k, exclude_history, self.scores)
 
     def scores(self, log: PurchaseLog) -> np.ndarray:
         return np.broadcast_to(self.counts.astype(np.float32), (log.num_users, len(self.counts)))
@@ -105,7 +128,7 @@ class RecentPopularity:
     by_week: PopularityByPeriod
 
     def recommend(self, histories, k, exclude_history=False):
-        return _recommend(self.popularity, histories, k, exclude_history, self.scores)
+        return recommend_best(self.popularity, histories, k, exclude_history, self.scores)
 
     def scores(self, log: PurchaseLog) -> np.ndarray:
         return self.by_week.weights[self.by_week.period(log.day)].astype(np.float32)
@@ -118,7 +141,7 @@ class PersonalFrequency:
     popularity: Popularity
 
     def recommend(self, histories, k, exclude_history=False):
-        return _recommend(self.popularity, histories, k, exclude_history, self.scores)
+        return recommend_best(self.popularity, histories, k, exclude_history, self.scores)
 
     def scores(self, log: PurchaseLog) -> np.ndarray:
         """count + (last session with the item, from 1) / (sessions + 1): recency only breaks ties."""
@@ -128,7 +151,7 @@ class PersonalFrequency:
         recency = np.zeros(shape, np.float32)
         # Events are in time order, so the latest of repeated assignments stays.
         recency[log.user, log.item] = (log.session - start[log.user] + 1) / (sessions + 1)[log.user]
-        return _count_matrix(log.user, log.item, shape).toarray() + recency
+        return count_matrix(log.user, log.item, shape).toarray() + recency
 
 
 @dataclass(frozen=True)
@@ -154,7 +177,7 @@ class Markov:
         return cls(popularity, (sparse.diags_array(1.0 / np.maximum(times, 1)) @ pairs).tocsr().astype(np.float32))
 
     def recommend(self, histories, k, exclude_history=False):
-        return _recommend(self.popularity, histories, k, exclude_history, self.scores)
+        return recommend_best(self.popularity, histories, k, exclude_history, self.scores)
 
     def scores(self, log: PurchaseLog) -> np.ndarray:
         last = np.full(log.num_users, -1)
@@ -195,7 +218,7 @@ class ItemKNN:
         return cls(popularity, similarity)
 
     def recommend(self, histories, k, exclude_history=False):
-        return _recommend(self.popularity, histories, k, exclude_history, self.scores)
+        return recommend_best(self.popularity, histories, k, exclude_history, self.scores)
 
     def scores(self, log: PurchaseLog) -> np.ndarray:
         seen = _basket_matrix(log.user, log.item, (log.num_users, len(self.popularity.counts)))
@@ -207,7 +230,11 @@ def fit_baselines(records: Iterable[Record], num_items: int, target_behaviors: S
     train = SPLITS.index("train")
     histories = [{key: record[key][record["split"] == train] for key in ("item", "behavior", "session", "timestamp")}
                  for record in records]  # fmt: skip
-    log = PurchaseLog.of(histories, target_behaviors)
+    return baselines_of(PurchaseLog.of(histories, target_behaviors), num_items, target_behaviors)
+
+
+def baselines_of(log: PurchaseLog, num_items: int, target_behaviors: Sequence[int]) -> dict[str, Recommender]:
+    """All baselines, fitted on a log of train events of the target behaviors, by printed name."""
     popularity = Popularity.fit(log, num_items, target_behaviors)
     by_week = popularity_by_period(log.item, log.timestamp, num_items, PopularityConfig(days=7, floor=0.02))
     return {
@@ -280,8 +307,14 @@ def best_items(scores: np.ndarray, order: np.ndarray, k: int, excluded: np.ndarr
     return items, values
 
 
-def _recommend(popularity: Popularity, histories: list[History], k: int, exclude_history: bool, scores):
-    """The best k of `scores(log)`, for a few users at a time."""
+def recommend_best(
+    popularity: Popularity,
+    histories: list[History],
+    k: int,
+    exclude_history: bool,
+    scores: Callable[[PurchaseLog], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k of `scores(log)` f32 [B, I] >= 0, for a few users at a time, as `Recommender.recommend`."""
     items, values = np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
     parts = [(items, values)]
     for start in range(0, len(histories), USERS_AT_ONCE):
@@ -294,13 +327,19 @@ def _recommend(popularity: Popularity, histories: list[History], k: int, exclude
     return np.concatenate([items for items, _ in parts]), np.concatenate([values for _, values in parts])
 
 
-def _count_matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
+def _numbered(user: np.ndarray, session: np.ndarray) -> np.ndarray:
+    """Sessions of single users, numbered over all users without gaps."""
+    return np.unique(user * (session.max(initial=0) + 1) + session, return_inverse=True)[1]
+
+
+def count_matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
+    """How often each (row, column) comes, f32; repeated pairs are stored apart until they are summed."""
     return sparse.csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=shape)
 
 
 def _basket_matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
     """0/1 matrix: whether a row contains a column, regardless of counts."""
-    matrix = _count_matrix(rows, columns, shape)
+    matrix = count_matrix(rows, columns, shape)
     matrix.sum_duplicates()
     matrix.data[:] = 1
     return matrix

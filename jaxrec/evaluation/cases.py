@@ -56,6 +56,8 @@ class Cases:
     feedback: np.ndarray | None = None
     """int8 [U, L], in cases of prefixes: the strongest feedback on each query, an index in FEEDBACK; -1 in the padding.
     """
+    behavior: np.ndarray | None = None
+    """int8 [U, L], in cases of searches: the strongest behavior of the search with each item; -1 in the padding."""
 
     def __len__(self) -> int:
         return len(self.histories)
@@ -64,9 +66,9 @@ class Cases:
         """The cases of these rows, e.g. `cases.take(range(256))` for a quick look during training."""
         rows = np.asarray(rows, np.int64)
         histories = [self.histories[row] for row in rows]
-        feedback = None if self.feedback is None else self.feedback[rows]
-        arrays = (self.targets[rows], self.where[rows], self.new[rows])
-        return Cases(self.users[rows], histories, *arrays, feedback=feedback)
+        told = {"feedback": self.feedback, "behavior": self.behavior}
+        told = {name: values[rows] for name, values in told.items() if values is not None}
+        return Cases(self.users[rows], histories, self.targets[rows], self.where[rows], self.new[rows], **told)
 
 
 def make_cases(records: Iterable[Record], target_behaviors: Sequence[int], split: str = "test") -> Cases:
@@ -123,8 +125,12 @@ def search_cases(records: Iterable[Record], target_behaviors: Sequence[int], spl
             question = {"query": np.int32(record["search_query"][search])}
             had = history["item"][np.isin(history["behavior"], target_behaviors)]
             history |= _asked(record, history, record["search_timestamp"][search])
-            found.append((history | question, truths, ~np.isin(truths, had)))
-    return _cases_of(found)
+            led = truth & (record["search"] == search)
+            behavior = np.zeros(len(truths), np.int8)
+            np.maximum.at(behavior, np.searchsorted(truths, record["item"][led]), record["behavior"][led])
+            found.append((history | question, truths, ~np.isin(truths, had), behavior))
+    behavior, _ = _pad([each[3] for each in found], -1, np.int8)
+    return dataclasses.replace(_cases_of([each[:3] for each in found]), behavior=behavior)
 
 
 def prefix_cases(records: Iterable[Record], split: str = "test") -> Cases:

@@ -1,25 +1,20 @@
-"""The comparison: every model on the same cases, as rows for evaluation.json and as tables.
-
-Three subsets answer three questions:
-
-- `all`: the full ranking against everything in the target session (repeat purchases count).
-- `new`: new items only. Items of the user's history are removed from every model's ranking and from the targets.
-- `new_in_full_ranking`: the ranking of `all` against the new targets only: discovery in a full ranking.
-"""
+"""The comparison: every model on the same cases and subsets (`jaxrec.evaluation.subsets`), as rows for evaluation.json
+and as tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 from rich.table import Table
 
 from jaxrec.data.examples import Record
 from jaxrec.evaluation.baselines import Recommender, fit_baselines
 from jaxrec.evaluation.cases import Cases, make_cases, shuffle_ties, tied_fraction
 from jaxrec.evaluation.metrics import CUTOFFS, add, mean, ranking_metrics
+from jaxrec.evaluation.subsets import ALL, NEW, Subset, is_of_queries, item_subsets
 from jaxrec.run import progress
 
-SUBSETS = ("all", "new", "new_in_full_ranking")
 SEMANTIC_IDS = "semantic_ids"  # the subset of what is measured of a model's IDs: accuracy per level, validity
 TEXTS = "texts"  # the same of a model's texts: accuracy of their tokens, validity
 TEACHER_FORCED = {"items": SEMANTIC_IDS, "texts": TEXTS}
@@ -43,48 +38,46 @@ def evaluate(
     split: str = "test",
     cutoffs: Sequence[int] = CUTOFFS,
     batch_size: int = 512,
+    subsets: Sequence[Subset] | None = None,
 ) -> list[Row]:
     """Rows `{model, split, subset, metric, value, count}`: the mean over `count` users, for every model and subset.
 
     Where cases are searches or prefixes, of which a user may have several, rows also have `cases`: the unit of `count`.
     Each model ranks every case twice, with and without the items of the history, `batch_size` histories at a time.
+
+    subsets: of these cases; None: those of `item_subsets`.
     """
-    rows = []
+    rows, subsets = [], item_subsets(cases) if subsets is None else subsets
     asked = next((unit for name, unit in CASES.items() if len(cases) and name in cases.histories[0]), None)
     with progress() as bars:
         task = bars.add_task("evaluate", total=2 * len(cases) * len(models))
         for name, model in models.items():
             bars.update(task, description=f"evaluate {name}")
-            sums = {subset: {} for subset in SUBSETS}
+            sums = {subset.name: {} for subset in subsets}
             for start in range(0, len(cases), batch_size):
-                batch = cases.take(range(start, min(start + batch_size, len(cases))))
-                for subset, metrics in _evaluate_batch(model, batch, cutoffs).items():
+                batch = np.arange(start, min(start + batch_size, len(cases)))
+                for subset, metrics in _evaluate_batch(model, cases, batch, cutoffs, subsets).items():
                     sums[subset] = add(sums[subset], metrics)
                 bars.advance(task, 2 * len(batch))
+            found = {"model": name, "split": split}
+            unit = {} if asked is None else {"cases": asked}
             rows += [
-                {
-                    "model": name,
-                    "split": split,
-                    "subset": subset,
-                    "metric": metric,
-                    "value": mean(pair),
-                    "count": pair[1],
-                    **({} if asked is None else {"cases": asked}),
-                }
-                for subset in SUBSETS
-                for metric, pair in sums[subset].items()
+                {**found, "subset": subset, "metric": metric, "value": mean(pair), "count": pair[1], **unit}
+                for subset, metrics in sums.items()
+                for metric, pair in metrics.items()
             ]
     return rows
 
 
-def _evaluate_batch(model: Recommender, batch: Cases, cutoffs: Sequence[int]) -> dict[str, dict]:
-    depth = max(cutoffs)
-    full, _ = model.recommend(batch.histories, depth)
-    unseen, _ = model.recommend(batch.histories, depth, exclude_history=True)
+def _evaluate_batch(
+    model: Recommender, cases: Cases, rows: np.ndarray, cutoffs: Sequence[int], subsets: Sequence[Subset]
+) -> dict[str, dict]:
+    """The metrics of the cases `rows` by subset."""
+    depth, batch = max(cutoffs), cases.take(rows)
+    ranked = [model.recommend(batch.histories, depth, exclude_history=without)[0] for without in (False, True)]
     return {
-        "all": ranking_metrics(full, batch.targets, batch.where, cutoffs),
-        "new": ranking_metrics(unseen, batch.targets, batch.new, cutoffs),
-        "new_in_full_ranking": ranking_metrics(full, batch.targets, batch.new, cutoffs),
+        subset.name: ranking_metrics(ranked[subset.without_history], batch.targets, subset.where[rows], cutoffs)
+        for subset in subsets
     }
 
 
@@ -116,6 +109,7 @@ SHOWN = (
     "hr@10",
     "mrr@10",
     "recall@50",
+    "recall@350",
     "recall@500",
     "acc_sid1",
     "acc_sid2",
@@ -126,9 +120,10 @@ SHOWN = (
 
 
 def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> list[Table]:
-    """One rich table a split and subset, one row a model, the best of every column bold."""
-    tables = []
-    for (split, subset), group in groupby(sorted(rows, key=_split_and_subset), key=_split_and_subset):
+    """One rich table a split and subset, one row a model, the best of every column bold; one of all query subsets."""
+    rows = list(rows)
+    tables, others = [], [row for row in rows if not is_of_queries(row["subset"])]
+    for (split, subset), group in groupby(sorted(others, key=_split_and_subset), key=_split_and_subset):
         group = list(group)
         values, counts = pivot(group)
         shown = [metric for metric in metrics if any(metric in row for row in values.values())]
@@ -143,11 +138,65 @@ def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> li
             cells = [row.get(metric) for metric in shown]
             table.add_row(model, *(_cell(cell, best[metric]) for cell, metric in zip(cells, shown, strict=True)))
         tables.append(table)
-    return tables
+    return tables + [_query_table(split, columns) for split, columns in query_columns(rows).items()]
 
 
-JUDGED = (("all", "recall@10"), ("all", "ndcg@10"), ("new", "recall@10"), ("new", "ndcg@10"))
+@dataclass(frozen=True)
+class QueryColumn:
+    """A subset of the searches, with one metric of every model."""
+
+    subset: str
+    metric: str
+    count: int
+    """searches"""
+    values: dict[str, float]
+    """by model"""
+
+    @property
+    def title(self) -> str:
+        """The subset in words."""
+        return self.subset.replace("_", " ")
+
+
+def query_columns(rows: Iterable[Row]) -> dict[str, list[QueryColumn]]:
+    """By split, the columns of the table of query subsets: recall and MRR at 10, or at the least place measured.
+
+    Empty where no search was measured; a subset without a case is left out.
+    """
+    found: dict[str, dict[tuple[str, str], list[Row]]] = {}
+    for row in rows:
+        if is_of_queries(row["subset"]) and row["count"]:
+            found.setdefault(row["split"], {}).setdefault((row["subset"], row["metric"]), []).append(row)
+    columns: dict[str, list[QueryColumn]] = {}
+    for split, metrics in found.items():
+        places = sorted({int(metric.split("@")[1]) for _, metric in metrics})
+        place = 10 if 10 in places else places[0]
+        for (subset, metric), group in metrics.items():
+            if metric in (f"recall@{place}", f"mrr@{place}"):
+                values = {row["model"]: row["value"] for row in group}
+                columns.setdefault(split, []).append(QueryColumn(subset, metric, group[0]["count"], values))
+    return columns
+
+
+def _query_table(split: str, columns: Sequence[QueryColumn]) -> Table:
+    """One column a subset, with all of its metrics in a cell."""
+    metrics, subsets = (dict.fromkeys(getattr(each, name) for each in columns) for name in ("metric", "title"))
+    table = Table(title=f"{split}, by query: {' / '.join(metrics)}", title_justify="left")
+    table.add_column("model")
+    for title in subsets:
+        count = next(column.count for column in columns if column.title == title)
+        table.add_column(f"{title}\n({count:,.0f})", justify="right")
+    for model in dict.fromkeys(model for column in columns for model in column.values):
+        cells = [(each.title, _cell(each.values.get(model), max(each.values.values()))) for each in columns]
+        table.add_row(model, *(" / ".join(cell for of, cell in cells if of == title) for title in subsets))
+    return table
+
+
+JUDGED = ((ALL, "recall@10"), (ALL, "ndcg@10"), (NEW, "recall@10"), (NEW, "ndcg@10"))
 """The (subset, metric) pairs in which a system is compared with the best baseline."""
+JUDGED_OF_SEARCHES = ((ALL, "recall@10"), (ALL, "mrr@10"), (NEW, "recall@10"), (NEW, "mrr@10"))
+ANSWERS = {"prefixes": "queries"}
+"""What answers are called, by what is counted; items in all others."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +210,8 @@ class Standing:
     baseline: str
     best: float
     """The baseline's value."""
+    answers: str = "items"
+    """What answers are called."""
 
     @property
     def difference(self) -> str:
@@ -172,23 +223,27 @@ class Standing:
     @property
     def what(self) -> str:
         """The metric and the subset in words."""
-        return self.metric if self.subset == "all" else f"{self.metric} on new items"
+        return self.metric if self.subset == "all" else f"{self.metric} on new {self.answers}"
 
     def __str__(self) -> str:
         return f"{self.what} {self.value:.4f}, {self.baseline} {self.best:.4f} ({self.difference})"
 
 
 def standings(rows: Iterable[Row], system: str) -> list[Standing]:
-    """The system in each of JUDGED; empty if it or every baseline is missing. Rows of shuffled ties are ignored."""
+    """The system in each of JUDGED (of searches JUDGED_OF_SEARCHES); empty if it or every baseline is missing.
+
+    Rows of shuffled ties are ignored.
+    """
     found = []
     rows = [row for row in rows if row["count"] and not row["model"].endswith(TIES_SHUFFLED)]
-    for subset, metric in JUDGED:
+    unit = unit_of(rows)
+    for subset, metric in JUDGED_OF_SEARCHES if unit == CASES["query"] else JUDGED:
         values = {row["model"]: row["value"] for row in rows if (row["subset"], row["metric"]) == (subset, metric)}
         ours = [name for name in values if is_system(name, system)]
         others = [name for name in values if name not in ours]
         if ours and others:
             best = max(others, key=values.get)
-            found.append(Standing(subset, metric, values[ours[0]], best, values[best]))
+            found.append(Standing(subset, metric, values[ours[0]], best, values[best], ANSWERS.get(unit, "items")))
     return found
 
 

@@ -97,6 +97,46 @@ def ranking_metrics(
     }
 
 
+def graded_ndcg_at(ranked: np.ndarray, items: np.ndarray, gains: np.ndarray, k: int) -> np.ndarray:
+    """f64 [U]: NDCG@k of graded answers, as trec_eval: sum of gain / log2(1 + rank) over the best possible sum.
+
+    ranked int32 [U, n] with -1 = none; items int32 [U, L] are judged, distinct within a row, -1 in the padding; gains
+    f32 [U, L] >= 0. Items without a judgment have the gain 0; a repeated item counts at its first position. 0 where no
+    gain is above 0.
+    """
+    discounts = 1.0 / np.log2(np.arange(k) + 2.0)
+    place, there = _places(ranked, items)
+    rows, positions = np.nonzero(there)
+    _, first = np.unique(np.stack([rows, ranked[rows, positions]]), axis=1, return_index=True)
+    rows, positions = rows[first], positions[first]
+    found = np.zeros(ranked.shape)
+    found[rows, positions] = gains[rows, place[rows, positions]]
+    ideal = -np.sort(-np.where(items >= 0, gains, 0), axis=1)
+    best, reached = (values[:, :k] @ discounts[: values.shape[1]] for values in (ideal, found))
+    return np.divide(reached, best, out=np.zeros(len(ranked)), where=best > 0)
+
+
+def condensed(ranked: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Rankings int32 [U, n] without the answers that are not in items int32 [U, L], the others moved up; -1 behind.
+
+    Condensed lists (Sakai, 2007): no answer is counted as irrelevant only because nobody judged it.
+    """
+    _, keep = _places(ranked, items)
+    order = np.argsort(~keep, axis=1, kind="stable")
+    return np.take_along_axis(np.where(keep, ranked, -1), order, axis=1)
+
+
+def _places(ranked: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each answer of ranked [U, n] stands in its row of items [U, L], int64 [U, n], and whether it does, bool."""
+    size = max(ranked.max(initial=0), items.max(initial=0)) + 2
+    asked, known = (np.arange(len(rows))[:, None] * size + rows + 1 for rows in (ranked.astype(np.int64), items))
+    order = np.argsort(known, axis=None)
+    flat = known.ravel()[order]
+    row = np.minimum(np.searchsorted(flat, asked), max(len(flat) - 1, 0))
+    there = (flat[row] == asked) & (ranked >= 0) if len(flat) else np.zeros(ranked.shape, bool)
+    return (order[row] % items.shape[1] if len(flat) else np.zeros(ranked.shape, np.int64)), there
+
+
 def add(left: dict[str, SumCount], right: dict[str, SumCount]) -> dict[str, SumCount]:
     """Adds (sum, count) pairs key by key; keys of one side only are kept."""
     zero = (0.0, 0)

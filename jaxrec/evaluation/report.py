@@ -24,13 +24,17 @@ from jaxrec.evaluation.comparison import (
     SHOWN,
     TEACHER_FORCED,
     TEXTS,
+    QueryColumn,
     Row,
     is_system,
     pivot,
+    query_columns,
     standings,
     unit_of,
     verdict,
 )
+from jaxrec.evaluation.judgments import JUDGED, JUDGED_ONLY
+from jaxrec.evaluation.subsets import is_of_queries
 from jaxrec.page import Section, curve, number, score_table, tiles, write
 from jaxrec.run import Run, read_json
 from jaxrec.semantic_ids.table.page import PageItems, figure_tables, tree_section
@@ -43,6 +47,8 @@ SUBSET_TITLES = {
     SEMANTIC_IDS: "Semantic IDs, code by code",
     TEXTS: "Texts, token by token",
     "new_in_full_ranking": "New items inside the full ranking",
+    JUDGED: "Judged pairs",
+    JUDGED_ONLY: "Judged pairs, judged items alone",
 }
 SUBSET_NOTES = {
     SEMANTIC_IDS: "how often the likeliest code is the true one, the codes before it being known; "
@@ -52,6 +58,8 @@ SUBSET_NOTES = {
     "all": "full ranking, repeat purchases count",
     "new": "what the user already had is taken out of every ranking, and only new targets count",
     "new_in_full_ranking": "the full ranking against new targets only",
+    JUDGED: "graded gains; an item that nobody judged has none",
+    JUDGED_ONLY: "graded gains; items that nobody judged are taken out of every ranking",
 }
 WORDS = {
     "prefixes": {
@@ -61,9 +69,14 @@ WORDS = {
     },
     "searches": {
         "all": ("Everything that a search led to", SUBSET_NOTES["all"]),
+        "new": ("New to whoever searched", SUBSET_NOTES["new"]),
     },
 }
 """Title and note of a subset where cases are no users."""
+QUERIES_NOTE = (
+    "full ranking; head, torso, tail: each a third of the training searches, by how often the query was searched for; "
+    "unseen: never in training"
+)
 CURVE_POINTS = 400
 
 
@@ -106,7 +119,8 @@ def _comparison(run: Run, system: str) -> Section | None:
     if not rows:
         return None
     parts = []
-    for (split, subset), group in groupby(sorted(rows, key=_place), key=lambda row: (row["split"], row["subset"])):
+    others = sorted((row for row in rows if not is_of_queries(row["subset"])), key=_place)
+    for (split, subset), group in groupby(others, key=lambda row: (row["split"], row["subset"])):
         group = list(group)
         values, counts = pivot(group)
         metrics = [metric for metric in SHOWN_METRICS if any(metric in row for row in values.values())]
@@ -115,8 +129,20 @@ def _comparison(run: Run, system: str) -> Section | None:
         note = f"{split}, {max(counts.values()):,.0f} {unit}; {told}".rstrip("; ")
         parts.append(f"<h3>{escape(title)} <small>{escape(note)}</small></h3>")
         parts.append(score_table(values, metrics, [model for model in values if is_system(model, system)]))
-    note = "Every model ranks the whole catalogue for the same users. The best of a column stands in color."
+    parts += [_by_query(split, columns, system) for split, columns in query_columns(rows).items()]
+    note = f"Every model ranks the whole catalogue for the same {unit_of(rows)}. The best of a column stands in color."
     return "comparison", "Comparison", note, "\n".join(parts)
+
+
+def _by_query(split: str, columns: list[QueryColumn], system: str) -> str:
+    """The table of query subsets."""
+    titles = [f"{column.title}, {column.metric} ({column.count:,.0f})" for column in columns]
+    values: dict[str, dict[str, float]] = {}
+    for title, column in zip(titles, columns, strict=True):
+        for model, value in column.values.items():
+            values.setdefault(model, {})[title] = value
+    head = f"<h3>By query <small>{escape(split)}; {escape(QUERIES_NOTE)}</small></h3>"
+    return head + score_table(values, titles, [model for model in values if is_system(model, system)])
 
 
 def _curves(run: Run) -> Section | None:
@@ -189,8 +215,14 @@ def _examples(run: Run) -> Section | None:
     if not path.exists():
         return None
     cards = "".join(_example(shown) for shown in read_json(path))
+    if any("query" in shown for shown in read_json(path)):
+        note = "Who searched for what, what the model generates, and what the search led to: generated, it is a hit."
+        return "examples", "Some searches", note, cards
     note = "What some users had, oldest first, and what the model generates next. A hit is what the user did take next."
     return "examples", "Generated for some users", note, cards
+
+
+GENERATED_NEXT = ("Generated next", "Then actually taken")
 
 
 def _example(shown: dict[str, Any]) -> str:
@@ -198,13 +230,17 @@ def _example(shown: dict[str, Any]) -> str:
     earlier = len(shown["history"]) - len(history)
     past = "".join(f"<li>{escape(title)}</li>" for title in history)
     before = f'<p class="more">{earlier:,} earlier</p>' if earlier else ""
-    typed = "".join(f"<p>Typed: {escape(shown[name])}</p>" for name in ("query", "prefix") if name in shown)
+    words = {"query": "Searched for", "prefix": "Typed"}
+    typed = "".join(f"<p>{word}: {escape(shown[name])}</p>" for name, word in words.items() if name in shown)
+    if shown.get("searches"):
+        typed += f'<p class="more">Searched for before: {escape(", ".join(shown["searches"]))}</p>'
+    generated, taken = ("Generated", "The search led to") if "query" in shown else GENERATED_NEXT
     actual = "".join(f"<li>{escape(title)}</li>" for title in shown["targets"])
     return (
         f'<div class="card"><h3>User {escape(str(shown["user"]))}</h3>{typed}<div class="columns">'
         f"<div><h4>History</h4>{before}<ul>{past}</ul></div>"
-        f"<div><h4>Generated next</h4><ol>{''.join(map(_generated, shown['generated']))}</ol></div>"
-        f"<div><h4>Then actually taken</h4><ul>{actual}</ul></div></div></div>"
+        f"<div><h4>{generated}</h4><ol>{''.join(map(_generated, shown['generated']))}</ol></div>"
+        f"<div><h4>{taken}</h4><ul>{actual}</ul></div></div></div>"
     )
 
 

@@ -1,4 +1,4 @@
-"""Qwen2 as a model of generative retrieval (RankGR): context and targets go through the same causal layers.
+"""Qwen2 and Qwen3 for generative retrieval (RankGR): context and targets go through the same causal layers.
 
     tokens ──▶ prefill ──▶ CausalContext: per layer K/V of the context, and the state of every position
                               ├─ at(last): a view of it in which each target sees the part up to a position
@@ -38,7 +38,7 @@ from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention, dropped
 
 @dataclass(frozen=True)
 class CausalConfig:
-    """Sizes and parts of a Qwen2 (Qwen2.5)."""
+    """Sizes and parts of a Qwen2 (Qwen2.5) or, with `head_norm` in place of `bias`, of a Qwen3."""
 
     vocabulary: int = 1100
     """tokens V"""
@@ -56,6 +56,8 @@ class CausalConfig:
     """layers"""
     bias: bool = True
     """query, key and value have a bias"""
+    head_norm: bool = False
+    """every head's query and key are normalised"""
     tied: bool = True
     """the head is the embedding table"""
     rotary_base: float = 1e6
@@ -124,7 +126,9 @@ class CausalLayer(nn.Module):
         # A block's initial output is as small as the embeddings, which it would drown otherwise.
         gain = cfg.width**-0.5
         self.attention = SelfAttention(
-            *(cfg.width, cfg.heads, cfg.groups, cfg.head_dim, cfg.bias, cfg.rotary_base, None, cfg.epsilon, dtype, gain)
+            *(cfg.width, cfg.heads, cfg.groups, cfg.head_dim, cfg.bias, cfg.rotary_base, None, cfg.epsilon, dtype),
+            out_gain=gain,
+            head_norm=cfg.head_norm,
         )
         self.feed_forward = FeedForwardBlock(cfg.hidden, "silu", True, cfg.epsilon, dtype, gain)
         self.drop, self.target_drop = dropouts(cfg)
@@ -155,7 +159,7 @@ def dropouts(config: CausalConfig) -> tuple[nn.Dropout, nn.Dropout]:
 
 
 class Causal(nn.Module):
-    """Qwen2 with the three verbs."""
+    """Qwen2 or Qwen3 with the three verbs."""
 
     config: CausalConfig
 

@@ -11,7 +11,8 @@ each level's probability follows by the chain rule, so that training, scoring an
     copied  = copied.after(tokens, codes of the level, log-probabilities of the tokens)
 
 `PointerHead` (RankGR) weights the items of a history from the decoder's states; `HabitHead` (OneMall) weights the
-distinct items of the past by how often and how long ago each was taken as well.
+distinct items of the past by how often and how long ago each was taken as well. `CandidateHead` weights items that need
+not be of the past, such as those that a query led others to.
 """
 
 import jax
@@ -122,4 +123,35 @@ class HabitHead(nn.Module):
         hidden = nn.gelu(nn.Dense(32, name="share_state")(state) + nn.Dense(32, name="share_user")(user))
         share = 0.999 * nn.sigmoid(nn.Dense(1, name="share_out")(hidden)[..., 0])
         share = jnp.where(mask.any(-1), share, 0.0)
+        return Points(masked_softmax(match, mask)[:, None], share[:, None])
+
+
+class CandidateHead(nn.Module):
+    """Weights of given items, the same for all targets of the context: of a user's past, or popular with a query.
+
+    What is known of each, such as how often it was taken, decides along with the context.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, habits: jax.Array, mask: jax.Array, state: jax.Array, user: jax.Array
+    ) -> Points:
+        """tokens [B, C, D] and habits [B, C, F] of items with mask [B, C]; state [B, D] of the context; user [B, U].
+
+        The first column of habits is the log of an item's initial weight.
+        """
+        state = RMSNorm(name="norm")(state)
+        keys = Projection(self.width, ("embed", "mlp"), name="key")(RMSNorm(name="token_norm")(tokens))
+        query = Projection(self.width, ("embed", "mlp"), gain=0.1, name="query")(state)
+        match = jnp.einsum("BCD,BD->BC", keys, query).astype(jnp.float32) * self.width**-0.5
+        asked = nn.Dense(64, name="habit_state")(state) + nn.Dense(64, use_bias=False, name="habit_user")(user)
+        hidden = nn.gelu(nn.Dense(64, use_bias=False, name="habit_in")(habits) + asked[:, None])
+        hidden = nn.gelu(nn.Dense(32, name="habit_hidden")(hidden))
+        match += nn.Dense(1, name="habit_out", kernel_init=nn.initializers.normal(0.05))(hidden)[..., 0]
+        match += habits[..., 0]
+        hidden = nn.gelu(nn.Dense(32, name="share_state")(state) + nn.Dense(32, name="share_user")(user))
+        share = nn.Dense(1, name="share_out", bias_init=nn.initializers.constant(1.0))(hidden)[..., 0]
+        share = jnp.where(mask.any(-1), 0.999 * nn.sigmoid(share), 0.0)
         return Points(masked_softmax(match, mask)[:, None], share[:, None])

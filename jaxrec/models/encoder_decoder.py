@@ -1,4 +1,4 @@
-"""T5 as a model of generative retrieval: the encoder reads the context once, the decoder scores many short targets.
+"""T5 and BART for generative retrieval: the encoder reads the context once, the decoder scores many short targets.
 
     tokens ──▶ prefill ──▶ EncodedContext: per decoder layer K/V of the encoder's output; the start token, decoded
                               ├─ at(last): with a causal encoder, a view in which each target sees a prefix
@@ -7,11 +7,18 @@
 
 Every target begins with the same start token, so it belongs to the context: it is decoded once, and a target of M codes
 costs M - 1 tokens. Both T5 1.0 (ReLU, tied head) and 1.1 (gated GELU, untied head) and what lies between; weights as
-Hugging Face has them are read by `jaxrec.models.huggingface`. T5 doesn't scale attention scores; positions enter
-through a bias that all layers of a side share.
+Hugging Face has them are read by `jaxrec.models.huggingface`. The two styles:
+
+    t5    RMSNorm before each block; no biases; scores are not scaled; positions enter through a bias of the scores that
+          all layers of a side share
+    bart  LayerNorm after each block and of the embeddings (`nn/post_norm.py`); biases; scaled scores; a learned vector
+          for each absolute position: of a context's real tokens, and of every target from its start token on; a bias of
+          the logits that is not trained
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +31,14 @@ from jaxrec.models.contract import Scored, score_targets
 from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import ContextTokens, Levels, check_levels, level_log_probs, level_logits, to_tokens
 from jaxrec.nn.attention import KeyValue
-from jaxrec.nn.layers import DTYPES, Embedding, RMSNorm
+from jaxrec.nn.layers import DTYPES, Embedding, LayerNorm, RMSNorm, partitioned
+from jaxrec.nn.post_norm import Keep, LearnedPositions, PostNormDecoderLayer, PostNormEncoderLayer
 from jaxrec.nn.transformer import Activation, CrossAttention, FeedForwardBlock, RelativeBias, SelfAttention, dropped
 
 
 @dataclass(frozen=True)
 class EncoderDecoderConfig:
-    """Sizes and parts of a T5."""
+    """Sizes and parts of a T5 or a BART."""
 
     vocabulary: int = 1100
     """tokens V"""
@@ -47,7 +55,7 @@ class EncoderDecoderConfig:
     layers: int = 4
     """layers of the decoder"""
     activation: Activation = "relu"
-    """of the feed-forward; gelu is its tanh approximation"""
+    """of the feed-forward; gelu is its tanh approximation, gelu_erf the exact one"""
     gated: bool = False
     """the feed-forward has a gate (T5 1.1)"""
     tied: bool = True
@@ -57,9 +65,9 @@ class EncoderDecoderConfig:
     with a standard deviation of width**-0.5 in place of 1, so that Adam's steps are width**0.5 times larger relative to
     it"""
     buckets: int = 32
-    """buckets of relative positions"""
+    """buckets of relative positions (t5)"""
     max_distance: int = 128
-    """distance from which on all share the last bucket"""
+    """distance from which on all share the last bucket (t5)"""
     epsilon: float = 1e-6
     """of the norms"""
     start_token: int = 0
@@ -80,6 +88,10 @@ class EncoderDecoderConfig:
     """encoder self-attention is causal, so that one pass encodes all prefixes of a context (`EncodedContext.at`). T5's
     encoder is bidirectional. Neither a causal encoder nor cross-attention, which has no positions, can tell where a
     prefix ends; so the encoder's state of the last position is added to the start token's embedding"""
+    style: Literal["t5", "bart"] = "t5"
+    """norms, biases, scale of the scores and kind of positions, as above; `bart_config` has BART's other values"""
+    max_positions: int = 1024
+    """learned positions, the most tokens of a context and of a target with its start token (bart)"""
 
     @property
     def head_scale(self) -> float:
@@ -93,15 +105,22 @@ class EncoderDecoderConfig:
 
     def __post_init__(self):
         least = {"width": 1, "heads": 1, "head_dim": 1, "hidden": 1, "encoder_layers": 1, "layers": 1, "epsilon": 0}
-        check_least(self, "model", **least)
+        check_least(self, "model", **least, max_positions=1)
         check_shares(self, "model", "dropout", "decoder_dropout")
         check_choice(self, "model", "dtype", DTYPES)
+        check_choice(self, "model", "style", ("t5", "bart"))
         check_levels(self.levels, self.vocabulary)
         if self.buckets < 4 or self.max_distance <= self.buckets // 2:
             raise UserError(
                 f"model.buckets is {self.buckets} and model.max_distance {self.max_distance}: give at least 4 buckets "
                 "and a distance above half of them"
             )
+
+
+def bart_config(**fields: Any) -> EncoderDecoderConfig:
+    """A configuration in BART's style, with BART's values of the fields that are not given."""
+    values = {"activation": "gelu_erf", "scale_head": False, "epsilon": 1e-5, "start_token": 2, "dropout": 0.1}
+    return EncoderDecoderConfig(style="bart", **values | fields)
 
 
 @struct.dataclass
@@ -146,10 +165,10 @@ class EncoderLayer(nn.Module):
         self.attention = _self_attention(self.config)
         self.feed_forward = _feed_forward(self.config)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array, keep: Keep) -> jax.Array:
         x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
-        x, _ = self.attention.sequence(x, mask, bias)
-        return self.feed_forward(x)
+        attended, _ = self.attention.sequence(x, mask, bias)
+        return keep(x, self.feed_forward(attended))
 
 
 class DecoderLayer(nn.Module):
@@ -165,11 +184,11 @@ class DecoderLayer(nn.Module):
         )
         self.feed_forward = _feed_forward(cfg)
 
-    def __call__(self, x, cross: KeyValue, mask, bias, start: KeyValue | None, past: KeyValue | None):
+    def __call__(self, x, cross: KeyValue, mask, bias, start: KeyValue | None, past: KeyValue | None, keep: Keep):
         """x [B, L, M, D] -> x, and the targets' own K/V [B, L, t + M, N, H] with `past` [B, L, t, N, H] in front."""
         x = nn.with_logical_constraint(x, ("act_batch", "act_targets", None, "act_embed"))
-        x, own = self.attention.targets(x, context=start, past=past, bias=bias)
-        return self.feed_forward(self.cross(x, cross, mask)), own
+        attended, own = self.attention.targets(x, context=start, past=past, bias=bias)
+        return keep(x, self.feed_forward(self.cross(attended, cross, mask))), own
 
 
 def _self_attention(cfg: EncoderDecoderConfig) -> SelfAttention:
@@ -189,8 +208,19 @@ def _feed_forward(cfg: EncoderDecoderConfig) -> FeedForwardBlock:
     return FeedForwardBlock(cfg.hidden, cfg.activation, cfg.gated, cfg.epsilon, jnp.dtype(cfg.dtype), cfg.embed_scale)
 
 
+def _layers(cfg: EncoderDecoderConfig) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Of the encoder and of the decoder."""
+    encoder, decoder = partial(EncoderLayer, cfg), partial(DecoderLayer, cfg)
+    if cfg.style == "bart":
+        sizes = cfg.width, cfg.heads, cfg.head_dim, cfg.hidden, cfg.activation, cfg.gated, cfg.epsilon
+        encoder, decoder = (
+            partial(each, *sizes, jnp.dtype(cfg.dtype)) for each in (PostNormEncoderLayer, PostNormDecoderLayer)
+        )
+    return [encoder() for _ in range(cfg.encoder_layers)], [decoder() for _ in range(cfg.layers)]
+
+
 class EncoderDecoder(nn.Module):
-    """T5 with the three verbs."""
+    """T5 or BART with the three verbs."""
 
     config: EncoderDecoderConfig
 
@@ -198,11 +228,17 @@ class EncoderDecoder(nn.Module):
         cfg = self.config
         self.embed = Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), cfg.embed_scale)
         self.head = None if cfg.tied else Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), cfg.head_scale)
-        self.encoder_bias = RelativeBias(cfg.heads, cfg.buckets, cfg.max_distance, both_sides=True)
-        self.decoder_bias = RelativeBias(cfg.heads, cfg.buckets, cfg.max_distance, both_sides=False)
-        self.encoder = [EncoderLayer(cfg) for _ in range(cfg.encoder_layers)]
-        self.decoder = [DecoderLayer(cfg) for _ in range(cfg.layers)]
-        self.encoder_norm, self.decoder_norm = RMSNorm(cfg.epsilon), RMSNorm(cfg.epsilon)
+        self.encoder, self.decoder = _layers(cfg)
+        if cfg.style == "bart":
+            places = cfg.max_positions, cfg.width, jnp.dtype(cfg.dtype), cfg.embed_scale
+            self.encoder_positions, self.decoder_positions = LearnedPositions(*places), LearnedPositions(*places)
+            # Of the embeddings: the last block of a side is followed by its own norm.
+            self.encoder_norm, self.decoder_norm = LayerNorm(cfg.epsilon), LayerNorm(cfg.epsilon)
+            self.logits_bias = self.param("logits_bias", partitioned(nn.initializers.zeros, "vocab"), (cfg.vocabulary,))
+        else:
+            self.encoder_bias = RelativeBias(cfg.heads, cfg.buckets, cfg.max_distance, both_sides=True)
+            self.decoder_bias = RelativeBias(cfg.heads, cfg.buckets, cfg.max_distance, both_sides=False)
+            self.encoder_norm, self.decoder_norm = RMSNorm(cfg.epsilon), RMSNorm(cfg.epsilon)
         self.drop = nn.Dropout(cfg.dropout)
         self.decoder_drop = nn.Dropout(cfg.dropout if cfg.decoder_dropout is None else cfg.decoder_dropout)
 
@@ -211,7 +247,7 @@ class EncoderDecoder(nn.Module):
 
         Tokens may be [B, S, M] as well: a position is then the sum of its tokens' embeddings, -1 standing for none.
         """
-        memory, mask = self._encode(inputs.tokens, inputs.mask, train), inputs.mask[:, None]
+        memory, mask = self._encode(inputs, train), inputs.seen[:, None]
         cross = tuple(layer.cross.key_value(memory) for layer in self.decoder)
         memory = memory if self.config.causal else None
         ends = None if memory is None else _ends(memory, mask)
@@ -257,24 +293,32 @@ class EncoderDecoder(nn.Module):
         node = before.get("node")
         if context.prior is not None:
             node, prior = context.prior.after(level, node, tokens, state.shape[:2])
-        log_probs = level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict, prior)
+        log_probs = level_log_probs(self._table(), state, level, cfg.levels, cfg.restrict, prior, self._bias())
         return log_probs, {"own": own, "node": node}
 
     def _start_tokens(self, context: EncodedContext, count: int) -> jax.Array:
         return jnp.full((context.mask.shape[0], count, 1), self.config.start_token, jnp.int32)
 
-    def _encode(self, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
-        """The encoder's output, [B, S, D]."""
+    def _encode(self, inputs: ContextTokens, train: bool) -> jax.Array:
+        """The encoder's output, [B, Q + S, D]."""
+        tokens, mask = inputs.tokens, inputs.seen
         x = self.embed(jnp.maximum(tokens, 0))
         if tokens.ndim == 3:
             x = jnp.where(tokens[..., None] >= 0, x, 0.0).sum(2)
+        if inputs.soft is not None:
+            x = jnp.concatenate([inputs.soft.astype(x.dtype), x], axis=1)
+        positions, bart = np.arange(mask.shape[1]), self.config.style == "bart"
+        if bart:
+            self._check_positions("a context", len(positions))
+            # Of real tokens, so that padding changes nothing wherever it stands.
+            x = self.encoder_norm(x + self.encoder_positions(jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)))
+        bias = None if bart else self.encoder_bias(positions, positions)
         x = self.drop(x, deterministic=not train)
-        positions = np.arange(tokens.shape[1])
-        bias = self.encoder_bias(positions, positions)
         seen = mask[:, None] & (positions <= positions[:, None]) if self.config.causal else mask
+        keep = partial(dropped, drop=self.drop, train=train)
         for layer in self.encoder:
-            x = dropped(x, layer(x, seen, bias), self.drop, train)
-        return self.drop(self.encoder_norm(x), deterministic=not train)
+            x = layer(x, seen, bias, keep)
+        return x if bart else self.drop(self.encoder_norm(x), deterministic=not train)
 
     def _decode(self, tokens: jax.Array, context: EncodedContext, past: tuple | None, train: bool = False):
         """Tokens int32 [B, L, M] through the decoder -> (states [B, L, M, D] for the head, each layer's own K/V).
@@ -282,23 +326,37 @@ class EncoderDecoder(nn.Module):
         Without a start token in the context and without a past, the first token is the start token.
         """
         earlier = (0 if context.start is None else 1) + (0 if past is None else past[0][0].shape[2])
-        keys = np.arange(earlier + tokens.shape[-1])
-        bias = self.decoder_bias(keys[earlier:], keys)[:, None]  # [N, 1, M, positions]
+        keys, bart = np.arange(earlier + tokens.shape[-1]), self.config.style == "bart"
+        bias = None if bart else self.decoder_bias(keys[earlier:], keys)[:, None]  # [N, 1, M, positions]
         x, own = self.embed(tokens), []
         if context.ends is not None and not earlier:
             x = x.at[:, :, 0].add(context.ends * self.config.embed_scale)
-        x = self.decoder_drop(x, deterministic=not train)
+        if bart:
+            self._check_positions("a target with its start token", len(keys))
+            x = self.decoder_norm(x + self.decoder_positions(keys[earlier:]))
+        x, keep = self.decoder_drop(x, deterministic=not train), partial(dropped, drop=self.decoder_drop, train=train)
         for index, layer in enumerate(self.decoder):
             start = None if context.start is None else context.start[index]
             before = None if past is None else past[index]
-            out, kv = layer(x, context.cross[index], context.mask, bias, start, before)
-            x = dropped(x, out, self.decoder_drop, train)
+            x, kv = layer(x, context.cross[index], context.mask, bias, start, before, keep)
             own.append(kv)
-        x = self.decoder_drop(self.decoder_norm(x), deterministic=not train)
+        if not bart:
+            x = self.decoder_drop(self.decoder_norm(x), deterministic=not train)
         return x * self.config.width**-0.5 if self.config.scale_head else x, tuple(own)
 
     def _level_logits(self, level: int, states: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return level_logits(self._table(), states, level, self.config.levels, self.config.restrict)
+        return level_logits(self._table(), states, level, self.config.levels, self.config.restrict, self._bias())
+
+    def _bias(self) -> jax.Array | None:
+        """Of the logits. BART's files hold it, BART's training leaves it as it is."""
+        return jax.lax.stop_gradient(self.logits_bias) if self.config.style == "bart" else None
+
+    def _check_positions(self, what: str, tokens: int) -> None:
+        if tokens > self.config.max_positions:
+            raise UserError(
+                f"{what} has {tokens} tokens, but model.max_positions is {self.config.max_positions}: cut it, or "
+                "train a model with more positions"
+            )
 
     def _table(self) -> jax.Array:
         return (self.embed if self.head is None else self.head).table

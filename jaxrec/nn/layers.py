@@ -59,13 +59,30 @@ class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, computed in float32."""
 
     epsilon: float = 1e-6
+    axis: str = "embed"
+    """name of the last axis"""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", partitioned(init.ones, self.axis), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (normed * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / standard deviation * scale + bias over the last axis, computed in float32."""
+
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", partitioned(init.ones, "embed"), (x.shape[-1],))
+        bias = self.param("bias", partitioned(init.zeros, "embed"), (x.shape[-1],))
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (normed * scale).astype(x.dtype)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        return (normed * scale + bias).astype(x.dtype)
 
 
 class Embedding(nn.Module):

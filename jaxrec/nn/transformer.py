@@ -1,10 +1,12 @@
-"""Transformer blocks that the encoder-decoder (T5) and the causal model (Qwen2) share.
+"""Transformer blocks that the encoder-decoder (T5, BART) and the causal model (Qwen2) share.
 
-Every block is pre-norm and adds its output to its input. Attention is `packed_attention` throughout: self-attention of
-a sequence is S targets of one token each over a shared context of S. Query, key and value have three matrices:
-splitting the product of a joint one takes longer on a CPU than two more products.
+Every block adds its output to its input, which it normalises first (pre-norm); with `pre_norm=False` there is no norm
+in it, and the layer around it normalises the sum (`nn/post_norm.py`). Attention is `packed_attention` throughout:
+self-attention of a sequence is S targets of one token each over a shared context of S. Query, key and value have three
+matrices: splitting the product of a joint one takes longer on a CPU than two more products.
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -16,8 +18,9 @@ from flax.linen import initializers as init
 from jaxrec.nn.attention import KeyValue, packed_attention
 from jaxrec.nn.layers import Projection, RMSNorm, partitioned
 
-Activation = Literal["relu", "gelu", "silu"]
-ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu}  # nn.gelu is the tanh approximation
+Activation = Literal["relu", "gelu", "gelu_erf", "silu"]
+# nn.gelu is the tanh approximation.
+ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "gelu_erf": partial(nn.gelu, approximate=False), "silu": nn.silu}
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
@@ -91,16 +94,24 @@ class SelfAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
     out_gain: float = 1.0
     """initial standard deviation of the residual"""
+    out_bias: bool = False
+    """the output has a bias"""
+    pre_norm: bool = True
+    """the input is normalised first"""
+    head_norm: bool = False
+    """every head's query and key are normalised (RMSNorm), before the rotary embedding"""
 
     def setup(self):
-        self.norm = RMSNorm(self.epsilon)
+        self.norm = RMSNorm(self.epsilon) if self.pre_norm else None
+        if self.head_norm:
+            self.query_norm, self.key_norm = RMSNorm(self.epsilon, "head_dim"), RMSNorm(self.epsilon, "head_dim")
         # Initial scores have the same variance as under the usual scale.
         gain = 1.0 if self.scale is None else self.head_dim**-0.5 / self.scale
         axes = ("embed", "heads", "head_dim")
         self.query = Projection((self.heads, self.head_dim), axes, self.dtype, self.bias, gain)
         self.key = Projection((self.groups, self.head_dim), axes, self.dtype, self.bias)
         self.value = Projection((self.groups, self.head_dim), axes, self.dtype, self.bias)
-        self.out = Projection(self.width, ("heads", "embed"), self.dtype, gain=self.out_gain)
+        self.out = Projection(self.width, ("heads", "embed"), self.dtype, self.out_bias, self.out_gain)
 
     def sequence(
         self, x: jax.Array, mask: jax.Array, bias: jax.Array | None = None, positions: jax.Array | None = None
@@ -139,8 +150,10 @@ class SelfAttention(nn.Module):
         return self._add(x, attended), own
 
     def _project(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, KeyValue]:
-        normed = self.norm(x)
+        normed = self.norm(x) if self.pre_norm else x
         query, key = self.query(normed), self.key(normed)
+        if self.head_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary_base is not None:
             query, key = (rotate(part, positions, self.rotary_base) for part in (query, key))
         return query, (key, self.value(normed))
@@ -160,19 +173,23 @@ class CrossAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
     out_gain: float = 1.0
     """initial standard deviation of the residual"""
+    bias: bool = False
+    """query, key, value and output have a bias"""
+    pre_norm: bool = True
+    """the targets are normalised first"""
 
     def setup(self):
         shape, axes = (self.heads, self.head_dim), ("embed", "heads", "head_dim")
         gain = 1.0 if self.scale is None else self.head_dim**-0.5 / self.scale
-        self.norm = RMSNorm(self.epsilon)
-        self.query = Projection(shape, axes, self.dtype, gain=gain)
-        self.key = Projection(shape, axes, self.dtype)
-        self.value = Projection(shape, axes, self.dtype)
-        self.out = Projection(self.width, ("heads", "embed"), self.dtype, gain=self.out_gain)
+        self.norm = RMSNorm(self.epsilon) if self.pre_norm else None
+        self.query = Projection(shape, axes, self.dtype, self.bias, gain)
+        self.key = Projection(shape, axes, self.dtype, self.bias)
+        self.value = Projection(shape, axes, self.dtype, self.bias)
+        self.out = Projection(self.width, ("heads", "embed"), self.dtype, self.bias, self.out_gain)
 
     def __call__(self, x: jax.Array, memory: KeyValue, mask: jax.Array) -> jax.Array:
         """x [B, L, M, D] over the key and value [B, S, N, H] of `key_value`, with mask [B, S]."""
-        query = self.query(self.norm(x))
+        query = self.query(self.norm(x) if self.pre_norm else x)
         attended = packed_attention(query, context=memory, context_mask=mask, scale=self.scale)
         return x + self.out(attended.reshape(*attended.shape[:-2], -1))
 
@@ -192,16 +209,20 @@ class FeedForwardBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
     out_gain: float = 1.0
     """initial standard deviation of the residual"""
+    bias: bool = False
+    """every matrix has a bias"""
+    pre_norm: bool = True
+    """the input is normalised first"""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        act, normed = ACTIVATIONS[self.activation], RMSNorm(self.epsilon, name="norm")(x)
-        hidden = Projection(self.hidden, ("embed", "mlp"), self.dtype, name="up")(normed)
+        act, normed = ACTIVATIONS[self.activation], RMSNorm(self.epsilon, name="norm")(x) if self.pre_norm else x
+        hidden = Projection(self.hidden, ("embed", "mlp"), self.dtype, self.bias, name="up")(normed)
         if self.gated:
-            hidden *= act(Projection(self.hidden, ("embed", "mlp"), self.dtype, name="gate")(normed))
+            hidden *= act(Projection(self.hidden, ("embed", "mlp"), self.dtype, self.bias, name="gate")(normed))
         else:
             hidden = act(hidden)
-        down = Projection(x.shape[-1], ("mlp", "embed"), self.dtype, gain=self.out_gain, name="down")
+        down = Projection(x.shape[-1], ("mlp", "embed"), self.dtype, self.bias, self.out_gain, name="down")
         return x + down(hidden)
 
 

@@ -12,7 +12,15 @@ The quantizers alone are the modules `kmeans`, `balanced`, `residual`, `fsq`, `o
 """
 
 from jaxrec.semantic_ids.quantizers.balanced import BalancedConfig
-from jaxrec.semantic_ids.quantizers.codebooks import Codebooks, SemanticIdConfig, decode, encode, encode_catalogue, fit
+from jaxrec.semantic_ids.quantizers.codebooks import (
+    Codebooks,
+    SemanticIdConfig,
+    decode,
+    encode,
+    encode_catalogue,
+    fit,
+    rq_opq,
+)
 from jaxrec.semantic_ids.quantizers.fsq import FsqConfig
 from jaxrec.semantic_ids.quantizers.kmeans import KMeansConfig
 from jaxrec.semantic_ids.quantizers.opq import OpqConfig
@@ -38,5 +46,6 @@ __all__ = [
     "fit",
     "read_codes",
     "resolve",
+    "rq_opq",
     "write_codes",
 ]

@@ -20,6 +20,7 @@ from jaxrec.run import console
 from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts, has_scenarios, with_products
 from jaxrec.semantic_ids.files import items as files
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS
+from jaxrec.semantic_ids.keyword_embeddings import load_keywords
 from jaxrec.semantic_ids.table import changes as catalogue
 from jaxrec.semantic_ids.table import versions
 from jaxrec.semantic_ids.table.drift import drift, drift_table
@@ -150,11 +151,19 @@ def read_text_items(folder: Path, path: Path) -> tuple[list[str], np.ndarray, np
     Raises:
       UserError: as `read_items`; neither column is usable, or the column `text` does not hold text.
     """
-    wanted = ["scenario", "product_ids", *(["text", "count"] if encodes_texts(folder) else [])]
+    keywords = load_keywords(folder)
+    attributes = [] if keywords is None else list(dict.fromkeys(keywords.keywords.attributes))
+    wanted = ["scenario", "product_ids", *attributes, *(["text", "count"] if encodes_texts(folder) else [])]
     table = files.read_table(path, ["item_id"], wanted)
     if "text" in table.column_names:
         ids, counts = table["item_id"].to_pylist(), files.counts_of(table, path)
         own = embed_new(folder, _texts(path, table), ids)
+        if keywords is not None:
+            own = keywords.of_items(own, table)
+    elif keywords is not None:
+        raise UserError(
+            f"{path} has no column 'text', in which the keywords of this run's items are found: give it one"
+        )
     else:
         ids, x, counts = read_items(path)
         own = aligned(folder, x, ids)

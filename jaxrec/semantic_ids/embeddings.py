@@ -31,6 +31,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError
+from jaxrec.data.query_pairs import QueryPairConfig, query_pairs
+from jaxrec.data.words import normalised
 from jaxrec.nn.finite import check_finite
 from jaxrec.run import read_json, write_json
 from jaxrec.semantic_ids.files.items import open_items
@@ -39,7 +41,7 @@ from jaxrec.semantic_ids.table.versions import first_ids
 from jaxrec.text import align, finetune
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig, embed_texts
-from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.text.finetune import FinetuneConfig, SearchFinetuneConfig
 from jaxrec.text.pair_batches import TextPairs
 from jaxrec.text.scenarios import (
     LIVE_STREAM,
@@ -67,6 +69,8 @@ def finetune_items(
 ) -> Path:
     """Fine-tunes the text encoder, or a projection, on the item pairs of a tables folder (OneMall §3.1.2).
 
+    With a `SearchFinetuneConfig` also on the pairs of its searches (OneSearch §3.1.1).
+
     Resumes from the checkpoints in `folder`; returns the folder in it with the result, for `finetune.load`.
     metrics_path: the file that gets the log lines; None: metrics.jsonl in `folder`.
 
@@ -80,10 +84,28 @@ def finetune_items(
             "or leave the column out"
         )
     pairs = read_pairs(tables / "pairs.parquet", config.kinds)
-    typed = {"i2i": TextPairs(pairs[:, 0], pairs[:, 1])}
-    tuned = finetune.finetune(read_texts(items), typed, config, text_config, folder, seed, metrics_path)
+    texts, typed = read_texts(items), {"i2i": TextPairs(pairs[:, 0], pairs[:, 1])}
+    if isinstance(config, SearchFinetuneConfig):
+        texts, typed = with_queries(tables, texts, typed, config.queries)
+    tuned = finetune.finetune(texts, typed, config, text_config, folder, seed, metrics_path)
     finetune.save(tuned, folder / "tuned")
     return folder / "tuned"
+
+
+def with_queries(
+    tables: Path, texts: list[str], typed: dict[str, TextPairs], config: QueryPairConfig
+) -> tuple[list[str], dict[str, TextPairs]]:
+    """The texts of items, then of queries, and their pairs of all terms; `typed` are those of items."""
+    items = len(texts)
+    queries = pq.read_table(tables / "queries.parquet", columns=["query"])["query"].to_pylist()
+    # Rows of queries come behind those of items; of i2i neither end is a query, of q2q both are.
+    found = {
+        name: TextPairs(left + (items if name != "i2i" else 0), right + (items if name == "q2q" else 0), *value)
+        for name, (left, right, *value) in query_pairs(tables, config).items()
+    }
+    both = zip((typed["i2i"].left, typed["i2i"].right), (found["i2i"].left, found["i2i"].right))
+    found["i2i"] = TextPairs(*(np.concatenate(ends) for ends in both))
+    return texts + [normalised(query) for query in queries], found
 
 
 def embed_catalogue(
@@ -190,13 +212,28 @@ def encodes_texts(folder: Path) -> bool:
     return path.is_file() and read_json(path)["model"] is not None
 
 
-def embed_new(folder: Path, texts: Sequence[str], item_ids: Sequence[str] = ()) -> np.ndarray:
-    """Embeddings of items from their texts, made as those of the catalogue were, f32 [n, D]; item_ids as `aligned`."""
+def embed_new(
+    folder: Path, texts: Sequence[str], item_ids: Sequence[str] = (), text_config: EncoderConfig | None = None
+) -> np.ndarray:
+    """Embeddings of items from their texts, made as those of the catalogue were, f32 [n, D]; item_ids as `aligned`.
+
+    text_config: how the encoder runs; which one, and how long texts are, the folder says.
+    """
+    vectors = embed_texts(texts, encoder_of(folder, text_config))
+    return vectors if (Path(folder) / ENCODER).is_dir() else aligned(folder, vectors, item_ids)
+
+
+def encoder_of(folder: Path, text_config: EncoderConfig | None = None) -> EncoderConfig:
+    """`text_config`, or the default one, with the encoder of a semantic_ids folder and its maximal length.
+
+    Raises:
+      UserError: the folder's items were not embedded from texts.
+    """
     made = read_json(Path(folder) / TEXT)
-    beside = made["model"] == ENCODER
-    model = str(Path(folder) / ENCODER) if beside else made["model"]
-    vectors = embed_texts(texts, EncoderConfig(model=model, max_tokens=made["max_tokens"]))
-    return vectors if beside else aligned(folder, vectors, item_ids)
+    if made["model"] is None:
+        raise UserError(f"the items of {folder} brought embeddings of their own: no text can be embedded like them")
+    model = str(Path(folder) / ENCODER) if made["model"] == ENCODER else made["model"]
+    return replace(text_config or EncoderConfig(), model=model, max_tokens=made["max_tokens"])
 
 
 def aligned(folder: Path, text: np.ndarray, item_ids: Sequence[str] = ()) -> np.ndarray:
@@ -209,20 +246,8 @@ def aligned(folder: Path, text: np.ndarray, item_ids: Sequence[str] = ()) -> np.
     Raises:
       UserError: there is no alignment, or the embeddings have another width than those it was trained on.
     """
-    path = Path(folder) / ALIGNMENT
-    if (Path(folder) / ENCODER).is_dir():
-        raise UserError(
-            f"the embeddings of {folder} are those of an encoder that was fine-tuned: give the items' texts, as a "
-            "column 'text'"
-        )
-    try:
-        params = unflatten_dict(load_file(path), sep=".")
-        width = len(params["mean"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(
-            f"{path} holds no alignment ({error}): give the embeddings that the codebooks encode"
-        ) from error
-    check_finite(params, path, MEND)
+    params = read_alignment(folder)
+    path, width = Path(folder) / ALIGNMENT, len(params["mean"])
     if text.shape[1] != width:
         raise UserError(
             f"the text embeddings are {text.shape[1]} wide, but the alignment of {path} takes {width}: "
@@ -239,6 +264,25 @@ def aligned(folder: Path, text: np.ndarray, item_ids: Sequence[str] = ()) -> np.
     params["residual"] = np.pad(params["residual"], ((0, 1), (0, 0)))  # The last row is for new items.
     rows = pc.index_in(pa.array(item_ids, pa.string()), first).fill_null(len(first)).to_numpy()
     return np.asarray(jax.jit(align.apply)(params, text, rows))
+
+
+def read_alignment(folder: Path) -> dict:
+    """The parameters for `align.apply` of a semantic_ids folder; UserError where there is no alignment."""
+    path = Path(folder) / ALIGNMENT
+    if (Path(folder) / ENCODER).is_dir():
+        raise UserError(
+            f"the embeddings of {folder} are those of an encoder that was fine-tuned: give the items' texts, as a "
+            "column 'text'"
+        )
+    try:
+        params = unflatten_dict(load_file(path), sep=".")
+        len(params["mean"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(
+            f"{path} holds no alignment ({error}): give the embeddings that the codebooks encode"
+        ) from error
+    check_finite(params, path, MEND)
+    return params
 
 
 def read_texts(items: pa.Table) -> list[str]:

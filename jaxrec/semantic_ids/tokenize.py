@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 
 from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_scenarios
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, write_embeddings
+from jaxrec.semantic_ids.keyword_embeddings import enhance_catalogue
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.quantizers.codebooks import Codebooks, SemanticIdConfig
+from jaxrec.semantic_ids.queries import write_query_ids
 from jaxrec.semantic_ids.table import collisions
 from jaxrec.semantic_ids.table.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.table.page import write_page
@@ -22,6 +24,7 @@ from jaxrec.semantic_ids.table.space import ItemIds, SemanticIds, write_codes
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.text.keywords import KeywordConfig, check_attributes
 from jaxrec.text.scenarios import TowersConfig
 
 
@@ -35,6 +38,8 @@ def tokenize(
     seed: int,
     tuned: Path | None = None,
     scenarios: TowersConfig | None = None,
+    keywords: KeywordConfig | None = None,
+    query_ids: bool = False,
 ) -> None:
     """Encode, align and quantize the items of a tables folder (OneMall §3.1).
 
@@ -44,6 +49,8 @@ def tokenize(
     Args:
       tuned: for a `FinetuneConfig`, the folder that `finetune_items` returned for these tables.
       scenarios: the configuration of scenario embeddings (`embed_scenarios`); None: texts alone.
+      keywords: the keywords that embeddings are enhanced with (OneSearch Eq. 2); None: none.
+      query_ids: also give the tables' queries IDs, where there are any (`jaxrec.semantic_ids.queries`).
 
     Raises:
       UserError: a table cannot be used, or the configuration does not fit it.
@@ -51,17 +58,24 @@ def tokenize(
     align_key, id_key = _keys(seed)
     items = pq.read_table(tables / "items.parquet")
     collisions.check(collision_config)
+    if keywords is not None:
+        check_attributes(items, keywords)
     # The width is unknown before items are embedded; `codebooks.fit` checks it then. Every size divides 0.
     codebooks.check(id_config, (len(items), 0))
     embeddings, pairs, figures = embed_catalogue(align_key, tables, folder, text_config, align_config, tuned)
+    more = {"alignment": figures}
+    if keywords is not None:
+        embeddings, more["keywords"] = enhance_catalogue(tables, folder, embeddings, text_config, keywords)
     if scenarios is not None:
         tower_key = jax.random.fold_in(jax.random.key(seed), 2)
         embeddings = embed_scenarios(tower_key, tables, folder, embeddings, scenarios)
     titles, categories, popularity = (_column(items, name) for name in ("title", "category", "count"))
     write_ids(
         folder, id_key, items["item_id"].to_pylist(), embeddings, id_config, collision_config,
-        titles=titles, categories=categories, popularity=popularity, pairs=pairs, more={"alignment": figures},
+        titles=titles, categories=categories, popularity=popularity, pairs=pairs, more=more,
     )  # fmt: skip
+    if query_ids:
+        write_query_ids(tables, folder, text_config)
 
 
 def embed(

@@ -1,4 +1,4 @@
-"""The JSON API: POST /recommend, GET /healthz and /readyz, and the OpenAPI pages at /docs.
+"""The JSON API: POST /recommend and /search, GET /healthz and /readyz, and the OpenAPI pages at /docs.
 
 Refused requests are answered with {"error": one sentence}. The event loop only accepts requests; a few threads parse
 and answer them, so that /healthz never waits for the model.
@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect
 from jaxrec.config import UserError
 from jaxrec.run import console
 from jaxrec.serving.retriever import Retriever
-from jaxrec.serving.schema import Answer, NoJsonError, Request, parse_request
+from jaxrec.serving.schema import Answer, NoJsonError, Request, SearchRequest, parse_request
 
 THREADS = 4
 """Answering threads: while one runs the model, the others parse, look up histories and write."""
@@ -106,16 +106,23 @@ def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
     queue, arriving = Queue(limits.waiting, "waiting"), Queue(max(limits.arriving, limits.waiting), "arriving")
     threads = ThreadPoolExecutor(THREADS, thread_name_prefix="requests")
     problems: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (400, 408, 413, 422, 503)}
-    body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}Request"}}}}
 
-    @app.post("/recommend", response_model=Answer, responses=problems, openapi_extra={"requestBody": body})
-    async def recommend(http: HttpRequest) -> Response:
-        """Items for a known user or for a history given in the request, best first."""
+    async def answered(http: HttpRequest, kind: type[Request]) -> Response:
         queue.check()  # before the body is read
         with arriving.place():
             text = await read_body(http, limits)
         with queue.place():
-            return await asyncio.get_running_loop().run_in_executor(threads, answer_body, retriever, text)
+            return await asyncio.get_running_loop().run_in_executor(threads, answer_body, retriever, text, kind)
+
+    @app.post("/recommend", response_model=Answer, responses=problems, openapi_extra=_body_of(Request))
+    async def recommend(http: HttpRequest) -> Response:
+        """Items for a known user or for a history given in the request, best first."""
+        return await answered(http, Request)
+
+    @app.post("/search", response_model=Answer, responses=problems, openapi_extra=_body_of(SearchRequest))
+    async def search(http: HttpRequest) -> Response:
+        """Items for a query, and for the user who asks, best first; of a run whose model reads queries."""
+        return await answered(http, SearchRequest)
 
     @app.get("/healthz")
     async def healthz() -> Health:
@@ -149,13 +156,20 @@ def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
         if app.openapi_schema is None:
             described = {"title": app.title, "version": app.version, "description": app.description}
             app.openapi_schema = get_openapi(routes=app.routes, **described)
-            request = Request.model_json_schema(ref_template=SCHEMAS + "{model}")
-            parts = request.pop("$defs")
-            app.openapi_schema["components"]["schemas"] |= {**parts, "Request": request}
+            for kind in (Request, SearchRequest):
+                schema = kind.model_json_schema(ref_template=SCHEMAS + "{model}")
+                parts = schema.pop("$defs")
+                app.openapi_schema["components"]["schemas"] |= {**parts, kind.__name__: schema}
         return app.openapi_schema
 
     app.openapi = openapi
     return app
+
+
+def _body_of(kind: type[Request]) -> dict[str, Any]:
+    """The body of a route in the OpenAPI description."""
+    content = {"application/json": {"schema": {"$ref": SCHEMAS + kind.__name__}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 async def read_body(http: HttpRequest, limits: Limits) -> bytes:
@@ -184,12 +198,12 @@ async def read_body(http: HttpRequest, limits: Limits) -> bytes:
     return b"".join(chunks)
 
 
-def answer_body(retriever: Retriever, body: bytes) -> Response:
-    """The response to a body: an answer or an error."""
+def answer_body(retriever: Retriever, body: bytes, kind: type[Request] = Request) -> Response:
+    """The response to a body that is a request of this kind: an answer or an error."""
     try:
         if not body:
             raise UserError("the request has no body")
-        (answer,) = retriever.answer([parse_request(body)])
+        (answer,) = retriever.answer([parse_request(body, kind)])
         if isinstance(answer, UserError):
             raise answer
     except UserError as error:

@@ -41,6 +41,7 @@ LOG = logging.getLogger(__name__)
 SPARE = 1 << 16
 """Number of new items that a recommender without semantic IDs has room for."""
 NO_QUERIES = "reads no queries; leave query and prefix out of the request, and searches out of its history"
+NO_TEXT = "answers what was typed; give the field {}, which this request lacks"
 NOTHING_ALLOWED = "the filters of this request allow no item of the catalogue"
 DEPTHS = (10, 50, 100, MAX_K)
 """The depths of rankings; at most one program is compiled for each."""
@@ -64,6 +65,7 @@ class Retriever:
       sizes: what batches of the model are padded to; None for a model that pads by itself.
       answers: what the run answers with, items or texts.
       reads_queries: whether the model reads queries, prefixes and searches.
+      required_text: the field that every request has to have, "query" or "prefix"; None: neither.
       ready: whether `warm_up` was called.
     """
 
@@ -99,6 +101,7 @@ class Retriever:
         self._read_events(len(users))
         self.recommender = recommender or self._load_recommender(config)
         self.reads_queries = bool(getattr(self.recommender, "reads_queries", False))
+        self.required_text: str | None = getattr(self.recommender, "required_text", None)
         self.searches = UserSearches(self.run.tables, len(users)) if self.reads_queries else None
         if self.searches is not None:
             self.latest = max(self.latest, self.searches.latest)
@@ -268,10 +271,12 @@ class Retriever:
         Removed items stay in histories. Ids that the request blocks or allows are looked up too.
 
         Raises:
-          UserError: an unknown behavior, or a query for a recommender that reads none.
+          UserError: an unknown behavior, a query for a recommender that reads none, or none for one that needs it.
         """
         if request.has_query and not self.reads_queries:
             raise UserError(f"the system {self.system!r} of this run {NO_QUERIES}")
+        if self.required_text is not None and getattr(request, self.required_text) is None:
+            raise UserError(f"the system {self.system!r} of this run {NO_TEXT.format(self.required_text)}")
         version = version or self.catalogue.current
         ignored = [item for item in [*(request.blocked or ()), *(request.allowed or ())] if version.row(item) is None]
         if request.history is None:
@@ -386,6 +391,8 @@ class Retriever:
                 self._recommend(version, [history], depths[0], [blocked])
         for item in version.most_popular(1):
             asked = {"history": [{"item_id": version.items["item_id"][int(item)].as_py()}]}
+            if self.required_text is not None:
+                asked[self.required_text] = "-"
             for more in ({}, {"exclude_history": True}) if self.answers.filtered else ({},):
                 self.answer([Request.model_validate(asked | more)])
         self.ready = True

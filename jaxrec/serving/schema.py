@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from jaxrec.catalogue.predicates import parse_where
@@ -26,8 +27,8 @@ MAX_LISTED = 10_000
 """The most item ids that a request may block or allow; use a filter for more."""
 MAX_TEXT = 10_000
 """The most characters of an id or a name."""
-MAX_QUERY = 1_000
-"""The most characters of a query or a prefix."""
+MAX_QUERY = 10_000
+"""The most characters of a query or a prefix; how much of it is read, the model decides."""
 MAX_SENTENCE = 500
 """The most characters of an error, which may quote the request."""
 HALF = "holds half a character (a lone surrogate); give whole ones"
@@ -142,6 +143,24 @@ class Request(BaseModel):
         return asked or any(event.query is not None for event in self.history or ())
 
 
+class SearchRequest(Request):
+    """A query, and who asks: a user that the run knows, or a history given inline. For one who is unknown, give an
+    empty history."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"user_id": "123", "query": "rain boots", "k": 10},
+                {"history": [], "query": "rain boots", "filter": {"price": {"max": 20}}},
+                {"history": [{"query": "boots"}, {"item_id": "1003037", "query": "boots"}], "query": "rain boots"},
+            ]
+        },
+    )
+
+    query: Query = Field(description="The query that items are wanted for, as typed.")
+    prefix: SkipJsonSchema[Query | None] = None
+
+
 def _check_search(place: int, event: Event) -> None:
     """Raises ValueError unless an entry of a history without an item is a search."""
     if event.query is None:
@@ -179,15 +198,15 @@ class Answer(BaseModel):
         return self.model_dump_json(exclude_none=True)
 
 
-def parse_request(line: str | bytes) -> Request:
-    """A request from its JSON text.
+def parse_request(line: str | bytes, kind: type[Request] = Request) -> Request:
+    """A request of this kind from its JSON text.
 
     Raises:
       NoJsonError: it can't be parsed.
       UserError: one sentence with the error and its field.
     """
     try:
-        return Request.model_validate_json(line)  # several times as fast as the code below, which explains errors
+        return kind.model_validate_json(line)  # several times as fast as the code below, which explains errors
     except (ValidationError, RecursionError):
         pass
     value = _load_json(line)
@@ -196,7 +215,7 @@ def parse_request(line: str | bytes) -> Request:
     try:
         if (path := _half_character(value)) is not None:
             raise UserError(_printable(f"{_place(path)} {HALF}"))
-        return Request.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         raise UserError(_printable(_explain(error.errors()[0]))) from error
     except RecursionError as error:

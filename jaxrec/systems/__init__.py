@@ -18,6 +18,9 @@ from jaxrec.systems.config import RunConfig
 from jaxrec.systems.onemall import model as onemall_model
 from jaxrec.systems.onemall import training as onemall_training
 from jaxrec.systems.onemall.config import OneMallConfig
+from jaxrec.systems.onesearch import model as onesearch_model
+from jaxrec.systems.onesearch import training as onesearch_training
+from jaxrec.systems.onesearch.config import OneSearchConfig
 from jaxrec.systems.rankgr import model as rankgr_model
 from jaxrec.systems.rankgr import training as rankgr_training
 from jaxrec.systems.rankgr.config import RankGRRunConfig
@@ -51,6 +54,9 @@ SEQUENTIAL = System(
 
 SYSTEMS: dict[str, System] = {
     "onemall": System(OneMallConfig, onemall_model.assemble, onemall_training.stages),
+    "onesearch": System(
+        OneSearchConfig, onesearch_model.assemble, onesearch_training.stages, onesearch_model.recommender
+    ),
     "rankgr": System(RankGRRunConfig, rankgr_model.assemble_trained, rankgr_training.stages),
     "tiger": TIGER,
     "forge": TIGER,

@@ -27,6 +27,7 @@ from jaxrec.evaluation.comparison import TEACHER_FORCED
 from jaxrec.evaluation.metrics import CUTOFFS, mean
 from jaxrec.evaluation.report import write_report
 from jaxrec.run import Run, console, read_json, write_json
+from jaxrec.systems.searches import are_searches, evaluate_searches, fit_search_baselines
 from jaxrec.targets.semantic_ids import held_items, show_items
 
 
@@ -88,11 +89,16 @@ def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folde
     compared = config.baselines and kind == "items"  # with what is counted of items
     records = list(Records(assembly.examples, config.split)) if kind == "items" else []
     cases = draw(cases_of(assembly, config.split, records), config)
-    baselines = fit_baselines(records, items, targets) if compared else {}
-    if config.baselines and kind == "texts":
-        baselines = text_baselines(model.space)
-    rows = evaluate({**baselines, name: model}, cases, split=config.split, cutoffs=config.cutoffs)
-    if compared:
+    measured = {"split": config.split, "cutoffs": config.cutoffs}
+    if kind == "items" and are_searches(cases):
+        baselines = fit_search_baselines(run, assembly) if config.baselines else {}
+        rows = evaluate_searches(run, {**baselines, name: model}, cases, assembly.behaviors, **measured)
+    else:
+        baselines = fit_baselines(records, items, targets) if compared else {}
+        if config.baselines and kind == "texts":
+            baselines = text_baselines(model.space)
+        rows = evaluate({**baselines, name: model}, cases, **measured)
+    if compared and not are_searches(cases):
         rows += evaluate_ties_shuffled(
             records, items, targets, split=config.split, seed=config.seed, cutoffs=config.cutoffs
         )
@@ -166,9 +172,16 @@ def _shown(run: Run, model: Recommender, cases: Cases, count: int) -> list[dict]
             {
                 "user": users[some.users[row]],
                 **{name: str(history[name]) for name in ("query", "prefix") if name in history},
+                **_searched(history),
                 "history": show_items(recent, titles),
                 "targets": show(right, titles),
                 "generated": generated,
             }
         )
     return shown
+
+
+def _searched(history: dict) -> dict[str, list[str]]:
+    """The last searches of a history that holds texts."""
+    queries = history.get("search_query", np.zeros(0, np.int32))
+    return {"searches": queries[-5:].tolist()} if queries.dtype == object and len(queries) else {}

@@ -26,6 +26,7 @@ from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_with_ids
 from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender
 from jaxrec.systems.validation import make_validation
 from jaxrec.targets import SemanticIdSpace
+from jaxrec.text.keywords import KeywordConfig
 from jaxrec.text.scenarios import TowersConfig
 from jaxrec.training.loop import TrainState
 from jaxrec.training.prefetch import BatchIterator
@@ -39,6 +40,8 @@ class GenerativeRunConfig(RunConfig):
 
     scenarios: TowersConfig | None = None
     """Embeddings by scenario: a video's product beside it, live streams by an item tower; None: by the texts alone."""
+    keywords: KeywordConfig | None = None
+    """Core keywords that enhance the embeddings of items and queries (OneSearch Eq. 2); None: none."""
     semantic_ids: SemanticIdConfig = field(default_factory=SemanticIdConfig)
     """Quantizers."""
     collisions: CollisionConfig = field(default_factory=CollisionConfig)
@@ -48,7 +51,9 @@ class GenerativeRunConfig(RunConfig):
     validation_decoding: DecodingConfig | None = None
     """Beam search of the validation while training; None: a copy of `decoding` as the configuration file gives it."""
 
-    of_phases: ClassVar[tuple[str, ...]] = (*RunConfig.of_phases, "scenarios", "semantic_ids", "collisions")
+    of_phases: ClassVar[tuple[str, ...]] = (*RunConfig.of_phases, "scenarios", "keywords", "semantic_ids", "collisions")
+    query_ids: ClassVar[bool] = False
+    """Whether the system's model reads semantic IDs of queries, which the tokenize phase then makes."""
     of_validation: ClassVar[tuple[str, ...]] = (*RunConfig.of_validation, "validation_decoding")
     of_evaluation: ClassVar[tuple[str, ...]] = (*RunConfig.of_evaluation, "decoding")
 

@@ -46,9 +46,9 @@ def alignment(run: Run, config: Any, with_ids: bool) -> tuple[Stage, ...]:
 def prepare_with_ids(run: Run, config: Any) -> tuple[str, str]:
     """Makes tables, semantic IDs and examples where they are not there yet; fingerprints of the IDs and the examples.
 
-    config: a system's, with the fields data, prepare, text, align, scenarios, semantic_ids, collisions and seed, as
-    `jaxrec.systems.onemall.config.OneMallConfig` has them. Where it fine-tunes the text encoder, the stage `alignment`
-    comes before.
+    config: a system's, with the fields data, prepare, text, align, scenarios, keywords, query_ids, semantic_ids,
+    collisions and seed, as `jaxrec.systems.generative.GenerativeRunConfig` has them. Where it fine-tunes the text
+    encoder, the stage `alignment` comes before.
     """
     tables = prepare_tables(run, config)
     id_configs = (config.align, config.semantic_ids, config.collisions)
@@ -65,6 +65,8 @@ def prepare_with_ids(run: Run, config: Any) -> tuple[str, str]:
             config.seed,
             tuned=_tuned(run),
             scenarios=config.scenarios,
+            keywords=config.keywords,
+            query_ids=config.query_ids,
         ),
         replacing=lambda folder: replacing(folder, id_inputs),
     )
@@ -104,9 +106,11 @@ def prepare_examples(run: Run, config: Any, tables: str) -> str:
 
 def _id_inputs(config: Any, tables: str, encoder: tuple) -> str:
     """The fingerprint of all that semantic IDs are made from."""
-    scenarios = () if config.scenarios is None else (config.scenarios,)
+    # What a run does without is left out, as in runs that were made before it could be configured.
+    optional = [each for each in (config.scenarios, config.keywords) if each is not None]
+    optional += ["query_ids"] * config.query_ids
     id_configs = (config.align, config.semantic_ids, config.collisions)
-    return fingerprint(tables, *encoder, *id_configs, *scenarios, config.seed)
+    return fingerprint(tables, *encoder, *id_configs, *optional, config.seed)
 
 
 def _tuned(run: Run) -> Path:

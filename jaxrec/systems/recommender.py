@@ -89,7 +89,8 @@ class Assembly(Protocol):
 
     The assembly of a model that reads texts (a query, a prefix, the searches of a history) also has
     `read_texts(history)`: the history with the arrays that its features cut, such as `tokens`. Histories then hold
-    texts (`jaxrec.data.searches.with_texts`).
+    texts (`jaxrec.data.searches.with_texts`). If no request makes sense without what was typed, it has `required_text`,
+    "query" or "prefix"; and `tokenizer`, which is exported too, where its tokens are those of a tokenizer.
     """
 
     space: TargetSpace
@@ -185,6 +186,11 @@ class GenerativeRecommender:
         """Whether the model reads the query or prefix of a request, and the searches of its history."""
         return hasattr(self.assembly, "read_texts")
 
+    @property
+    def required_text(self) -> str | None:
+        """The field that every request has to have: "query", "prefix" or None."""
+        return getattr(self.assembly, "required_text", None)
+
     def recommend(
         self,
         histories: list[History],
@@ -257,12 +263,17 @@ class GenerativeRecommender:
         return max(self.config.beam_width, k)
 
     def every_length(self) -> list[History]:
-        """A history for each of the length buckets that histories can fall into."""
+        """A history for each of the length buckets that histories, with what was typed, can fall into."""
         found: dict[int, History] = {}
+        # A word is one token or several, so that some count of words falls into every bucket.
+        words = (0, *sorted({length // part for length in self.feature_config.buckets for part in (1, 2, 3, 4, 6)}))
         for length in self.feature_config.buckets:
             for behavior in range(len(self.assembly.behaviors)):
                 history = repeated_item(length, behavior)
-                found.setdefault(self.feature_config.bucket_of(history, length), history)
+                for count in words if self.reads_queries else (0,):
+                    typed = {"query": "a " * count} if self.reads_queries else {}
+                    read = self.assembly.read_texts(history | typed) if self.reads_queries else history
+                    found.setdefault(self.feature_config.bucket_of(read, length), history | typed)
         return [found[bucket] for bucket in sorted(found)]
 
     def _batches(self, histories: list[History], sizes: Sequence[int] | None = None):

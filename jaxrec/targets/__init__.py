@@ -5,9 +5,10 @@
 - `texts.py`: texts of a list, or any text.
 """
 
+from jaxrec.data.words import normalised
 from jaxrec.targets.semantic_ids import SemanticIdSpace
 from jaxrec.targets.space import Found, TargetSpace
-from jaxrec.targets.texts import TextSpace, TextSpaceConfig, load_text_space, normalised, text_space
+from jaxrec.targets.texts import TextSpace, TextSpaceConfig, load_text_space, text_space
 
 __all__ = [
     "Found",

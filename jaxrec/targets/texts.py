@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import UserError, check_least
-from jaxrec.data.queries import normalised
+from jaxrec.data.words import normalised
 from jaxrec.decoding.beam import Rescore, expand_items
 from jaxrec.decoding.filters import ItemFilter
 from jaxrec.decoding.step import Extend

@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError, fingerprint
+from jaxrec.data.query_pairs import QueryPairConfig
 from jaxrec.losses.contrastive import margin_rank, pair_loss, relevance_regression
 from jaxrec.nn.finite import check_finite
 from jaxrec.run import read_json, writing
@@ -93,6 +94,14 @@ class FinetuneConfig:
     """The optimiser. The encoder is pretrained, so its learning rate is low."""
     training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=500, log_every=10, keep=1))
     """The training loop; a step has a batch of every term."""
+
+
+@dataclass(frozen=True)
+class SearchFinetuneConfig(FinetuneConfig):
+    """Alignment of the text encoder on searches too: all terms of OneSearch Eq. 1 whose weights are above 0."""
+
+    queries: QueryPairConfig = field(default_factory=QueryPairConfig)
+    """The pairs of q2q, i2i, q2i and rank that are made of the log's searches; those of `kinds` are in i2i too."""
 
 
 class Tuned(NamedTuple):

@@ -72,6 +72,21 @@ class Codebooks:
         return tuple(part for part in (self.hierarchy, self.remainder) if part is not None)
 
 
+def rq_opq(
+    sizes: tuple[int, ...] = (4096, 1024, 512), parts: tuple[int, ...] = (256, 256), **of_levels: Any
+) -> SemanticIdConfig:
+    """OneSearch's RQ-OPQ (§3.1.3): residual k-means whose last level alone is balanced, then OPQ on the residual.
+
+    Args:
+      sizes: codes in each level of k-means; the paper has (4096, 1024, 512|256, 256). None may exceed the number of
+        items; for ten thousand items about (256, 128, 64) and (64, 64).
+      parts: codes in each sub-space of OPQ.
+      of_levels: further fields of `ResidualConfig`.
+    """
+    hierarchy = ResidualConfig(sizes, balanced=(len(sizes),), **of_levels)
+    return SemanticIdConfig(hierarchy, OpqConfig(parts))
+
+
 def fit(key: jax.Array, x: np.ndarray | jax.Array, config: SemanticIdConfig = SemanticIdConfig()) -> Codebooks:
     """Fit every level to embeddings x f32 [I, D].
 
@@ -155,6 +170,28 @@ def decode(codebooks: Codebooks, codes: np.ndarray) -> np.ndarray:
         if mine.shape[1] == len(part.sizes) or (part is codebooks.hierarchy and mine.shape[1]):
             total = total + np.asarray(MODULES[type(part)].decode(part, mine))
     return total
+
+
+def centroids(codebooks: Codebooks) -> list[np.ndarray]:
+    """The vectors that the codes of each level stand for, f32 [K, D] a level; those of an ID add up to its embedding.
+
+    The centroids of residual k-means; those of an OPQ sub-space rotated back, with zeros in the other sub-spaces.
+
+    Raises:
+      UserError: a quantizer has no centroids in the space of the embeddings (FSQ, RQ-VAE).
+    """
+    levels = []
+    for part in codebooks.parts:
+        if isinstance(part, Residual):
+            levels += [np.asarray(level) for level in part.centroids]
+        elif isinstance(part, Opq):
+            levels += opq.centroids(part)
+        else:
+            raise UserError(
+                f"{type(part).__name__} has no centroids that could be looked up: use residual k-means for the "
+                "hierarchy, and OPQ or nothing for the remainder"
+            )
+    return levels
 
 
 def save(codebooks: Codebooks, path: Path) -> None:

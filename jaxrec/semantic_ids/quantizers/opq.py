@@ -121,6 +121,12 @@ def decode(opq: Opq, codes: np.ndarray | jax.Array) -> jax.Array:
     return jnp.concatenate(known + rest, axis=1) @ opq.rotation.T
 
 
+def centroids(opq: Opq) -> list[np.ndarray]:
+    """The codes of each sub-space as vectors f32 [K, D], zero in the other sub-spaces: a code of each adds up."""
+    axes = parts(opq.rotation, len(opq.codebooks))
+    return [np.asarray(codebook @ of_part.T) for codebook, of_part in zip(opq.codebooks, axes, strict=True)]
+
+
 def principal_rotation(x: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     """Principal directions of centred x [I, D] assigned to the sub-spaces, orthonormal f64 [D, D] (Ge et al. §3.2).
 

@@ -1,20 +1,20 @@
-"""Beam search by transformers and CTranslate2, in an environment of their own; started by benchmarks/decoding_peers.py.
+"""Beam search by transformers and CTranslate2, in an environment of their own, started by the benchmarks of the beam.
 
-    PYTHON benchmarks/shared/t5_peers.py FOLDER THREADS
+    PYTHON benchmarks/shared/beam_peers.py FOLDER THREADS
 
-FOLDER holds a T5 in Hugging Face's layout, contexts.npy int [B, S] and ids.npy int [I, M], the tokens of every valid
-target. A line of JSON on standard input asks for one run: {"peer": "transformers" | "trie" | "ctranslate2", "batch",
-"beams"}; the line that answers has `milliseconds`, `tokens` [B, W, M] and `scores` [B, W], summed log-probabilities.
+FOLDER holds a T5 or a BART in Hugging Face's layout, contexts.npy int [B, S] and ids.npy int [I, M], the tokens of
+every valid target. A line of JSON on standard input asks for one run: {"peer": "transformers" | "trie" | "ctranslate2",
+"batch", "beams"}; the line that answers has `milliseconds`, `tokens` [B, W, M] and `scores` [B, W], summed
+log-probabilities.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-import ctranslate2
 import numpy as np
 import torch
 import transformers
@@ -28,20 +28,20 @@ def main() -> None:
     folder, threads = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    model = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    model.generation_config.forced_eos_token_id = None  # BART's texts end, our targets don't
     contexts, ids = np.load(folder / "contexts.npy"), np.load(folder / "ids.npy")
     children = prefix_dictionary(ids)
-    translator = convert(folder, model.config.vocab_size, threads)
+    translator = cache(partial(convert, folder, model.config.vocab_size, threads))
     levels = ids.shape[1]
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         rows, beams = contexts[: asked["batch"]], asked["beams"]
-        run = {
-            "transformers": partial(generate, model, rows, beams, levels),
-            "trie": partial(generate, model, rows, beams, levels, children),
-            "ctranslate2": partial(translate, translator, rows, beams, levels),
-        }[asked["peer"]]
+        if asked["peer"] == "ctranslate2":
+            run = partial(translate, translator(), rows, beams, levels)
+        else:
+            run = partial(generate, model, rows, beams, levels, children if asked["peer"] == "trie" else None)
         print(json.dumps(timed(run)), flush=True)
 
 
@@ -82,8 +82,10 @@ def generate(model, rows: np.ndarray, beams: int, levels: int, children: dict | 
     return tokens.tolist(), made.sequences_scores.reshape(len(rows), beams).tolist()
 
 
-def convert(folder: Path, vocabulary: int, threads: int) -> ctranslate2.Translator:
+def convert(folder: Path, vocabulary: int, threads: int):
     """The model for CTranslate2; its tokens are the numbers as words."""
+    import ctranslate2  # which not every benchmark asks for
+
     words = Tokenizer(models.WordLevel({str(token): token for token in range(vocabulary)}, unk_token="2"))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="0", eos_token=str(END), unk_token="2"
@@ -94,7 +96,7 @@ def convert(folder: Path, vocabulary: int, threads: int) -> ctranslate2.Translat
     return ctranslate2.Translator(str(converted), device="cpu", inter_threads=1, intra_threads=threads)
 
 
-def translate(translator: ctranslate2.Translator, rows: np.ndarray, beams: int, levels: int) -> tuple[list, list]:
+def translate(translator, rows: np.ndarray, beams: int, levels: int) -> tuple[list, list]:
     """`levels` tokens of the whole vocabulary but the end token."""
     made = translator.translate_batch(
         [[str(token) for token in row] for row in rows.tolist()],

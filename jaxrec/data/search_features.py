@@ -1,0 +1,201 @@
+"""A search and its user's past as the fixed-shape arrays that a model reads (NumPy; no model and no tokenizer here).
+
+    history, as an assembly's `read_texts` leaves it      cut
+      tokens [t], query_codes [M]                           tokens [T], query_codes [M]
+      recent_codes [n, M]                                   recent_codes [R, M]
+      events: item, behavior, timestamp, session            recent_item, short_item, long_item [..]
+      same bool [T]: events that searches for               click_item, order_item, related_item [L]
+        the same query led to                               candidate [C], habits [C, F], user [U]
+      led_to: what the query led to in training
+
+Indices of items, -1 in the padding; sequences are aligned left, the oldest first, and candidates the likeliest first.
+
+**Search-relevant items** (OneSearch's search relevant unit) are those of the past that the query led somebody to in
+training, or this user before.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxrec.config import UserError, check_least
+from jaxrec.data.item_sequences import user_of
+from jaxrec.data.padding import bucket, check_buckets
+from jaxrec.data.search_statistics import LedTo
+
+NONE = -1
+HABITS = 12
+"""numbers told of each candidate: log weight to begin with; taken by this user; log count; log days since; log searches
+since; rate; share of the user's; log count of late; log share among all; the same of late; the ratio of the two; log
+clicks"""
+USER = 4
+"""numbers told of the user: logs of events, of search-relevant events and items, of the query's searches"""
+NOTHING = LedTo(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32), 0.0)
+MONTH = 30 * 86_400
+
+
+@dataclass(frozen=True)
+class SearchFeatureConfig:
+    """How much of a search and of the past is read."""
+
+    buckets: tuple[int, ...] = (8, 16)
+    """lengths in tokens that queries are padded to; of a longer query the first tokens are read"""
+    levels: int = 0
+    """levels M of the semantic IDs of queries; set by the system"""
+    recent_queries: int = 5
+    """last queries whose IDs are in the prompt; 0 for none"""
+    recent_items: int = 5
+    """last items whose IDs are in the prompt; 0 for none"""
+    user_items: int = 20
+    """last clicked, and last ordered, items that the user ID is made of (Eq. 3)"""
+    long_length: int = 256
+    """last clicked, ordered and search-relevant items that are read implicitly (Eq. 4)"""
+    related: int = 64
+    """search-relevant items of the past that may be copied; 0 for none"""
+    popular: int = 64
+    """items that the query led to in training that may be copied; 0 for none"""
+    weakest: int | None = None
+    """index of the weakest behavior that counts as a click; None: target behaviors alone do"""
+
+    def __post_init__(self):
+        check_buckets(self.buckets)
+        least = dict.fromkeys(("recent_queries", "recent_items", "related", "popular"), 0)
+        check_least(self, "features", user_items=1, long_length=1, **least)
+        if self.weakest is not None and self.weakest < 0:
+            raise UserError(f"configuration key 'features.weakest' is {self.weakest}; give the index of a behavior")
+
+    @property
+    def candidates(self) -> int:
+        """Items C that may be copied."""
+        return self.related + self.popular
+
+    def bucket_of(self, record: dict, session: int) -> int:
+        """The length that the query is padded to."""
+        return bucket(self.buckets, len(record.get("tokens", ())))
+
+    def cut(self, record: dict, session: int, *, behaviors: int, wanted: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of a history, all of which is read; `wanted` bool [behaviors] marks the target behaviors."""
+        order = np.argsort(record["timestamp"], kind="stable")
+        item, behavior, times, sessions = (record[name][order] for name in ("item", "behavior", "timestamp", "session"))
+        ordered = wanted[behavior] if len(item) else np.zeros(0, bool)
+        clicked = ordered if self.weakest is None else behavior >= self.weakest
+        found = record.get("led_to", NOTHING)
+        related = clicked & (np.isin(item, found.item) | record.get("same", np.zeros(len(item), bool))[order])
+        now = int(record.get("now", times[-1] if len(times) else 0))
+        shown = min(record.get("shown", self.recent_items), self.recent_items)
+        default = found.item[: self.user_items][::-1]  # the most taken one last, where the weights are largest
+        clicks, orders = item[clicked], item[ordered]
+        candidate, habits, known = self._candidates(
+            *(each[related] for each in (item, ordered, times, sessions)), found, now
+        )
+        codes = record.get("recent_codes", np.zeros((0, self.levels), np.int32))
+        user = [len(orders), *known, found.searches]
+        return {
+            "tokens": _left(record.get("tokens", ())[: self.buckets[-1]], self.bucket_of(record, session)),
+            "query_codes": record.get("query_codes", np.full(self.levels, NONE, np.int32)),
+            "recent_codes": _rows(codes[max(len(codes) - self.recent_queries, 0) :], self.recent_queries, self.levels),
+            "recent_item": _left(_last(clicks, shown), self.recent_items),
+            "short_item": _left(_last(clicks if len(clicks) else default, self.user_items), self.user_items),
+            "long_item": _left(_last(orders if len(orders) else default, self.user_items), self.user_items),
+            "click_item": _left(_last(clicks, self.long_length), self.long_length),
+            "order_item": _left(_last(orders, self.long_length), self.long_length),
+            "related_item": _left(_last(item[related], self.long_length), self.long_length),
+            "candidate": candidate,
+            "habits": habits,
+            "user": np.log1p(np.array(user, np.float32)),
+            "who": user_of(record),
+        }
+
+    def _candidates(
+        self,
+        item: np.ndarray,
+        ordered: np.ndarray,
+        times: np.ndarray,
+        sessions: np.ndarray,
+        found: LedTo,
+        now: int,
+    ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+        """Items int32 [C] that may be copied, their habits float32 [C, F], and how many events and items are relevant.
+
+        First the items of the relevant events, the ones taken most often first, then those of the query's most taken
+        that are not among them.
+        """
+        distinct, inverse = np.unique(item, return_inverse=True)
+        told = np.zeros((len(distinct), 6), np.float32)
+        if len(distinct):
+            told = _habits(inverse, len(distinct), ordered, times, sessions, now)
+        taken = found.item
+        mine = _place(distinct, taken)
+        share, recent = np.zeros((2, len(distinct)), np.float32)
+        share[mine[mine >= 0]], recent[mine[mine >= 0]] = found.share[mine >= 0], found.recent[mine >= 0]
+        others = np.flatnonzero(mine < 0)[: self.popular]
+        best = np.lexsort((-share, -told[:, 0]))[: self.related]
+        both = np.concatenate([distinct[best], taken[others]])
+        told = np.concatenate([told[best], np.zeros((len(others), 6), np.float32)])
+        share = np.concatenate([share[best], found.share[others]])
+        recent = np.concatenate([recent[best], found.recent[others]])
+        count, clicks = told[:, 0], told[:, 5]
+        log_share, log_recent = np.log(share + 1e-4), np.log(recent + 1e-4)
+        columns = [
+            np.log(count + 0.1 * clicks + share + 1e-4),
+            np.arange(len(both)) < len(best),
+            np.log1p(count),
+            *told[:, 1:4].T,
+            count / max(ordered.sum(), 1),
+            told[:, 4],
+            log_share,
+            log_recent,
+            log_recent - log_share,
+            np.log1p(clicks),
+        ]
+        habits = np.zeros((self.candidates, HABITS), np.float32)
+        habits[: len(both)] = np.stack(columns, axis=1)
+        return _left(both, self.candidates), habits, (len(item), len(distinct))
+
+
+def _habits(
+    inverse: np.ndarray, size: int, ordered: np.ndarray, times: np.ndarray, sessions: np.ndarray, now: int
+) -> np.ndarray:
+    """Of each distinct item float32 [n, 6]: times taken, log days since, log searches since, rate, log count of late,
+    times clicked. Events in order of time."""
+    count = np.bincount(inverse, ordered, size)
+    clicks = np.bincount(inverse, ~ordered, size)
+    occasion = np.unique(sessions, return_inverse=True)[1]
+    last, first = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    last[inverse] = np.arange(len(inverse))  # of several assignments the last one stays
+    first[inverse[::-1]] = np.arange(len(inverse))[::-1]
+    occasions = occasion.max() + 1
+    lately = np.bincount(inverse, ordered * np.exp(-np.maximum(now - times, 0) / MONTH), size)
+    columns = [
+        count,
+        np.log1p(np.maximum(now - times[last], 0) / 86_400),
+        np.log1p(occasions - 1 - occasion[last]),
+        count / (occasions - occasion[first]),
+        np.log1p(lately),
+        clicks,
+    ]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def _place(sorted_items: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The place of each wanted item among sorted distinct ones, -1 where it is not."""
+    if not len(sorted_items):
+        return np.full(len(wanted), -1)
+    place = np.minimum(np.searchsorted(sorted_items, wanted), len(sorted_items) - 1)
+    return np.where(sorted_items[place] == wanted, place, -1)
+
+
+def _last(values: np.ndarray, count: int) -> np.ndarray:
+    return values[max(len(values) - count, 0) :]
+
+
+def _left(values: np.ndarray, size: int) -> np.ndarray:
+    out = np.full(size, NONE, np.int32)
+    out[: len(values)] = values
+    return out
+
+
+def _rows(values: np.ndarray, size: int, width: int) -> np.ndarray:
+    out = np.full((size, width), NONE, np.int32)
+    out[: len(values)] = values
+    return out

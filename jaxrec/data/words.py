@@ -1,0 +1,41 @@
+"""Texts as they are compared: one writing of a text, and its words."""
+
+import re
+import unicodedata
+from functools import lru_cache
+
+# Scripts written without spaces: a character of these stands as a word of its own.
+_UNSPACED = (
+    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF),  # Thai and Lao, Burmese, Khmer
+    (0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),  # kana, Han
+)  # fmt: skip
+_ASCII_WORD = re.compile("[a-z0-9]+")
+
+
+def normalised(text: str) -> str:
+    """What texts are compared by: NFKC, case folded, white space as single spaces and none at the ends.
+
+    The tables hold texts as they were typed. Models, and whatever counts texts, read them in this form.
+    """
+    if text.isascii():  # where all of this is to lower the letters
+        return " ".join(text.lower().split())
+    before = None
+    while text != before:  # folding can leave what NFKC composes, and the other way round
+        before, text = text, unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(text.split())
+
+
+def words(text: str) -> list[str]:
+    """The words of a normalised text: runs of letters, digits and marks. A character of Han, kana or Thai is a word."""
+    if text.isascii():
+        return _ASCII_WORD.findall(text)
+    return "".join(map(_as_word, text)).split()
+
+
+@lru_cache(maxsize=1 << 16)
+def _as_word(character: str) -> str:
+    """A character of a word as it is; a space for any other; between spaces where the script has none."""
+    if unicodedata.category(character)[0] not in "LMN":
+        return " "
+    code = ord(character)
+    return f" {character} " if any(low <= code <= high for low, high in _UNSPACED) else character

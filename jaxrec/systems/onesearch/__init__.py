@@ -1,0 +1,1 @@
+"""OneSearch: personalised product search that generates the IDs of items."""

@@ -1,0 +1,165 @@
+"""OneSearch (Kuaishou 2025), but for its reward system (§3.4.2): a query and its user's past in, items' IDs out.
+
+    source ─▶ tables ─▶ semantic IDs of items and queries ─▶ content ─▶ co_occurrence ─▶ personalisation ─▶ evaluation
+
+The three stages are those of Table 4; each has its own mixture of tasks, optimiser and length, and begins with the best
+state of the one before.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from jaxrec.config import UserError, check_least
+from jaxrec.data.search_features import SearchFeatureConfig
+from jaxrec.data.search_statistics import SearchStatisticsConfig
+from jaxrec.models.encoder_decoder import EncoderDecoderConfig
+from jaxrec.models.personal_search import PromptConfig
+from jaxrec.systems.generative import GenerativeRunConfig
+from jaxrec.text.tokenizer import TokenizerConfig
+from jaxrec.training.loop import LoopConfig
+from jaxrec.training.optim import OptimConfig
+
+CONTENT, CO_OCCURRENCE, PERSONALISATION = "content", "co_occurrence", "personalisation"
+
+
+def _loop(steps: int) -> LoopConfig:
+    return LoopConfig(steps=steps, log_every=50, checkpoint_every=500, evaluate_every=0)
+
+
+@dataclass(frozen=True)
+class ContentConfig:
+    """The first stage, semantic content alignment: weights of its tasks, 0 leaves one out; and its training."""
+
+    query_to_id: float = 1.0
+    """a query's text to its ID"""
+    item_to_id: float = 1.0
+    """an item's text to its ID"""
+    id_to_query: float = 0.5
+    """a query's ID to its text"""
+    id_to_item: float = 0.5
+    """an item's ID to its text"""
+    query_to_category: float = 0.5
+    """a query's text to the category that it leads to most often"""
+    item_to_category: float = 0.5
+    """an item's text to its category"""
+    query_id_to_category: float = 0.5
+    """a query's ID to that category"""
+    item_id_to_category: float = 0.5
+    """an item's ID to its category"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    training: LoopConfig = field(default_factory=lambda: _loop(400))
+    """Length of training; it is not validated, since it doesn't rank."""
+
+
+@dataclass(frozen=True)
+class CoOccurrenceConfig:
+    """The second stage, co-occurrence synchronisation, on pairs of a query and an item that it led to."""
+
+    query_to_item: float = 0.5
+    """a query's text to an item's text"""
+    item_to_query: float = 0.5
+    """an item's text to a query's text"""
+    query_id_to_item_id: float = 1.0
+    """a query's ID to an item's ID"""
+    item_id_to_query_id: float = 1.0
+    """an item's ID to a query's ID"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    training: LoopConfig = field(default_factory=lambda: _loop(400))
+    """Length of training; it is not validated, since it doesn't rank."""
+
+
+TASKS = tuple(
+    each.name for config in (ContentConfig, CoOccurrenceConfig) for each in fields(config) if each.type is float
+)
+"""Names of all tasks, in the order of their prompt tokens."""
+CONTENT_TASKS = tuple(each.name for each in fields(ContentConfig) if each.type is float)
+
+
+@dataclass(frozen=True)
+class TextLengths:
+    """How much of texts is read and written in the first two stages."""
+
+    read: int = 24
+    """tokens of a text that is read"""
+    written: int = 16
+    """tokens of a text that is written, its end included"""
+    column: str = "title"
+    """the column of the items table that is the item's text: title, or text, which holds its attributes too"""
+
+    def __post_init__(self):
+        check_least(self, "texts", read=1, written=2)
+
+
+@dataclass(frozen=True)
+class PersonalisationObjective:
+    """The third stage: the items of a search are targets of one context."""
+
+    targets: int = 4
+    """targets L per search; of more, so many are drawn"""
+    smoothing: float = 0.0
+    """share of each label that is spread evenly over its level"""
+    window: int = 5
+    """the sliding window (§3.4.1): each search of training is a sample; in some of them the short sequences are cut to
+    a number of items and queries drawn from 0 to this, as users have them who are new; 0: none is cut"""
+    windowed: float = 0.3
+    """share of the samples that are cut"""
+    without_past: float = 0.0
+    """share of the samples of which the whole past is left out"""
+
+    def __post_init__(self):
+        check_least(self, "objective", targets=1, window=0)
+        for name in ("smoothing", "windowed", "without_past"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"configuration key 'objective.{name}' is {getattr(self, name)}; give 0 to 1")
+
+
+@dataclass(frozen=True)
+class OneSearchConfig(GenerativeRunConfig):
+    """Everything that decides a OneSearch run."""
+
+    system: str = "onesearch"
+    """Which system this configures."""
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocabulary=4000))
+    """The tokenizer of queries and items' texts."""
+    texts: TextLengths = field(default_factory=TextLengths)
+    """Lengths of texts."""
+    features: SearchFeatureConfig = field(default_factory=SearchFeatureConfig)
+    """How much of the past is read."""
+    statistics: SearchStatisticsConfig = field(default_factory=SearchStatisticsConfig)
+    """What is counted of the searches of training."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """Parts of the prompt, long sequences, copying."""
+    prior: bool = False
+    """A popularity prior is added to the decoder's logits, as for TIGER; not in the paper."""
+    model: EncoderDecoderConfig = field(default_factory=EncoderDecoderConfig)
+    """Sizes and parts of the backbone; vocabulary, levels and start token follow from texts and IDs."""
+    pretrained: str = ""
+    """A folder with a BART or T5 and its tokenizer.json in Hugging Face's layout, with which the first stage begins;
+    its sizes replace those of `model`, its tokenizer that of `tokenizer`. Empty: fresh parameters."""
+    content: ContentConfig = field(default_factory=ContentConfig)
+    """The first stage."""
+    co_occurrence: CoOccurrenceConfig = field(default_factory=CoOccurrenceConfig)
+    """The second stage."""
+    objective: PersonalisationObjective = field(default_factory=PersonalisationObjective)
+    """The loss of the third stage, whose optimiser and length are `optim` and `training`."""
+
+    of_phases: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.of_phases, "tokenizer", "pretrained")
+    query_ids: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.prior and not self.model.restrict:
+            raise UserError("configuration key 'prior': it is of a level's codes alone; set model.restrict as well")
+        if self.prompt.copying and not self.features.candidates:
+            raise UserError(
+                "configuration key 'prompt.copying': there is nothing to copy; raise features.related or "
+                "features.popular, or set prompt.copying to False"
+            )
+        for name in (CONTENT, CO_OCCURRENCE):
+            if getattr(self, name).training.evaluate_every:
+                raise UserError(
+                    f"configuration key '{name}.training.evaluate_every': this stage does not rank items and is not "
+                    "validated; give 0"
+                )

@@ -1,0 +1,129 @@
+"""The queries of a run as the model reads them: tokens, semantic IDs, and the numbers of distinct texts.
+
+The phase `prompts` of a run holds the tokenizer. Texts are compared after `jaxrec.data.words.normalised`: two writings
+of a query are one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from jaxrec.config import UserError
+from jaxrec.data.search_statistics import UNKNOWN
+from jaxrec.data.words import normalised
+from jaxrec.run import Run
+from jaxrec.semantic_ids.embeddings import encodes_texts
+from jaxrec.semantic_ids.queries import QueryIds, load_query_ids
+from jaxrec.text.tokenizer import TextTokenizer, TokenizerConfig, load_tokenizer, save_tokenizer, train_tokenizer
+
+PROMPTS = "prompts"
+NO_CODE = -1
+REMEMBERED = 1 << 16
+"""texts outside the log whose tokens and IDs are kept"""
+
+
+@dataclass(frozen=True, eq=False)
+class KnownQueries:
+    """Q distinct queries of the log, numbered in the order of their texts, and what becomes of other texts."""
+
+    texts: tuple[str, ...]
+    """[Q], normalised"""
+    of_row: np.ndarray
+    """int64 [rows of queries.parquet]: their numbers"""
+    levels: int
+    """levels M of the items' IDs; those that only tell items apart have no code of a query"""
+    tokenizer: TextTokenizer
+    ids: QueryIds | None
+    """IDs of texts; None where the items' embeddings were not made of texts"""
+    code_table: np.ndarray = field(init=False, repr=False)
+    """int32 [Q, M], NO_CODE where there is none"""
+    tokens: tuple[np.ndarray, ...] = field(init=False, repr=False)
+    """of each query"""
+    number: dict[str, int] = field(init=False, repr=False)
+    """of each query, by its text"""
+    others: dict = field(init=False, repr=False)
+    """what is remembered of texts outside the log, and of other writings"""
+
+    def __post_init__(self):
+        rows = self.tokenizer.encode(list(self.texts))
+        object.__setattr__(self, "tokens", tuple(np.array(row, np.int32) for row in rows))
+        object.__setattr__(self, "number", {text: number for number, text in enumerate(self.texts)})
+        object.__setattr__(self, "others", {})
+        object.__setattr__(self, "code_table", self._codes(self.texts))
+
+    def numbers(self, queries: Sequence[str] | np.ndarray) -> np.ndarray:
+        """int64 [n] of texts, UNKNOWN for those not in the log, or of rows of queries.parquet."""
+        if isinstance(queries, np.ndarray) and queries.dtype != object:
+            return self.of_row[queries]
+        return np.array([self._number(text) for text in queries], np.int64)
+
+    def codes_of(self, text: str) -> np.ndarray:
+        """int32 [M] of any text."""
+        number = self._number(text)
+        if number >= 0:
+            return self.code_table[number]
+        return self._remembered(("codes", normalised(text)), lambda: self._codes([text])[0])
+
+    def tokens_of(self, text: str) -> np.ndarray:
+        """int32 [t] of any text."""
+        number = self._number(text)
+        return self.tokens[number] if number >= 0 else np.array(self.tokenizer.encode([normalised(text)])[0], np.int32)
+
+    def _codes(self, texts: Sequence[str]) -> np.ndarray:
+        found = np.full((len(texts), self.levels), NO_CODE, np.int32)
+        if self.ids is not None and len(texts):
+            there = self.ids.has_id(texts)
+            found[there, : self.ids.levels] = self.ids.codes(texts)[there]
+        return found
+
+    def _number(self, text: str) -> int:
+        found = self.number.get(text)
+        if found is None:
+            found = self._remembered(text, lambda: self.number.get(normalised(text), UNKNOWN))
+        return found
+
+    def _remembered(self, key, make):
+        if key not in self.others:
+            if len(self.others) >= REMEMBERED:
+                self.others.clear()
+            self.others[key] = make()
+        return self.others[key]
+
+
+def query_texts(tables: Path) -> np.ndarray:
+    """The texts of queries.parquet, object [rows].
+
+    Raises:
+      UserError: the tables hold no searches.
+    """
+    path = tables / "queries.parquet"
+    if not path.is_file():
+        raise UserError(f"{tables} holds no queries.parquet: a search system needs data with a table of searches")
+    return np.array(pq.read_table(path, columns=["query"])["query"].to_pylist(), object)
+
+
+def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Distinct normalised texts in alphabetical order, and the number of each text, int64 [n]."""
+    folded = [normalised(text) for text in texts]
+    known = sorted(set(folded))
+    number = {text: at for at, text in enumerate(known)}
+    return tuple(known), np.array([number[text] for text in folded], np.int64)
+
+
+def make_tokenizer(run: Run, folder: Path, config: TokenizerConfig, texts: Sequence[str]) -> None:
+    """Trains the tokenizer of a run's queries and `texts` and writes it into the folder of the phase `prompts`."""
+    known, _ = distinct(query_texts(run.tables))
+    save_tokenizer(train_tokenizer([*known, *texts], config), folder)
+
+
+def load_queries(run: Run, levels: int) -> KnownQueries:
+    """The queries of a run whose items' IDs have so many levels.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    ids = load_query_ids(run.semantic_ids) if encodes_texts(run.semantic_ids) else None
+    return KnownQueries(*distinct(query_texts(run.tables)), levels, load_tokenizer(run.place(PROMPTS)), ids)

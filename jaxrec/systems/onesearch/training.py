@@ -1,0 +1,226 @@
+"""Training OneSearch (§3.4.1): content alignment, co-occurrence, personalisation.
+
+The first two stages are tasks with prompts of their own (`tasks`). In the third, the items that a search led to are L
+targets of its one context. Each stage logs the loss of every task.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrec.config import fingerprint
+from jaxrec.data.examples import Record, Records
+from jaxrec.data.pipeline import Features
+from jaxrec.data.searches import before_search, led_to
+from jaxrec.losses.likelihood import next_token
+from jaxrec.models.personal_search import TaskInputs
+from jaxrec.run import Run
+from jaxrec.systems.generative import bound_loss, context_batches, train_model
+from jaxrec.systems.onesearch.config import (
+    CO_OCCURRENCE,
+    CONTENT,
+    PERSONALISATION,
+    TASKS,
+    ContentConfig,
+    CoOccurrenceConfig,
+    OneSearchConfig,
+)
+from jaxrec.systems.onesearch.model import OneSearchAssembly, OneSearchCatalogue, assemble, fitted
+from jaxrec.systems.onesearch.pretrained import digests, read_tokenizer, with_pretrained, write_backbone
+from jaxrec.systems.onesearch.queries import PROMPTS, make_tokenizer
+from jaxrec.systems.onesearch.tasks import item_texts, read_tasks, task_batches, task_rows
+from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_with_ids
+from jaxrec.text.tokenizer import save_tokenizer
+from jaxrec.training.stages import Stage, Task, minimise
+
+
+def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
+    """Three stages, each from the best state of the one before; the text encoder's first, where it is fine-tuned."""
+    before = alignment(run, config, with_ids=True)
+    needs = (ALIGNMENT,) if before else ()
+    data = partial(prepare_searches, run, config)
+
+    def train_tasks(of_stage: ContentConfig | CoOccurrenceConfig, task: Task) -> None:
+        assembly = assemble(run, config)
+        batches = training_tasks(run, assembly, config, of_stage)
+        mine = dataclasses.replace(config, optim=of_stage.optim, training=of_stage.training)
+        loss = partial(task_loss, tuple(weights_of(of_stage)))
+        minimise(bound_loss(loss, assembly, mine), partial(initial, assembly, config, task), batches, mine, task)
+
+    def train_searches(task: Task) -> None:
+        assembly = assemble(run, config)
+        mine = fitted(config, assembly.space)
+        train_model(assembly, mine, mean_loss, training_batches(assembly, mine), task)
+
+    last = ("optim", "training", "validation", "objective")
+    first, second = config.training_inputs(*last, CO_OCCURRENCE), config.training_inputs(*last, CONTENT)
+    third = config.training_inputs(CONTENT, CO_OCCURRENCE)
+    return (
+        *before,
+        Stage(CONTENT, first, data, partial(train_tasks, config.content), needs=needs),
+        Stage(CO_OCCURRENCE, second, data, partial(train_tasks, config.co_occurrence), start=CONTENT, needs=needs),
+        Stage(PERSONALISATION, third, data, train_searches, start=CO_OCCURRENCE, needs=needs),
+    )
+
+
+def prepare_searches(run: Run, config: OneSearchConfig) -> tuple[str, ...]:
+    """Tables, semantic IDs and examples, and with them the tokenizer and the IDs of the queries."""
+    ids, examples = prepare_with_ids(run, config)
+    weights = digests(config.pretrained) if config.pretrained else ()
+
+    def make(folder: Path) -> None:
+        if config.pretrained:
+            save_tokenizer(read_tokenizer(config.pretrained), folder)
+            write_backbone(folder, config.pretrained)
+        else:
+            make_tokenizer(run, folder, config.tokenizer, item_texts(run.tables, config.texts.column))
+
+    made_of = fingerprint(ids, config.tokenizer, config.texts.column, *weights)
+    return ids, examples, run.phase(PROMPTS, made_of, make)
+
+
+def initial(assembly: OneSearchAssembly, config: OneSearchConfig, task: Task, seed: int, mesh: Mesh | None) -> dict:
+    """The first variables of a stage; pretrained ones where it is the first and there are some."""
+    fresh = assembly.init(seed, mesh)
+    begins = config.pretrained and task.start is None
+    return with_pretrained(fresh, config.pretrained, seed) if begins else fresh
+
+
+# ---- content, co-occurrence ------------------------------------------------------------------------------------------
+
+
+def training_tasks(
+    run: Run, assembly: OneSearchAssembly, config: OneSearchConfig, of_stage: ContentConfig | CoOccurrenceConfig
+) -> Iterator[Features]:
+    """Batches of a stage's tasks, mixed by its weights."""
+    tables, pairs = read_tasks(run.tables, assembly, config)
+    return task_batches(task_rows(weights_of(of_stage), tables, pairs, config.seed), tables, config)
+
+
+def weights_of(of_stage: ContentConfig | CoOccurrenceConfig) -> dict[str, float]:
+    """The weights of a stage's tasks, those of weight 0 left out."""
+    weights = {name: getattr(of_stage, name) for name in TASKS if hasattr(of_stage, name)}
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def task_loss(
+    tasks: Sequence[str],
+    assembly: OneSearchAssembly,
+    config: OneSearchConfig,
+    catalogue: OneSearchCatalogue,
+    params: Any,
+    extra: dict,
+    batch: dict,
+    key: jax.Array,
+):
+    """As `jaxrec.training.step.Loss`; a batch of `task_batches`. Tells the loss of each of the tasks."""
+    writes = "target_codes" not in batch
+    model = assembly.model.writing(batch["target_tokens"].shape[1]) if writes else assembly.model
+    target = batch["target_tokens"] if writes else batch["target_codes"]
+    real = jnp.broadcast_to(batch["where"][:, None], target.shape)
+    if writes:
+        real &= batch["target_mask"]
+    apply = partial(model.apply, {"params": params}, rngs={"dropout": key})
+    context = apply(TaskInputs(batch["task"], batch["tokens"], batch["codes"]), True, method="prefill")
+    scored = apply(context, target[:, None], None, True, method="score")
+    each = next_token(scored.log_probs, real[:, None])[:, 0]
+    metrics = {"loss": (each.sum(), batch["where"].sum())}
+    for name in tasks:
+        mine = batch["where"] & (batch["task"] == TASKS.index(name))
+        metrics[f"loss_{name}"] = (jnp.where(mine, each, 0.0).sum(), mine.sum())
+    return each.sum() / jnp.maximum(batch["where"].sum(), 1), (metrics, extra)
+
+
+# ---- personalisation -------------------------------------------------------------------------------------------------
+
+
+def mean_loss(
+    assembly: OneSearchAssembly,
+    config: OneSearchConfig,
+    catalogue: OneSearchCatalogue,
+    params: Any,
+    extra: dict,
+    batch: dict,
+    key: jax.Array,
+):
+    """As `jaxrec.training.step.Loss`; a batch of `training_batches`."""
+    total, count = losses(assembly, config, catalogue, {"params": params}, batch, key)
+    return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
+
+
+def losses(
+    assembly: OneSearchAssembly,
+    config: OneSearchConfig,
+    catalogue: OneSearchCatalogue,
+    variables: dict,
+    batch: dict,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the targets' negative log-likelihoods (labels smoothed), and the number of targets."""
+    apply = partial(assembly.model.apply, variables, rngs={"dropout": key})
+    context = apply(assembly.inputs(catalogue, batch), True, method="prefill")
+    where = (batch["target"] >= 0) & batch["where"][:, None]
+    scored = apply(context, catalogue.codes[jnp.maximum(batch["target"], 0)], where, True, method="score")
+    smoothing = config.objective.smoothing
+    loss = next_token(scored.log_probs, where, mean_log_probs=scored.mean_log_probs, smoothing=smoothing)
+    return loss.sum(), where.sum()
+
+
+def training_batches(assembly: OneSearchAssembly, config: OneSearchConfig) -> Iterator[Features]:
+    """Batches of searches with the items that they led to, without end, in an order that the seed decides."""
+    records = Records(assembly.examples, "train")
+    cuts = training_searches_of(records, assembly.wanted)
+    features = config.features
+    lengths = [features.bucket_of({"tokens": _tokens(assembly, records[at], place)}, 0) for at, place in cuts]
+    return context_batches(records, cuts, partial(example, assembly, config), config, lengths)
+
+
+def training_searches_of(records: Records, wanted: np.ndarray) -> np.ndarray:
+    """(record, search) of every search that led to a target item, int64 [n, 2]."""
+    found = []
+    for at, record in enumerate(records):
+        led = record["search"][wanted[record["behavior"]]]
+        places = np.unique(led[led >= 0])
+        found.append(np.stack([np.full(len(places), at), places], axis=1))
+    return np.concatenate(found).astype(np.int64)
+
+
+def example(
+    assembly: OneSearchAssembly, config: OneSearchConfig, record: Record, place: int, rng: np.random.Generator
+) -> Features:
+    """The features of a search as at serving, and its items: target int32 [L], -1 in the padding.
+
+    The short sequences of some samples are cut (the sliding window), and the past of some is left out.
+    """
+    objective, wanted = config.objective, assembly.wanted
+    items = led_to(record, place, wanted[record["behavior"]])
+    moment = int(record["search_timestamp"][place])
+    history = before_search(record, place)
+    history |= {"query": record["search_query"][place], "now": moment, "user": record["user"]}
+    if not record.get("answer_time", True):
+        times = np.concatenate([history["timestamp"], history["search_timestamp"]])
+        history["now"] = int(times.max(initial=0))
+    read = assembly.read_texts(history, without=items)
+    if objective.window and rng.random() < objective.windowed:
+        shown = int(rng.integers(0, objective.window + 1))
+        read |= {"shown": shown, "recent_codes": read["recent_codes"][max(len(read["recent_codes"]) - shown, 0) :]}
+    if rng.random() < objective.without_past:
+        read |= {name: read[name][:0] for name in ("item", "behavior", "timestamp", "session", "same", "recent_codes")}
+        read["user"] = -1
+    cut = config.features.cut(read, 0, behaviors=len(assembly.behaviors), wanted=wanted)
+    if len(items) > objective.targets:
+        items = np.sort(rng.permutation(items)[: objective.targets])
+    target = np.full(objective.targets, -1, np.int32)
+    target[: len(items)] = items
+    return cut | {"target": target}
+
+
+def _tokens(assembly: OneSearchAssembly, record: Record, place: int) -> np.ndarray:
+    return assembly.queries.tokens[assembly.queries.of_row[record["search_query"][place]]]

@@ -1,0 +1,39 @@
+"""A synthetic mall with searches so small that OneSearch runs in seconds; for `train.py tests/mall_onesearch.py`."""
+
+from jaxrec.data.search_features import SearchFeatureConfig
+from jaxrec.data.sources import SyntheticMall
+from jaxrec.models.encoder_decoder import EncoderDecoderConfig
+from jaxrec.models.personal_search import PromptConfig
+from jaxrec.semantic_ids import FsqConfig, ResidualConfig, SemanticIdConfig
+from jaxrec.systems.comparison import EvaluationConfig
+from jaxrec.systems.onesearch.config import ContentConfig, CoOccurrenceConfig, OneSearchConfig, TextLengths
+from jaxrec.systems.recommender import DecodingConfig
+from jaxrec.text.align import AlignConfig
+from jaxrec.text.tokenizer import TokenizerConfig
+from jaxrec.training.loop import LoopConfig
+from jaxrec.training.optim import OptimConfig
+
+optim, short = (
+    OptimConfig(learning_rate=8e-3, warmup=8),
+    LoopConfig(steps=24, log_every=8, checkpoint_every=12, evaluate_every=0),
+)
+
+config = OneSearchConfig(
+    data=SyntheticMall(*(120, 120, 12, 4, 6), exposures_per_session=2, browsed_per_session=1, searched=0.6),
+    batch_size=32,
+    align=AlignConfig(width=16, hidden=32),
+    semantic_ids=SemanticIdConfig(ResidualConfig((12,)), FsqConfig((2, 2, 2, 2), steps=200)),
+    tokenizer=TokenizerConfig(vocabulary=360),
+    texts=TextLengths(read=12, written=8),
+    features=SearchFeatureConfig(*((8,), 0, 2, 3, 6), long_length=16, related=8, popular=16, weakest=2),
+    prompt=PromptConfig("items", long_queries=2, long_heads=2),
+    prior=True,
+    model=EncoderDecoderConfig(width=32, heads=2, head_dim=16, hidden=64, encoder_layers=1, layers=1, scale_head=False),
+    content=ContentConfig(optim=optim, training=short),
+    co_occurrence=CoOccurrenceConfig(optim=optim, training=short),
+    optim=optim,
+    training=LoopConfig(steps=48, log_every=12, checkpoint_every=24, evaluate_every=0),
+    decoding=DecodingConfig(beam_width=16, batch_size=32),
+    validation=EvaluationConfig(split="valid", max_users=40),
+    evaluation=EvaluationConfig(cutoffs=(1, 5, 10), shown_users=2),
+)

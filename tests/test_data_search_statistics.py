@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+
+from jaxrec.config import UserError
+from jaxrec.data.popularity import PopularityConfig
+from jaxrec.data.search_statistics import UNKNOWN, SearchStatisticsConfig, search_statistics, training_searches
+
+DAY = 86_400
+TEXTS = ("frozen pizza", "pizza", "red shoes", "shoes")
+PAIRS = [(0, 5, 0), (0, 5, 8), (0, 6, 8), (1, 7, 8), (1, 7, 9), (1, 5, 9), (2, 1, 0), (2, 1, 20), (2, 2, 20)]
+NEVER = SearchStatisticsConfig(PopularityConfig(7, 20.0, 0.0), neighbours=0)
+
+
+def shares(found):
+    return dict(zip(found.item.tolist(), found.share.astype(float).round(4).tolist(), strict=True))
+
+
+def make(config=NEVER):
+    query, item, day = np.array(PAIRS).T
+    return search_statistics(TEXTS, query, item, day * DAY, config)
+
+
+def test_shares_are_those_of_the_searches_with_the_most_taken_first():
+    found = make().led_to(0, 9)
+    assert found.item.tolist() == [5, 6] and found.searches == 3
+    np.testing.assert_allclose(found.share, [2 / 3, 1 / 3], rtol=1e-6)
+
+
+def test_shares_of_late_are_of_the_periods_before_the_day():
+    found = make().led_to(0, 30)
+    # Day 0 is in the first period of seven days, days 8 in the second; both before that of the last event.
+    weights = {day: np.exp((day - 14) / 20) for day in (0, 8)}
+    expected = np.array([weights[0] + weights[8], weights[8]])
+    np.testing.assert_allclose(found.recent, expected / expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(make().led_to(0, 8).recent, [1.0, 0.0], atol=1e-6)  # the second period begins at day 7
+
+
+def test_a_search_left_out_is_not_counted():
+    found = make().led_to(0, 9, without=[5, 6])
+    assert found.item.tolist() == [5] and found.searches == 1
+    assert make().led_to(3, 9).item.tolist() == []
+
+
+def test_all_searches_together():
+    statistics = make()
+    found = statistics.led_to(statistics.everything, 9)
+    assert found.item.tolist() == [5, 1, 7, 2, 6]
+    np.testing.assert_allclose(found.share, np.array([3, 2, 2, 1, 1]) / 9, rtol=1e-6)
+
+
+def test_rare_and_unknown_queries_borrow_from_those_that_share_words():
+    config = SearchStatisticsConfig(PopularityConfig(7, 20.0, 0.0), neighbours=2, borrow_below=4, borrowed=3.0)
+    statistics = make(config)
+    unknown = statistics.led_to(UNKNOWN, 9, text="pizza with cheese")
+    # Half the weight of "pizza" for "frozen pizza", which says something else as well.
+    assert dict(zip(unknown.item.tolist(), unknown.share.astype(float).round(4).tolist(), strict=True)) == {
+        5: 0.4444, 7: 0.4444, 6: 0.1111,
+    }  # fmt: skip
+    assert unknown.searches == 0
+    np.testing.assert_allclose([unknown.share.sum(), unknown.recent.sum()], 1, rtol=1e-5)
+    rare = statistics.led_to(0, 9)
+    # Two and one of its own three searches, and three of "pizza", of which item 7 has two thirds.
+    assert dict(zip(rare.item.tolist(), rare.share.astype(float).round(4).tolist(), strict=True)) == {
+        5: 0.5,
+        6: 0.1667,
+        7: 0.3333,
+    }
+    assert statistics.led_to(UNKNOWN, 9, text="nothing alike").item.tolist() == []
+
+
+def test_tables_without_searches_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"searches\.parquet.*table of searches"):
+        training_searches(tmp_path, ["purchase"])
