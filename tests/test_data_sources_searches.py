@@ -133,6 +133,8 @@ def test_faults_of_click_logs(tmp_path, old, new, message):
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"column 'query', row 4: the byte 0xe9 is no UTF-8; save the file as UTF-8"):
         click_log(tmp_path, CLICKS.replace("halo", "h\xe9lo").encode("latin-1")).load()
+    with pytest.raises(UserError, match=r"column 'query', row 4: the byte 0x81 is no CP1252; save the file as UTF-8"):
+        click_log(tmp_path, CLICKS.replace("halo", "h\x81lo").encode("latin-1"), encoding="cp1252").load()
     with pytest.raises(UserError, match=r"there is no file .*other.csv; correct the path"):
         ClickLog(tmp_path / "other.csv").load()
     (tmp_path / "clicks.tsv.gz").write_text(CLICKS)
