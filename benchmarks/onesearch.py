@@ -63,7 +63,7 @@ def measure_trie(quick: bool) -> None:
         run = partial(
             search, EncoderDecoder(CONFIG), make_t5(config=CONFIG), *make_contexts(batch), trie, beam_width=beams
         )
-        on, off = best_of([run, partial(run, constrained=False)], 3 if quick else 7)
+        on, off = best_of([run, partial(run, constrained=False)], 3 if quick else 15)
         report("trie on and off", f"items={items} B={batch} W={beams}", on, off, "our unconstrained beam")
 
 

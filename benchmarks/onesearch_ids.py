@@ -2,12 +2,12 @@
 
     python benchmarks/onesearch_ids.py [--data DIR] [--seeds 0,1,2] [--quick]
 
-The items of Complete Journey, or of a log in DIR (docs/sources.md), embedded by MiniLM and aligned on Swing pairs by a
-projection (`text/align.py`), with and without the keywords of --attributes (Eq. 2). Codebooks are scaled down: each
-level has a sixteenth of the paper's codes. Collisions are kept. One JSON line a row, the mean over --seeds of the
-quantizers; `ours` is ICR, the share of the IDs in use that belong to one item, the peer the same without keywords,
-balance and OPQ. Items with equal texts have equal embeddings, as queries have; the last rows give each item a free
-vector besides, the default of a run (`AlignConfig.item_residual`).
+The items of Complete Journey, or of a log in DIR (docs/sources.md), embedded by MiniLM with a projection that is
+aligned on searches and item pairs (Eq. 1), with and without the keywords of --attributes (Eq. 2). Codebooks are scaled
+down: each level has a sixteenth of the paper's codes. Collisions are kept. One JSON line a row, the mean over --seeds
+of the quantizers; `ours` is ICR, the share of the IDs in use that belong to one item, the peer the same without
+keywords, balance and OPQ. Items with equal texts have equal embeddings, as queries have; the last rows are aligned on
+item pairs alone, and give each item a free vector besides (`AlignConfig`, the default of a run).
 
     cur          prefixes in use over all that the codebooks can spell: L1, L1*L2, ... total
     conflict     share of items whose ID another item has too
@@ -43,7 +43,7 @@ from jaxrec.data.sources import CompleteJourney, Folder
 from jaxrec.data.words import normalised
 from jaxrec.run import console, report_user_errors
 from jaxrec.semantic_ids import RqVaeConfig, SemanticIdConfig, rq_opq
-from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_new
+from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_new, finetune_items
 from jaxrec.semantic_ids.keyword_embeddings import enhance_catalogue, load_keywords
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.quantizers.residual import ResidualConfig
@@ -51,12 +51,22 @@ from jaxrec.semantic_ids.table.quality import reconstruction_error
 from jaxrec.semantic_ids.table.space import SemanticIds
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
+from jaxrec.text.finetune import SearchFinetuneConfig
 from jaxrec.text.keywords import KeywordConfig
+from jaxrec.text.pair_batches import TermConfig, TermsConfig
+from jaxrec.training.loop import LoopConfig
 
+BATCHES = {"q2q": 256, "i2i": 256, "q2i": 256, "rank": 32}
 LARGEST = "256-64-32"
 PARTS = (16, 16)
 KEYWORDS, BALANCED, OPQ = " + keywords", " + l3 balanced", " + OPQ 16-16"
 FREE = ", free vectors"
+ALIGNMENT = SearchFinetuneConfig(
+    trains="projection",
+    projection_width=64,
+    terms=TermsConfig(**{name: TermConfig(batch_size=size, min_cosine=-1.0) for name, size in BATCHES.items()}),
+    training=LoopConfig(steps=1000, log_every=200),
+)
 
 
 class Vectors(NamedTuple):
@@ -121,22 +131,24 @@ def configurations(quick: bool) -> dict[str, SemanticIdConfig]:
     table[f"{LARGEST}{KEYWORDS} + all balanced"] = every
     table3 = {
         LARGEST: SemanticIdConfig(ResidualConfig(SIZES[LARGEST]), None),
-        f"RQ-VAE {LARGEST}{KEYWORDS}": SemanticIdConfig(RqVaeConfig(SIZES[LARGEST]), None),
         LARGEST + KEYWORDS + BALANCED: table[LARGEST + KEYWORDS + BALANCED],
         LARGEST + BALANCED + OPQ: rq_opq(SIZES[LARGEST], PARTS),
         LARGEST + KEYWORDS + BALANCED + OPQ: rq_opq(SIZES[LARGEST], PARTS),
     }
     if quick:
-        return {name: config for name, config in table3.items() if "RQ-VAE" not in name}
-    table3 |= {name + FREE: config for name, config in table3.items() if "RQ-VAE" not in name}
-    return table | table3
+        return table3
+    table3 |= {name + FREE: config for name, config in table3.items()}
+    return table | table3 | {f"RQ-VAE {LARGEST}{KEYWORDS}": SemanticIdConfig(RqVaeConfig(SIZES[LARGEST]), None)}
 
 
 def embeddings(tables: Path, folder: Path, keywords: KeywordConfig, free: bool) -> tuple[Vectors, Vectors]:
-    """The embeddings without and with keywords; free: items have free vectors."""
+    """The embeddings without and with keywords; free: aligned on item pairs alone, with a free vector an item."""
     folder.mkdir()
-    text, key = EncoderConfig(), jax.random.key(0)
-    own, _, _ = embed_catalogue(key, tables, folder, text, AlignConfig(item_residual=free))
+    text, key, work = EncoderConfig(), jax.random.key(0), folder.with_name("alignment")
+    align = AlignConfig() if free or not has_searches(tables) else ALIGNMENT
+    tuned = finetune_items(tables, work, text, align, seed=0) if align is ALIGNMENT else None
+    own, _, aligned = embed_catalogue(key, tables, folder, text, align, tuned)
+    console.print(f"alignment: {aligned}", markup=False)
     enhanced, figures = enhance_catalogue(tables, folder, own, text, keywords)
     queries: list[str] = []
     if has_searches(tables):

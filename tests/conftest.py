@@ -20,6 +20,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 FLAGS = ("backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(f"--xla_{flag}" for flag in FLAGS)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Embeddings of texts, by their content: the small malls of many modules have the same ones.
+os.environ["JAXREC_CACHE"] = str(ROOT / ".cache" / "texts")
 
 
 SLOW = (

@@ -21,5 +21,5 @@ config = OneMallConfig(
     optim=OptimConfig(learning_rate=8e-3, warmup=16),
     training=LoopConfig(steps=240, log_every=15, checkpoint_every=48, evaluate_every=120),
     decoding=DecodingConfig(beam_width=16, batch_size=32),
-    evaluation=EvaluationConfig(shown_users=2),
+    evaluation=EvaluationConfig(cutoffs=(5, 10), shown_users=2),
 )

@@ -28,5 +28,5 @@ config = RankGRRunConfig(
     optim=OptimConfig(learning_rate=8e-3, warmup=16),
     training=LoopConfig(steps=120, log_every=15, checkpoint_every=24, evaluate_every=0),
     decoding=DecodingConfig(beam_widths=(12, 32), candidates=(12, 64), batch_size=32),
-    evaluation=EvaluationConfig(shown_users=2),
+    evaluation=EvaluationConfig(cutoffs=(5, 10), shown_users=2),
 )

@@ -26,5 +26,5 @@ config = TigerConfig(
     training=LoopConfig(steps=120, log_every=20, checkpoint_every=40, evaluate_every=40),
     decoding=DecodingConfig(beam_width=16, batch_size=32),
     validation=EvaluationConfig(split="valid", max_users=60),
-    evaluation=EvaluationConfig(shown_users=2),
+    evaluation=EvaluationConfig(cutoffs=(5, 10), shown_users=2),
 )

@@ -640,6 +640,28 @@ def test_searches_of_the_mall_name_the_taste_of_what_follows():
         dataclasses.replace(PLAIN, searched=2).load()
 
 
+def test_a_search_of_the_mall_shows_results_of_its_taste_which_change_nothing_else():
+    with_results = dataclasses.replace(SEARCHED, results_per_search=6)
+    before, raw = SEARCHED.load(), with_results.load()
+    assert before.searches.to_pyarrow().equals(raw.searches.to_pyarrow())
+    rows, more = before.events.to_pyarrow(), raw.events.to_pyarrow()
+    assert more.slice(0, rows.num_rows).equals(rows)
+    kinds = {row["item_id"]: row["category"] for row in raw.items.to_pyarrow().to_pylist()}
+    searches = {row["search_id"]: row for row in raw.searches.to_pyarrow().to_pylist()}
+    shown = {}
+    for row in more.slice(rows.num_rows).to_pylist():
+        search = searches[row["search_id"]]
+        assert row["behavior"] == "exposure" and row["timestamp"] == search["timestamp"] + 1
+        assert kinds[row["item_id"]] in search["query"]
+        assert (row["user_id"], row["session_id"]) == (search["user_id"], search["session_id"])
+        shown.setdefault(row["search_id"], set()).add(row["item_id"])
+    assert shown.keys() == searches.keys() and {len(items) for items in shown.values()} == {6}
+    assert SEARCHED.fingerprint() != with_results.fingerprint()
+    assert PLAIN.fingerprint() == dataclasses.replace(PLAIN, results_per_search=6).fingerprint()
+    with pytest.raises(UserError, match=r"results_per_search=-1 is a number of items"):
+        dataclasses.replace(SEARCHED, results_per_search=-1).load()
+
+
 def test_the_best_possible_search_is_what_an_oracle_gets():
     """The k items of the searched taste with the largest shares, by simulation over many baskets."""
     config = SyntheticMall(users=4000, items=80, tastes=5, tastes_per_user=3, sessions_per_user=1, searched=1)

@@ -489,18 +489,14 @@ def folder(tmp_path_factory) -> Path:
     """`whole`: a run; `killed`: the same one, killed in training and gone on with."""
     folder = tmp_path_factory.mktemp("mall")
     config = load_config(ROOT / "tests" / "mall_rankgr.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXREC_CACHE", str(folder / "cache"))
-        train(Run.open(folder / "whole", config), config)
-        shutil.copytree(
-            folder / "whole", folder / "killed", ignore=shutil.ignore_patterns("stages", "eval*", "*.jsonl")
-        )
-        line = [sys.executable, "train.py", "tests/mall_rankgr.py", "--run", str(folder / "killed")]
-        environment = {**os.environ, "JAXREC_KILL_AT": "step:50"}
-        death = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert death.returncode == -signal.SIGKILL, death.stderr + death.stdout
-        assert checkpoint.steps(folder / "killed" / STAGE) == [24, 48]
-        train(Run.open(folder / "killed", config), config)
+    train(Run.open(folder / "whole", config), config)
+    shutil.copytree(folder / "whole", folder / "killed", ignore=shutil.ignore_patterns("stages", "eval*", "*.jsonl"))
+    line = [sys.executable, "train.py", "tests/mall_rankgr.py", "--run", str(folder / "killed")]
+    environment = {**os.environ, "JAXREC_KILL_AT": "step:50"}
+    death = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert death.returncode == -signal.SIGKILL, death.stderr + death.stdout
+    assert checkpoint.steps(folder / "killed" / STAGE) == [24, 48]
+    train(Run.open(folder / "killed", config), config)
     return folder
 
 

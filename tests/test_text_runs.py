@@ -1,6 +1,7 @@
 """When a run makes its semantic IDs anew: the text encoder decides by what it holds, not by where it lies."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 from tiny_encoder import make_encoder
 
 from jaxrec import systems
-from jaxrec.config import UserError, fingerprint
+from jaxrec.config import UserError, fingerprint, from_json, parse_cli, to_json
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.run import Run
 from jaxrec.systems import phases, train
@@ -142,3 +143,12 @@ def test_keywords_and_queries_reach_the_ids(monkeypatch, tmp_path, made):
         config = kind(data=SyntheticMall(), keywords=keywords)
         phases.prepare_with_ids(Run.open(tmp_path / name, config), config)
     assert asked == [(None, False), (KeywordConfig(), True)]
+
+
+def test_searches_and_keywords_are_configured_by_flags(tmp_path):
+    flags = ("--align", "SearchFinetuneConfig", "--align.queries.q2q", "swing", "--align.terms.q2i.weight", "2")
+    flags += ("--keywords", "KeywordConfig", "--keywords.attributes", "brand", "category")
+    config, _ = parse_cli([str(Path(__file__).parent / "mall.py"), "--run", str(tmp_path), *flags])
+    assert isinstance(config.align, FinetuneConfig) and config.align.queries.q2q == ("swing",)
+    assert config.align.terms.q2i.weight == 2 and config.keywords.attributes == ("brand", "category")
+    assert from_json(type(config), to_json(config)) == config

@@ -108,8 +108,9 @@ class SearchStatistics:
         recent = self.recent.weights[int(self.recent.period(np.int64(day))), rows]
         if len(without):
             count = count - np.isin(item, without)
-            if (gone := count <= 0).any():
-                item, count, recent = item[~gone], count[~gone], recent[~gone]
+            order = np.lexsort((item, -count))
+            order = order[count[order] > 0]
+            item, count, recent = item[order], count[order], recent[order]
         return item, count, recent / max(recent.sum(), 1e-12)
 
     def _near(self, query: int, text: str) -> list[tuple[int, float]]:

@@ -73,12 +73,10 @@ class Keywords:
         items: the attributes and `text`, str; columns that are missing have no keywords.
         """
         columns = [name for name in (*dict.fromkeys(self.attributes), "text") if name in items.column_names]
-        found = [self._of_column(items[name]) for name in columns]
-        return (
-            [list(dict.fromkeys(chain(*of_item))) for of_item in zip(*found)]
-            if found
-            else [[] for _ in range(len(items))]
-        )
+        if not columns:
+            return [[] for _ in range(len(items))]
+        found = zip(*(self._of_column(items[name]) for name in columns))
+        return [list(dict.fromkeys(chain(*of_item))) for of_item in found]
 
     def _of_column(self, column: pa.ChunkedArray) -> list[list[int]]:
         """The keywords of each value; each distinct value is searched once."""

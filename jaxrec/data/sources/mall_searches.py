@@ -2,7 +2,8 @@
 
 A query names a taste, so a search tells which goods the shopper wants. Three kinds of searches are planted, each at
 most once a session: for the basket, which is bought; for the browsed items, which are clicked; and for a random taste,
-without any event after it. The events of the basket and of the browsed items carry the search_id of their search.
+without any event after it but what it showed. The events of the basket and of the browsed items carry the search_id of
+their search, as the exposures of its results do (`results_of`).
 
 A shopper types some letters of the query. The mall then suggests queries that begin with them, the searched one among
 them. Sometimes one letter is typed first and no suggestion is chosen.
@@ -37,6 +38,8 @@ class Searches:
     """int64 [R]"""
     query: list[str]
     """[R]"""
+    taste: np.ndarray
+    """int64 [R], the searched taste."""
     led: np.ndarray
     """int64 [U, T, 2]: the number of the search for the basket and for the browsed items of a session, -1 for none."""
     suggestions: dict[str, list]
@@ -70,7 +73,21 @@ def plant_searches(
     query = [texts[taste][word] for taste, word in chosen]
     timestamp = times[user, session] + kind
     known = sorted(text for each in texts for text in each)
-    return Searches(user, session, timestamp, query, number[..., :2], _suggest(rng, timestamp, query, kind, known))
+    suggestions = _suggest(rng, timestamp, query, kind, known)
+    return Searches(user, session, timestamp, query, aim[happens], number[..., :2], suggestions)
+
+
+def results_of(rng: np.random.Generator, searches: Searches, taste_of_item: np.ndarray, count: int) -> np.ndarray:
+    """Items of the searched taste that each search shows, drawn without replacement: int64 [R, count].
+
+    -1 in the place of items that a taste lacks.
+    """
+    results = np.full((len(searches.query), count), -1)
+    for taste in np.unique(searches.taste):
+        inside, rows = np.flatnonzero(taste_of_item == taste), np.flatnonzero(searches.taste == taste)
+        order = np.argsort(rng.random((len(rows), len(inside))), axis=1)[:, :count]
+        results[rows, : order.shape[1]] = inside[order]
+    return results
 
 
 def searches_table(searches: Searches, users: int, sessions: int) -> pa.Table:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from jaxrec.config import UserError, fingerprint, to_json
-from jaxrec.data.sources.mall_searches import Searches, plant_searches, searches_table, suggestions_table
+from jaxrec.data.sources.mall_searches import Searches, plant_searches, results_of, searches_table, suggestions_table
 from jaxrec.data.sources.mall_words import goods, identifiers, item_title
 from jaxrec.data.tables import RawTables, Split, connect, store
 
@@ -62,12 +62,16 @@ class SyntheticMall:
     searched: float = 0.0
     """Probability that a session's basket is searched for; half as often the browsed items are, a tenth as often a
     search leads to nothing. With 0 there are no searches and no suggestions. The other logs do not depend on it."""
+    results_per_search: int = 0
+    """Items of the searched taste that each search shows, besides what is bought or clicked through it. The other logs
+    do not depend on it."""
 
     def fingerprint(self) -> str:
-        """Of this configuration, on which alone the logs depend; `searched` counts where there are searches."""
+        """Of this configuration, on which alone the logs depend; what tells of searches counts where there are any."""
         values = to_json(self)
-        if not self.searched:
-            del values["searched"]
+        for name in ("searched", "results_per_search"):
+            if not values[name] or not self.searched:
+                del values[name]
         return fingerprint("synthetic_mall", values)
 
     def load(self) -> RawTables:
@@ -118,6 +122,8 @@ class SyntheticMall:
             raise UserError(f"items={self.items} is too few for tastes={self.tastes}; give at least ten items a taste")
         if not 1 <= self.tastes_per_user <= self.tastes:
             raise UserError(f"tastes_per_user={self.tastes_per_user} must be between 1 and tastes={self.tastes}")
+        if self.results_per_search < 0:
+            raise UserError(f"results_per_search={self.results_per_search} is a number of items; give 0 or more")
         if self.users < 1 or self.sessions_per_user < 1:
             raise UserError("users and sessions_per_user must be at least 1")
         for name in ("surprise", "recommended", "searched"):
@@ -318,7 +324,28 @@ def _events(config: SyntheticMall, mall: Mall, searches: Searches | None = None)
             led = pa.array(led, mask=led < 0)
             parts[-1] = parts[-1].append_column("search_id", searches.ids().take(led))
         offset += items.shape[-1]
+    if searches is not None and config.results_per_search:
+        parts.append(_results(config, mall, searches))
     return pa.concat_tables(parts)
+
+
+def _results(config: SyntheticMall, mall: Mall, searches: Searches) -> pa.Table:
+    """The exposures of the results of searches, a second after each."""
+    rng = np.random.default_rng([config.seed, 6])
+    shown = results_of(rng, searches, mall.taste_of_item, config.results_per_search)
+    search, place = np.nonzero(shown >= 0)
+    item = shown[search, place]
+    return pa.table(
+        {
+            "user_id": identifiers("u", searches.user[search], config.users),
+            "item_id": identifiers("i", item, config.items),
+            "timestamp": searches.timestamp[search] + 1,
+            "behavior": pa.array(["exposure"] * len(item), pa.string()),
+            "session_id": identifiers("s", searches.session[search], config.sessions_per_user),
+            "scenario": pa.array(np.array(SCENARIOS)[mall.scenario[item]], pa.string()),
+            "search_id": searches.ids().take(pa.array(search)),
+        }
+    )
 
 
 def _led(searches: Searches, items: np.ndarray, kind: int | None) -> np.ndarray:

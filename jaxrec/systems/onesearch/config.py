@@ -135,6 +135,9 @@ class OneSearchConfig(GenerativeRunConfig):
     """A popularity prior is added to the decoder's logits, as for TIGER; not in the paper."""
     model: EncoderDecoderConfig = field(default_factory=EncoderDecoderConfig)
     """Sizes and parts of the backbone; vocabulary, levels and start token follow from texts and IDs."""
+    pretrained: str = ""
+    """A folder with a BART or T5 and its tokenizer.json in Hugging Face's layout, with which the first stage begins;
+    its sizes replace those of `model`, its tokenizer that of `tokenizer`. Empty: fresh parameters."""
     content: ContentConfig = field(default_factory=ContentConfig)
     """The first stage."""
     co_occurrence: CoOccurrenceConfig = field(default_factory=CoOccurrenceConfig)
@@ -142,7 +145,7 @@ class OneSearchConfig(GenerativeRunConfig):
     objective: PersonalisationObjective = field(default_factory=PersonalisationObjective)
     """The loss of the third stage, whose optimiser and length are `optim` and `training`."""
 
-    of_phases: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.of_phases, "tokenizer")
+    of_phases: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.of_phases, "tokenizer", "pretrained")
     query_ids: ClassVar[bool] = True
 
     def __post_init__(self):

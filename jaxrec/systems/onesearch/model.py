@@ -25,7 +25,8 @@ from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.queries import centroids
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
-from jaxrec.systems.onesearch.queries import KnownQueries, load_queries, query_texts
+from jaxrec.systems.onesearch.pretrained import backbone_of
+from jaxrec.systems.onesearch.queries import PROMPTS, KnownQueries, load_queries, query_texts
 from jaxrec.systems.recommender import GenerativeRecommender, Served, filled_up, with_later_prior
 from jaxrec.targets import SemanticIdSpace
 from jaxrec.text.tokenizer import TextTokenizer
@@ -247,8 +248,10 @@ def assemble(run: Run, config: OneSearchConfig) -> OneSearchAssembly:
     """
     item_ids, counts, space, behaviors, wanted = read_items(run, config)
     queries, rows = load_queries(run, space.levels), query_texts(run.tables)
-    vocabulary = SearchVocabulary(queries.tokenizer.size, len(TASKS), space.codebook_sizes)
-    model = PersonalSearch(vocabulary.fit(config.model), vocabulary, config.prompt)
+    backbone = backbone_of(run.place(PROMPTS), config.model)
+    words = backbone.vocabulary if config.pretrained else queries.tokenizer.size
+    vocabulary = SearchVocabulary(words, len(TASKS), space.codebook_sizes)
+    model = PersonalSearch(vocabulary.fit(backbone), vocabulary, config.prompt)
     searched = training_searches(run.tables, config.data.target_behaviors)
     columns = (searched[name].to_numpy() for name in ("item", "timestamp"))
     numbers = queries.of_row[searched["query_index"].to_numpy()]

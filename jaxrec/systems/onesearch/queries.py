@@ -113,8 +113,8 @@ def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(known), np.array([number[text] for text in folded], np.int64)
 
 
-def make_prompts(run: Run, folder: Path, config: TokenizerConfig, texts: Sequence[str]) -> None:
-    """The phase `prompts`: the tokenizer of the queries and `texts`."""
+def make_tokenizer(run: Run, folder: Path, config: TokenizerConfig, texts: Sequence[str]) -> None:
+    """Trains the tokenizer of a run's queries and `texts` and writes it into the folder of the phase `prompts`."""
     known, _ = distinct(query_texts(run.tables))
     save_tokenizer(train_tokenizer([*known, *texts], config), folder)
 

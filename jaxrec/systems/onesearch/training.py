@@ -7,11 +7,13 @@ targets of its one context. Each stage logs the loss of every task.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrec.config import fingerprint
 from jaxrec.data.examples import Record, Records
@@ -31,9 +33,11 @@ from jaxrec.systems.onesearch.config import (
     OneSearchConfig,
 )
 from jaxrec.systems.onesearch.model import OneSearchAssembly, OneSearchCatalogue, assemble, fitted
-from jaxrec.systems.onesearch.queries import PROMPTS, make_prompts
+from jaxrec.systems.onesearch.pretrained import digests, read_tokenizer, with_pretrained, write_backbone
+from jaxrec.systems.onesearch.queries import PROMPTS, make_tokenizer
 from jaxrec.systems.onesearch.tasks import item_texts, read_tasks, task_batches, task_rows
 from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_with_ids
+from jaxrec.text.tokenizer import save_tokenizer
 from jaxrec.training.stages import Stage, Task, minimise
 
 
@@ -48,7 +52,7 @@ def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
         batches = training_tasks(run, assembly, config, of_stage)
         mine = dataclasses.replace(config, optim=of_stage.optim, training=of_stage.training)
         loss = partial(task_loss, tuple(weights_of(of_stage)))
-        minimise(bound_loss(loss, assembly, mine), assembly.init, batches, mine, task)
+        minimise(bound_loss(loss, assembly, mine), partial(initial, assembly, config, task), batches, mine, task)
 
     def train_searches(task: Task) -> None:
         assembly = assemble(run, config)
@@ -69,12 +73,24 @@ def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
 def prepare_searches(run: Run, config: OneSearchConfig) -> tuple[str, ...]:
     """Tables, semantic IDs and examples, and with them the tokenizer and the IDs of the queries."""
     ids, examples = prepare_with_ids(run, config)
-    prompts = run.phase(
-        PROMPTS,
-        fingerprint(ids, config.tokenizer, config.texts.column),
-        lambda folder: make_prompts(run, folder, config.tokenizer, item_texts(run.tables, config.texts.column)),
-    )
-    return ids, examples, prompts
+    weights = digests(config.pretrained) if config.pretrained else ()
+
+    def make(folder: Path) -> None:
+        if config.pretrained:
+            save_tokenizer(read_tokenizer(config.pretrained), folder)
+            write_backbone(folder, config.pretrained)
+        else:
+            make_tokenizer(run, folder, config.tokenizer, item_texts(run.tables, config.texts.column))
+
+    made_of = fingerprint(ids, config.tokenizer, config.texts.column, *weights)
+    return ids, examples, run.phase(PROMPTS, made_of, make)
+
+
+def initial(assembly: OneSearchAssembly, config: OneSearchConfig, task: Task, seed: int, mesh: Mesh | None) -> dict:
+    """The first variables of a stage; pretrained ones where it is the first and there are some."""
+    fresh = assembly.init(seed, mesh)
+    begins = config.pretrained and task.start is None
+    return with_pretrained(fresh, config.pretrained, seed) if begins else fresh
 
 
 # ---- content, co-occurrence ------------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""Weights and tokenizer of a pretrained encoder-decoder, with which OneSearch's first stage begins (§3.3).
+
+The tokens of the prompts and the codes come behind the words of the weights. The phase `prompts` keeps the tokenizer
+and the sizes of the model, so that a trained run needs the folder no more.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxrec.config import UserError, from_json, to_json
+from jaxrec.data.sources.files import digest
+from jaxrec.models.encoder_decoder import EncoderDecoderConfig
+from jaxrec.models.huggingface import CONFIG_FILE, load
+from jaxrec.models.vocabulary import grow_vocabulary
+from jaxrec.run import read_json, write_json
+from jaxrec.text.tokenizer import HuggingFaceTokenizer
+
+BACKBONE, TOKENIZER = "backbone.json", "tokenizer.json"
+END = "</s>"
+"""the token that ends a text, of BART and of T5"""
+KEPT = ("dropout", "decoder_dropout", "dtype", "restrict")
+"""fields of a configuration that weights do not decide"""
+
+
+def digests(folder: str) -> list[str]:
+    """Of the files with weights, sizes and tokens.
+
+    Raises:
+      UserError: there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"configuration key 'pretrained': there is no folder {folder}; give one with a BART or a T5")
+    files = sorted([Path(folder) / CONFIG_FILE, Path(folder) / TOKENIZER, *Path(folder).glob("*.safetensors")])
+    return [digest(path) for path in files if path.is_file()]
+
+
+def load_encoder_decoder(folder: str) -> tuple[EncoderDecoderConfig, dict]:
+    """The configuration and the parameters of a folder.
+
+    Raises:
+      UserError: as `jaxrec.models.huggingface.load`, or the weights are of a decoder alone.
+    """
+    config, params = load(folder)
+    if not isinstance(config, EncoderDecoderConfig):
+        raise UserError(f"configuration key 'pretrained': {folder} holds a decoder alone; give a BART or a T5")
+    return config, params
+
+
+def read_tokenizer(folder: str) -> HuggingFaceTokenizer:
+    """The tokenizer of a folder.
+
+    Raises:
+      UserError: there is none, or it has no end token.
+    """
+    path = Path(folder) / TOKENIZER
+    if not path.is_file():
+        raise UserError(f"configuration key 'pretrained': {path} is missing; copy the tokenizer of the weights there")
+    return HuggingFaceTokenizer(path.read_bytes(), END)
+
+
+def write_backbone(folder: Path, pretrained: str) -> None:
+    """Notes the sizes of the pretrained model in a folder."""
+    write_json(folder / BACKBONE, to_json(load_encoder_decoder(pretrained)[0]))
+
+
+def backbone_of(folder: Path, config: EncoderDecoderConfig) -> EncoderDecoderConfig:
+    """The configuration of a run's backbone: the given one or, where sizes are noted in `folder`, those."""
+    if not (folder / BACKBONE).is_file():
+        return config
+    noted = from_json(EncoderDecoderConfig, read_json(folder / BACKBONE))
+    return replace(noted, **{name: getattr(config, name) for name in KEPT})
+
+
+def with_pretrained(variables: dict, pretrained: str, seed: int) -> dict:
+    """Fresh variables with the weights in their place, on their devices; other tokens begin near the mean of words.
+
+    Raises:
+      UserError: as `load_encoder_decoder`.
+    """
+    config, params = load_encoder_decoder(pretrained)
+    fresh = variables["params"]["backbone"]
+    more = len(fresh["embed"]["table"]) - config.vocabulary
+    _, grown = grow_vocabulary(config, params, more, jax.random.key(seed))
+    placed = jax.tree.map(lambda old, new: jax.device_put(np.asarray(new, old.dtype), old.sharding), fresh, grown)
+    return {**variables, "params": {**variables["params"], "backbone": placed}}

@@ -1,0 +1,267 @@
+import dataclasses
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from mall_onesearch import config as CONFIG
+
+from jaxrec.config import UserError
+from jaxrec.data.examples import Records
+from jaxrec.data.search_statistics import search_statistics, training_searches
+from jaxrec.data.searches import before_search
+from jaxrec.export import ExportConfig, export_run, load
+from jaxrec.models.personal_search import PromptConfig
+from jaxrec.run import Run, read_json
+from jaxrec.serving.retriever import Retriever
+from jaxrec.serving.schema import Request
+from jaxrec.systems import load_recommender, train
+from jaxrec.systems.onesearch.config import CO_OCCURRENCE, CONTENT, PERSONALISATION, TASKS, OneSearchConfig
+from jaxrec.systems.onesearch.model import fitted, level_centroids
+from jaxrec.systems.onesearch.tasks import SearchPairs, TaskTables, item_texts, read_tasks, task_rows
+from jaxrec.systems.onesearch.training import example, losses, training_batches, training_searches_of, weights_of
+from jaxrec.training import checkpoint, loop
+
+STAGES = (CONTENT, CO_OCCURRENCE, PERSONALISATION)
+EMPTY = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
+
+
+class StoppedError(BaseException):
+    """As if the process were killed."""
+
+
+def stopping(stops):
+    """A fault point that stops each time that it comes to the next of these steps."""
+
+    def fault(point: str) -> None:
+        if stops and point == stops[0]:
+            stops.pop(0)
+            raise StoppedError
+
+    return fault
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """Two runs of one configuration: one without a stop, one stopped in each of its three stages and run again."""
+    folder = tmp_path_factory.mktemp("onesearch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXREC_CACHE", str(folder / "cache"))
+        train(Run.open(folder / "whole", CONFIG), CONFIG)
+        unmade = shutil.ignore_patterns("stages", "eval*", "*.jsonl")
+        shutil.copytree(folder / "whole", folder / "stopped", ignore=unmade)
+        stops = ["step:20", "step:14", "step:30"]
+        patch.setattr(loop, "fault_point", stopping(stops))
+        while stops:
+            with pytest.raises(StoppedError):
+                train(Run.open(folder / "stopped", CONFIG), CONFIG)
+        train(Run.open(folder / "stopped", CONFIG), CONFIG)
+    return folder / "whole", folder / "stopped"
+
+
+@pytest.fixture(scope="module")
+def path(runs) -> Path:
+    return runs[0]
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return load_recommender(Run(path))
+
+
+@pytest.fixture(scope="module")
+def assembly(model):
+    return model.assembly
+
+
+@pytest.fixture(scope="module")
+def records(assembly) -> Records:
+    return Records(assembly.examples, "train")
+
+
+def test_stopped_in_every_stage_it_ends_in_the_same_bits(runs):
+    for stage in STAGES:
+        whole, stopped = (checkpoint.load_parts(run / "stages" / stage, "params", "opt_state") for run in runs)
+        assert jax.tree.all(jax.tree.map(np.array_equal, whole, stopped)), stage
+    assert (runs[0] / "evaluation.json").read_bytes() == (runs[1] / "evaluation.json").read_bytes()
+
+
+def test_it_beats_what_knows_no_query(path):
+    rows = read_json(path / "evaluation.json")
+    recall = {row["model"]: row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all"}
+    assert recall["onesearch"] > 1.5 * recall["personal frequency"] > 0
+
+
+def test_the_loss_of_every_task_is_logged(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for stage, of_stage in ((CONTENT, CONFIG.content), (CO_OCCURRENCE, CONFIG.co_occurrence)):
+        last = [line for line in lines if line["stage"] == stage][-1]
+        first = next(line for line in lines if line["stage"] == stage)
+        assert {f"loss_{name}" for name in weights_of(of_stage)} <= set(last)
+        assert last["loss_item_to_id" if stage == CONTENT else "loss_query_id_to_item_id"] < first["loss"]
+    assert "loss_query_to_id" in (path / "report.html").read_text()
+
+
+def test_a_step_equals_a_plain_computation(model, assembly):
+    """-log of (1 - share) * the decoder's probability of an ID + share * the weights of the candidates that have it."""
+    config = fitted(CONFIG, assembly.space)
+    batch = {name: jnp.asarray(each[:4]) for name, each in next(training_batches(assembly, config)).items()}
+    variables = model.variables
+    total, count = losses(assembly, config, assembly.catalogue, variables, batch, jax.random.key(0))
+    silent = assembly.model.clone(prompt=dataclasses.replace(assembly.model.prompt, copying=False))
+    inputs = assembly.inputs(assembly.catalogue, batch)
+    context = assembly.model.apply(variables, inputs, method="prefill")
+    plain = silent.apply(variables, inputs, method="prefill")
+    expected, targets = 0.0, 0
+    extend = jax.jit(partial(silent.apply, variables, method="extend"), static_argnums=3)
+    for row in range(4):
+        for item in batch["target"][row]:
+            if item < 0:
+                continue
+            codes, cache, before, decoder = assembly.space.codes[item], None, None, 1.0
+            for level, code in enumerate(codes):
+                log_probs, cache = extend(plain, before, cache, level)
+                decoder *= float(np.exp(log_probs[row, 0, code]))
+                before = jnp.full((4, 1), code, jnp.int32)
+            weights, share = np.asarray(context.points.weights[row, 0]), float(context.points.share[row, 0])
+            copied = weights[(np.asarray(context.codes[row]) == codes).all(1)].sum()
+            expected -= np.log((1 - share) * decoder + share * copied)
+            targets += 1
+    assert count == targets > 4
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+
+
+def test_the_items_of_a_search_are_targets_of_one_context(assembly, records):
+    config = fitted(CONFIG, assembly.space)
+    cuts = training_searches_of(records, assembly.wanted)
+    at, place = next((a, p) for a, p in cuts if len(wanted_items(records[a], p, assembly.wanted)) == 3)
+    found = example(assembly, config, records[at], place, np.random.default_rng(0))
+    assert sorted(found["target"].tolist()) == [-1, *wanted_items(records[at], place, assembly.wanted)]
+
+
+def wanted_items(record, place, wanted) -> list[int]:
+    return np.unique(record["item"][(record["search"] == place) & wanted[record["behavior"]]]).tolist()
+
+
+def test_a_training_example_is_what_a_server_sees_whose_log_lacks_the_search(path, assembly, records):
+    config = fitted(
+        dataclasses.replace(CONFIG, objective=dataclasses.replace(CONFIG.objective, window=0)), assembly.space
+    )
+    pairs = training_searches(path / "tables", CONFIG.data.target_behaviors)
+    searches = pq.read_table(path / "tables" / "searches.parquet")
+    cuts = training_searches_of(records, assembly.wanted)
+    for at, place in cuts[:: len(cuts) // 12]:
+        record = records[at]
+        found = example(assembly, config, record, place, np.random.default_rng(0))
+        row = np.flatnonzero(searches["user"].to_numpy() == record["user"])[place]
+        others = pairs.filter(pa.array(pairs["search"].to_numpy() != row))
+        columns = (others[name].to_numpy() for name in ("item", "timestamp"))
+        numbers = assembly.queries.of_row[others["query_index"].to_numpy()]
+        lacking = search_statistics(assembly.queries.texts, numbers, *columns, CONFIG.statistics)
+        served = dataclasses.replace(assembly, statistics=lacking)
+        now = int(record["search_timestamp"][place])
+        typed = assembly.rows[record["search_query"][place]].upper() + " "
+        history = before_search(record, place) | {"query": typed, "now": now, "user": record["user"]}
+        history["search_query"] = assembly.rows[history["search_query"]]
+        cut = config.features.cut(served.read_texts(history), 0, behaviors=5, wanted=assembly.wanted)
+        for name, array in cut.items():
+            if name == "habits":  # shares of late are of periods that the log's first day decides
+                array, found[name] = np.delete(array, [9, 10], 1), np.delete(found[name], [9, 10], 1)
+            np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_window_shows_some_samples_less_of_the_short_sequences(assembly, records):
+    objective = dataclasses.replace(CONFIG.objective, window=2, windowed=1.0)
+    config = fitted(dataclasses.replace(CONFIG, objective=objective), assembly.space)
+    cuts = training_searches_of(records, assembly.wanted)
+    shown = []
+    for at, place in cuts[-40:]:
+        found = example(assembly, config, records[at], place, np.random.default_rng(place))
+        shown.append(int((found["recent_item"] >= 0).sum()))
+        assert (found["click_item"] >= 0).sum() > 0  # the long ones are whole
+    assert set(shown) == {0, 1, 2}
+
+
+def test_tasks_are_made_of_what_belongs_together(path, assembly):
+    tables, pairs = read_tasks(path / "tables", assembly, CONFIG)
+    texts = [*assembly.queries.texts, *item_texts(path / "tables", "title")]
+    decode = assembly.queries.tokenizer.decode
+    count = len(assembly.queries.texts)
+    for name in TASKS:
+        rows = task_rows({name: 1.0}, tables, pairs, 0)
+        assert set(rows.task.tolist()) == {TASKS.index(name)}
+        source, target = name.split("_to_")
+        reads, writes = (rows.read_id, rows.read_text), (rows.write_id, rows.write_text)
+        assert (reads["id" not in source] >= 0).all() and (writes["id" not in target] >= 0).all()
+        assert (reads["id" in source] < 0).all() and (writes["id" in target] < 0).all()
+    rows = task_rows({"id_to_item": 1.0}, tables, pairs, 0)
+    written = tables.written[rows.write_text[0]]
+    assert decode([written[written >= 0]])[0].startswith(texts[rows.read_id[0]][:8])
+    rows = task_rows({"query_id_to_item_id": 1.0}, tables, pairs, 0)
+    known = set(zip(pairs.queries.tolist(), (pairs.items + count).tolist(), strict=True))
+    assert set(zip(rows.read_id.tolist(), rows.write_id.tolist(), strict=True)) == known
+
+
+def test_rows_follow_the_weights_and_what_lacks_a_text_is_left_out():
+    tables = TaskTables(np.array([[1], [1], [-1], [1], [1]]), np.zeros((5, 2), int), np.array([[1], [1], [2], [3]]))
+    pairs = SearchPairs(np.array([0, 1, 1]), np.array([0, 0, 1]), np.array([0, -1]), np.array([0, 0]))
+    rows = task_rows({"item_to_id": 1.0, "query_to_category": 0.5}, tables, pairs, 0)
+    # Item 0 has no text, and the category of query 1 is not known.
+    assert np.bincount(rows.task)[[TASKS.index("item_to_id"), TASKS.index("query_to_category")]].tolist() == [2, 1]
+    assert rows.read_text[rows.task == TASKS.index("item_to_id")].tolist() == [3, 3]
+    with pytest.raises(UserError, match="none of the tasks"):
+        task_rows({"query_to_item": 0.0}, tables, pairs, 0)
+
+
+def test_centroids_of_items_are_those_of_residual_k_means():
+    rng = np.random.default_rng(0)
+    x, codes = rng.normal(size=(50, 3)), np.stack([rng.integers(0, 4, 50), rng.integers(0, 3, 50)], axis=1)
+    first, second = level_centroids(codes, (5, 3), x)
+    np.testing.assert_allclose(first[2], x[codes[:, 0] == 2].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(second[1], (x - first[codes[:, 0]])[codes[:, 1] == 1].mean(0), rtol=1e-4)
+    assert not first[4].any()
+
+
+QUERIES = ("{known}", "{known} please", "zzz qqq", "", "кроссовки 跑步鞋 👟", "shoes " * 2000)
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=range(len(QUERIES)))
+def test_a_server_answers_any_query(path, model, assembly, query):
+    retriever = Retriever(path, model)
+    query = query.format(known=assembly.queries.texts[0])[:10_000]
+    user = pq.read_table(path / "tables" / "users.parquet")["user_id"][0].as_py()
+    answers = retriever.answer([Request(user_id=user, query=query, k=5), Request(user_id="nobody", query=query, k=5)])
+    assert all(len(answer.items) == 5 for answer in answers)
+    if assembly.queries.texts[0] in query:
+        led = assembly.statistics.led_to(0, 0).item
+        ids = np.array(pq.read_table(path / "tables" / "items.parquet")["item_id"].to_pylist())
+        assert len(set(ids[led]) & {item.item_id for item in answers[1].items}) >= 3
+
+
+def test_an_export_answers_the_same(path, model, assembly, tmp_path):
+    manifest = export_run(path, tmp_path / "out", ExportConfig(k=5, platforms=("cpu",)))
+    assert manifest["reader"] == "SearchFeatureConfig" and "tokens" in manifest["modules"][0]["inputs"]
+    history = EMPTY | {"query": assembly.queries.texts[3], "user": -1}
+    artefact = load(tmp_path / "out")
+    found = artefact.retrieve(artefact.prepare([assembly.read_texts(history)]))
+    items, scores = model.recommend([history], 5)
+    np.testing.assert_array_equal(found["items"], items)
+    np.testing.assert_allclose(found["scores"], scores, atol=1e-5)
+
+
+def test_parts_can_be_left_out_and_what_contradicts_itself_is_refused():
+    plain = PromptConfig(user_ids="hashed", query_ids=False, long_queries=0, copying=False)
+    dataclasses.replace(CONFIG, prompt=plain, prior=False)
+    with pytest.raises(UserError, match=r"prompt\.copying.*nothing to copy"):
+        dataclasses.replace(CONFIG, features=dataclasses.replace(CONFIG.features, related=0, popular=0))
+    with pytest.raises(UserError, match=r"'prior'.*model\.restrict"):
+        dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, restrict=False))
+    evaluated = dataclasses.replace(CONFIG.content, training=dataclasses.replace(CONFIG.training))
+    with pytest.raises(UserError, match=r"content\.training\.evaluate_every"):
+        OneSearchConfig(data=CONFIG.data, content=evaluated)
