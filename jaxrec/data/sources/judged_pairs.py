@@ -20,7 +20,6 @@ import pyarrow as pa
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
-from jaxrec.data.queries import normalised
 from jaxrec.data.sources.checks import Check, as_number, as_text, check_words, not_null, refuse
 from jaxrec.data.sources.files import digest
 from jaxrec.data.sources.formats import Wanted
@@ -28,6 +27,7 @@ from jaxrec.data.sources.item_files import ITEMS, typed_items
 from jaxrec.data.sources.query_files import not_blank
 from jaxrec.data.sources.reading import read_table
 from jaxrec.data.tables import SPLITS, RawTables, Split, connect, count_rows, store
+from jaxrec.data.words import normalised
 
 JUDGED, TITLE = "relevant", "title"
 """The behaviors: an item judged relevant, and one found by its own title."""
