@@ -123,11 +123,11 @@ def rankgr(**changes) -> Case:
     return Case(assembly.model, variables, arrays, build, masks, targets, "rank_head")
 
 
-def personal_search(positions: str = "items") -> Case:
+def personal_search(positions: str = "items", make: Callable = EncoderDecoderConfig) -> Case:
     sizes = {"width": 8, "heads": 2, "head_dim": 4, "hidden": 6, "encoder_layers": 1, "layers": 1}
     vocabulary = SearchVocabulary(texts=6, tasks=1, sizes=SIZES)
     model = PersonalSearch(
-        vocabulary.fit(EncoderDecoderConfig(**sizes)), vocabulary, PromptConfig(positions, long_queries=2, long_heads=2)
+        vocabulary.fit(make(**sizes)), vocabulary, PromptConfig(positions, long_queries=2, long_heads=2)
     )
     rng = np.random.default_rng(2)
     ids = {"query_codes": (), "user_codes": (2,), "recent_queries": (2,), "recent_items": (3,), "candidates": (4,)}
@@ -180,6 +180,7 @@ VARIANTS = CASES | {
         habit=False, places=True, queries=0, experts=1, item_embedding=False, prior=False
     ),
     "personal_search, codes": lambda: personal_search("codes"),
+    "personal_search, BART": lambda: personal_search(make=bart_config),
     "rankgr, codes": lambda: rankgr(context="codes", behaviors=False, gaps=False),
 }
 MODELS = (Causal, EncoderDecoder, CrossDecoder, RankGR, PersonalSearch)
