@@ -72,7 +72,9 @@ def item_texts(tables: Path, column: str) -> list[str]:
     """
     names = pq.read_schema(tables / "items.parquet").names
     if column not in names:
-        raise UserError(f"configuration key 'texts.column': the items have no column {column!r}; there are {names}")
+        raise UserError(
+            f"configuration key 'texts.column': the items have no column {column!r}; there are {', '.join(names)}"
+        )
     table = pq.read_table(tables / "items.parquet", columns=[column])
     return [normalised(text or "") for text in table[column].to_pylist()]
 
