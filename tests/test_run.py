@@ -19,8 +19,10 @@ from serving_run import NextInLine, write_run
 
 from jaxrec import run as run_module
 from jaxrec.config import UserError
+from jaxrec.console import PlainProgress, report_user_errors, track
 from jaxrec.data.sources import Folder
-from jaxrec.run import PlainProgress, Run, read_json, report_user_errors, track, write_json
+from jaxrec.files import read_json, write_json
+from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 
 CONFIG = {"system": "onemall", "model": {"width": 8}}
@@ -575,7 +577,7 @@ def test_user_errors_have_no_traceback(capsys):
 
 
 def test_a_reader_who_leaves_early_is_no_error():
-    code = "import sys\nfrom jaxrec.run import report_user_errors\n"
+    code = "import sys\nfrom jaxrec.console import report_user_errors\n"
     code += "sys.exit(report_user_errors(lambda: [print('x' * 99) for _ in range(10**5)] and None))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
