@@ -3,7 +3,8 @@
     python train.py configs/onesearch.py --run runs/search
 
 Time:    not measured.
-Figures: not measured.
+Figures: recall@10 / mrr@10 .657 / .431 for all searches, .448 / .212 for products new to the household, after half of the
+         steps; 4,000 searches, one seed. docs/onesearch.md has the table with the baselines.
 
 Nobody typed these queries: a search is the name of one of 225 categories, and what it led to are the products of it in
 the basket. Which product of the category is bought is what is measured.

@@ -150,6 +150,7 @@ class OneSearchAssembly:
         """
         asked, searched = history.get("query", ""), history.get("search_query", np.zeros(0, np.int64))
         typed = isinstance(asked, str)
+        asked = asked.strip() if typed else asked
         number = int(self.queries.numbers([asked] if typed else np.array([asked]))[0]) if asked != "" else -1
         text = asked if typed else self.queries.texts[number]
         numbers = self.queries.numbers(searched)
@@ -164,7 +165,7 @@ class OneSearchAssembly:
             "tokens": self.queries.tokens_of(text) if text else np.zeros(0, np.int32),
             "query_codes": self.queries.codes_of(text) if text else np.full(self.features.levels, -1, np.int32),
             "recent_codes": np.stack(codes) if codes else empty,
-            "same": self._same(history, same),
+            "same": self._same(history, same) if text else np.ones(len(history["item"]), bool),
             "led_to": self._led_to(history, number, text, without),
         }
         if self.neighbours is not None:
@@ -172,9 +173,7 @@ class OneSearchAssembly:
         return {**history, **read}
 
     def _same(self, history: History, same: np.ndarray) -> np.ndarray:
-        """bool [T]: events that searches for the same query led to; without a query, all events."""
-        if "query" not in history or (isinstance(history["query"], str) and not history["query"]):
-            return np.ones(len(history["item"]), bool)
+        """bool [T]: events that searches for the same query led to."""
         if "search" not in history:
             return np.zeros(len(history["item"]), bool)
         return np.append(same, False)[history["search"]]
