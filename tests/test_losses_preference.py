@@ -9,7 +9,7 @@ import pytest
 
 from jaxrec.config import UserError
 from jaxrec.losses.preference import HybridConfig, has_preference, hybrid, implicit_reward, ldpo, listwise, pairwise
-from jaxrec.losses.rewards import pair_weights
+from jaxrec.losses.rewards import feedback_reward, pair_weights
 
 # A purchase and a click, an exposure, two pseudo-exposures; the last place is empty.
 SCORES = jnp.log(jnp.array([0.2, 0.1, 0.3, 0.05, 0.15, 0.9]))
@@ -168,6 +168,54 @@ def random_case(seed: int = 0) -> tuple:
     rng = np.random.default_rng(seed)
     policy, reference = (jnp.asarray(rng.normal(-8, 2, (3, 6)), jnp.float32) for _ in range(2))
     return policy, reference, jnp.asarray(rng.integers(0, 3, (3, 6))), jnp.asarray(rng.random((3, 6)) < 0.8)
+
+
+def plain_hybrid(policy, reference, reward, chosen, where, config) -> np.ndarray:
+    """OneSug Eq. 6-9 in loops over targets, in double precision."""
+    found = np.zeros(len(policy))
+    implicit = config.beta * (policy.astype(np.float64) - reference)
+    for w in np.flatnonzero(chosen & where):
+        terms = [
+            min(1 / (reward[w] - reward[i]), config.largest_weight) * max(0, implicit[i] - implicit[w] + config.margin)
+            for i in np.flatnonzero(~chosen & where)
+            if reward[w] > reward[i]
+        ]
+        if terms and config.compare == "lists":
+            found[w] -= math.log(sigmoid(-math.log(sum(map(math.exp, terms))))) + config.likelihood * policy[w]
+        elif terms:
+            found[w] -= sum(math.log(sigmoid(-term)) + config.likelihood * policy[w] for term in terms)
+    return found
+
+
+@pytest.mark.parametrize("compare", ["lists", "pairs"])
+def test_rewards_of_any_feedback_against_loops(compare):
+    policy, reference, _, where = random_case(2)
+    rng = np.random.default_rng(3)
+    feedback, share = jnp.asarray(rng.integers(2, 4, (3, 6))), jnp.asarray(rng.random((3, 6)))
+    reward, chosen = feedback_reward(feedback, share), feedback < 3
+    config = with_form("margin", compare=compare, largest_weight=1.5)
+    weight, left_out = pair_weights(reward, chosen=chosen, where=where, largest=config.largest_weight)
+    assert left_out.any() and (weight == config.largest_weight).any()
+    found = hybrid(policy, reference, weight, config)
+    rows = zip(*(np.asarray(each) for each in (policy, reference, reward, chosen, where)), strict=True)
+    np.testing.assert_allclose(found, [plain_hybrid(*row, config) for row in rows], rtol=1e-4)
+    assert (found > 0).sum() > 3
+
+
+def test_training_from_the_reference_on_reaches_the_margin_and_the_printed_forms_stay():
+    """A policy over five answers, the first chosen and the next two rejected."""
+    start, rw = jax.nn.log_softmax(POLICY), jnp.zeros((5, 5)).at[0, 1:3].set(2.0)
+    for form in ("margin", *PRINTED):
+        config = with_form(form, likelihood=0.0)
+
+        def loss(logits, config=config):
+            return hybrid(jax.nn.log_softmax(logits), start, rw, config).sum()
+
+        step, logits = jax.jit(jax.grad(loss)), POLICY
+        for _ in range(30):
+            logits = logits - 0.2 * step(logits)
+        lead = 2.0 * np.asarray((logits - POLICY)[0] - (logits - POLICY)[1:3])
+        assert (lead >= 1.5).all() if form == "margin" else not lead.any()
 
 
 def test_dpo_and_s_dpo_are_special_cases():

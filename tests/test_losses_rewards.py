@@ -15,6 +15,7 @@ from jaxrec.losses.rewards import (
     calibrated_rates,
     feedback_reward,
     pair_weights,
+    places_gained,
     predicted_reward,
     rate_reward,
     share_within_feedback,
@@ -80,6 +81,14 @@ def test_predicted_rewards_by_hand():
         predicted_reward({"ctr": np.ones(1), "ctcvr": np.ones(1)}, {"cvrr": 1.0})
     with pytest.raises(UserError, match="has no weights"):
         predicted_reward({"ctr": np.ones(1)}, {})
+
+
+def test_places_gained_by_hand():
+    """Rewards 3, 5, 5, none, 9, and a place without a target: in the order of rewards 9, 5, 5, 3."""
+    reward = jnp.array([3.0, 5.0, 5.0, math.nan, 9.0, 99.0])
+    found = places_gained(reward, where=jnp.arange(6) < 5)
+    assert found.tolist() == [-3, 0, 0, 0, 3, 0] and found.dtype == jnp.int32
+    assert not places_gained(-jnp.arange(4), where=jnp.ones(4, bool)).any()
 
 
 def test_pair_weights_by_hand():

@@ -112,6 +112,26 @@ def predicted_reward(predictions: Mapping[str, jax.Array], weights: Mapping[str,
     return sum(weight * jnp.asarray(predictions[name], jnp.float32) for name, weight in weights.items())
 
 
+def places_gained(reward: jax.Array, *, where: jax.Array) -> jax.Array:
+    """How far each target moves to the front when a context's targets, best first, are sorted by reward.
+
+    OneSearch §3.4.2 trains on what a reward model changes in the order of the beam: targets that gain places are
+    chosen, targets that lose places are rejected. reward [..., L], of targets in the beam's order; where bool [..., L].
+    Returns int32 [..., L]; 0 where masked and where the reward isn't finite. Of equal rewards the earlier target stays
+    ahead.
+
+    >>> places_gained(jnp.array([0.2, 0.9, 0.1]), where=jnp.ones(3, bool))
+    Array([-1,  1,  0], dtype=int32)
+    """
+    where = where & jnp.isfinite(reward)
+    before = jnp.tri(reward.shape[-1], k=-1, dtype=bool)
+    larger = reward[..., None, :] > reward[..., :, None]
+    equal = reward[..., None, :] == reward[..., :, None]
+    real = where[..., None, :]
+    old, new = (real & before).sum(-1), (real & (larger | (equal & before))).sum(-1)
+    return jnp.where(where, old - new, 0)
+
+
 def pair_weights(
     reward: jax.Array,
     *,
