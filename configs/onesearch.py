@@ -23,7 +23,7 @@ from jaxrec.training.optim import OptimConfig
 
 of_tasks = {
     "optim": OptimConfig(learning_rate=2e-3, warmup=30),
-    "training": LoopConfig(steps=300, log_every=50, checkpoint_every=300, evaluate_every=0),
+    "training": LoopConfig(steps=200, log_every=50, checkpoint_every=200, evaluate_every=0),
 }
 
 config = OneSearchConfig(
@@ -50,9 +50,9 @@ config = OneSearchConfig(
     content=ContentConfig(**of_tasks),
     co_occurrence=CoOccurrenceConfig(**of_tasks),
     objective=PersonalisationObjective(),
-    optim=OptimConfig(learning_rate=1e-3, warmup=50),
-    training=LoopConfig(steps=1500, log_every=50, checkpoint_every=500, evaluate_every=500, patience=0),
+    optim=OptimConfig(learning_rate=2e-3, warmup=50),
+    training=LoopConfig(steps=1200, log_every=50, checkpoint_every=400, evaluate_every=600, patience=0),
     decoding=DecodingConfig(beam_width=50, batch_size=64),
-    validation=EvaluationConfig(split="valid", max_users=1000),
+    validation=EvaluationConfig(split="valid", max_users=500),
     evaluation=EvaluationConfig(cutoffs=(10, 50)),
 )

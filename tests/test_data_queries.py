@@ -51,6 +51,13 @@ SUGGESTIONS = [
 ]
 
 
+JUDGMENTS = [
+    {"query": "boots", "item_id": "a", "grade": 0},
+    {"query": "boots", "item_id": "c", "grade": 3.5},
+    {"query": "sold out", "item_id": "a", "grade": 4},
+]
+
+
 def write(folder, **tables):
     for name, rows in tables.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -130,6 +137,24 @@ FAULTS = {
         changed(changed(EVENTS, 1, search_id="q7"), 3, search_id="q8"),
         "events.jsonl, .* 2 of 3 events name a search that the searches file lacks, the first in row 2",
     ),
+    "a grade beyond the scale": (
+        "judgments",
+        changed(JUDGMENTS, 1, grade=4.5),
+        "judgments.jsonl, column 'grade', row 2: 4.5 is outside of the scale from 0 to 4; correct it, or the source's",
+    ),
+    "no grade": ("judgments", changed(JUDGMENTS, 0, grade=None), "column 'grade', row 1: is empty; grade the pair"),
+    "a grade in words": ("judgments", changed(JUDGMENTS, 0, grade="good"), "'grade', row 1: 'good' is no number"),
+    "a judged item that there isn't": (
+        "judgments",
+        changed(JUDGMENTS, 2, item_id="z"),
+        "judgments.jsonl, column 'item_id', row 3: 'z' is no item of the items file; add it there, or leave the row",
+    ),
+    "a pair judged twice": (
+        "judgments",
+        [*JUDGMENTS, JUDGMENTS[0]],
+        "judgments.jsonl, column 'item_id', row 4: 'a' was judged for this query before; keep one of the rows",
+    ),
+    "a judged query of blanks": ("judgments", changed(JUDGMENTS, 1, query=" "), "column 'query', row 2: is empty"),
 }  # fmt: skip
 
 
@@ -139,6 +164,43 @@ def test_faults_are_refused(folder, fault):
     write(folder, **{name: rows})
     with pytest.raises(UserError, match=message):
         Folder(folder).load()
+
+
+def test_judgments_have_the_split_of_the_searches_for_their_query(folder):
+    """Judgments of a query that nobody searched for are counted; without the file all is as it was."""
+    plain = Folder(folder)
+    before = plain.fingerprint()
+    assert dataclasses.replace(plain, grades=(1, 5)).fingerprint() == before
+    write(folder, judgments=JUDGMENTS)
+    assert plain.fingerprint() != before and dataclasses.replace(plain, grades=(0, 5)).fingerprint() != before
+    (folder / "out").mkdir()
+    statistics = prepare(plain, PrepareConfig(), folder / "out")
+    queries = [row["query"] for row in read(folder / "out", "queries")]
+    assert read(folder / "out", "judgments") == [
+        {"query_index": queries.index("boots"), "item": 0, "grade": 0.0, "split": "train"},
+        {"query_index": queries.index("boots"), "item": 2, "grade": 3.5, "split": "train"},
+    ]
+    assert statistics["judgments"] == 2 and statistics["dropped"] == {"judgment of a dropped query or item": 1}
+    (folder / "searches.jsonl").unlink()
+    write(folder, events=without(EVENTS, "search_id"))
+    with pytest.raises(UserError, match=r"judgments.jsonl needs searches, since a query has the split of its searches"):
+        plain.load()
+
+
+def test_a_query_that_is_no_utf_8_is_refused(folder):
+    (folder / "searches.jsonl").unlink()
+    (folder / "searches.csv").write_bytes(b"user_id,timestamp,query\nu,1700000000,boots\nu,1700000001,caf\xe9\n")
+    message = r"searches.csv, column 'query', row 2: the byte 0xe9 is no UTF-8; save the file as UTF-8"
+    with pytest.raises(UserError, match=message):
+        Folder(folder).load()
+
+
+def test_a_search_may_come_before_all_events_of_its_user(folder):
+    write(folder, searches=[*SEARCHES, {**SEARCHES[1], "search_id": "q0", "timestamp": 5, "session_id": "s0"}])
+    (folder / "out").mkdir()
+    prepare(Folder(folder), PrepareConfig(), folder / "out")
+    first = read(folder / "out", "searches")[0]
+    assert (first["search_id"], first["session"], first["split"]) == ("q0", 0, "train")
 
 
 def test_the_earlier_name_of_suggestions_is_refused(folder):

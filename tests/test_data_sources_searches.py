@@ -33,6 +33,7 @@ CLICKS = """user\tquery_time\tclick_time\tsku\tquery
 1\t2011-08-11 05:00:00.25\t2011-08-11 05:01:00\t8\tXbox  360
 2\t2011-08-11 06:00:00\t2011-08-11 06:00:05\t007\txbox 360
 2\t2011-08-11 06:10:00\t2011-08-11 06:10:05\t007\thalo
+2\t2011-08-11 06:15:00\t2011-08-11 06:15:05\t007\tmario
 3\t2011-08-12 06:00:00\t2011-08-12 06:00:05\t007\tzelda
 3\t2011-08-13 06:00:00\t2011-08-13 06:00:05\t9\tonly in test
 """
@@ -46,14 +47,21 @@ def click_log(folder, text=CLICKS, **changes):
     return ClickLog(folder / "clicks.tsv.gz", **{**BEST_BUY, **changes})
 
 
-def test_a_search_is_a_user_a_time_and_a_query(tmp_path):
-    statistics, rows = prepared(click_log(tmp_path), tmp_path / "out", BOUNDARIES)
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clicks")
+    return prepared(click_log(folder, query_texts=2), folder / "out", BOUNDARIES)
+
+
+def test_a_search_is_a_user_a_time_and_a_query(clicks):
+    statistics, rows = clicks
     searches, events = rows("searches"), rows("events")
-    assert statistics["searches"] == 5 and statistics["events"] == 6
+    assert statistics["searches"] == 6 and statistics["events"] == 7
     assert [(row["user_id"], row["timestamp"], row["query"], row["split"]) for row in searches] == [
         ("1", 1_313_038_800, "Xbox  360", "train"),
         ("2", 1_313_042_400, "xbox 360", "train"),
         ("2", 1_313_043_000, "halo", "train"),
+        ("2", 1_313_043_300, "mario", "train"),
         ("3", 1_313_128_800, "zelda", "valid"),
         ("3", 1_313_215_200, "only in test", "test"),
     ]
@@ -64,20 +72,18 @@ def test_a_search_is_a_user_a_time_and_a_query(tmp_path):
         ("007", 1_313_042_405, "click", "xbox 360"),
     ]
     # A pause of less than half an hour is inside a session.
-    assert [row["session"] for row in searches] == [0, 0, 0, 0, 1]
+    assert [row["session"] for row in searches] == [0, 0, 0, 0, 0, 1]
 
 
-def test_items_without_a_text_have_the_text_of_their_training_queries(tmp_path):
-    """In every spelling, the most frequent first; none of validation or test."""
-    statistics, rows = prepared(click_log(tmp_path), tmp_path / "out", BOUNDARIES)
+def test_items_without_a_text_have_the_text_of_their_training_queries(clicks):
+    """In every spelling, the most frequent first, two of them here; none of validation or test."""
+    statistics, rows = clicks
     assert {row["item_id"]: (row["title"], row["text"]) for row in rows("items")} == {
-        "007": ("xbox 360", "xbox 360. halo"),
+        "007": ("xbox 360", "xbox 360. halo"),  # not mario, which comes after halo
         "8": ("xbox 360", "xbox 360"),
         "9": ("9", "9"),
     }
     assert statistics["items_without_text"] == 1
-    _, rows = prepared(click_log(tmp_path, query_texts=1), tmp_path / "one", BOUNDARIES)
-    assert rows("items")[0]["text"] == "xbox 360"
 
 
 def test_a_file_of_items_gives_their_texts(tmp_path):
@@ -113,10 +119,10 @@ def test_a_click_log_of_several_behaviors_and_another_encoding(tmp_path):
             r"column 'click_time', row 1: '2011-08-11 04:00:09' is before its",
         ),
         ("2\t2011-08-11 06:00:00", "2\tyesterday", r"column 'query_time', row 3: 'yesterday' is no time"),
-        ("\t9\t", "\t\t", r"column 'sku', row 6: is empty"),
-        ("3\t2011-08-13", "\t2011-08-13", r"column 'user', row 6: is empty"),
+        ("\t9\t", "\t\t", r"column 'sku', row 7: is empty"),
+        ("3\t2011-08-13", "\t2011-08-13", r"column 'user', row 7: is empty"),
         ("sku", "article", r"clicks.tsv.gz: the column 'sku' is missing"),
-        ("\tzelda", "\tz\xe9lda\t", r"row 5 \(line 6\): has 6 fields, the header 5"),
+        ("\tzelda", "\tz\xe9lda\t", r"row 6 \(line 7\): has 6 fields, the header 5"),
     ],
 )
 def test_faults_of_click_logs(tmp_path, old, new, message):
@@ -127,6 +133,8 @@ def test_faults_of_click_logs(tmp_path, old, new, message):
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"column 'query', row 4: the byte 0xe9 is no UTF-8; save the file as UTF-8"):
         click_log(tmp_path, CLICKS.replace("halo", "h\xe9lo").encode("latin-1")).load()
+    with pytest.raises(UserError, match=r"column 'query', row 4: the byte 0x81 is no CP1252; save the file as UTF-8"):
+        click_log(tmp_path, CLICKS.replace("halo", "h\x81lo").encode("latin-1"), encoding="cp1252").load()
     with pytest.raises(UserError, match=r"there is no file .*other.csv; correct the path"):
         ClickLog(tmp_path / "other.csv").load()
     (tmp_path / "clicks.tsv.gz").write_text(CLICKS)
@@ -158,11 +166,17 @@ def judged_pairs(folder, rows=None, **changes):
     return JudgedPairs(folder / "pairs.tsv", folder / "products.csv", **{**columns, **changes})
 
 
-def test_judged_queries_are_split_by_their_hash_and_lead_to_relevant_items(tmp_path):
-    source = judged_pairs(tmp_path)
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judged")
+    source = judged_pairs(folder, title_parts=2)
+    return source, *prepared(source, folder / "out"), folder
+
+
+def test_judged_queries_are_split_by_their_hash_and_lead_to_relevant_items(judged):
+    source, statistics, rows, _ = judged
     of = {query: source.split_of(query) for query in ("l bracket", "paint", "angle", "rare")}
     assert (of["angle"], of["paint"]) == ("test", "valid")
-    statistics, rows = prepared(source, tmp_path / "out")
     searches, queries = rows("searches"), [row["query"] for row in rows("queries")]
     judged = {row["query"]: row["split"] for row in searches if row["user_id"].startswith("query: ")}
     assert judged == of
@@ -182,8 +196,8 @@ def test_judged_queries_are_split_by_their_hash_and_lead_to_relevant_items(tmp_p
     assert statistics["judgments"] == 7 and [row["maker"] for row in rows("items")] == ["Acme"] * 4
 
 
-def test_titles_and_parts_of_them_are_queries_in_training_alone(tmp_path):
-    statistics, rows = prepared(judged_pairs(tmp_path, title_parts=2), tmp_path / "out")
+def test_titles_and_parts_of_them_are_queries_in_training_alone(judged, tmp_path):
+    source, _, rows, _ = judged
     searches, found = rows("searches"), {}
     for row in rows("events"):
         if row["behavior"] == "title":
@@ -194,17 +208,15 @@ def test_titles_and_parts_of_them_are_queries_in_training_alone(tmp_path):
         assert TITLES[item] in texts and len(set(texts)) == len(texts)
         assert all(f" {text} " in f" {TITLES[item]} " for text in texts)
     assert 1 < len(found["1"]) <= 3 and len(found["2"]) == len(found["3"]) == 1
-    statistics, _ = prepared(judged_pairs(tmp_path, titles_as_queries=False), tmp_path / "without")
-    assert statistics["events_by_behavior"] == {"title": 0, "relevant": 4}
-    same = judged_pairs(tmp_path, title_parts=2).load().events.to_pyarrow()
-    assert same.equals(judged_pairs(tmp_path, title_parts=2).load().events.to_pyarrow())
+    without = judged_pairs(tmp_path, titles_as_queries=False).load().events.to_pyarrow()
+    assert without["behavior"].to_pylist() == ["relevant"] * 4
+    assert source.load().events.to_pyarrow().equals(source.load().events.to_pyarrow())
 
 
-def test_a_judged_query_is_a_case_with_an_empty_history(tmp_path):
-    source = judged_pairs(tmp_path)
-    statistics, rows = prepared(source, tmp_path / "out")
+def test_a_judged_query_is_a_case_with_an_empty_history(judged, tmp_path):
+    source, statistics, rows, folder = judged
     (tmp_path / "examples").mkdir()
-    write_examples(tmp_path / "out", tmp_path / "examples", source.behaviors, statistics["answer_time"])
+    write_examples(folder / "out", tmp_path / "examples", source.behaviors, statistics["answer_time"])
     cases = search_cases(Records(tmp_path / "examples", "test"), (0, 1), "test")
     assert len(cases) == 1 and cases.targets.tolist() == [[0]] and not len(cases.histories[0]["item"])
     assert rows("queries")[cases.histories[0]["query"]]["query"] == "angle"
@@ -236,7 +248,7 @@ def test_faults_of_judged_pairs(tmp_path, row, message):
         ({"test_buckets": (10,)}, r"test_buckets=\(10,\) must be numbers from 0 to 9"),
         ({"test_buckets": (2,), "valid_buckets": (2, 3)}, r"share a bucket"),
         ({"split": "time"}, r"no users and no times to split by"),
-        ({"encoding": "martian"}, r"encoding='martian' is unknown"),
+        ({"encoding": "martian"}, r"encoding='martian' can't be read"),
         ({"title": "maker's"}, r"the column \"maker's\" is missing; rename 'maker'"),
     ],
 )

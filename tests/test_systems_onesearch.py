@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
+from flax import linen as nn
 from mall_onesearch import config as CONFIG
 
 from jaxrec.config import UserError
@@ -17,13 +19,24 @@ from jaxrec.data.examples import Records
 from jaxrec.data.search_statistics import search_statistics, training_searches
 from jaxrec.data.searches import before_search
 from jaxrec.export import ExportConfig, export_run, load
-from jaxrec.models.personal_search import PromptConfig
-from jaxrec.run import Run, read_json
+from jaxrec.files import read_json
+from jaxrec.models.encoder_decoder import EncoderDecoder, bart_config
+from jaxrec.models.huggingface import load_bart, save_bart
+from jaxrec.models.personal_search import PersonalSearch, PromptConfig, SearchVocabulary, TaskInputs
+from jaxrec.models.vocabulary import ContextTokens
+from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems import load_recommender, train
 from jaxrec.systems.onesearch.config import CO_OCCURRENCE, CONTENT, PERSONALISATION, TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.model import fitted, level_centroids
+from jaxrec.systems.onesearch.pretrained import (
+    backbone_of,
+    digests,
+    read_tokenizer,
+    with_pretrained,
+    write_backbone,
+)
 from jaxrec.systems.onesearch.tasks import SearchPairs, TaskTables, item_texts, read_tasks, task_rows
 from jaxrec.systems.onesearch.training import example, losses, training_batches, training_searches_of, weights_of
 from jaxrec.training import checkpoint, loop
@@ -262,6 +275,60 @@ def test_parts_can_be_left_out_and_what_contradicts_itself_is_refused():
         dataclasses.replace(CONFIG, features=dataclasses.replace(CONFIG.features, related=0, popular=0))
     with pytest.raises(UserError, match=r"'prior'.*model\.restrict"):
         dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, restrict=False))
-    evaluated = dataclasses.replace(CONFIG.content, training=dataclasses.replace(CONFIG.training))
+    evaluated = dataclasses.replace(CONFIG.content, training=dataclasses.replace(CONFIG.training, evaluate_every=2))
     with pytest.raises(UserError, match=r"content\.training\.evaluate_every"):
         OneSearchConfig(data=CONFIG.data, content=evaluated)
+
+
+# ---- pretrained weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bart(tmp_path_factory) -> Path:
+    """A folder with a tiny BART and its tokenizer."""
+    folder = tmp_path_factory.mktemp("weights") / "bart"
+    config = bart_config(
+        vocabulary=30, width=16, heads=2, head_dim=8, hidden=16, encoder_layers=1, layers=1, max_positions=64
+    )
+    one = jnp.zeros((1, 1), jnp.int32)
+    made = jax.jit(EncoderDecoder(config).init)(jax.random.key(3), ContextTokens(one, one > -1), one[None])
+    save_bart(folder, config, jax.tree.map(np.asarray, nn.unbox(made["params"])))
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "red": 4, "shoes": 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_weights_stand_in_front_of_the_prompts_tokens_and_the_codes(bart, tmp_path):
+    write_backbone(tmp_path, str(bart))
+    backbone = backbone_of(tmp_path, dataclasses.replace(CONFIG.model, dropout=0.3))
+    assert (backbone.style, backbone.width, backbone.dropout) == ("bart", 16, 0.3)
+    assert backbone_of(tmp_path / "none", CONFIG.model) == CONFIG.model
+    vocabulary = SearchVocabulary(backbone.vocabulary, len(TASKS), (5, 4))
+    model = PersonalSearch(vocabulary.fit(backbone), vocabulary, PromptConfig("items", long_queries=0, copying=False))
+    prompts = TaskInputs(jnp.zeros(1, int), jnp.array([[4, 5]]), jnp.full((1, 2), -1))
+
+    @jax.jit
+    def make():
+        return nn.unbox(model.init(jax.random.key(0), prompts, jnp.zeros((1, 1, 2), jnp.int32)))
+
+    fresh = make()
+    found = with_pretrained(fresh, str(bart), 0)["params"]["backbone"]
+    _, given = load_bart(bart)
+    assert jax.tree.structure(found) == jax.tree.structure(fresh["params"]["backbone"])
+    np.testing.assert_array_equal(found["embed"]["table"][:30], given["embed"]["table"])
+    assert len(found["embed"]["table"]) == vocabulary.size
+    for name in ("encoder_0", "decoder_0"):
+        assert jax.tree.all(jax.tree.map(np.array_equal, found[name], given[name]))
+
+
+def test_its_tokenizer_comes_with_it_and_other_folders_are_refused(bart, tmp_path):
+    tokenizer = read_tokenizer(str(bart))
+    assert tokenizer.encode(["red shoes"]) == [[4, 5]] and tokenizer.end == 2
+    assert len(digests(str(bart))) == 3
+    with pytest.raises(UserError, match=r"'pretrained'.*no folder"):
+        digests(str(tmp_path / "nothing"))
+    shutil.copytree(bart, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        read_tokenizer(str(tmp_path / "bare"))

@@ -7,6 +7,7 @@
       same bool [T]: events that searches for               click_item, order_item, related_item [L]
         the same query led to                               candidate [C], habits [C, F], user [U]
       led_to: what the query led to in training
+      neighbours: which items the same users take
 
 Indices of items, -1 in the padding; sequences are aligned left, the oldest first, and candidates the likeliest first.
 
@@ -24,10 +25,10 @@ from jaxrec.data.padding import bucket, check_buckets
 from jaxrec.data.search_statistics import LedTo
 
 NONE = -1
-HABITS = 12
+HABITS = 14
 """numbers told of each candidate: log weight to begin with; taken by this user; log count; log days since; log searches
 since; rate; share of the user's; log count of late; log share among all; the same of late; the ratio of the two; log
-clicks"""
+clicks; logs of how near the item is to the user's past, and to the search-relevant part of it"""
 USER = 4
 """numbers told of the user: logs of events, of search-relevant events and items, of the query's searches"""
 NOTHING = LedTo(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32), 0.0)
@@ -88,6 +89,9 @@ class SearchFeatureConfig:
         candidate, habits, known = self._candidates(
             *(each[related] for each in (item, ordered, times, sessions)), found, now
         )
+        if "neighbours" in record:
+            near = candidate[candidate >= 0]
+            habits[: len(near), 12:] = _nearness(record, near, np.unique(orders), np.unique(item[related]))
         codes = record.get("recent_codes", np.zeros((0, self.levels), np.int32))
         user = [len(orders), *known, found.searches]
         return {
@@ -149,8 +153,15 @@ class SearchFeatureConfig:
             np.log1p(clicks),
         ]
         habits = np.zeros((self.candidates, HABITS), np.float32)
-        habits[: len(both)] = np.stack(columns, axis=1)
+        habits[: len(both), : len(columns)] = np.stack(columns, axis=1)
         return _left(both, self.candidates), habits, (len(item), len(distinct))
+
+
+def _nearness(record: dict, items: np.ndarray, *parts: np.ndarray) -> np.ndarray:
+    """float32 [n, 2]: logs of how near items are to the whole past and to its relevant part, distinct items each."""
+    near, ahead = record["neighbours"], record.get("ahead", ())
+    whole, relevant = (near.scores(items, part, ahead) for part in parts)
+    return np.log(np.stack([whole / max(len(parts[0]), 1) ** 0.5, relevant], axis=1) + 0.01)
 
 
 def _habits(

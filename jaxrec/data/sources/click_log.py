@@ -17,7 +17,7 @@ from ibis.backends import BaseBackend
 from jaxrec.config import UserError, fingerprint
 from jaxrec.data.sources.checks import Check, as_seconds, as_text, check_words, choice, not_null, refuse
 from jaxrec.data.sources.files import digest
-from jaxrec.data.sources.formats import Wanted
+from jaxrec.data.sources.formats import Wanted, check_encoding
 from jaxrec.data.sources.item_files import ITEMS, typed_items
 from jaxrec.data.sources.query_files import fill_sessions, not_blank
 from jaxrec.data.sources.reading import read_table
@@ -119,6 +119,7 @@ class ClickLog:
                 f"target_behaviors {list(self.target_behaviors)} must be some of behaviors {list(self.behaviors)}; "
                 "change either"
             )
+        check_encoding(self.encoding)
         if self.query_texts < 1:
             raise UserError(f"query_texts={self.query_texts}: an item's text is at least one query; give 1 or more")
 

@@ -1,4 +1,5 @@
-"""A user's own logs: a folder with `items.*`, `events.*` and, where there are any, `searches.*` and `suggestions.*`.
+"""A user's own logs: a folder with `items.*`, `events.*` and, where there are any, `searches.*`, `suggestions.*` and
+`judgments.*`.
 
 Each file is parquet, CSV or JSONL. Columns (a star marks what must be there):
 
@@ -6,6 +7,7 @@ Each file is parquet, CSV or JSONL. Columns (a star marks what must be there):
     events       user_id* item_id* timestamp* behavior*, session_id, scenario, watch_seconds, search_id, query
     searches     user_id* timestamp* query*, session_id, search_id
     suggestions  user_id* timestamp* prefix* query* feedback*, session_id
+    judgments    query* item_id* grade*
 
 The `search_id` of an event, or else its `query`, names the search that led to it (`jaxrec.data.sources.query_files`).
 In CSV, product_ids are separated by `|`. Ids and texts are taken as they are written (`jaxrec.data.sources.formats`).
@@ -19,10 +21,12 @@ import ibis
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
+from jaxrec.console import console
 from jaxrec.data.sources.checks import as_number, as_seconds, as_text, check_words, choice, not_null, refuse
 from jaxrec.data.sources.files import digest
 from jaxrec.data.sources.formats import SUFFIXES, Wanted
 from jaxrec.data.sources.item_files import ITEMS, SCENARIOS, typed_items
+from jaxrec.data.sources.judgment_files import GradeColumns, read_judgments, refuse_strangers
 from jaxrec.data.sources.query_files import (
     SEARCHES,
     SUGGESTIONS,
@@ -33,9 +37,8 @@ from jaxrec.data.sources.query_files import (
 )
 from jaxrec.data.sources.reading import read_table
 from jaxrec.data.tables import RawTables, Split, connect, count_rows, store
-from jaxrec.run import console
 
-FILES = ("items", "events", "searches", "suggestions")
+FILES = ("items", "events", "searches", "suggestions", "judgments")
 
 EVENTS = Wanted(
     ("user_id", "item_id", "timestamp", "behavior", "session_id", "scenario", "query", "watch_seconds", "search_id"),
@@ -58,13 +61,16 @@ class Folder:
     """How validation and test are held out."""
     session_gap_seconds: int = 1800
     """Without session_id, a longer pause begins a new session."""
+    grades: tuple[float, float] = (0.0, 4.0)
+    """The scale of the grades of judgments.*: the lowest and the highest."""
 
     def fingerprint(self) -> str:
         """Of the files' contents and this configuration, the place of the folder left out."""
         found = {name: path for name in FILES if (path := _find(Path(self.path), name))}
         files = [digest(path) if name in ("items", "events") else (name, digest(path)) for name, path in found.items()]
         config = (self.behaviors, self.target_behaviors, self.split, self.session_gap_seconds)
-        return fingerprint("folder", files, *config)
+        judged = (self.grades,) if "judgments" in found else ()
+        return fingerprint("folder", files, *config, *judged)
 
     def load(self) -> RawTables:
         """Reads and checks the files.
@@ -98,7 +104,23 @@ class Folder:
             linked = link(engine, path, events, searches, self.session_gap_seconds)
             events, searches, dropped["link to an unknown search"] = linked.events, linked.searches, linked.unknown
         tables = fill_sessions(engine, self.session_gap_seconds, events, searches, suggestions)
-        return RawTables(engine, items, *tables, dropped=dropped)
+        judgments = self._judgments(engine, folder, items, searches)
+        return RawTables(engine, items, *tables, judgments=judgments, dropped=dropped)
+
+    def _judgments(
+        self, engine: BaseBackend, folder: Path, items: ibis.Table, searches: ibis.Table | None
+    ) -> ibis.Table | None:
+        """The judgments, where there is a file of them; those of queries that nobody searched for are dropped later."""
+        path = _find(folder, "judgments")
+        if path is None:
+            return None
+        if searches is None:
+            message = f"{path} needs searches, since a query has the split of its searches; add a file of searches"
+            raise UserError(message)
+        judged = read_judgments(engine, path, GradeColumns(), self.grades)
+        mend = "is no item of the items file; add it there, or leave the row out"
+        refuse_strangers(path, judged, items, "item_id", mend)
+        return judged.drop("_row")
 
     def _events(
         self, engine: BaseBackend, folder: Path, items: ibis.Table, searched: bool

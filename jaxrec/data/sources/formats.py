@@ -60,6 +60,16 @@ class Wanted:
     """The encoding of CSV."""
 
 
+def check_encoding(name: str) -> None:
+    """Raises UserError if Python knows no such encoding of texts, or one whose commas and line ends are not ASCII's."""
+    try:
+        ascii_inside = ",\n".encode(name) == b",\n"
+    except LookupError:
+        ascii_inside = False
+    if not ascii_inside:
+        raise UserError(f"encoding={name!r} can't be read; give one such as utf-8 or cp1252, or save the file as UTF-8")
+
+
 def read_file(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Table, list[str]]:
     """A file as a table, with its rows numbered in `_row`, and the names of the columns that are left out.
 
@@ -137,7 +147,10 @@ def _read_csv(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Tab
         while chunk := _chunk(path, records, delimiter, len(header)):
             columns = dict(zip(header, zip(*chunk, strict=True), strict=True))
             rows = range(row, row + len(chunk))
-            texts = {place: _strings(path, name, columns[name], rows) for name, place in places.items()}
+            texts = {
+                place: _strings(path, name, columns[name], rows, encoding=wanted.encoding)
+                for name, place in places.items()
+            }
             growing.add({place: pc.if_else(pc.equal(text, ""), None, text) for place, text in texts.items()}, rows)
             row += len(chunk)
     table = growing.table(places.values())
@@ -313,8 +326,10 @@ def _check_encoding(path: Path) -> None:
         raise UserError(f"{path}, row 1: this is UTF-16; save the file as UTF-8")
 
 
-def _strings(path: Path, name: str, values: Sequence[Any], rows: Sequence[int], *, lists: bool = False) -> pa.Array:
-    """Texts, or lists of texts, as an array; UserError for the first that UTF-8 can't hold."""
+def _strings(
+    path: Path, name: str, values: Sequence[Any], rows: Sequence[int], *, lists: bool = False, encoding: str = "utf-8"
+) -> pa.Array:
+    """Texts, or lists of texts, as an array; UserError for the first that has a byte of no character."""
     kind = pa.list_(pa.string()) if lists else pa.string()
     try:
         return pa.array(values, kind)
@@ -330,7 +345,7 @@ def _strings(path: Path, name: str, values: Sequence[Any], rows: Sequence[int], 
                 f"the byte 0x{code - 0xDC00:02x}" if kind_of(path) != ".jsonl" else f"half a character, \\u{code:04x},"
             )
             raise UserError(
-                f"{path}, column {name!r}, row {row}: {what} is no UTF-8; save the file as UTF-8"
+                f"{path}, column {name!r}, row {row}: {what} is no {encoding.upper()}; save the file as UTF-8"
             ) from error
     raise AssertionError("an array of its parts' type can be made of them")
 

@@ -8,7 +8,6 @@ split by their MD5, so that a query has the same split in every file. The grades
 judgments.parquet. In training, titles of products are queries too, whose users and behavior have names of their own.
 """
 
-import codecs
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,10 @@ import pyarrow as pa
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
-from jaxrec.data.sources.checks import Check, as_number, as_text, check_words, not_null, refuse
 from jaxrec.data.sources.files import digest
-from jaxrec.data.sources.formats import Wanted
+from jaxrec.data.sources.formats import Wanted, check_encoding
 from jaxrec.data.sources.item_files import ITEMS, typed_items
-from jaxrec.data.sources.query_files import not_blank
+from jaxrec.data.sources.judgment_files import GradeColumns, read_judgments, refuse_strangers
 from jaxrec.data.sources.reading import read_table
 from jaxrec.data.tables import SPLITS, RawTables, Split, connect, count_rows, store
 from jaxrec.data.words import normalised
@@ -94,8 +92,8 @@ class JudgedPairs:
         engine = connect()
         items = self._products(engine)
         judged = self._judged(engine, items)
-        size, judged = count_rows(judged), judged.filter(judged.known.notnull())
-        rows = judged.select("query", "item_id", "grade").order_by(["query", "item_id"]).to_pyarrow()
+        size, judged = count_rows(judged), store(engine, judged.semi_join(items, "item_id"))
+        rows = judged.order_by(["query", "item_id"]).to_pyarrow()
         queries = sorted(set(rows["query"].to_pylist()))
         splits = {query: self.split_of(query) for query in queries}
         named = {query: f"query: {query}" for query in queries}
@@ -117,7 +115,7 @@ class JudgedPairs:
             items,
             store(engine, _events(led, split_of)),
             store(engine, _searches(searches)),
-            judgments=store(engine, judged.select("query", "item_id", "grade")),
+            judgments=judged,
             dropped={"judgment of an unknown item": size - rows.num_rows},
             facts={**facts, "relevant": self.relevant, "grades": list(self.grades)},
         )
@@ -141,33 +139,13 @@ class JudgedPairs:
         return typed_items(engine, Path(self.products), table.rename({name: column for column, name in names.items()}))
 
     def _judged(self, engine: BaseBackend, items: ibis.Table) -> ibis.Table:
-        """The checked pairs: query, item_id, grade, _row; `known` is null where the item is no product."""
-        path, names = Path(self.pairs), (self.query, self.item, self.grade)
-        table = read_table(engine, path, Wanted(names, names, (self.item,), encoding=self.encoding))
-        check_words(path, table, (self.query,), (self.item,))
-        copies = ibis.row_number().over(group_by=[table[self.query], as_text(table[self.item])], order_by=table._row)
-        table = store(engine, table.mutate(_copy=copies), instead_of=table)
-        grade, (low, high) = as_number(table, self.grade), self.grades
-        outside = (grade.value < low) | (grade.value > high)
-        refuse(path, table, [
-            *not_blank(table, self.query),
-            *not_null(table, self.item),
-            Check(self.grade, as_text(table[self.grade]).isnull(), "is empty; grade the pair, or leave the row out",
-                  show=False),
-            *grade.checks,
-            Check(self.grade, outside, f"is outside of the scale from {low:g} to {high:g}; correct it, or the source's "
-                                       "`grades`"),
-            Check(self.item, table._copy > 0, "was judged for this query before; keep one of the rows"),
-        ])  # fmt: skip
-        columns = {"query": as_text(table[self.query]), "item_id": as_text(table[self.item]), "grade": grade.value}
-        judged = store(engine, table.select(**columns, _row=table._row), instead_of=table)
-        judged = judged.left_join(items.select("item_id", known=ibis.literal(True)), "item_id")
-        judged = store(engine, judged.select("_row", "known", *columns))
+        """The checked pairs: query, item_id, grade."""
+        path, columns = Path(self.pairs), GradeColumns(self.query, self.item, self.grade)
+        judged = read_judgments(engine, path, columns, self.grades, self.encoding)
         if self.unknown_items == "refuse":
             mend = f"is no item of {Path(self.products).name}; add it there, or set unknown_items to drop"
-            shown = judged.rename({self.item: "item_id"})
-            refuse(path, shown, [Check(self.item, shown.known.isnull(), mend)])
-        return judged
+            refuse_strangers(path, judged, items, self.item, mend)
+        return judged.drop("_row")
 
     def _titles(self, items: pa.Table, held_out: set[str]) -> list[tuple[str, str, str]]:
         """(user, query, item) of the titles and their parts, but for the queries that are held out."""
@@ -196,10 +174,7 @@ class JudgedPairs:
             )
         if self.split != "given":
             raise UserError('JudgedPairs has no users and no times to split by; leave its split at "given"')
-        try:
-            codecs.lookup(self.encoding)
-        except LookupError as error:
-            raise UserError(f"encoding={self.encoding!r} is unknown; give one such as utf-8 or cp1252") from error
+        check_encoding(self.encoding)
 
 
 def title_parts(rng: np.random.Generator, title: str, count: int) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from jaxrec.config import UserError, check_least
+from jaxrec.data.item_neighbours import NeighbourConfig
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.search_statistics import SearchStatisticsConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
@@ -129,6 +130,8 @@ class OneSearchConfig(GenerativeRunConfig):
     """How much of the past is read."""
     statistics: SearchStatisticsConfig = field(default_factory=SearchStatisticsConfig)
     """What is counted of the searches of training."""
+    neighbours: NeighbourConfig = field(default_factory=NeighbourConfig)
+    """How near candidates are to the user's past, by who took both."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """Parts of the prompt, long sequences, copying."""
     prior: bool = False
@@ -145,7 +148,7 @@ class OneSearchConfig(GenerativeRunConfig):
     objective: PersonalisationObjective = field(default_factory=PersonalisationObjective)
     """The loss of the third stage, whose optimiser and length are `optim` and `training`."""
 
-    of_phases: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.of_phases, "tokenizer", "pretrained")
+    of_phases: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.of_phases, "tokenizer", "neighbours", "pretrained")
     query_ids: ClassVar[bool] = True
 
     def __post_init__(self):

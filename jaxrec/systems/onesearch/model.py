@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxrec.catalogue.version import Version
 from jaxrec.config import UserError
 from jaxrec.data.examples import Records
+from jaxrec.data.item_neighbours import ItemNeighbours, load_neighbours
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.search_statistics import SearchStatistics, search_statistics, training_searches
 from jaxrec.data.searches import with_texts
@@ -26,7 +27,7 @@ from jaxrec.semantic_ids.queries import centroids
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.pretrained import backbone_of
-from jaxrec.systems.onesearch.queries import PROMPTS, KnownQueries, load_queries, query_texts
+from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, KnownQueries, load_queries, query_texts
 from jaxrec.systems.recommender import GenerativeRecommender, Served, filled_up, with_later_prior
 from jaxrec.targets import SemanticIdSpace
 from jaxrec.text.tokenizer import TextTokenizer
@@ -69,6 +70,8 @@ class OneSearchAssembly:
     statistics: SearchStatistics
     rows: np.ndarray
     """object [rows]: the texts of queries.parquet"""
+    neighbours: ItemNeighbours | None = None
+    """which items the same users take; None: it is not read"""
     centroids: tuple[np.ndarray, ...] = ()
     """float32 [K, E] a level"""
     prior: Prior | None = None
@@ -120,8 +123,10 @@ class OneSearchAssembly:
             both = [jnp.where(who[:, None] >= 0, hashed_ids(2 * who + at, sizes), -1) for at in range(2)]
         long = None
         if prompt.long_queries:
-            sequences = [coded(name) for name in ("click_item", "order_item", "related_item")]
-            long = jnp.stack([level_sums(each, catalogue.centroids) for each in sequences], axis=1)
+            sequences = jnp.stack([coded(name) for name in ("click_item", "order_item", "related_item")], axis=1)
+            # All three at once: a third of the program.
+            sums = level_sums(sequences.reshape(-1, *sequences.shape[2:]), catalogue.centroids)
+            long = sums.reshape(*sequences.shape[:2], *sums.shape[1:])
         return SearchInputs(
             query=arrays["tokens"],
             query_codes=arrays["query_codes"],
@@ -137,11 +142,11 @@ class OneSearchAssembly:
 
     # ---- texts -------------------------------------------------------------------------------------------------------
 
-    def read_texts(self, history: History, without: Sequence[int] = ()) -> History:
+    def read_texts(self, history: History, without: Sequence[int] = (), ahead: Sequence[int] = ()) -> History:
         """The history with what `SearchFeatureConfig.cut` reads of its texts.
 
-        Queries are texts, or rows of queries.parquet as in a record. `without`: items of the search itself, which is
-        left out of what the query led to (of training examples).
+        Queries are texts, or rows of queries.parquet as in a record. Of training examples, `without` are the items of
+        the search itself, which is left out of what the query led to, and `ahead` all that the user takes from then on.
         """
         asked, searched = history.get("query", ""), history.get("search_query", np.zeros(0, np.int64))
         typed = isinstance(asked, str)
@@ -162,6 +167,8 @@ class OneSearchAssembly:
             "same": self._same(history, same),
             "led_to": self._led_to(history, number, text, without),
         }
+        if self.neighbours is not None:
+            read |= {"neighbours": self.neighbours, "ahead": np.asarray(ahead, np.int32)}
         return {**history, **read}
 
     def _same(self, history: History, same: np.ndarray) -> np.ndarray:
@@ -264,6 +271,7 @@ def assemble(run: Run, config: OneSearchConfig) -> OneSearchAssembly:
         queries=queries,
         statistics=search_statistics(queries.texts, numbers, *columns, config.statistics),
         rows=rows,
+        neighbours=load_neighbours(run.place(PROMPTS) / NEIGHBOURS) if config.neighbours.kept else None,
         centroids=run_centroids(run, space, item_ids),
         prior=popularity_prior(space.codes, counts, space.codebook_sizes) if config.prior else None,
         examples=run.examples,

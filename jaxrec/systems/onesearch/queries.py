@@ -1,7 +1,7 @@
 """The queries of a run as the model reads them: tokens, semantic IDs, and the numbers of distinct texts.
 
-The phase `prompts` of a run holds the tokenizer. Texts are compared after `jaxrec.data.words.normalised`: two writings
-of a query are one.
+The phase `prompts` of a run holds the tokenizer and the items' neighbours. Texts are compared after
+`jaxrec.data.words.normalised`: two writings of a query are one.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from jaxrec.semantic_ids.embeddings import encodes_texts
 from jaxrec.semantic_ids.queries import QueryIds, load_query_ids
 from jaxrec.text.tokenizer import TextTokenizer, TokenizerConfig, load_tokenizer, save_tokenizer, train_tokenizer
 
-PROMPTS = "prompts"
+PROMPTS, NEIGHBOURS = "prompts", "neighbours.safetensors"
 NO_CODE = -1
 REMEMBERED = 1 << 16
 """texts outside the log whose tokens and IDs are kept"""

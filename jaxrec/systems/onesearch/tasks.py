@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
+from jaxrec.console import console
 from jaxrec.data.pipeline import Features, array_batches
 from jaxrec.data.search_statistics import training_searches
 from jaxrec.data.words import normalised
-from jaxrec.run import console
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.model import OneSearchAssembly
 
@@ -72,7 +72,9 @@ def item_texts(tables: Path, column: str) -> list[str]:
     """
     names = pq.read_schema(tables / "items.parquet").names
     if column not in names:
-        raise UserError(f"configuration key 'texts.column': the items have no column {column!r}; there are {names}")
+        raise UserError(
+            f"configuration key 'texts.column': the items have no column {column!r}; there are {', '.join(names)}"
+        )
     table = pq.read_table(tables / "items.parquet", columns=[column])
     return [normalised(text or "") for text in table[column].to_pylist()]
 

@@ -13,10 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from jaxrec.config import fingerprint
 from jaxrec.data.examples import Record, Records
+from jaxrec.data.item_neighbours import ItemNeighbours, item_neighbours
 from jaxrec.data.pipeline import Features
 from jaxrec.data.searches import before_search, led_to
 from jaxrec.losses.likelihood import next_token
@@ -34,7 +38,7 @@ from jaxrec.systems.onesearch.config import (
 )
 from jaxrec.systems.onesearch.model import OneSearchAssembly, OneSearchCatalogue, assemble, fitted
 from jaxrec.systems.onesearch.pretrained import digests, read_tokenizer, with_pretrained, write_backbone
-from jaxrec.systems.onesearch.queries import PROMPTS, make_tokenizer
+from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, make_tokenizer
 from jaxrec.systems.onesearch.tasks import item_texts, read_tasks, task_batches, task_rows
 from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_with_ids
 from jaxrec.text.tokenizer import save_tokenizer
@@ -81,9 +85,20 @@ def prepare_searches(run: Run, config: OneSearchConfig) -> tuple[str, ...]:
             write_backbone(folder, config.pretrained)
         else:
             make_tokenizer(run, folder, config.tokenizer, item_texts(run.tables, config.texts.column))
+        if config.neighbours.kept:
+            training_neighbours(run, config).save(folder / NEIGHBOURS)
 
-    made_of = fingerprint(ids, config.tokenizer, config.texts.column, *weights)
+    made_of = fingerprint(ids, config.tokenizer, config.texts.column, config.neighbours, *weights)
     return ids, examples, run.phase(PROMPTS, made_of, make)
+
+
+def training_neighbours(run: Run, config: OneSearchConfig) -> ItemNeighbours:
+    """Which items the same users take in training."""
+    events = pq.read_table(run.tables / "events.parquet", columns=["user", "item", "behavior", "split"])
+    wanted = pa.array(list(config.data.target_behaviors))
+    events = events.filter(pc.and_(pc.equal(events["split"], "train"), pc.is_in(events["behavior"], wanted)))
+    count = pq.read_metadata(run.tables / "items.parquet").num_rows
+    return item_neighbours(events["user"].to_numpy(), events["item"].to_numpy(), count, config.neighbours)
 
 
 def initial(assembly: OneSearchAssembly, config: OneSearchConfig, task: Task, seed: int, mesh: Mesh | None) -> dict:
@@ -207,7 +222,8 @@ def example(
     if not record.get("answer_time", True):
         times = np.concatenate([history["timestamp"], history["search_timestamp"]])
         history["now"] = int(times.max(initial=0))
-    read = assembly.read_texts(history, without=items)
+    later = record["item"][(record["search_timestamp"][place] <= record["timestamp"]) & wanted[record["behavior"]]]
+    read = assembly.read_texts(history, without=items, ahead=later)
     if objective.window and rng.random() < objective.windowed:
         shown = int(rng.integers(0, objective.window + 1))
         read |= {"shown": shown, "recent_codes": read["recent_codes"][max(len(read["recent_codes"]) - shown, 0) :]}

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+
+from jaxrec.config import UserError
+from jaxrec.data.item_neighbours import NeighbourConfig, item_neighbours, load_neighbours
+
+ITEMS = 12
+
+
+def events(seed, users=30):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, users, 150), rng.integers(0, ITEMS, 150)
+
+
+def plain(users, items, wanted, past):
+    """The sum of cosines between the sets of users, one pair after the other."""
+    sets = [set(users[items == item].tolist()) for item in range(ITEMS)]
+    found = []
+    for item in wanted:
+        others = [other for other in set(past) if other != item and sets[item] and sets[other]]
+        found.append(sum(len(sets[item] & sets[o]) / (len(sets[item]) * len(sets[o])) ** 0.5 for o in others))
+    return found
+
+
+def test_scores_are_sums_of_cosines():
+    users, items = events(0)
+    made = item_neighbours(users, items, ITEMS, NeighbourConfig(ITEMS))
+    wanted, past = np.array([3, 0, 7]), np.array([1, 3, 5])
+    np.testing.assert_allclose(made.scores(wanted, past), plain(users, items, wanted, past), rtol=1e-5)
+    assert made.scores(np.array([0, ITEMS + 5]), np.array([1, ITEMS + 5]))[1] == 0
+    assert not made.scores(wanted, np.zeros(0, int)).any()
+
+
+def test_only_the_nearest_are_kept():
+    users, items = events(1)
+    whole = item_neighbours(users, items, ITEMS, NeighbourConfig(ITEMS))
+    few = item_neighbours(users, items, ITEMS, NeighbourConfig(2))
+    np.testing.assert_array_equal(few.other, whole.other[:, :2])
+    cosine = whole.count / np.sqrt(np.maximum(whole.users[whole.other], 1))
+    assert (np.diff(cosine, axis=1) <= 1e-6).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_items_ahead_are_scored_as_by_a_log_that_ends_before_them(seed):
+    users, items = events(seed)
+    mine, past = users == 4, np.unique(items[users == 4])[::2]
+    ahead = items[mine & ~np.isin(items, past)]
+    made = item_neighbours(users, items, ITEMS, NeighbourConfig(ITEMS))
+    before = ~mine | np.isin(items, past)
+    shorter = item_neighbours(users[before], items[before], ITEMS, NeighbourConfig(ITEMS))
+    wanted = np.arange(ITEMS)
+    expected = shorter.scores(wanted, past)
+    np.testing.assert_allclose(made.scores(wanted, past, ahead), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_saved_and_a_damaged_file_is_refused(tmp_path):
+    made = item_neighbours(*events(2), ITEMS, NeighbourConfig(3))
+    made.save(tmp_path / "n.safetensors")
+    again = load_neighbours(tmp_path / "n.safetensors")
+    for name, array in vars(made).items():
+        np.testing.assert_array_equal(getattr(again, name), array)
+    (tmp_path / "n.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="holds no neighbours"):
+        load_neighbours(tmp_path / "n.safetensors")
