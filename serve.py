@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from jaxrec.config import UserError
-from jaxrec.run import console, report_user_errors
+from jaxrec.console import console, report_user_errors
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import sys
 import warnings
 
 from jaxrec.config import parse_cli, take_option
+from jaxrec.console import report_user_errors
 from jaxrec.programs import keep_compiled_programs
-from jaxrec.run import Run, report_user_errors
+from jaxrec.run import Run
 from jaxrec.systems import check, train
 
 

@@ -26,7 +26,8 @@ import numpy as np
 from shared.timing import parser, report
 
 from jaxrec.config import load_config
-from jaxrec.run import Run, console, report_user_errors, track
+from jaxrec.console import console, report_user_errors, track
+from jaxrec.run import Run
 from jaxrec.serving.batch import answer_file
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request, parse_request

@@ -37,11 +37,11 @@ from shared.peer_process import PeerProcess
 from shared.t5 import CONFIG, FIRST, LEVELS, SIZE, make_contexts, make_t5
 from shared.timing import best_of, parser, report
 
+from jaxrec.console import report_user_errors
 from jaxrec.decoding import BeamResult, ItemFilter, Trie, beam_search, build_filter, build_trie
 from jaxrec.models.encoder_decoder import EncoderDecoder
 from jaxrec.models.huggingface import save_t5
 from jaxrec.models.vocabulary import ContextTokens
-from jaxrec.run import report_user_errors
 from jaxrec.training.flops import matmul_flops
 
 MODEL = EncoderDecoder(CONFIG)

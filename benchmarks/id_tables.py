@@ -32,7 +32,7 @@ from alignment import read
 from shared.timing import parser, report
 
 from jaxrec.config import UserError
-from jaxrec.run import console, report_user_errors
+from jaxrec.console import console, report_user_errors
 from jaxrec.semantic_ids import FsqConfig, OpqConfig, ResidualConfig, RqVaeConfig, SemanticIdConfig
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.quality import collisions, independent_coding_rate, prefix_use, reconstruction_error

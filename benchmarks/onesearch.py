@@ -24,10 +24,10 @@ from shared.peer_process import PeerProcess
 from shared.t5 import make_contexts, make_t5
 from shared.timing import best_of, parser, report
 
+from jaxrec.console import report_user_errors
 from jaxrec.decoding import build_trie
 from jaxrec.models.encoder_decoder import EncoderDecoder, bart_config
 from jaxrec.models.huggingface import save_bart
-from jaxrec.run import report_user_errors
 
 TEXT, LEVELS, SIZE = 1000, 5, 256
 CONFIG = bart_config(

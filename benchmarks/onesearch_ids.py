@@ -37,11 +37,11 @@ from id_tables import SIZES, id_figures
 from shared import results
 from shared.timing import parse_seeds, parser, report
 
+from jaxrec.console import console, report_user_errors
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.query_pairs import has_searches
 from jaxrec.data.sources import CompleteJourney, Folder
 from jaxrec.data.words import normalised
-from jaxrec.run import console, report_user_errors
 from jaxrec.semantic_ids import RqVaeConfig, SemanticIdConfig, rq_opq
 from jaxrec.semantic_ids.embeddings import embed_catalogue, embed_new, finetune_items
 from jaxrec.semantic_ids.keyword_embeddings import enhance_catalogue, load_keywords

@@ -32,12 +32,14 @@ from shared.pictures import COLORS, axes, save
 from shared.timing import parse_seeds, parser
 
 from jaxrec.config import UserError, fingerprint, load_config, to_json
+from jaxrec.console import console, report_user_errors
 from jaxrec.data.examples import Records
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.evaluation import make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import mean
+from jaxrec.files import read_json, write_json
 from jaxrec.programs import keep_compiled_programs
-from jaxrec.run import Run, console, read_json, report_user_errors, write_json
+from jaxrec.run import Run
 from jaxrec.systems.phases import prepare_with_ids
 from jaxrec.systems.rankgr import training as rankgr_training
 from jaxrec.systems.rankgr.config import RankGRRunConfig

@@ -26,7 +26,7 @@ import numpy as np
 from shared.timing import best_of, parser, report
 
 from jaxrec.config import UserError
-from jaxrec.run import report_user_errors
+from jaxrec.console import report_user_errors
 from jaxrec.semantic_ids.quantizers import balanced, opq, residual
 from jaxrec.semantic_ids.quantizers.balanced import BalancedConfig
 from jaxrec.semantic_ids.quantizers.kmeans import kmeans

@@ -15,7 +15,7 @@ import numpy as np
 from shared.pictures import COLORS, axes, save
 from shared.timing import best_of, parser, report
 
-from jaxrec.run import report_user_errors
+from jaxrec.console import report_user_errors
 from jaxrec.semantic_ids.quantizers import balanced, residual
 from jaxrec.semantic_ids.quantizers.balanced import BalancedConfig
 from jaxrec.semantic_ids.quantizers.residual import ResidualConfig

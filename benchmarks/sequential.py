@@ -40,13 +40,15 @@ from shared.pictures import COLORS, axes, save
 from shared.timing import parse_seeds, parser
 
 from jaxrec.config import UserError, fingerprint, load_config
+from jaxrec.console import console, report_user_errors
 from jaxrec.data.examples import Records
 from jaxrec.data.sources import SequenceText
 from jaxrec.data.sources.files import json_lines, text_lines
 from jaxrec.evaluation import evaluate, evaluate_ties_shuffled, fit_baselines, make_cases
 from jaxrec.evaluation.comparison import TIES_SHUFFLED
+from jaxrec.files import read_json, write_json
 from jaxrec.programs import keep_compiled_programs
-from jaxrec.run import Run, console, read_json, report_user_errors, write_json
+from jaxrec.run import Run
 from jaxrec.systems import load_recommender, train
 from jaxrec.systems.comparison import draw
 

@@ -28,8 +28,8 @@ from batch_inference import train_mall
 from shared.timing import parser, report
 
 from jaxrec.config import UserError
+from jaxrec.console import console, report_user_errors
 from jaxrec.programs import keep_compiled_programs
-from jaxrec.run import console, report_user_errors
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 

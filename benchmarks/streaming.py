@@ -21,7 +21,7 @@ import numpy as np
 from shared.timing import best_of, parser, report
 
 from jaxrec.config import UserError
-from jaxrec.run import console, report_user_errors, track
+from jaxrec.console import console, report_user_errors, track
 from jaxrec.semantic_ids.quantizers import codebooks
 
 WIDTH, LEVELS = 64, (1024, 1024, 1024)

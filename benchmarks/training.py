@@ -39,11 +39,11 @@ from shared.peer_process import PeerProcess
 from shared.synthetic import TrainingStep, demo_config
 from shared.timing import best_of, parser, report
 
+from jaxrec.console import report_user_errors
 from jaxrec.models.causal import Causal, CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.huggingface import save_qwen2, save_t5
 from jaxrec.models.vocabulary import ContextTokens
-from jaxrec.run import report_user_errors
 from jaxrec.systems.onemall.training import exact_loss
 from jaxrec.training.flops import matmul_flops, step_flops
 

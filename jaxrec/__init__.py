@@ -12,8 +12,8 @@ Dimension letters, used in einsums, names and docstrings; never another letter:
                                                             I  items
 
 Packages import only from those before them:
-config, run, page, programs, nn, losses, training, data, text, semantic_ids, models, decoding, targets, catalogue,
-evaluation, systems, serving, export.
+config, console, files, run, page, programs, nn, losses, training, data, text, semantic_ids, models, decoding, targets,
+catalogue, evaluation, systems, serving, export.
 """
 
 __version__ = "0.1.0"

@@ -41,6 +41,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec import __version__
 from jaxrec.config import UserError, fingerprint, from_json, to_json
+from jaxrec.console import console, report_user_errors, track
 from jaxrec.data.features import AGES, FeatureConfig
 from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
@@ -48,7 +49,8 @@ from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.token_sequences import TokenSequenceConfig
 from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import History
-from jaxrec.run import Run, console, read_json, report_user_errors, sync, track, write_json, writing
+from jaxrec.files import read_json, sync, write_json, writing
+from jaxrec.run import Run
 from jaxrec.semantic_ids.table.versions import trained_version
 from jaxrec.systems import SYSTEMS, load_recommender
 from jaxrec.systems.generative import GenerativeRunConfig

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jaxrec.run import writing
+from jaxrec.files import writing
 
 Section = tuple[str, str, str, str]
 """anchor, title, note on how to read it, HTML."""

@@ -16,34 +16,24 @@ made from a phase or stage in `next/` is made there too. Going back to the old o
 from `next/`. Only stages that the process does not visit (`train.py --only`) stay there.
 
 Fault injection, for the tests: with JAXREC_KILL_AT=<point> in the environment the process kills itself (SIGKILL) at
-that point. Points: `phase:<name>` before the work of a phase or stage, `partial:<name>` after it and before the rename
-(or the mark of a stage), `done:<name>` after that, `step:<n>` when training step n is finished, and `swap:<name>`
-when a new folder has replaced the old one.
+that point (`jaxrec.files.fault_point`). Points: `phase:<name>` before the work of a phase or stage, `partial:<name>`
+after it and before the rename (or the mark of a stage), `done:<name>` after that, `step:<n>` when training step n is
+finished, and `swap:<name>` when a new folder has replaced the old one.
 """
 
-import errno
 import fcntl
 import json
 import os
 import shutil
-import signal
-import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import Any, TextIO
 
 from jaxrec.config import UserError, differences, fingerprint, to_json
-
-Item = TypeVar("Item")
-
-console = Console(highlight=False, soft_wrap=True)
+from jaxrec.files import fault_point, read_json, sync, write_json, writing
 
 TRAINING = "train"
 """The only stage of most systems, and the last one if the run directory names no stages."""
@@ -447,178 +437,6 @@ class Run:
                     f"another process is working in {self.path}; wait for it, or give another --run"
                 ) from error
             self._lock = _HELD[status.st_dev, status.st_ino] = file
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON values atomically: after a crash the file is either the old or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync(path.parent)
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-      UserError: the file is missing, damaged or no JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; run train.py again on this run directory") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: this is no JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: it is no text ({error}); restore it from a copy") from error
-
-
-def sync(path: Path) -> None:
-    """Flushes a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns a full disk into a UserError that names the folder."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not disk_full(error):
-            raise
-        raise UserError(f"the disk is full: {folder} could not be written; free some space and run it again") from error
-
-
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one of its causes, means that the disk is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        # DuckDB and tensorstore raise their own types with the system's message.
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def fault_point(point: str) -> None:
-    """Kills this process if the tests ask for it at this point; see the module's docstring."""
-    if os.environ.get("JAXREC_KILL_AT") == point:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def report_user_errors(main: Callable[[], int | None]) -> int:
-    """Runs a command's `main`; a UserError is printed without a traceback and gives the exit status 2, Ctrl-C 130.
-
-    A closed pipe (`--help | head`) gives status 141, as if SIGPIPE had ended the program.
-    """
-    try:
-        return main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same command to go on", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Python would fail to flush the rest of the buffer at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-
-
-def progress(*columns: str) -> "Progress | PlainProgress":
-    """A progress display, used as a context manager: rich bars on a terminal, else a line now and then.
-
-    Args:
-      columns: rich templates shown before the time, e.g. "loss {task.fields[loss]:.3f}".
-    """
-    if not console.is_terminal:
-        return PlainProgress(columns)
-    texts = [TextColumn(column) for column in columns]
-    head = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*head, *texts, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-
-
-def track(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yields from `iterable` under a progress bar with the remaining time."""
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable)
-    with progress() as bars:
-        task = bars.add_task(description, total=total)
-        for item in iterable:
-            yield item
-            bars.advance(task)
-
-
-class PlainTask:
-    """State of one task of a PlainProgress; `fields` are the extra values of its columns."""
-
-    def __init__(self, description: str, total: float | None, completed: float, fields: dict[str, Any]):
-        self.description, self.total, self.completed, self.fields = description, total, completed, fields
-        self.started = self.printed = time.monotonic()
-        self.first = completed
-
-
-class PlainProgress:
-    """The few methods of rich's Progress that jaxrec uses, as plain lines at most every `interval` seconds."""
-
-    def __init__(self, columns: tuple[str, ...] = (), interval: float = 20.0):
-        self.columns, self.interval = columns, interval
-        self.tasks: list[PlainTask] = []
-
-    def __enter__(self) -> "PlainProgress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for task in self.tasks:
-            # No line for tasks that took no time.
-            if time.monotonic() - task.started > 2:
-                self._print(task)
-
-    def add_task(self, description: str, total: float | None = None, completed: float = 0, **fields: Any) -> int:
-        self.tasks.append(PlainTask(description, total, completed, fields))
-        return len(self.tasks) - 1
-
-    def advance(self, task_id: int, advance: float = 1) -> None:
-        self.update(task_id, advance=advance)
-
-    def update(
-        self,
-        task_id: int,
-        *,
-        advance: float = 0,
-        completed: float | None = None,
-        total: float | None = None,
-        description: str | None = None,
-        **fields: Any,
-    ) -> None:
-        task = self.tasks[task_id]
-        task.completed = task.completed + advance if completed is None else completed
-        task.total = task.total if total is None else total
-        task.description = description or task.description
-        task.fields.update(fields)
-        if time.monotonic() - task.printed >= self.interval:
-            self._print(task)
-
-    def _print(self, task: PlainTask) -> None:
-        task.printed = now = time.monotonic()
-        seconds, done = now - task.started, task.completed - task.first
-        parts = [f"{task.completed:,.0f}" + (f"/{task.total:,.0f}" if task.total else "")]
-        parts += [column.format(task=task) for column in self.columns]
-        parts.append(f"{seconds:.0f} s")
-        if task.total and done and task.completed < task.total:
-            parts.append(f"{(task.total - task.completed) * seconds / done:.0f} s left")
-        console.print(f"{task.description}: {', '.join(parts)}", markup=False)
 
 
 def stage_path(name: str) -> str:

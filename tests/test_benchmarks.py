@@ -13,7 +13,7 @@ NEEDS = (
     f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     + """
 from jaxrec.config import UserError
-from jaxrec.run import report_user_errors
+from jaxrec.console import report_user_errors
 
 def main():
     raise UserError("give --data")

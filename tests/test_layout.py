@@ -13,7 +13,7 @@ from jaxrec.systems import SYSTEMS
 
 ROOT = Path(__file__).parent.parent
 ORDER = (
-    "config", "run", "page", "programs", "nn", "losses", "training", "data", "text", "semantic_ids",
+    "config", "console", "files", "run", "page", "programs", "nn", "losses", "training", "data", "text", "semantic_ids",
     "models", "decoding", "targets", "catalogue", "evaluation", "systems", "serving", "export",
 )  # fmt: skip
 SOURCES = sorted((ROOT / "jaxrec").rglob("*.py"))

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_encoder import make_encoder
 
 from jaxrec.config import UserError, from_json, to_json
-from jaxrec.run import read_json
+from jaxrec.files import read_json
 from jaxrec.semantic_ids import CollisionConfig, FsqConfig, ResidualConfig, SemanticIdConfig, commands
 from jaxrec.semantic_ids.embeddings import ALIGNMENT, aligned, embed_new, finetune_items, read_pairs
 from jaxrec.semantic_ids.table.versions import read_version

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.run import read_json
+from jaxrec.files import read_json
 from jaxrec.semantic_ids import CollisionConfig, SemanticIdConfig, read_codes
 from jaxrec.semantic_ids import __main__ as command
 from jaxrec.semantic_ids.quantizers import codebooks

@@ -15,7 +15,7 @@ from jaxrec.data.pairs import PairConfig
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.query_pairs import QueryPairConfig
 from jaxrec.data.sources import SyntheticMall
-from jaxrec.run import read_json
+from jaxrec.files import read_json
 from jaxrec.semantic_ids import CollisionConfig, FsqConfig, SemanticIdConfig, rq_opq
 from jaxrec.semantic_ids.commands import read_text_items
 from jaxrec.semantic_ids.embeddings import embed_new, finetune_items

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.run import read_json
+from jaxrec.files import read_json
 from jaxrec.semantic_ids import (
     CollisionConfig,
     FsqConfig,

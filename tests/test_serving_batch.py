@@ -291,7 +291,7 @@ COMMAND = """
 import sys, time
 from pathlib import Path
 from test_serving_batch import WINDOW, NextInLine, make_model
-from jaxrec.run import report_user_errors
+from jaxrec.console import report_user_errors
 from jaxrec.serving import batch
 from jaxrec.serving.retriever import Retriever
 run, requests, out, kind, *flags = sys.argv[1:]

@@ -19,11 +19,12 @@ from jaxrec.data.examples import Records
 from jaxrec.data.search_statistics import search_statistics, training_searches
 from jaxrec.data.searches import before_search
 from jaxrec.export import ExportConfig, export_run, load
+from jaxrec.files import read_json
 from jaxrec.models.encoder_decoder import EncoderDecoder, bart_config
 from jaxrec.models.huggingface import load_bart, save_bart
 from jaxrec.models.personal_search import PersonalSearch, PromptConfig, SearchVocabulary, TaskInputs
 from jaxrec.models.vocabulary import ContextTokens
-from jaxrec.run import Run, read_json
+from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems import load_recommender, train

@@ -15,7 +15,8 @@ from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.searches import with_texts
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.evaluation import search_cases
-from jaxrec.run import Run, read_json
+from jaxrec.files import read_json
+from jaxrec.run import Run
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
 
 MALL = SyntheticMall(*(40, 60, 6, 3, 5), browsed_per_session=1, exposures_per_session=1, searched=0.7)

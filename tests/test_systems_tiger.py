@@ -22,10 +22,11 @@ from jaxrec.config import UserError, load_config
 from jaxrec.data.examples import Records
 from jaxrec.data.item_sequences import ItemSequenceConfig, following, whole
 from jaxrec.evaluation import make_cases
+from jaxrec.files import read_json
 from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import popularity_prior
 from jaxrec.models.vocabulary import ContextTokens
-from jaxrec.run import TRAINING, Run, read_json
+from jaxrec.run import TRAINING, Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems import load_recommender, train

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxrec.config import UserError
-from jaxrec.run import read_json, write_json
+from jaxrec.files import read_json, write_json
 
 FOLDER = Path(__file__).parent.parent / "results"
 RUN = ("model", "seed", "data")

@@ -30,8 +30,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import tqdm_utils
 
 from jaxrec.config import UserError
+from jaxrec.console import track
 from jaxrec.data.tables import FEEDBACK, SPLITS
-from jaxrec.run import read_json, track, write_json
+from jaxrec.files import read_json, write_json
 
 Record = dict[str, Any]
 """user int; item int32, behavior int8, timestamp int64, session int32, split int8, each [T]; answer_time bool: whether

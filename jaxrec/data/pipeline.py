@@ -15,9 +15,9 @@ import grain
 import numpy as np
 
 from jaxrec.config import UserError
+from jaxrec.console import console
 from jaxrec.data.examples import Record, Records
 from jaxrec.data.tables import SPLITS
-from jaxrec.run import console
 
 Features = dict[str, np.ndarray]
 CutToFeatures = Callable[[Record, int, np.random.Generator], Features]

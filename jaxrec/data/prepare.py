@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from ibis import _
 
 from jaxrec.config import UserError
+from jaxrec.console import progress
 from jaxrec.data.cleaning import KCore, drop_repeats, k_core
 from jaxrec.data.item_texts import texts_from_queries
 from jaxrec.data.pairs import PairConfig, build_pairs
@@ -26,7 +27,6 @@ from jaxrec.data.queries import (
 )
 from jaxrec.data.splits import TimeSplit, assign_splits, number_sessions
 from jaxrec.data.tables import RawTables, Source, count_rows, spilling_into, store, write_table
-from jaxrec.run import progress
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from jaxrec.config import UserError, check_least
 from jaxrec.data.pairs import PairConfig, build_pairs
 from jaxrec.data.tables import connect, store
-from jaxrec.run import read_json
+from jaxrec.files import read_json
 
 SHOWN, CLICKED, ORDERED = range(3)
 KINDS = ("itemcf", "swing")

@@ -8,12 +8,12 @@ from itertools import groupby
 import numpy as np
 from rich.table import Table
 
+from jaxrec.console import progress
 from jaxrec.data.examples import Record
 from jaxrec.evaluation.baselines import Recommender, fit_baselines
 from jaxrec.evaluation.cases import Cases, make_cases, shuffle_ties, tied_fraction
 from jaxrec.evaluation.metrics import CUTOFFS, add, mean, ranking_metrics
 from jaxrec.evaluation.subsets import ALL, NEW, Subset, is_of_queries, item_subsets
-from jaxrec.run import progress
 
 SEMANTIC_IDS = "semantic_ids"  # the subset of what is measured of a model's IDs: accuracy per level, validity
 TEXTS = "texts"  # the same of a model's texts: accuracy of their tokens, validity

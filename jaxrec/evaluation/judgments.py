@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jaxrec.console import progress
 from jaxrec.evaluation.baselines import Recommender
 from jaxrec.evaluation.cases import History
 from jaxrec.evaluation.metrics import CUTOFFS, condensed, graded_ndcg_at
-from jaxrec.run import progress
 
 JUDGED, JUDGED_ONLY = "judged", "judged_only"
 FILE = "judgments.parquet"

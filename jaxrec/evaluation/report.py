@@ -35,8 +35,9 @@ from jaxrec.evaluation.comparison import (
 )
 from jaxrec.evaluation.judgments import JUDGED, JUDGED_ONLY
 from jaxrec.evaluation.subsets import is_of_queries
+from jaxrec.files import read_json
 from jaxrec.page import Section, curve, number, score_table, tiles, write
-from jaxrec.run import Run, read_json
+from jaxrec.run import Run
 from jaxrec.semantic_ids.table.page import PageItems, figure_tables, tree_section
 from jaxrec.semantic_ids.table.versions import trained_space
 

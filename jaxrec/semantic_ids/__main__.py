@@ -15,7 +15,8 @@ import jax
 import tyro
 
 from jaxrec.config import UserError, choose_types
-from jaxrec.run import console, disk_full, report_user_errors, sync, writing
+from jaxrec.console import console, report_user_errors
+from jaxrec.files import disk_full, sync, writing
 from jaxrec.semantic_ids import commands, streaming
 from jaxrec.semantic_ids.files.items import Items, check_distinct, open_items
 from jaxrec.semantic_ids.quantizers import codebooks

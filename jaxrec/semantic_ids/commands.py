@@ -16,7 +16,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from jaxrec.config import UserError
-from jaxrec.run import console
+from jaxrec.console import console
 from jaxrec.semantic_ids.embeddings import aligned, embed_new, encodes_texts, has_scenarios, with_products
 from jaxrec.semantic_ids.files import items as files
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS

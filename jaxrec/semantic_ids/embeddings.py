@@ -33,8 +33,8 @@ from safetensors.numpy import load_file, save_file
 from jaxrec.config import UserError
 from jaxrec.data.query_pairs import QueryPairConfig, query_pairs
 from jaxrec.data.words import normalised
+from jaxrec.files import read_json, write_json
 from jaxrec.nn.finite import check_finite
-from jaxrec.run import read_json, write_json
 from jaxrec.semantic_ids.files.items import open_items
 from jaxrec.semantic_ids.files.vectors import OWN, read_own, write_own
 from jaxrec.semantic_ids.table.versions import first_ids

@@ -8,8 +8,8 @@ A killed run resumes from `<out>.partial`. Beside it, `<out>.partial.json` recor
 run, settings) and their extent: whole windows, with a checksum. Windows depend only on their lines, so a resumed run
 makes the same batches as an uninterrupted one, and ends in the same bytes.
 
-Fault injection, for the tests (jaxrec/run.py): the points `answers:<lines>` after a window is written and before it is
-noted, `noted:<lines>` after that.
+Fault injection, for the tests (`jaxrec.files.fault_point`): the points `answers:<lines>` after a window is written and
+before it is noted, `noted:<lines>` after that.
 """
 
 import fcntl
@@ -26,7 +26,9 @@ from typing import Any, BinaryIO
 
 from jaxrec import __version__
 from jaxrec.config import UserError, to_json
-from jaxrec.run import Run, fault_point, progress, read_json, sync, track, write_json, writing
+from jaxrec.console import progress, track
+from jaxrec.files import fault_point, read_json, sync, write_json, writing
+from jaxrec.run import Run
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request, parse_request
 from jaxrec.targets.texts import TARGETS

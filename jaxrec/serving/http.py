@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from jaxrec.config import UserError
-from jaxrec.run import console
+from jaxrec.console import console
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Answer, NoJsonError, Request, SearchRequest, parse_request
 

@@ -25,10 +25,12 @@ import pyarrow.parquet as pq
 from jaxrec.catalogue.live import LiveCatalogue
 from jaxrec.catalogue.version import Predicate, Version
 from jaxrec.config import UserError
+from jaxrec.console import track
 from jaxrec.decoding.filters import LISTED, Allowed
 from jaxrec.evaluation.baselines import Recommender
 from jaxrec.evaluation.cases import History
-from jaxrec.run import Run, read_json, track
+from jaxrec.files import read_json
+from jaxrec.run import Run
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.later import check_known, read_later
 from jaxrec.semantic_ids.table.space import read_codes, rows_in

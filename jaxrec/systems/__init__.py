@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxrec.config import UserError, fingerprint, from_json
-from jaxrec.run import Run, console
+from jaxrec.console import console
+from jaxrec.run import Run
 from jaxrec.systems import generative
 from jaxrec.systems.comparison import TrainedRecommender, compare, present
 from jaxrec.systems.config import RunConfig

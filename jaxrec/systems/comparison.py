@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError, check_choice, check_least
+from jaxrec.console import console
 from jaxrec.data.examples import Record, Records
 from jaxrec.evaluation import (
     Cases,
@@ -26,7 +27,8 @@ from jaxrec.evaluation import (
 from jaxrec.evaluation.comparison import TEACHER_FORCED
 from jaxrec.evaluation.metrics import CUTOFFS, mean
 from jaxrec.evaluation.report import write_report
-from jaxrec.run import Run, console, read_json, write_json
+from jaxrec.files import read_json, write_json
+from jaxrec.run import Run
 from jaxrec.systems.searches import are_searches, evaluate_searches, fit_search_baselines
 from jaxrec.targets.semantic_ids import held_items, show_items
 

@@ -14,7 +14,8 @@ from jaxrec.evaluation.comparison import Row, evaluate
 from jaxrec.evaluation.judgments import evaluate_judgments, read_judgments
 from jaxrec.evaluation.search_baselines import QueryLog, search_baselines
 from jaxrec.evaluation.subsets import item_subsets, query_counts, query_subsets
-from jaxrec.run import Run, read_json
+from jaxrec.files import read_json
+from jaxrec.run import Run
 from jaxrec.semantic_ids.embeddings import encodes_texts
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.queries import load_query_ids

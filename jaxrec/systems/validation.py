@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxrec.config import UserError
+from jaxrec.console import console
 from jaxrec.data.examples import Records
 from jaxrec.evaluation import Cases, make_cases, ranking_metrics
 from jaxrec.evaluation.metrics import METRICS, mean
-from jaxrec.run import console
 from jaxrec.systems.comparison import EvaluationConfig, cases_of, draw
 from jaxrec.systems.recommender import Assembly, DecodingConfig, GenerativeRecommender, Reader
 from jaxrec.text.finetune import FinetuneConfig

@@ -31,7 +31,7 @@ from jaxrec.decoding.filters import ItemFilter
 from jaxrec.decoding.step import Extend
 from jaxrec.decoding.text_beam import TextResult, text_search
 from jaxrec.decoding.trie import Trie, build_text_trie
-from jaxrec.run import read_json, write_json
+from jaxrec.files import read_json, write_json
 from jaxrec.targets.semantic_ids import padded_truths
 from jaxrec.targets.space import NONE, Found
 from jaxrec.text.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer

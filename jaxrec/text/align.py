@@ -16,9 +16,9 @@ import numpy as np
 import optax
 
 from jaxrec.config import UserError
+from jaxrec.console import track
 from jaxrec.losses.contrastive import pair_loss
 from jaxrec.nn.geometry import principal_axes, unit
-from jaxrec.run import track
 
 STEPS_PER_CALL = 50
 # Scores computed at once when embeddings are evaluated: 256 MB.

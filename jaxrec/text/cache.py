@@ -15,7 +15,8 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from jaxrec.config import UserError
-from jaxrec.run import console, disk_full
+from jaxrec.console import console
+from jaxrec.files import disk_full
 
 SHARD_ROWS = 2048
 

@@ -22,9 +22,9 @@ from safetensors.numpy import save as save_safetensors
 from tokenizers import Tokenizer
 
 from jaxrec.config import UserError
+from jaxrec.console import track
 from jaxrec.nn.finite import check_finite
 from jaxrec.nn.geometry import unit
-from jaxrec.run import track
 from jaxrec.text.cache import EmbeddingCache, default_cache_dir, write_files
 from jaxrec.text.weights import from_huggingface, to_huggingface
 

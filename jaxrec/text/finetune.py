@@ -24,9 +24,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError, fingerprint
 from jaxrec.data.query_pairs import QueryPairConfig
+from jaxrec.files import read_json, writing
 from jaxrec.losses.contrastive import margin_rank, pair_loss, relevance_regression
 from jaxrec.nn.finite import check_finite
-from jaxrec.run import read_json, writing
 from jaxrec.text import align
 from jaxrec.text.encoder import (
     Bert,

@@ -28,9 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jaxrec.config import UserError
+from jaxrec.console import track
 from jaxrec.losses.contrastive import in_batch_softmax
 from jaxrec.nn.geometry import unit
-from jaxrec.run import track
 from jaxrec.training.optim import OptimConfig, make_optimizer
 
 LIVE_STREAM = "live_stream"

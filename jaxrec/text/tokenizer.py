@@ -20,7 +20,7 @@ import sentencepiece
 import tokenizers
 
 from jaxrec.config import UserError, check_choice, check_least
-from jaxrec.run import read_json, write_json
+from jaxrec.files import read_json, write_json
 
 NOTES = "text_tokenizer.json"
 PAD, END, UNKNOWN = 0, 1, 2

@@ -19,8 +19,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxrec.config import UserError
+from jaxrec.console import console
+from jaxrec.files import disk_full, read_json, write_json
 from jaxrec.nn.finite import check_finite
-from jaxrec.run import MANIFEST, console, disk_full, read_json, write_json
+from jaxrec.run import MANIFEST
 
 DIVERGED = (
     "the training diverged; train into another --run with a lower learning rate, or delete that folder to go on from "

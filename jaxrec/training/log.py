@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import tensorboardX
 
-from jaxrec.run import console
+from jaxrec.console import console
 from jaxrec.training.flops import Flops
 
 TIMING_FIELDS = ("seconds", "targets_per_second", "peak_share", "peak_share_exact")

@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from jaxrec.config import UserError, check_least
-from jaxrec.run import console, fault_point, progress
+from jaxrec.console import console, progress
+from jaxrec.files import fault_point
 from jaxrec.training import checkpoint
 from jaxrec.training.flops import Flops
 from jaxrec.training.log import Log, Meter

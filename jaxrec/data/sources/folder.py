@@ -21,6 +21,7 @@ import ibis
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
+from jaxrec.console import console
 from jaxrec.data.sources.checks import as_number, as_seconds, as_text, check_words, choice, not_null, refuse
 from jaxrec.data.sources.files import digest
 from jaxrec.data.sources.formats import SUFFIXES, Wanted
@@ -36,7 +37,6 @@ from jaxrec.data.sources.query_files import (
 )
 from jaxrec.data.sources.reading import read_table
 from jaxrec.data.tables import RawTables, Split, connect, count_rows, store
-from jaxrec.run import console
 
 FILES = ("items", "events", "searches", "suggestions", "judgments")
 

@@ -7,9 +7,9 @@ import ibis
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
+from jaxrec.console import console
 from jaxrec.data.sources.formats import Wanted, read_file
 from jaxrec.data.tables import count_rows
-from jaxrec.run import console
 
 
 def read_table(engine: BaseBackend, path: Path, wanted: Wanted) -> ibis.Table:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
-from jaxrec.run import progress
+from jaxrec.console import progress
 from jaxrec.semantic_ids.quantizers.rows import LARGEST, complaint, unusable
 
 BLOCK_ROWS = 1 << 16

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxrec.config import UserError, fingerprint
-from jaxrec.run import fault_point, sync, writing
+from jaxrec.files import fault_point, sync, writing
 from jaxrec.semantic_ids.table.space import ItemIds, as_strings
 
 EMBEDDINGS, OWN, OWN_LATER = "embeddings.safetensors", "own.parquet", "own_later.parquet"

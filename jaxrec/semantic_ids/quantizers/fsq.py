@@ -17,8 +17,8 @@ import numpy as np
 import optax
 
 from jaxrec.config import UserError
+from jaxrec.console import track
 from jaxrec.nn.geometry import principal_axes
-from jaxrec.run import track
 from jaxrec.semantic_ids.quantizers.rows import check_rows, check_width
 
 STEPS_PER_CALL = 100

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import UserError
+from jaxrec.console import track
 from jaxrec.nn.geometry import principal_axes
-from jaxrec.run import track
 from jaxrec.semantic_ids.quantizers.kmeans import KMeansConfig, assign, drawn, kmeans, lloyd, update
 from jaxrec.semantic_ids.quantizers.rows import check_enough, check_rows, check_width
 

@@ -21,8 +21,8 @@ import numpy as np
 import optax
 
 from jaxrec.config import UserError
+from jaxrec.console import track
 from jaxrec.nn.geometry import principal_axes
-from jaxrec.run import track
 from jaxrec.semantic_ids.quantizers import residual
 from jaxrec.semantic_ids.quantizers.kmeans import KMeansConfig, assign, by_chunk, drawn
 from jaxrec.semantic_ids.quantizers.residual import ResidualConfig

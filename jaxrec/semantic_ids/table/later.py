@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
-from jaxrec.run import fault_point, sync, writing
+from jaxrec.files import fault_point, sync, writing
 from jaxrec.semantic_ids.files.items import read_table
 from jaxrec.semantic_ids.table.space import ItemIds, as_strings, rows_in
 

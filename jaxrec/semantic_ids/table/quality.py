@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import UserError
-from jaxrec.run import track
+from jaxrec.console import track
 from jaxrec.semantic_ids.table.space import SemanticIds
 
 Decode = Callable[[np.ndarray], np.ndarray]

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError, fingerprint, from_json, to_json
-from jaxrec.run import fault_point, read_json, sync, write_json, writing
+from jaxrec.files import fault_point, read_json, sync, write_json, writing
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.collisions import CollisionConfig, squared_errors

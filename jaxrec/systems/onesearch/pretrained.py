@@ -12,10 +12,10 @@ import numpy as np
 
 from jaxrec.config import UserError, from_json, to_json
 from jaxrec.data.sources.files import digest
+from jaxrec.files import read_json, write_json
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.models.huggingface import CONFIG_FILE, load
 from jaxrec.models.vocabulary import grow_vocabulary
-from jaxrec.run import read_json, write_json
 from jaxrec.text.tokenizer import HuggingFaceTokenizer
 
 BACKBONE, TOKENIZER = "backbone.json", "tokenizer.json"

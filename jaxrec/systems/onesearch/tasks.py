@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
+from jaxrec.console import console
 from jaxrec.data.pipeline import Features, array_batches
 from jaxrec.data.search_statistics import training_searches
 from jaxrec.data.words import normalised
-from jaxrec.run import console
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.model import OneSearchAssembly
 

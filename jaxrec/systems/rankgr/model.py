@@ -15,11 +15,12 @@ from jaxrec.catalogue.version import Version
 from jaxrec.config import UserError, from_json, to_json
 from jaxrec.data.features import AGES
 from jaxrec.decoding.beam import Candidates, Rescore, reorder
+from jaxrec.files import read_json, write_json
 from jaxrec.models.causal import CausalConfig
 from jaxrec.models.huggingface import load_qwen2
 from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.rankgr import RankContext, RankGR, RankGRConfig, RankInputs
-from jaxrec.run import Run, read_json, write_json
+from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.rankgr.config import RankGRRunConfig, checked_levels

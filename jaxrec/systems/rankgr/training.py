@@ -16,11 +16,12 @@ import numpy as np
 from jaxrec.config import UserError
 from jaxrec.data import leveled_sessions
 from jaxrec.data.sources.files import digest
+from jaxrec.files import read_json, write_json
 from jaxrec.losses.likelihood import ROWS, full_softmax, log_likelihood, next_token
 from jaxrec.losses.preference import has_preference, ldpo
 from jaxrec.models.huggingface import CONFIG_FILE
 from jaxrec.models.rankgr import RankContext
-from jaxrec.run import NEXT, TRAINING, Run, read_json, stage_path, write_json
+from jaxrec.run import NEXT, TRAINING, Run, stage_path
 from jaxrec.systems.generative import bound_loss, context_batches, supervised, train_model, training_cuts
 from jaxrec.systems.rankgr.config import RankGRRunConfig, check_level_weights
 from jaxrec.systems.rankgr.model import RankGRAssembly, RankGRCatalogue, assemble, write_backbone
