@@ -41,6 +41,18 @@ def test_a_search_left_out_is_not_counted():
     assert make().led_to(3, 9).item.tolist() == []
 
 
+def test_in_the_first_period_too_a_search_left_out_is_not_counted():
+    """No period comes before it: shares of late are those of all time there, and hold the answer no more than those."""
+    found = make().led_to(0, 0, without=[5])
+    assert found.item.tolist() == [5, 6]
+    np.testing.assert_allclose(found.share, [1 / 2, 1 / 2], rtol=1e-6)
+    np.testing.assert_allclose(found.recent, found.share, rtol=1e-6)
+    whole = make(SearchStatisticsConfig(PopularityConfig(0, 20.0, 0.0), neighbours=0)).led_to(0, 30, without=[5])
+    np.testing.assert_allclose(whole.recent, [1 / 2, 1 / 2], rtol=1e-6)  # one period for all time
+    with pytest.raises(UserError, match=r"statistics\.recent\.floor"):
+        SearchStatisticsConfig(PopularityConfig(7, 20.0, 0.1))
+
+
 def test_all_searches_together():
     statistics = make()
     found = statistics.led_to(statistics.everything, 9)

@@ -6,7 +6,8 @@
 A count is a number of searches that led to an item. `without` leaves one search out: a training example must not see
 its own answer among the counts, which no question at serving can. A query with few searches borrows from the queries
 that it shares words with, so one that training doesn't know has items too. Shares of late are those of the periods
-before the question (`jaxrec.data.popularity`).
+before the question (`jaxrec.data.popularity`); in the log's first period, before which nothing is known, they are the
+shares of all time, the search left out there too.
 """
 
 from collections import defaultdict
@@ -42,6 +43,11 @@ class SearchStatisticsConfig:
 
     def __post_init__(self):
         check_least(self, "statistics", neighbours=0, borrow_below=0, borrowed=0)
+        if self.recent.floor:
+            raise UserError(
+                f"configuration key 'statistics.recent.floor' is {self.recent.floor}: a training example would see its "
+                "own answer in it; give 0"
+            )
 
 
 class LedTo(NamedTuple):
@@ -105,12 +111,15 @@ class SearchStatistics:
             return np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
         rows = slice(self.first[query], self.first[query + 1])
         item, count = self.item[rows], self.count[rows]
-        recent = self.recent.weights[int(self.recent.period(np.int64(day))), rows]
+        period = int(self.recent.period(np.int64(day)))
+        recent = self.recent.weights[period, rows]
         if len(without):
             count = count - np.isin(item, without)
             order = np.lexsort((item, -count))
             order = order[count[order] > 0]
             item, count, recent = item[order], count[order], recent[order]
+        if not period:  # its weights are of the whole log, and hold the search that is left out
+            recent = count.astype(np.float32)
         return item, count, recent / max(recent.sum(), 1e-12)
 
     def _near(self, query: int, text: str) -> list[tuple[int, float]]:
