@@ -164,7 +164,7 @@ def wanted_items(record, place, wanted) -> list[int]:
 
 
 def statistics_of(assembly, pairs, config):
-    columns = (pairs[name].to_numpy() for name in ("item", "timestamp"))
+    columns = (pairs[name].to_numpy() for name in ("search", "item", "timestamp"))
     numbers = assembly.queries.of_row[pairs["query_index"].to_numpy()]
     return search_statistics(assembly.queries.texts, numbers, *columns, config)
 
