@@ -25,7 +25,7 @@ config = OneSearchConfig(
     semantic_ids=SemanticIdConfig(ResidualConfig((12,)), FsqConfig((2, 2, 2, 2), steps=200)),
     tokenizer=TokenizerConfig(vocabulary=360),
     texts=TextLengths(read=12, written=8),
-    features=SearchFeatureConfig(*((8,), 0, 2, 3, 6), long_length=16, related=8, popular=16, weakest=2),
+    features=SearchFeatureConfig((8,), 0, 2, 3, 6, long_length=16, related=8, popular=16, short_items=4, weakest=2),
     prompt=PromptConfig("items", long_queries=2, long_heads=2),
     prior=True,
     model=EncoderDecoderConfig(width=32, heads=2, head_dim=16, hidden=64, encoder_layers=1, layers=1, scale_head=False),

@@ -50,7 +50,12 @@ def test_items_ahead_are_scored_as_by_a_log_that_ends_before_them(seed):
     shorter = item_neighbours(users[before], items[before], ITEMS, NeighbourConfig(ITEMS))
     wanted = np.arange(ITEMS)
     expected = shorter.scores(wanted, past)
-    np.testing.assert_allclose(made.scores(wanted, past, ahead), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(made.scores(wanted, past, past, ahead), expected, rtol=1e-5, atol=1e-6)
+    # Looked at: some of it is taken later, some never. What was taken before may be taken again.
+    seen = np.arange(1, ITEMS, 2)
+    expected = shorter.scores(wanted, seen)
+    again = np.concatenate([ahead, past])
+    np.testing.assert_allclose(made.scores(wanted, seen, past, again), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_it_is_saved_and_a_damaged_file_is_refused(tmp_path):

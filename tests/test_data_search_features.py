@@ -1,13 +1,16 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrec.config import UserError
+from jaxrec.data.item_neighbours import NeighbourConfig, item_neighbours
 from jaxrec.data.search_features import HABITS, SearchFeatureConfig
 from jaxrec.data.search_statistics import LedTo
+from jaxrec.models.user_ids import user_ids
 
 DAY = 86_400
 WANTED = np.array([False, True])
-CONFIG = SearchFeatureConfig((2, 4), 2, 2, 2, 3, 4, 3, 2, weakest=0)
+CONFIG = SearchFeatureConfig((2, 4), 2, 2, 2, 3, 4, 3, 2, short_items=2, weakest=0)
 
 
 def led_to(*items):
@@ -38,7 +41,7 @@ def test_sequences_are_the_last_ones_with_padding_behind():
     assert found["tokens"].tolist() == [5, 6, 7, 8]  # of a longer query the first tokens
     assert found["recent_codes"].tolist() == [[0, 1], [0, 1]]
     assert found["recent_item"].tolist() == [3, 1]
-    assert found["short_item"].tolist() == [9, 3, 1] and found["long_item"].tolist() == [1, 9, 1]
+    assert found["short_item"].tolist() == [3, 1] and found["long_item"].tolist() == [1, 9, 1]
     assert found["click_item"].tolist() == [1, 9, 3, 1] and found["order_item"].tolist() == [2, 1, 9, 1]
     assert found["related_item"].tolist() == [1, 2, 1, 1]
     assert found["who"] == 3
@@ -91,9 +94,43 @@ def test_somebody_new_has_what_the_query_led_to_as_default_sequences():
     """The most taken one last, where the weights of a user ID are largest (OneSearch §3.2.1)."""
     nothing = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
     found = cut({**nothing, "led_to": led_to(2, 4, 1, 7)})
-    assert found["short_item"].tolist() == found["long_item"].tolist() == [1, 4, 2]
+    assert found["short_item"].tolist() == [4, 2] and found["long_item"].tolist() == [1, 4, 2]
     assert found["candidate"].tolist() == [2, 4, -1, -1, -1] and found["recent_item"].tolist() == [-1, -1]
-    assert cut(nothing)["short_item"].tolist() == [-1, -1, -1]
+    assert cut(nothing)["short_item"].tolist() == [-1, -1]
+
+
+def test_both_user_ids_differ_where_a_log_has_one_behavior():
+    """The short one is of fewer items (Eq. 3)."""
+    found = cut(record(behavior=np.ones(6, np.int8)), SearchFeatureConfig(levels=2))
+    assert found["short_item"].shape == (10,) and found["long_item"].shape == (100,)
+    items = np.arange(40, dtype=np.int32)
+    one = {"item": items, "behavior": np.ones(40, np.int8), "session": items, "timestamp": items, "same": items < 0}
+    found = cut(record(**one), SearchFeatureConfig(levels=2))
+    codes = [found[name][None, :, None] for name in ("short_item", "long_item")]
+    short, long = (int(user_ids(jnp.asarray(each), each[..., 0] >= 0)[0, 0]) for each in codes)
+    assert long < short < 40
+
+
+def test_the_sliding_window_cuts_the_short_sequences_alone():
+    whole, none, one = cut(record()), cut(record(shown=0)), cut(record(shown=1))
+    assert none["recent_item"].tolist() == [-1, -1] and one["recent_item"].tolist() == [1, -1]
+    assert none["short_item"].tolist() == [4, 2] and one["short_item"].tolist() == [1, -1]  # as of somebody new
+    for name in whole.keys() - {"recent_item", "short_item"}:
+        np.testing.assert_array_equal(whole[name], one[name])
+
+
+def test_nearness_leaves_out_what_is_taken_later_though_it_was_looked_at():
+    """Both parts as by a log that ends before: item 3 was clicked, and is ordered later, after items 1 and 2."""
+    users, items = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 3]), np.array([1, 2, 9, 3, 1, 3, 4, 2, 3, 3])
+    whole = item_neighbours(users, items, 10, NeighbourConfig(10))
+    before = ~((users == 0) & (items == 3))
+    shorter = item_neighbours(users[before], items[before], 10, NeighbourConfig(10))
+    more = {"led_to": led_to(3, 4, 2), "same": np.ones(6, bool)}
+    found, expected = (
+        cut(record(**more, neighbours=near, ahead=np.array(ahead, np.int32)))["habits"][:, 12:]
+        for near, ahead in ((whole, [1, 3]), (shorter, []))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_events_are_read_in_the_order_of_time_where_sessions_overlap():

@@ -4,7 +4,7 @@
     neighbours.scores(candidates, past)      # float32 [n]: sums of cosines of the user sets (Deshpande & Karypis 2004)
 
 The counts of a log hold the future of a training example's own user, which no server knows. `ahead` names the items
-that the user takes only later: the user is left out of their counts, as if the log ended before them.
+that the user takes only later: the user is left out of their counts, alone and with others, as if the log ended before.
 """
 
 from collections.abc import Sequence
@@ -44,24 +44,33 @@ class ItemNeighbours:
     users: np.ndarray
     """int32 [I]: users who took an item"""
 
-    def scores(self, items: np.ndarray, past: np.ndarray, ahead: Sequence[int] = ()) -> np.ndarray:
+    def scores(
+        self, items: np.ndarray, past: np.ndarray, taken: Sequence[int] = (), ahead: Sequence[int] = ()
+    ) -> np.ndarray:
         """The sum over distinct items of the past of the cosine with each of some distinct items: float32 [n].
 
         Items that came after the log have none. An item is not compared with itself.
 
         Args:
-          ahead: items that the user takes later, of a training example.
+          past: may hold items that the user only looked at.
+          ahead: items that the user of a training example takes later, of which those that it had `taken` before count.
         """
         known = items < len(self.users)
         rows = np.where(known, items, 0)
-        later = np.isin(items, np.asarray(ahead, np.int32)) & ~np.isin(items, past)
-        flag = np.zeros(len(self.users) + 1, np.float32)  # the last one is that of no neighbour
-        flag[past[past < len(self.users)]] = 1.0
-        other = self.other[rows]
-        both = self.count[rows] - later[:, None]
-        alone = np.maximum(self.users[rows] - later, 1)
-        weight = flag[other] * both / np.sqrt(np.maximum(self.users[other], 1))
+        had, later = self._flags(taken), self._flags(ahead)
+        later &= ~had
+        other, ends = self.other[rows], had | later  # what the user has taken when the log ends
+        # Of the users who took both the user is one if the log ends so, but was none if one of the two came later.
+        both = self.count[rows] - (ends[rows][:, None] & ends[other] & (later[rows][:, None] | later[other]))
+        alone, of_other = (np.maximum(self.users[at] - later[at], 1) for at in (rows, other))
+        weight = self._flags(past)[other] * both / np.sqrt(of_other)
         return np.where(known, weight.sum(1) / np.sqrt(alone), 0.0).astype(np.float32)
+
+    def _flags(self, items: Sequence[int]) -> np.ndarray:
+        """bool [I + 1]; the last one is that of no neighbour."""
+        flags, items = np.zeros(len(self.users) + 1, bool), np.asarray(items, np.int64)
+        flags[items[items < len(self.users)]] = True
+        return flags
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""

@@ -4,6 +4,8 @@
       tokens [t], query_codes [M]                           tokens [T], query_codes [M]
       recent_codes [n, M]                                   recent_codes [R, M]
       events: item, behavior, timestamp, session            recent_item, short_item, long_item [..]
+      shown: items of the short sequences, of a sample
+        that the sliding window cuts; else all
       same bool [T]: events that searches for               click_item, order_item, related_item [L]
         the same query led to                               candidate [C], habits [C, F], user [U]
       led_to: what the query led to in training
@@ -47,21 +49,23 @@ class SearchFeatureConfig:
     """last queries whose IDs are in the prompt; 0 for none"""
     recent_items: int = 5
     """last items whose IDs are in the prompt; 0 for none"""
-    user_items: int = 20
-    """last clicked, and last ordered, items that the user ID is made of (Eq. 3)"""
+    user_items: int = 100
+    """last ordered items that the user ID of the long behavior is made of (Eq. 3)"""
     long_length: int = 256
     """last clicked, ordered and search-relevant items that are read implicitly (Eq. 4)"""
     related: int = 64
     """search-relevant items of the past that may be copied; 0 for none"""
     popular: int = 64
     """items that the query led to in training that may be copied; 0 for none"""
+    short_items: int = 10
+    """last clicked items that the user ID of the short behavior is made of (Eq. 3)"""
     weakest: int | None = None
     """index of the weakest behavior that counts as a click; None: target behaviors alone do"""
 
     def __post_init__(self):
         check_buckets(self.buckets)
         least = dict.fromkeys(("recent_queries", "recent_items", "related", "popular"), 0)
-        check_least(self, "features", user_items=1, long_length=1, **least)
+        check_least(self, "features", user_items=1, short_items=1, long_length=1, **least)
         if self.weakest is not None and self.weakest < 0:
             raise UserError(f"configuration key 'features.weakest' is {self.weakest}; give the index of a behavior")
 
@@ -83,9 +87,13 @@ class SearchFeatureConfig:
         found = record.get("led_to", NOTHING)
         related = clicked & (np.isin(item, found.item) | record.get("same", np.zeros(len(item), bool))[order])
         now = int(record.get("now", times[-1] if len(times) else 0))
-        shown = min(record.get("shown", self.recent_items), self.recent_items)
-        default = found.item[: self.user_items][::-1]  # the most taken one last, where the weights are largest
         clicks, orders = item[clicked], item[ordered]
+        short = _last(clicks, record.get("shown", len(clicks)))
+        user_short, user_long = (
+            # Of the default the most taken one is last, where the weights are largest.
+            _last(values if len(values) else found.item[:size][::-1], size)
+            for values, size in ((short, self.short_items), (orders, self.user_items))
+        )
         candidate, habits, known = self._candidates(
             *(each[related] for each in (item, ordered, times, sessions)), found, now
         )
@@ -98,9 +106,9 @@ class SearchFeatureConfig:
             "tokens": _left(record.get("tokens", ())[: self.buckets[-1]], self.bucket_of(record, session)),
             "query_codes": record.get("query_codes", np.full(self.levels, NONE, np.int32)),
             "recent_codes": _rows(codes[max(len(codes) - self.recent_queries, 0) :], self.recent_queries, self.levels),
-            "recent_item": _left(_last(clicks, shown), self.recent_items),
-            "short_item": _left(_last(clicks if len(clicks) else default, self.user_items), self.user_items),
-            "long_item": _left(_last(orders if len(orders) else default, self.user_items), self.user_items),
+            "recent_item": _left(_last(short, self.recent_items), self.recent_items),
+            "short_item": _left(user_short, self.short_items),
+            "long_item": _left(user_long, self.user_items),
             "click_item": _left(_last(clicks, self.long_length), self.long_length),
             "order_item": _left(_last(orders, self.long_length), self.long_length),
             "related_item": _left(_last(item[related], self.long_length), self.long_length),
@@ -158,9 +166,10 @@ class SearchFeatureConfig:
 
 
 def _nearness(record: dict, items: np.ndarray, *parts: np.ndarray) -> np.ndarray:
-    """float32 [n, 2]: logs of how near items are to the whole past and to its relevant part, distinct items each."""
+    """float32 [n, 2]: logs of how near items are to all that was taken and to the relevant past, distinct items each."""
     near, ahead = record["neighbours"], record.get("ahead", ())
-    whole, relevant = (near.scores(items, part, ahead) for part in parts)
+    # Of both parts: an item that was looked at and is taken later is ahead, though it is of the past.
+    whole, relevant = (near.scores(items, part, parts[0], ahead) for part in parts)
     return np.log(np.stack([whole / max(len(parts[0]), 1) ** 0.5, relevant], axis=1) + 0.01)
 
 

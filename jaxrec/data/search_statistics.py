@@ -6,7 +6,8 @@
 A count is a number of searches that led to an item. `without` leaves one search out: a training example must not see
 its own answer among the counts, which no question at serving can. A query with few searches borrows from the queries
 that it shares words with, so one that training doesn't know has items too. Shares of late are those of the periods
-before the question (`jaxrec.data.popularity`).
+before the question (`jaxrec.data.popularity`); in the log's first period, before which nothing is known, they are the
+shares of all time, the search left out there too.
 """
 
 from collections import defaultdict
@@ -22,9 +23,12 @@ import pyarrow.parquet as pq
 
 from jaxrec.config import UserError, check_least
 from jaxrec.data.popularity import PopularityByPeriod, PopularityConfig, popularity_by_period
+from jaxrec.data.words import words
 
 UNKNOWN = -1
 """The number of a text that no search of the log has."""
+REMEMBERED, REMEMBERED_LENGTH = 1 << 16, 200
+"""texts outside the log that are remembered, and the longest of them in characters"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class SearchStatisticsConfig:
 
     def __post_init__(self):
         check_least(self, "statistics", neighbours=0, borrow_below=0, borrowed=0)
+        if self.recent.floor:
+            raise UserError(
+                f"configuration key 'statistics.recent.floor' is {self.recent.floor}: a training example would see its "
+                "own answer in it; give 0"
+            )
 
 
 class LedTo(NamedTuple):
@@ -71,11 +80,15 @@ class SearchStatistics:
     """of the entries"""
     words: dict[str, np.ndarray]
     """the queries with items that hold a word, int64 each"""
+    word_count: np.ndarray
+    """int64 [Q]: distinct words of a query"""
+    searches: np.ndarray
+    """int64 [Q + 1]: searches of a query that led to something, and all together"""
     texts: tuple[str, ...]
-    """[Q]"""
+    """[Q], normalised"""
     config: SearchStatisticsConfig = SearchStatisticsConfig()
     kept: dict = field(default_factory=dict, repr=False)
-    """neighbours found so far"""
+    """neighbours found so far, of queries and of short texts"""
 
     @property
     def everything(self) -> int:
@@ -83,13 +96,16 @@ class SearchStatistics:
         return len(self.texts)
 
     def led_to(self, query: int, day: int, *, without: Sequence[int] = (), text: str = "") -> LedTo:
-        """The items of a query (UNKNOWN: of `text`) asked on a day since 1970, without one search for some items."""
+        """The items of a query (UNKNOWN: of `text`) asked on a day since 1970.
+
+        without: the items of one search for the query that is left out.
+        """
         item, count, recent = self._entries(query, day, without)
-        total = float(count.sum())
-        if query == self.everything or total >= self.config.borrow_below or not self.config.neighbours:
-            return _shares(item, count, recent, total)
+        searches = float(self.searches[query] - (len(without) > 0)) if query >= 0 else 0.0
+        if query == self.everything or searches >= self.config.borrow_below or not self.config.neighbours:
+            return _shares(item, count, recent, searches)
         near = self._near(query, self.texts[query] if query >= 0 else text)
-        parts = [(item, count.astype(np.float64), recent * total)]
+        parts = [(item, searches * count / max(count.sum(), 1), searches * recent)]
         for other, weight in near:
             theirs, counts, lately = self._entries(other, day, ())
             weight *= self.config.borrowed
@@ -97,7 +113,7 @@ class SearchStatistics:
         items, inverse = np.unique(np.concatenate([part[0] for part in parts]), return_inverse=True)
         sums = [np.bincount(inverse, np.concatenate([part[at] for part in parts]), len(items)) for at in (1, 2)]
         order = np.argsort(-sums[0], kind="stable")
-        return _shares(items[order].astype(np.int32), *(each[order] for each in sums), total)
+        return _shares(items[order].astype(np.int32), *(each[order] for each in sums), searches)
 
     def _entries(self, query: int, day: int, without: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Items with their counts and shares of late; an item that only the search left out led to is not there."""
@@ -105,35 +121,41 @@ class SearchStatistics:
             return np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
         rows = slice(self.first[query], self.first[query + 1])
         item, count = self.item[rows], self.count[rows]
-        recent = self.recent.weights[int(self.recent.period(np.int64(day))), rows]
+        period = int(self.recent.period(np.int64(day)))
+        recent = self.recent.weights[period, rows]
         if len(without):
             count = count - np.isin(item, without)
             order = np.lexsort((item, -count))
             order = order[count[order] > 0]
             item, count, recent = item[order], count[order], recent[order]
+        if not period:  # its weights are of the whole log, and hold the search that is left out
+            recent = count.astype(np.float32)
         return item, count, recent / max(recent.sum(), 1e-12)
 
     def _near(self, query: int, text: str) -> list[tuple[int, float]]:
         """The queries that share the most telling words with a text, with weights that sum to 1."""
+        if query < 0 and len(text) > REMEMBERED_LENGTH:
+            return self._nearest(query, text)
         key = query if query >= 0 else text
         if key not in self.kept:
-            if len(self.kept) > 1 << 16:
+            if len(self.kept) >= REMEMBERED:
                 self.kept.clear()
             self.kept[key] = self._nearest(query, text)
         return self.kept[key]
 
     def _nearest(self, query: int, text: str) -> list[tuple[int, float]]:
-        scores: dict[int, float] = defaultdict(float)
-        for word in set(text.split()):
-            holders = self.words.get(word, ())
-            for other in holders:
-                scores[int(other)] += np.log1p(len(self.texts) / len(holders))
-        scores.pop(query, None)
+        # Sorted: sums of floats depend on the order, and that of a set on the process.
+        holders = [self.words[word] for word in sorted(set(words(text))) if word in self.words]
+        if not holders:
+            return []
+        telling = [np.full(len(each), np.log1p(len(self.texts) / len(each))) for each in holders]
+        others, place = np.unique(np.concatenate(holders), return_inverse=True)
         # Of queries with as many words in common, the shorter says less of something else.
-        cosine = {other: score / len(set(self.texts[other].split())) ** 0.5 for other, score in scores.items()}
-        best = sorted(cosine.items(), key=lambda pair: (-pair[1], pair[0]))[: self.config.neighbours]
-        total = sum(score**2 for _, score in best)
-        return [(other, score**2 / total) for other, score in best]
+        score = np.bincount(place, np.concatenate(telling)) / np.sqrt(self.word_count[others])
+        others, score = others[others != query], score[others != query]
+        best = np.argsort(-score, kind="stable")[: self.config.neighbours]
+        weight = score[best] ** 2 / (score[best] ** 2).sum()
+        return list(zip(others[best].tolist(), weight.tolist(), strict=True))
 
 
 def _shares(item: np.ndarray, count: np.ndarray, recent: np.ndarray, searches: float) -> LedTo:
@@ -144,6 +166,7 @@ def _shares(item: np.ndarray, count: np.ndarray, recent: np.ndarray, searches: f
 def search_statistics(
     texts: Sequence[str],
     query: np.ndarray,
+    search: np.ndarray,
     item: np.ndarray,
     timestamp: np.ndarray,
     config: SearchStatisticsConfig,
@@ -151,8 +174,9 @@ def search_statistics(
     """Statistics of distinct pairs of a search and an item that it led to.
 
     Args:
-      texts: [Q], the distinct queries.
+      texts: [Q], the distinct queries, normalised.
       query: int [n], the query of each pair.
+      search: int [n], its search.
       item: int [n].
       timestamp: int64 [n], seconds.
     """
@@ -166,15 +190,28 @@ def search_statistics(
     recent = popularity_by_period(place[entry], np.tile(timestamp, 2), len(keys), config.recent)
     of_entry = (keys // size)[order]
     first = np.searchsorted(of_entry, np.arange(len(texts) + 2))
-    words: dict[str, list[int]] = defaultdict(list)
-    for number in np.unique(query).tolist():
-        for word in set(texts[number].split()):
-            words[word].append(number)
     recent = PopularityByPeriod(recent.weights.astype(np.float32), recent.first_day, recent.days)
-    held = {word: np.array(numbers) for word, numbers in words.items()}
+    of_search = query[np.unique(search, return_index=True)[1]]
     return SearchStatistics(
-        first, (keys % size)[order].astype(np.int32), count[order].astype(np.int32), recent, held, tuple(texts), config
+        first=first,
+        item=(keys % size)[order].astype(np.int32),
+        count=count[order].astype(np.int32),
+        recent=recent,
+        words=_holders(texts, np.unique(query)),
+        word_count=np.array([len(set(words(text))) for text in texts], np.int64),
+        searches=np.append(np.bincount(of_search, minlength=len(texts)), len(of_search)),
+        texts=tuple(texts),
+        config=config,
     )
+
+
+def _holders(texts: Sequence[str], numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Of some queries those that hold a word, by the word."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for number in numbers.tolist():
+        for word in set(words(texts[number])):
+            found[word].append(number)
+    return {word: np.array(holders, np.int64) for word, holders in found.items()}
 
 
 def training_searches(tables: Path, wanted: Sequence[str]) -> pa.Table:

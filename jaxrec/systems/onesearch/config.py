@@ -102,8 +102,9 @@ class PersonalisationObjective:
     smoothing: float = 0.0
     """share of each label that is spread evenly over its level"""
     window: int = 5
-    """the sliding window (§3.4.1): each search of training is a sample; in some of them the short sequences are cut to
-    a number of items and queries drawn from 0 to this, as users have them who are new; 0: none is cut"""
+    """the sliding window (§3.4.1): each search of training is a sample; in some of them the short sequences (the last
+    items and queries, and the short behavior of the user ID) are cut to a length drawn from 0 to this, as users have
+    them who are new; the long sequences and the candidates stay; 0: none is cut"""
     windowed: float = 0.3
     """share of the samples that are cut"""
     without_past: float = 0.0

@@ -259,7 +259,7 @@ def assemble(run: Run, config: OneSearchConfig) -> OneSearchAssembly:
     vocabulary = SearchVocabulary(words, len(TASKS), space.codebook_sizes)
     model = PersonalSearch(vocabulary.fit(backbone), vocabulary, config.prompt)
     searched = training_searches(run.tables, config.data.target_behaviors)
-    columns = (searched[name].to_numpy() for name in ("item", "timestamp"))
+    columns = (searched[name].to_numpy() for name in ("search", "item", "timestamp"))
     numbers = queries.of_row[searched["query_index"].to_numpy()]
     return OneSearchAssembly(
         model=model,
