@@ -296,6 +296,10 @@ def test_parts_can_be_left_out_and_what_contradicts_itself_is_refused():
         dataclasses.replace(CONFIG, features=dataclasses.replace(CONFIG.features, related=0, popular=0))
     with pytest.raises(UserError, match=r"'prior'.*model\.restrict"):
         dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, restrict=False))
+    smooth = dataclasses.replace(CONFIG.objective, smoothing=0.1)
+    with pytest.raises(UserError, match=r"'objective\.smoothing' is 0\.1 and 'prompt\.copying' is on"):
+        dataclasses.replace(CONFIG, objective=smooth)
+    dataclasses.replace(CONFIG, objective=smooth, prompt=plain, prior=False)
     evaluated = dataclasses.replace(CONFIG.content, training=dataclasses.replace(CONFIG.training, evaluate_every=2))
     with pytest.raises(UserError, match=r"content\.training\.evaluate_every"):
         OneSearchConfig(data=CONFIG.data, content=evaluated)
