@@ -105,10 +105,11 @@ def test_stopped_in_every_stage_it_ends_in_the_same_bits(runs):
     assert (runs[0] / "evaluation.json").read_bytes() == (runs[1] / "evaluation.json").read_bytes()
 
 
-def test_it_beats_what_knows_no_query(path):
+def test_it_finds_what_was_searched_for(path):
+    """A random item has a recall@10 of .08, and what is most popular .14."""
     rows = read_json(path / "evaluation.json")
-    recall = {row["model"]: row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all"}
-    assert recall["onesearch"] > 1.5 * recall["personal frequency"] > 0
+    (recall,) = (row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all")
+    assert recall > 0.8
 
 
 def test_the_loss_of_every_task_is_logged(path):
