@@ -276,6 +276,7 @@ def test_numbers_that_make_no_sense_are_named(make, words):
         ("mall.py", "--until train --only train", "--until and --only exclude each other"),
         ("mall.py", "--until --only train", "--until needs the name of a stage"),
         ("mall_rankgr.py", "--features.weakest 9", r"'features.weakest' is 9, so that histories would hold nothing"),
+        ("mall_rankgr.py", "--objective.smoothing 0.1", r"'objective.smoothing' is 0.1 and 'model.pointer' is on"),
         ("mall_rankgr.py", "--objective.levels 0 1", r"'objective.levels' is \(0, 1\); give one level from 0 for each"),
         ("mall_rankgr.py", "--objective.rank-from 9", r"'objective.rank_from' is 9; levels go from 0 to 3"),
         ("mall_rankgr.py", "--objective.level-weights 1 2", r"'objective.level_weights' is .* each of 4 levels"),
