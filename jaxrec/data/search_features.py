@@ -166,7 +166,7 @@ class SearchFeatureConfig:
 
 
 def _nearness(record: dict, items: np.ndarray, *parts: np.ndarray) -> np.ndarray:
-    """float32 [n, 2]: logs of how near items are to all that was taken and to the relevant past, distinct items each."""
+    """float32 [n, 2]: logs of how near items are to all that was taken and to the relevant past, each item once."""
     near, ahead = record["neighbours"], record.get("ahead", ())
     # Of both parts: an item that was looked at and is taken later is ahead, though it is of the past.
     whole, relevant = (near.scores(items, part, parts[0], ahead) for part in parts)
