@@ -18,6 +18,7 @@ from jaxrec.semantic_ids.quantizers.codebooks import rq_opq
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.onesearch.config import ContentConfig, CoOccurrenceConfig, OneSearchConfig, PersonalisationObjective
 from jaxrec.systems.recommender import DecodingConfig
+from jaxrec.text.keywords import KeywordConfig
 from jaxrec.text.tokenizer import TokenizerConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -31,6 +32,7 @@ config = OneSearchConfig(
     # What was on display plays no part here.
     data=CompleteJourney(queries="category", exposures_per_session=0),
     batch_size=96,
+    keywords=KeywordConfig(("product_type", "category", "brand", "package_size")),
     # 10,374 items (OneSearch at full scale: 4096, 1024, 512 | 256, 256).
     semantic_ids=rq_opq((128, 64, 32), (32, 32)),
     tokenizer=TokenizerConfig(vocabulary=2000),

@@ -221,6 +221,13 @@ def _requests(recommender: Any, length: int, config: ExportConfig, batch: Any) -
 _EMPTY = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")} | {"now": 0}
 
 
+def _text_fields(assembly: Any) -> list[str]:
+    """The fields of a history that `read_texts` adds, from which the features are cut; none if no texts are read."""
+    if not hasattr(assembly, "read_texts"):
+        return []
+    return sorted(set(assembly.read_texts(dict(_EMPTY))) - set(_EMPTY))
+
+
 def _width(recommender: Any, config: ExportConfig) -> int | tuple[int, ...]:
     return max(config.beam_width, config.k) if config.beam_width else recommender.width(config.k)
 
@@ -247,6 +254,7 @@ def _describe(recommender: Any, item_ids: Sequence[str], config: ExportConfig, w
         "beam_widths": [width] * (space.levels or 1) if isinstance(width, int) else list(width),
         "reader": type(recommender.feature_config).__name__,
         "features": to_json(recommender.feature_config),
+        "text_fields": _text_fields(assembly),
         "behaviors": list(assembly.behaviors),
         "target_behaviors": [assembly.behaviors[index] for index in assembly.target_behaviors],
         "ages": AGES,
@@ -317,7 +325,13 @@ class Artefact:
             self._calls[module["length"]] = jax.jit(exported.call)
 
     def prepare(self, histories: Sequence[History]) -> dict[str, np.ndarray]:
-        """The inputs of histories (jaxrec/evaluation/cases.py), padded to the bucket of the longest."""
+        """The inputs of histories (jaxrec/evaluation/cases.py), padded to the bucket of the longest.
+
+        Raises:
+          UserError: a history lacks a field that the run's system makes of texts (`text_fields` of the manifest).
+        """
+        for number, history in enumerate(histories):
+            self._check_fields(number, history)
         behaviors = self.manifest["behaviors"]
         wanted = np.isin(behaviors, self.manifest["target_behaviors"])
         ends = [int(each["session"][-1]) + 1 if len(each["session"]) else 0 for each in histories]
@@ -325,6 +339,14 @@ class Artefact:
         config = replace(self.features, buckets=(max(lengths),))
         cuts = [_cut(history, config, behaviors, wanted) for history in histories]
         return {name: np.stack([cut[name] for cut in cuts]) for name in cuts[0]}
+
+    def _check_fields(self, number: int, history: History) -> None:
+        """Without the fields the features would silently be those of a user who typed nothing."""
+        if missing := [name for name in self.manifest.get("text_fields", ()) if name not in history]:
+            raise UserError(
+                f"history {number} lacks {', '.join(missing)}, which the run's system makes of texts: give what "
+                "load_recommender(Run.load(RUN)[0]).assembly.read_texts(history) returns"
+            )
 
     def tokens(self, text: str) -> np.ndarray:
         """The tokens int32 [n] of a query or prefix, which a system's context is made of, without an end token.

@@ -35,5 +35,5 @@ config = OneSearchConfig(
     training=LoopConfig(steps=48, log_every=12, checkpoint_every=24, evaluate_every=0),
     decoding=DecodingConfig(beam_width=16, batch_size=32),
     validation=EvaluationConfig(split="valid", max_users=40),
-    evaluation=EvaluationConfig(cutoffs=(1, 5, 10), shown_users=2),
+    evaluation=EvaluationConfig(cutoffs=(1, 5, 10), baselines=False, shown_users=2),
 )

@@ -279,6 +279,7 @@ def test_numbers_that_make_no_sense_are_named(make, words):
         ("mall_onesearch.py", "--features.weakest 5", r"'features.weakest' is 5, so that nothing would count"),
         ("mall_onesearch.py", "--content.optim.warmup 24", r"'content.optim.warmup' is 24, as long"),
         ("mall_onesearch.py", "--co-occurrence.optim.warmup 24", r"'co_occurrence.optim.warmup' is 24, as long"),
+        ("mall_rankgr.py", "--objective.smoothing 0.1", r"'objective.smoothing' is 0.1 and 'model.pointer' is on"),
         ("mall_rankgr.py", "--objective.levels 0 1", r"'objective.levels' is \(0, 1\); give one level from 0 for each"),
         ("mall_rankgr.py", "--objective.rank-from 9", r"'objective.rank_from' is 9; levels go from 0 to 3"),
         ("mall_rankgr.py", "--objective.level-weights 1 2", r"'objective.level_weights' is .* each of 4 levels"),

@@ -196,6 +196,18 @@ def test_judged_queries_are_split_by_their_hash_and_lead_to_relevant_items(judge
     assert statistics["judgments"] == 7 and [row["maker"] for row in rows("items")] == ["Acme"] * 4
 
 
+def test_all_writings_of_a_judged_query_are_in_one_split(tmp_path):
+    """Else a query of test would be trained on in another writing."""
+    source = judged_pairs(
+        tmp_path, [("angle", "1", "3"), ("Angle ", "4", "3"), ("ＡＮＧＬＥ", "2", "3"), ("x", "3", "3")]
+    )
+    assert {bucket(query) for query in ("Angle", "ANGLE", "ＡＮＧＬＥ")} != {bucket("angle")}
+    assert {source.split_of(query) for query in ("angle", "Angle ", " ANGLE", "ＡＮＧＬＥ")} == {"test"}
+    searches = source.load().searches.to_pyarrow().to_pylist()
+    splits = {row["query"]: row["given_split"] for row in searches if row["user_id"].startswith("query: ")}
+    assert {query for query, split in splits.items() if split == "test"} >= {"angle", "ＡＮＧＬＥ"}
+
+
 def test_titles_and_parts_of_them_are_queries_in_training_alone(judged, tmp_path):
     source, _, rows, _ = judged
     searches, found = rows("searches"), {}

@@ -275,11 +275,53 @@ def test_data_without_searches_has_no_cases_of_searches():
     assert len(search_cases([], (1,))) == len(prefix_cases([])) == 0
 
 
+def searched(record):
+    """Every event of the record was searched for in its own session, item i by query 10 + i; the last search led to
+    nothing."""
+    named = {name: np.append(record[name], record[name][-1:]) for name in ("timestamp", "session", "split")}
+    queries = {"search_query": np.append(10 + record["item"], 0).astype(np.int32)}
+    place = np.arange(len(record["item"]), dtype=np.int32)
+    return record | queries | {f"search_{name}": values for name, values in named.items()} | {"search": place}
+
+
 def test_a_shuffled_event_keeps_the_search_that_led_to_it():
-    before = {**single(3, list(range(8)), [5] * 8), "search": np.arange(8, dtype=np.int32)}
-    after = shuffle_ties(before, 0)
-    assert after["item"].tolist() != before["item"].tolist()
-    np.testing.assert_array_equal(after["item"], after["search"])
+    before = searched(single(3, list(range(8)), [1, 2, *[5] * 6]))
+    for seed in range(5):
+        after = shuffle_ties(before, seed)
+        assert after["item"].tolist() != before["item"].tolist()
+        np.testing.assert_array_equal(after["search_query"][after["search"]], 10 + after["item"])
+        for field in ("timestamp", "session", "split"):  # the search is of the session where the event is now
+            np.testing.assert_array_equal(after[f"search_{field}"][after["search"]], after[field])
+        assert sorted(after["search_query"]) == sorted(before["search_query"]) and (after["search"] >= 0).all()
+        (case,) = search_cases([after], (0,)).histories
+        cases = search_cases([after], (0,))
+        assert case["query"] == 10 + after["item"][-1] and cases.targets.tolist() == [[after["item"][-1]]]
+        assert case["item"].tolist() == after["item"][:-1].tolist()
+        np.testing.assert_array_equal(case["search_query"], 10 + after["item"][:-1])
+
+
+def test_a_search_moves_with_the_first_event_that_it_led_to_in_its_session():
+    before = searched(single(3, list(range(6)), [5] * 6))
+    before["search"][:] = [0, -1, 0, 3, 2, 5]  # those of events 2 and 4 are not of their own session
+    for seed in range(5):
+        after = shuffle_ties(before, seed)
+        item, queries = after["item"].tolist(), after["search_query"].tolist()
+        links = [10 + before["search"][i] if before["search"][i] >= 0 else -1 for i in item]
+        assert [queries[place] if place >= 0 else -1 for place in after["search"]] == links
+        session = dict(zip(queries, after["search_session"].tolist(), strict=True))
+        moved = {10 + i: item.index(i) for i in (0, 3, 5)}  # sessions are the positions
+        assert session == {11: 1, 12: 2, 14: 4, 0: 5} | moved
+        assert after["search_session"].tolist() == sorted(after["search_session"].tolist())
+
+
+def test_ties_of_records_without_searches_and_of_other_searches_stay():
+    none = {**searched(single(3, [1, 2, 3], [5] * 3)), "search": np.full(3, -1, np.int32)}
+    assert shuffle_ties(none, 0)["search"].tolist() == [-1] * 3
+    for field in ("search_query", "search_session", "search_split"):
+        np.testing.assert_array_equal(shuffle_ties(none, 0)[field], none[field])
+    empty = random_record(0) | {name: np.zeros(0, int) for name in none if name.startswith("search_")}
+    empty["search"] = np.full(len(empty["item"]), -1, np.int32)
+    assert len(shuffle_ties(empty, 0)["search_query"]) == 0
 
 
 WRITINGS = np.array(["Ab", "ab ", "bb", "B  b", "a", "A", "ba", "BA", "aB", "b"], object)

@@ -97,10 +97,19 @@ def expected_scores(name, history, led, everywhere):
     if name == "personal frequency in query":
         return [(item in mine, item in mine and (bought.count(item), last.get(item, -1)), mine[item]) for item in range(ITEMS)]  # noqa: E501  # fmt: skip
     shares = [count.total() or 1 for count in (recent, mine)]
-    return [((1 - FLOOR) * recent[item] / shares[0] + FLOOR * mine[item] / shares[1],) for item in range(ITEMS)]
+    lately = [(1 - FLOOR) * recent[item] / shares[0] + FLOOR * mine[item] / shares[1] for item in range(ITEMS)]
+    if name == "personal frequency, then recent in query":
+        return [(item in mine, item in mine and (bought.count(item), last.get(item, -1)), lately[item]) for item in range(ITEMS)]  # noqa: E501  # fmt: skip
+    return [(lately[item],) for item in range(ITEMS)]
 
 
-COUNTING = ("popularity", "popularity in query", "recent popularity in query", "personal frequency in query")
+COUNTING = (
+    "popularity",
+    "popularity in query",
+    "recent popularity in query",
+    "personal frequency in query",
+    "personal frequency, then recent in query",
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from jaxrec.losses import contrastive, likelihood
+from jaxrec.losses import contrastive, likelihood, policy, preference, rewards
 from jaxrec.losses.contrastive import in_batch_softmax, margin_rank, pair_loss, relevance_regression
 from jaxrec.losses.likelihood import binary, full_softmax, log_likelihood, next_token, sampled_softmax
 
 
-@pytest.mark.parametrize("module", [contrastive, likelihood])
+@pytest.mark.parametrize("module", [contrastive, likelihood, policy, preference, rewards])
 def test_doctests(module):
     result = doctest.testmod(module, extraglobs={"jnp": jnp})
     assert result.attempted > 0

@@ -19,7 +19,9 @@ from flax import linen as nn
 
 import jaxrec.models
 from jaxrec.losses.likelihood import log_likelihood, next_token
-from jaxrec.losses.preference import ldpo
+from jaxrec.losses.policy import best_against_worst, grpo
+from jaxrec.losses.preference import HybridConfig, hybrid, ldpo
+from jaxrec.losses.rewards import pair_weights
 from jaxrec.models.causal import Causal, CausalConfig
 from jaxrec.models.contract import Scored, TargetModel
 from jaxrec.models.cross_decoder import CrossDecoder
@@ -187,12 +189,28 @@ MODELS = (Causal, EncoderDecoder, CrossDecoder, RankGR, PersonalSearch)
 VIEWS = ("causal", "encoder_decoder, prefixes", "bart, prefixes", "rankgr")
 UNCUT = ("encoder_decoder", "bart")
 """their contexts have views with `model.causal` alone"""
+
+
+def of_pairs(config: HybridConfig, scored: Scored, where) -> jax.Array:
+    """The hybrid loss at policy = reference."""
+    likelihood = log_likelihood(scored.log_probs, where)
+    pairs = pair_weights(PREFERENCE, chosen=PREFERENCE > 0, where=where)
+    return hybrid(likelihood, likelihood, pairs.weight, config).sum(-1)
+
+
 LOSSES = {
     "next_token": lambda scored, where: next_token(scored.log_probs, where).sum(-1),
     "smoothed": lambda scored, where: next_token(
         scored.log_probs, where, mean_log_probs=scored.mean_log_probs, smoothing=0.3
     ).sum(-1),
     "ldpo": lambda scored, where: ldpo(log_likelihood(scored.log_probs, where), PREFERENCE, where, beta=0.5),
+    "listwise": functools.partial(of_pairs, HybridConfig()),
+    "pairwise": functools.partial(of_pairs, HybridConfig(compare="pairs")),
+    "best_against_worst": lambda scored, where: best_against_worst(
+        *[log_likelihood(scored.log_probs, where)] * 2, PREFERENCE, where=where
+    ),
+    # Advantages of mean zero would add up to 0 at policy = reference.
+    "grpo": lambda scored, where: grpo(*[scored.log_probs] * 2, -PREFERENCE, where=where).sum(-1),
 }
 
 
@@ -414,13 +432,20 @@ def learnt(name: str) -> Callable:
     def run(params, arrays, where):
         def every(params):
             scored = case.apply(params, case.context(params, arrays), case.targets, where, method="score")
-            return {loss: function(scored, where) for loss, function in LOSSES.items()}
+            return jnp.stack([function(scored, where) for function in LOSSES.values()])
 
         values, pull = jax.vjp(every, params)
-        ones = {loss: {other: jnp.full(B, float(other == loss)) for other in LOSSES} for loss in LOSSES}
-        return {loss: (values[loss], pull(ones[loss])[0]) for loss in LOSSES}
+        # One backward pass for all losses, which is much faster to compile than one each.
+        ones = jnp.broadcast_to(jnp.eye(len(LOSSES))[:, :, None], (len(LOSSES), *values.shape))
+        return values, jax.vmap(pull)(ones)[0]
 
-    return run
+    def by_name(*given) -> dict:
+        values, gradients = jax.device_get(run(*given))
+        return {
+            loss: (values[at], jax.tree.map(lambda leaf, at=at: leaf[at], gradients)) for at, loss in enumerate(LOSSES)
+        }
+
+    return by_name
 
 
 @pytest.mark.parametrize("name", CASES)

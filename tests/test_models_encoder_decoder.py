@@ -12,7 +12,7 @@ import pytest
 
 from jaxrec.config import UserError
 from jaxrec.decoding import beam_search, build_trie
-from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, bart_config
 from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.nn.transformer import relative_buckets
 
@@ -186,6 +186,32 @@ def test_padding_on_the_left_changes_nothing():
     expected = run(params, TOKENS, MASK, TARGETS)
     left = run(params, jnp.roll(TOKENS, 4, axis=1), jnp.roll(MASK, 4, axis=1), TARGETS)
     np.testing.assert_allclose(left[1], expected[1], atol=1e-5)
+
+
+def test_soft_tokens_do_not_move_the_tokens_of_a_bart():
+    """In front of the tokens they are as if behind them: soft tokens that are words, against the words themselves."""
+    sizes = {name: getattr(CONFIG, name) for name in ("vocabulary", "width", "heads", "head_dim", "hidden", "levels")}
+    model = EncoderDecoder(bart_config(encoder_layers=1, layers=1, max_positions=S, **sizes))
+    rows, real = TOKENS[:, :7], jnp.array([5, 3])  # of which the last two are soft
+    whole = ContextTokens(rows, jnp.arange(7) < real[:, None])
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), whole, TARGETS))["params"]
+    params |= {name: jax.tree.map(lambda x: 20 * x, params[name]) for name in ("embed", "encoder_positions")}
+    words = params["embed"]["table"][rows]
+    last = jnp.stack([words[row, count - 2 : count] for row, count in enumerate(real)])
+    soft, there = jnp.concatenate([last, 9 + last[:, :1]], 1), jnp.broadcast_to(jnp.arange(3) < 2, (B, 3))
+    parts = ContextTokens(rows[:, :3], jnp.arange(3) < real[:, None] - 2, soft=soft, soft_mask=there)
+
+    @jax.jit
+    def score(inputs):
+        context = model.apply({"params": params}, inputs, method="prefill")
+        return model.apply({"params": params}, context, TARGETS, method="score").log_probs
+
+    np.testing.assert_allclose(score(parts), score(whole), atol=1e-5)
+    moved = parts.replace(tokens=jnp.roll(parts.tokens, 1, 1), mask=jnp.roll(parts.mask, 1, 1))
+    np.testing.assert_allclose(score(moved)[1], score(whole)[1], atol=1e-5)
+    assert not np.allclose(
+        score(parts.replace(soft=soft[:, 1::-1], soft_mask=there[:, :2]))[1], score(whole)[1], atol=1e-3
+    )
 
 
 def test_dropout_is_drawn_from_its_key():

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
+from exported import without_the_library
 from flax import linen as nn
 from mall_onesearch import config as CONFIG
 
@@ -129,10 +130,11 @@ def test_stopped_in_every_stage_it_ends_in_the_same_bits(runs):
     assert (runs[0] / "evaluation.json").read_bytes() == (runs[1] / "evaluation.json").read_bytes()
 
 
-def test_it_beats_what_knows_no_query(path):
+def test_it_finds_what_was_searched_for(path):
+    """A random item has a recall@10 of .08, and what is most popular .14."""
     rows = read_json(path / "evaluation.json")
-    recall = {row["model"]: row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all"}
-    assert recall["onesearch"] > 1.5 * recall["personal frequency"] > 0
+    (recall,) = (row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all")
+    assert recall > 0.8
 
 
 def test_the_loss_of_every_task_is_logged(path):
@@ -400,10 +402,17 @@ def test_an_export_answers_the_same(path, model, assembly, tmp_path):
     assert manifest["reader"] == "SearchFeatureConfig" and "tokens" in manifest["modules"][0]["inputs"]
     history = EMPTY | {"query": assembly.queries.texts[3], "user": -1}
     artefact = load(tmp_path / "out")
-    found = artefact.retrieve(artefact.prepare([assembly.read_texts(history)]))
+    with pytest.raises(UserError, match=r"history 0 lacks .*led_to, .*query_codes, .*tokens"):
+        artefact.prepare([history])
+    inputs = artefact.prepare([assembly.read_texts(history)])
     items, scores = model.recommend([history], 5)
-    np.testing.assert_array_equal(found["items"], items)
-    np.testing.assert_allclose(found["scores"], scores, atol=1e-5)
+    length = inputs["tokens"].shape[1]
+    for found in (
+        artefact.retrieve(inputs),
+        without_the_library(tmp_path / "out", {length: inputs}, (1,), tmp_path)[1][length, 1],
+    ):
+        np.testing.assert_array_equal(found["items"], items)
+        np.testing.assert_allclose(found["scores"], scores, atol=1e-5)
 
 
 def test_parts_can_be_left_out_and_what_contradicts_itself_is_refused():
@@ -413,6 +422,10 @@ def test_parts_can_be_left_out_and_what_contradicts_itself_is_refused():
         dataclasses.replace(CONFIG, features=dataclasses.replace(CONFIG.features, related=0, popular=0))
     with pytest.raises(UserError, match=r"'prior'.*model\.restrict"):
         dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, restrict=False))
+    smooth = dataclasses.replace(CONFIG.objective, smoothing=0.1)
+    with pytest.raises(UserError, match=r"'objective\.smoothing' is 0\.1 and 'prompt\.copying' is on"):
+        dataclasses.replace(CONFIG, objective=smooth)
+    dataclasses.replace(CONFIG, objective=smooth, prompt=plain, prior=False)
     evaluated = dataclasses.replace(CONFIG.content, training=dataclasses.replace(CONFIG.training, evaluate_every=2))
     with pytest.raises(UserError, match=r"content\.training\.evaluate_every"):
         OneSearchConfig(data=CONFIG.data, content=evaluated)

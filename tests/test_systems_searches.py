@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from jaxrec.data.sources import SyntheticMall
 from jaxrec.evaluation import search_cases
 from jaxrec.files import read_json
 from jaxrec.run import Run
+from jaxrec.systems import comparison, searches
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
 
 MALL = SyntheticMall(*(40, 60, 6, 3, 5), browsed_per_session=1, exposures_per_session=1, searched=0.7)
@@ -51,6 +53,10 @@ class Same:
         return np.tile(ranked, (len(histories), 1)), np.zeros((len(histories), len(ranked)), np.float32)
 
 
+def texts(run):
+    return np.array(pq.read_table(run.tables / "queries.parquet")["query"].to_pylist(), object)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("runs") / "run")
@@ -62,9 +68,8 @@ def run(tmp_path_factory):
     count = pq.read_metadata(run.tables / "queries.parquet").num_rows
     judged = {"query_index": pa.array([0, 0, count - 1], pa.int32()), "item": pa.array([1, 2, 3], pa.int32())}
     pq.write_table(pa.table(judged | {"grade": [2.0, 1.0, 3.0], "split": ["test"] * 3}), run.tables / "judgments.parquet")  # noqa: E501  # fmt: skip
-    queries = np.array(pq.read_table(run.tables / "queries.parquet")["query"].to_pylist(), object)
     config = EvaluationConfig(cutoffs=(5, 10), shown_users=3)
-    compare(run, Same(Searched(run.examples, queries)), config, run.path / "evaluation")
+    compare(run, Same(Searched(run.examples, texts(run))), config, run.path / "evaluation")
     present(run)
     return run
 
@@ -74,7 +79,7 @@ def test_every_baseline_is_measured_on_every_subset(run):
     models = {row["model"] for row in rows}
     assert models == {
         "stub", "popularity", "popularity in query", "recent popularity in query", "personal frequency in query",
-        "markov in query", "itemknn in query", "bm25",
+        "personal frequency, then recent in query", "markov in query", "itemknn in query", "bm25",
     }  # fmt: skip
     subsets = {
         "all", "new", "new_in_full_ranking", "head_queries", "torso_queries", "tail_queries", "unseen_queries",
@@ -86,6 +91,22 @@ def test_every_baseline_is_measured_on_every_subset(run):
     assert counts["judged"] == 2
     recall = {row["model"]: row["value"] for row in rows if (row["subset"], row["metric"]) == ("all", "recall@5")}
     assert recall["popularity in query"] > 1.5 * recall["popularity"]
+
+
+def test_the_example_records_are_read_only_by_the_cases(run, tmp_path, monkeypatch):
+    """Of all users at once, they are the memory of an evaluation."""
+    monkeypatch.setattr(comparison, "Records", lambda *_: pytest.fail("the records were read"))
+    config = EvaluationConfig(cutoffs=(5,), shown_users=1, max_users=4, baselines=False)
+    compare(run, Same(Searched(run.examples, texts(run))), config, tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="the records were read"):
+        comparison.cases_of(SimpleNamespace(examples=run.examples), "test")
+
+
+def test_neighbours_in_a_query_are_more(run, monkeypatch):
+    assert searches.NEIGHBORS > 100
+    monkeypatch.setattr(searches, "NEIGHBORS", 3)
+    similarity = searches.fit_search_baselines(run, Searched(run.examples, texts(run)))["itemknn in query"]
+    assert np.diff(similarity.within.similarity.indptr).max() == 3
 
 
 def test_the_report_shows_searches(run):

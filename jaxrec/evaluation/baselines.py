@@ -233,8 +233,13 @@ def fit_baselines(records: Iterable[Record], num_items: int, target_behaviors: S
     return baselines_of(PurchaseLog.of(histories, target_behaviors), num_items, target_behaviors)
 
 
-def baselines_of(log: PurchaseLog, num_items: int, target_behaviors: Sequence[int]) -> dict[str, Recommender]:
-    """All baselines, fitted on a log of train events of the target behaviors, by printed name."""
+def baselines_of(
+    log: PurchaseLog, num_items: int, target_behaviors: Sequence[int], neighbors: int = 100
+) -> dict[str, Recommender]:
+    """All baselines, fitted on a log of train events of the target behaviors, by printed name.
+
+    neighbors: of each item, for ItemKNN.
+    """
     popularity = Popularity.fit(log, num_items, target_behaviors)
     by_week = popularity_by_period(log.item, log.timestamp, num_items, PopularityConfig(days=7, floor=0.02))
     return {
@@ -242,7 +247,7 @@ def baselines_of(log: PurchaseLog, num_items: int, target_behaviors: Sequence[in
         "recent popularity": RecentPopularity(popularity, by_week),
         "personal frequency": PersonalFrequency(popularity),
         "markov": Markov.fit(log, popularity),
-        "itemknn": ItemKNN.fit(log, popularity),
+        "itemknn": ItemKNN.fit(log, popularity, neighbors),
     }
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrec.config import UserError
-from jaxrec.data.examples import Record
+from jaxrec.data.examples import SEARCH_DTYPES, Record
 from jaxrec.data.searches import before_moment, before_search, before_session, led_to, with_texts
 from jaxrec.data.tables import CHOSEN, FEEDBACK, SPLITS
 from jaxrec.targets.space import TargetSpace
@@ -233,10 +233,25 @@ def tied_fraction(records: Iterable[Record]) -> float:
 def shuffle_ties(record: Record, seed: int) -> Record:
     """The record with events of equal timestamp in random order; `session` and `split` keep their positions.
 
-    The last position is still the test item, a random one of the tied events. The order depends on `seed` and the user
-    alone, not on the order of the records.
+    The last position is still the test item, a random one of the tied events. A search of an event's own session moves
+    with the event: it gets the session and the split of the event's new position, of several events the first's. The
+    order depends on `seed` and the user alone, not on the order of the records.
     """
     chance = np.random.default_rng([seed, int(record["user"])]).random(len(record["item"]))
     order = np.lexsort((chance, record["timestamp"]))
-    moved = (field for field in ("item", "behavior", "search") if field in record)
-    return {**record, **{field: record[field][order] for field in moved}}
+    moved = {field: record[field][order] for field in ("item", "behavior")}
+    return {**record, **moved, **(_move_searches(record, order) if "search" in record else {})}
+
+
+def _move_searches(record: Record, order: np.ndarray) -> Record:
+    """The fields of the searches, and `search`, where events int [T] were put into this order."""
+    search, session, split = record["search"][order], record["search_session"].copy(), record["search_split"].copy()
+    led = np.flatnonzero(search >= 0)
+    own = led[record["search_session"][search[led]] == record["session"][order][led]][::-1]
+    # Of repeated assignments the last stays: that of the first event.
+    session[search[own]], split[search[own]] = record["session"][own], record["split"][own]
+    moved = record | {"search_session": session, "search_split": split}
+    by_time = np.lexsort((session, record["search_timestamp"]))
+    place = np.append(np.argsort(by_time), -1).astype(search.dtype)  # -1, for no search, stays
+    fields = {field: moved[field][by_time] for field in SEARCH_DTYPES}
+    return fields | {"search": place[search]}

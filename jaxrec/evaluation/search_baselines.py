@@ -4,6 +4,8 @@
     recent popularity in query    the same of the last 30 days before the request
     <baseline> in query           a baseline of `jaxrec.evaluation.baselines`, such as the user's own frequency, over
                                   the items that the query led to in training; then popularity in the query
+    personal frequency,           the user's own frequency over these items; then recent popularity in the query
+      then recent in query
     bm25                          words of the query in the items' texts (Robertson & Zaragoza, 2009, by `bm25s`)
     <name> encoder                cosine of the query's and the items' embeddings
 
@@ -31,6 +33,8 @@ from jaxrec.evaluation.baselines import Popularity, PurchaseLog, Recommender, co
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
 RECENT_DAYS, FLOOR = 30, 0.02
 """The window of recent popularity, and the weight of the popularity of all time in it."""
+NEIGHBORS = 400
+"""of each item, for ItemKNN in a query: of 100 in the whole catalogue, few are items of the query"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,11 +154,15 @@ class RecentQueryPopularity:
 
 @dataclass(frozen=True, eq=False)
 class WithinQuery:
-    """The items that the query led to in training, by the scores of another baseline, equal ones by how often."""
+    """The items that the query led to in training, by the scores of another baseline, equal ones by how often.
+
+    `ties` has the scores by which equal ones are ranked instead.
+    """
 
     within: Any
     """a baseline of `jaxrec.evaluation.baselines` with `popularity` and `scores`"""
     log: QueryLog
+    ties: RecentQueryPopularity | None = None
 
     def recommend(self, histories, k, exclude_history=False):
         return recommend_best(self.within.popularity, histories, k, exclude_history, self.scores)
@@ -165,8 +173,9 @@ class WithinQuery:
         row = np.repeat(np.arange(asked.num_users), np.diff(counts.indptr))
         item, place = counts.indices, np.argsort(self.within.popularity.order)
         own = self.within.scores(asked)[row, item]
+        then = counts.data if self.ties is None else self.ties.scores(asked)[row, item]
         # The last key is the first to be sorted by; the row comes first, so positions within a row follow.
-        order = np.lexsort((place[item], -counts.data, -own, row))
+        order = np.lexsort((place[item], -then, -own, row))
         ranks = np.zeros((asked.num_users, counts.shape[1]), np.float32)
         ranks[row, item[order]] = counts.indptr[1:][row] - np.arange(len(row))
         return ranks
@@ -235,19 +244,22 @@ def search_baselines(
     Args:
       log: the training events with their queries.
       baselines: as `jaxrec.evaluation.baselines.baselines_of` fitted them: each is also measured within the query, but
-        for the popularities, which have their own.
+        for the popularities, which have their own. ItemKNN should have `NEIGHBORS`.
       item_texts: [I], for BM25; None or without any word: BM25 is left out.
       embeddings: by name of the encoder, of the rows of queries.parquet [n, D] and of the items [I, D].
     """
     popularity = baselines["popularity"]
+    recent = RecentQueryPopularity(popularity, log)
     models: dict[str, Recommender] = {
         "popularity": popularity,
         "popularity in query": QueryPopularity(popularity, log),
-        "recent popularity in query": RecentQueryPopularity(popularity, log),
+        "recent popularity in query": recent,
     }
     for name, baseline in baselines.items():
         if "popularity" not in name:
             models[f"{name} in query"] = WithinQuery(baseline, log)
+    if personal := baselines.get("personal frequency"):
+        models["personal frequency, then recent in query"] = WithinQuery(personal, log, recent)
     if any(words(normalised(text)) for text in item_texts or ()):
         models["bm25"] = WordMatch.fit(popularity, item_texts)
     for name, (queries, items) in (embeddings or {}).items():

@@ -30,8 +30,8 @@ class Scored:
     log_probs: float32 [B, L, M], of every true token given the context and the tokens before it, with the prior and
       with the past's items mixed in where the model has them; their sum over M is pi of RankGR Eq. 5.
     mean_log_probs: float32 [B, L, M], the mean log-probability of all tokens of the level at that place, which a loss
-      with smoothed labels takes. Where the past's items are mixed in: the decoder's own mean, moved by as much as the
-      mixture moved the true token.
+      with smoothed labels takes. Where the past's items are mixed in it is still the decoder's own, so such models
+      take no smoothed labels (`jaxrec.models.copying.check_labels`).
     states: [B, L, M, D], from which the tokens are predicted.
     end: [B, L, D], the state after the last token, in models that read whole targets (s_M of OneMall Eq. 7), else None.
 

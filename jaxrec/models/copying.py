@@ -20,11 +20,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from jaxrec.config import UserError
 from jaxrec.models.contract import Scored
 from jaxrec.nn.attention import masked_softmax
 from jaxrec.nn.layers import Projection, RMSNorm
 
 TINY = 1e-30
+
+
+def check_labels(copies: bool, key: str, smoothing: float) -> None:
+    """Whether labels may be smoothed: not if the model `copies`, as configuration key `key` says.
+
+    Raises:
+      UserError: it copies, and `objective.smoothing` is above 0.
+    """
+    if copies and smoothing:
+        raise UserError(
+            f"configuration key 'objective.smoothing' is {smoothing} and '{key}' is on: labels are smoothed over the "
+            "decoder's distribution alone, not over its mixture with what is copied; set either to 0 or False"
+        )
 
 
 @struct.dataclass
@@ -43,13 +57,16 @@ class Points:
         return Copied(self.share, jnp.zeros_like(self.share), self.weights)
 
     def along(self, scored: Scored, targets: jax.Array, codes: jax.Array) -> Scored:
-        """The mixture's scores of targets int32 [B, L, M], from the decoder's own; codes int32 [B, S, M] of items."""
+        """The mixture's scores of targets int32 [B, L, M], from the decoder's own; codes int32 [B, S, M] of items.
+
+        `mean_log_probs` stays the decoder's own, not that of the mixture, which needs the whole distribution of every
+        level: a configuration that copies must not smooth labels (`check_labels`).
+        """
         same = codes[:, None, :, : targets.shape[-1]] == targets[:, :, None]
         begins = jnp.cumprod(same.astype(jnp.float32), axis=-1)  # [B, L, S, M]
         copied = (begins * self.weights[..., None]).sum(2)
         joint = _mixture(self.share[..., None], jnp.cumsum(scored.log_probs, axis=-1), copied)
-        log_probs = jnp.diff(joint, prepend=0.0, axis=-1)
-        return scored.replace(log_probs=log_probs, mean_log_probs=scored.mean_log_probs + log_probs - scored.log_probs)
+        return scored.replace(log_probs=jnp.diff(joint, prepend=0.0, axis=-1))
 
 
 @struct.dataclass

@@ -12,8 +12,8 @@ Hugging Face has them are read by `jaxrec.models.huggingface`. The two styles:
     t5    RMSNorm before each block; no biases; scores are not scaled; positions enter through a bias of the scores that
           all layers of a side share
     bart  LayerNorm after each block and of the embeddings (`nn/post_norm.py`); biases; scaled scores; a learned vector
-          for each absolute position: of a context's real tokens, and of every target from its start token on; a bias of
-          the logits that is not trained
+          for each absolute position: of a context's real tokens, from 0 with or without soft tokens, whose positions
+          follow theirs, and of every target from its start token on; a bias of the logits that is not trained
 """
 
 from dataclasses import dataclass
@@ -310,8 +310,7 @@ class EncoderDecoder(nn.Module):
         positions, bart = np.arange(mask.shape[1]), self.config.style == "bart"
         if bart:
             self._check_positions("a context", len(positions))
-            # Of real tokens, so that padding changes nothing wherever it stands.
-            x = self.encoder_norm(x + self.encoder_positions(jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)))
+            x = self.encoder_norm(x + self.encoder_positions(_absolute_positions(inputs)))
         bias = None if bart else self.encoder_bias(positions, positions)
         x = self.drop(x, deterministic=not train)
         seen = mask[:, None] & (positions <= positions[:, None]) if self.config.causal else mask
@@ -364,3 +363,16 @@ class EncoderDecoder(nn.Module):
     def __call__(self, inputs: ContextTokens, targets: jax.Array) -> jax.Array:
         """Touches every part once; for `init`."""
         return self.score(self.prefill(inputs), targets).log_probs
+
+
+def _absolute_positions(inputs: ContextTokens) -> jax.Array:
+    """The absolute positions int32 [B, Q + S] of a context; of padding, any.
+
+    Real tokens are counted alone, from 0, so that they have the positions that they had in a text, wherever padding
+    stands and whatever stands in front. Soft tokens, although in front, are counted on from the last real token.
+    """
+    positions = jnp.maximum(jnp.cumsum(inputs.mask, axis=1) - 1, 0)
+    if inputs.soft is None:
+        return positions
+    tokens = inputs.mask.sum(axis=1, keepdims=True)
+    return jnp.concatenate([jnp.maximum(tokens + jnp.cumsum(inputs.soft_mask, axis=1) - 1, 0), positions], axis=1)

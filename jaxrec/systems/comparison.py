@@ -1,7 +1,8 @@
 """The last phase of every system: the trained model beside the baselines, and the report."""
 
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,20 +90,20 @@ def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folde
     items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
     name, kind = read_json(run.config_file)["system"], model.space.kind if hasattr(model, "space") else "items"
     compared = config.baselines and kind == "items"  # with what is counted of items
-    records = list(Records(assembly.examples, config.split)) if kind == "items" else []
+    records = functools.cache(lambda: list(Records(assembly.examples, config.split)))  # all of them, so once if at all
     cases = draw(cases_of(assembly, config.split, records), config)
-    measured = {"split": config.split, "cutoffs": config.cutoffs}
-    if kind == "items" and are_searches(cases):
+    measured, searched = {"split": config.split, "cutoffs": config.cutoffs}, kind == "items" and are_searches(cases)
+    if searched:
         baselines = fit_search_baselines(run, assembly) if config.baselines else {}
         rows = evaluate_searches(run, {**baselines, name: model}, cases, assembly.behaviors, **measured)
     else:
-        baselines = fit_baselines(records, items, targets) if compared else {}
+        baselines = fit_baselines(records(), items, targets) if compared else {}
         if config.baselines and kind == "texts":
             baselines = text_baselines(model.space)
         rows = evaluate({**baselines, name: model}, cases, **measured)
-    if compared and not are_searches(cases):
+    if compared and not searched:
         rows += evaluate_ties_shuffled(
-            records, items, targets, split=config.split, seed=config.seed, cutoffs=config.cutoffs
+            records(), items, targets, split=config.split, seed=config.seed, cutoffs=config.cutoffs
         )
     rows += [
         {
@@ -133,15 +134,15 @@ def present(run: Run) -> None:
     console.print(f"report: {report}", markup=False)
 
 
-def cases_of(assembly: Any, split: str, records: Sequence[Record] | None = None) -> Cases:
+def cases_of(assembly: Any, split: str, records: Callable[[], Sequence[Record]] | None = None) -> Cases:
     """The cases of a split: the assembly's own, or the items of each user's first session in it.
 
-    records: the example records of the split, where they are read already.
+    records: reads the example records of the split; None: they are read one by one.
     """
     if hasattr(assembly, "cases"):
         return assembly.cases(split)
-    records = Records(assembly.examples, split) if records is None else records
-    return make_cases(records, assembly.target_behaviors, split)
+    found = Records(assembly.examples, split) if records is None else records()
+    return make_cases(found, assembly.target_behaviors, split)
 
 
 def draw(cases: Cases, config: EvaluationConfig) -> Cases:

@@ -12,7 +12,7 @@ from jaxrec.evaluation.baselines import PurchaseLog, Recommender, baselines_of
 from jaxrec.evaluation.cases import Cases
 from jaxrec.evaluation.comparison import Row, evaluate
 from jaxrec.evaluation.judgments import evaluate_judgments, read_judgments
-from jaxrec.evaluation.search_baselines import QueryLog, search_baselines
+from jaxrec.evaluation.search_baselines import NEIGHBORS, QueryLog, search_baselines
 from jaxrec.evaluation.subsets import item_subsets, query_counts, query_subsets
 from jaxrec.files import read_json
 from jaxrec.run import Run
@@ -32,7 +32,7 @@ def fit_search_baselines(run: Run, assembly: Any) -> dict[str, Recommender]:
     names = [assembly.behaviors[index] for index in assembly.target_behaviors]
     items = pq.read_table(run.tables / "items.parquet")
     texts = [text or "" for text in items["text" if "text" in items.column_names else "title"].to_pylist()]
-    fitted = baselines_of(PurchaseLog.read(run.tables, names), len(items), assembly.target_behaviors)
+    fitted = baselines_of(PurchaseLog.read(run.tables, names), len(items), assembly.target_behaviors, NEIGHBORS)
     log = QueryLog.read(run.tables, names, len(items))
     return search_baselines(log, fitted, texts, _embeddings(run, texts, items["item_id"].to_pylist()))
 

@@ -4,8 +4,9 @@
     angle bracket  100001  3            100001  Simpson Strong-Tie 12-Gauge Angle
 
 Every query is one anonymous user with one search, which led to the items of the grade `relevant` or better. Queries are
-split by their MD5, so that a query has the same split in every file. The grades themselves are a table of their own,
-judgments.parquet. In training, titles of products are queries too, whose users and behavior have names of their own.
+split by the MD5 of their normalised text, so that a query has the same split in every file and in every writing. The
+grades themselves are a table of their own, judgments.parquet. In training, titles of products are queries too, whose
+users and behavior have names of their own.
 """
 
 import hashlib
@@ -63,7 +64,7 @@ class JudgedPairs:
     title_parts: int = 1
     """Parts of each title that are queries too: some neighbouring words of it, drawn at random."""
     buckets: int = 10
-    """A query is in the bucket md5(query) % buckets."""
+    """A query is in the bucket md5(normalised(query)) % buckets, so that its writings have one split."""
     valid_buckets: tuple[int, ...] = (2,)
     """The buckets of the queries of validation."""
     test_buckets: tuple[int, ...] = (1,)
@@ -121,8 +122,9 @@ class JudgedPairs:
         )
 
     def split_of(self, query: str) -> str:
-        """The split of a query, by its MD5."""
-        bucket = int(hashlib.md5(query.encode(), usedforsecurity=False).hexdigest(), 16) % self.buckets
+        """The split of a query, by the MD5 of its normalised text: two writings of a query have one split."""
+        text = normalised(query).encode()
+        bucket = int(hashlib.md5(text, usedforsecurity=False).hexdigest(), 16) % self.buckets
         return "test" if bucket in self.test_buckets else "valid" if bucket in self.valid_buckets else "train"
 
     def _products(self, engine: BaseBackend) -> ibis.Table:

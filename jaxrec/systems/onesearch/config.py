@@ -13,6 +13,7 @@ from jaxrec.config import UserError, check_least
 from jaxrec.data.item_neighbours import NeighbourConfig
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.search_statistics import SearchStatisticsConfig
+from jaxrec.models.copying import check_labels
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.models.personal_search import PromptConfig
 from jaxrec.systems.generative import GenerativeRunConfig
@@ -183,6 +184,7 @@ class OneSearchConfig(GenerativeRunConfig):
                 "configuration key 'prompt.copying': there is nothing to copy; raise features.related or "
                 "features.popular, or set prompt.copying to False"
             )
+        check_labels(self.prompt.copying, "prompt.copying", self.objective.smoothing)
         for name in (CONTENT, CO_OCCURRENCE):
             if getattr(self, name).training.evaluate_every:
                 raise UserError(

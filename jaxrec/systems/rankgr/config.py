@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxrec.config import UserError, check_least, check_shares
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
+from jaxrec.models.copying import check_labels
 from jaxrec.models.rankgr import RankGRConfig
 from jaxrec.systems.generative import GenerativeRunConfig
 
@@ -71,6 +72,7 @@ class RankGRRunConfig(GenerativeRunConfig):
     def check(self) -> None:
         """As `jaxrec.systems.generative.GenerativeRunConfig.check`."""
         super().check()
+        check_labels(self.model.pointer, "model.pointer", self.objective.smoothing)
         checked_levels(self)
 
     # The weights themselves count, wherever they lie.
