@@ -130,7 +130,9 @@ def task_rows(weights: dict[str, float], tables: TaskTables, pairs: SearchPairs,
             else:
                 console.print(f"the task {name} has no example in these data: it is left out", markup=False)
     if not found:
-        raise UserError("none of the tasks of this stage has an example; give items titles, or leave the stage out")
+        raise UserError(
+            "none of the tasks of this stage has an example; give items titles, or leave it out with weights of 0"
+        )
     largest = max(columns.shape[1] / weights[name] for name, columns in found.items())
     examples = sum(columns.shape[1] for columns in found.values())
     largest = min(largest, MOST_ROWS * examples / sum(weights[name] for name in found))
