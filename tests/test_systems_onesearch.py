@@ -3,6 +3,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +28,43 @@ from jaxrec.models.huggingface import load_bart, save_bart
 from jaxrec.models.personal_search import PersonalSearch, PromptConfig, SearchVocabulary, TaskInputs
 from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import Run
+from jaxrec.semantic_ids.table.versions import BOOKS
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems import load_recommender, train
-from jaxrec.systems.onesearch.config import CO_OCCURRENCE, CONTENT, PERSONALISATION, TASKS, OneSearchConfig
-from jaxrec.systems.onesearch.model import fitted, level_centroids
+from jaxrec.systems.onesearch import queries as onesearch_queries
+from jaxrec.systems.onesearch import training as onesearch_training
+from jaxrec.systems.onesearch.config import (
+    CO_OCCURRENCE,
+    CONTENT,
+    PERSONALISATION,
+    TASKS,
+    ContentConfig,
+    CoOccurrenceConfig,
+    OneSearchConfig,
+    weights_of,
+)
+from jaxrec.systems.onesearch.model import fitted, level_centroids, run_centroids
 from jaxrec.systems.onesearch.pretrained import (
     backbone_of,
     digests,
     read_tokenizer,
     with_pretrained,
-    write_backbone,
+    write_pretrained,
 )
-from jaxrec.systems.onesearch.tasks import SearchPairs, TaskTables, item_texts, read_tasks, task_rows
-from jaxrec.systems.onesearch.training import example, losses, training_batches, training_searches_of, weights_of
+from jaxrec.systems.onesearch.queries import make_tokenizer, trained_queries
+from jaxrec.systems.onesearch.tasks import MOST_ROWS, SearchPairs, TaskTables, item_texts, read_tasks, task_rows
+from jaxrec.systems.onesearch.training import (
+    check_searches,
+    example,
+    losses,
+    stages,
+    training_batches,
+    training_searches_of,
+)
+from jaxrec.text.tokenizer import load_tokenizer
 from jaxrec.training import checkpoint, loop
+from jaxrec.training.stages import Task
 
 STAGES = (CONTENT, CO_OCCURRENCE, PERSONALISATION)
 EMPTY = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
@@ -242,13 +265,87 @@ def test_tasks_are_made_of_what_belongs_together(path, assembly):
 
 def test_rows_follow_the_weights_and_what_lacks_a_text_is_left_out():
     tables = TaskTables(np.array([[1], [1], [-1], [1], [1]]), np.zeros((5, 2), int), np.array([[1], [1], [2], [3]]))
-    pairs = SearchPairs(np.array([0, 1, 1]), np.array([0, 0, 1]), np.array([0, -1]), np.array([0, 0]))
+    pairs = SearchPairs(*map(np.array, ([0, 1, 1], [0, 0, 1], [0, -1], [0, 0], [0, 1])))
     rows = task_rows({"item_to_id": 1.0, "query_to_category": 0.5}, tables, pairs, 0)
     # Item 0 has no text, and the category of query 1 is not known.
     assert np.bincount(rows.task)[[TASKS.index("item_to_id"), TASKS.index("query_to_category")]].tolist() == [2, 1]
     assert rows.read_text[rows.task == TASKS.index("item_to_id")].tolist() == [3, 3]
     with pytest.raises(UserError, match="none of the tasks"):
         task_rows({"query_to_item": 0.0}, tables, pairs, 0)
+
+
+def test_a_task_of_a_tiny_weight_does_not_repeat_the_others_without_bound():
+    tables = TaskTables(np.ones((50, 1), int), np.ones((50, 1), int), np.zeros((50, 2), int))
+    pairs = SearchPairs(*map(np.array, ([0], [0], [0] * 30, [0] * 20, range(30))))
+    rows = task_rows({"item_to_id": 1.0, "query_to_id": 1e-7}, tables, pairs, 0)
+    assert len(rows) <= MOST_ROWS * 50 + 2 and set(rows.task.tolist()) == {0, 1}
+    with pytest.raises(UserError, match=r"'content\.id_to_item' is -1"):
+        ContentConfig(id_to_item=-1)
+    with pytest.raises(UserError, match=r"'co_occurrence\.item_to_query' is -0\.5"):
+        CoOccurrenceConfig(item_to_query=-0.5)
+
+
+def test_no_task_and_no_tokenizer_is_trained_on_queries_of_validation_and_test(tmp_path, monkeypatch):
+    queries = {"query": ["Shoes", "hats", "shoes", "tents"], "count": [0, 0, 2, 1]}
+    pq.write_table(pa.table(queries), tmp_path / "queries.parquet")
+    assert trained_queries(tmp_path) == ["shoes", "tents"]
+    seen = []
+    monkeypatch.setattr(onesearch_queries, "train_tokenizer", lambda texts, config: seen.extend(texts))
+    monkeypatch.setattr(onesearch_queries, "save_tokenizer", lambda *_: None)
+    make_tokenizer(SimpleNamespace(tables=tmp_path), tmp_path, CONFIG.tokenizer, ["red"])
+    assert seen == ["shoes", "tents", "red"]
+    # Of the queries 0 to 2, number 1 was not searched for in training; two items stand behind them.
+    tables = TaskTables(np.ones((6, 1), int), np.ones((6, 1), int), np.zeros((5, 2), int))
+    pairs = SearchPairs(*map(np.array, ([0, 2], [0, 1], [0, 0, 0], [0, 0], [0, 2])))
+    for name in TASKS:
+        rows = task_rows({name: 1.0}, tables, pairs, 0)
+        assert not (rows.read_text == 1).any() and not (rows.read_id == 1).any(), name
+        assert not (rows.write_text == 1).any() and not (rows.write_id == 1).any(), name
+
+
+def test_a_stage_without_tasks_is_left_out(path, monkeypatch, tmp_path):
+    none = [
+        dataclasses.replace(of_stage, **dict.fromkeys(weights_of(of_stage), 0.0))
+        for of_stage in (CONFIG.content, CONFIG.co_occurrence)
+    ]
+    second, first, neither = (
+        dataclasses.replace(CONFIG, **parts)
+        for parts in ({"content": none[0]}, {"co_occurrence": none[1]}, {"content": none[0], "co_occurrence": none[1]})
+    )
+    order = [[(stage.name, stage.start) for stage in stages(Run(path), each)] for each in (second, first, neither)]
+    assert order == [
+        [(CO_OCCURRENCE, ""), (PERSONALISATION, CO_OCCURRENCE)],
+        [(CONTENT, ""), (PERSONALISATION, CONTENT)],
+        [(PERSONALISATION, "")],
+    ]
+    # What is the first stage then begins with pretrained parameters, where there are some.
+    made = []
+    monkeypatch.setattr(onesearch_training, "train_model", lambda *_, init: made.append(init(0, None)))
+    monkeypatch.setattr(onesearch_training, "with_pretrained", lambda variables, folder, seed: folder)
+    (last,) = stages(Run(path), dataclasses.replace(neither, pretrained="bart"))
+    monkeypatch.setattr(onesearch_training, "fitted", lambda config, space: config)
+    monkeypatch.setattr(onesearch_training, "training_batches", lambda *_: None)
+    monkeypatch.setattr(onesearch_training, "assemble", lambda *_: SimpleNamespace(init=lambda *_: "fresh", space=None))
+    last.train(Task(PERSONALISATION, tmp_path, tmp_path))
+    assert made == ["bart"]
+
+
+def test_a_log_whose_events_name_no_search_is_refused(tmp_path):
+    events = {"item": [0], "behavior": ["click"], "split": ["train"], "search": pa.array([-1], pa.int32())}
+    pq.write_table(pa.table(events), tmp_path / "events.parquet")
+    pq.write_table(pa.table({"timestamp": [0], "query_index": [0]}), tmp_path / "searches.parquet")
+    with pytest.raises(UserError, match=r"events\.parquet: no training event of the target behaviors click names"):
+        check_searches(tmp_path, ["click"])
+
+
+def test_centroids_of_damaged_codebooks_are_not_made_up(path, assembly, tmp_path):
+    ids = pq.read_table(path / "tables" / "items.parquet")["item_id"].to_pylist()
+    shutil.copytree(path / "semantic_ids", tmp_path / "ids")
+    copy = SimpleNamespace(semantic_ids=tmp_path / "ids")
+    assert len(run_centroids(copy, assembly.space, ids)) == assembly.space.levels  # FSQ has none
+    (tmp_path / "ids" / BOOKS).write_bytes(b"x")
+    with pytest.raises(UserError, match="holds no codebooks"):
+        run_centroids(copy, assembly.space, ids)
 
 
 def test_centroids_of_items_are_those_of_residual_k_means():
@@ -275,6 +372,17 @@ def test_a_server_answers_any_query(path, model, assembly, query):
         led = assembly.statistics.led_to(0, 0).item
         ids = np.array(pq.read_table(path / "tables" / "items.parquet")["item_id"].to_pylist())
         assert len(set(ids[led]) & {item.item_id for item in answers[1].items}) >= 3
+
+
+def test_texts_outside_the_log_are_compared_normalised_and_long_ones_forgotten(assembly):
+    history = EMPTY | {"item": np.array([3]), "behavior": np.array([4]), "timestamp": np.array([1])}
+    history |= {"session": np.array([0]), "search": np.array([0]), "search_query": np.array(["ZZZ  qqq"], object)}
+    read = assembly.read_texts(history | {"query": "zzz QQQ "})
+    assert read["same"].tolist() == [True]
+    assert assembly.read_texts(history | {"query": "zzz"})["same"].tolist() == [False]
+    assembly.read_texts(EMPTY | {"query": "zzz " * 2000})
+    kept = [text for _, text in assembly.queries.others] + list(assembly.statistics.kept)
+    assert max(len(text) for text in kept if isinstance(text, str)) <= 200
 
 
 def test_without_a_query_everything_is_relevant(model, assembly):
@@ -344,7 +452,8 @@ def bart(tmp_path_factory) -> Path:
 
 
 def test_weights_stand_in_front_of_the_prompts_tokens_and_the_codes(bart, tmp_path):
-    write_backbone(tmp_path, str(bart))
+    write_pretrained(tmp_path, str(bart))
+    assert load_tokenizer(tmp_path).encode(["red shoes"]) == [[4, 5]]
     backbone = backbone_of(tmp_path, dataclasses.replace(CONFIG.model, dropout=0.3))
     assert (backbone.style, backbone.width, backbone.dropout) == ("bart", 16, 0.3)
     assert backbone_of(tmp_path / "none", CONFIG.model) == CONFIG.model
@@ -375,3 +484,9 @@ def test_its_tokenizer_comes_with_it_and_other_folders_are_refused(bart, tmp_pat
     shutil.copytree(bart, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         read_tokenizer(str(tmp_path / "bare"))
+    words = {"</s>": 0, "<unk>": 1} | {f"word{at}": at + 2 for at in range(29)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>")).save(str(tmp_path / "bare" / "tokenizer.json"))
+    (tmp_path / "made").mkdir()
+    with pytest.raises(UserError, match=r"'pretrained'.*has 31 tokens, but the weights have 30"):
+        write_pretrained(tmp_path / "made", str(tmp_path / "bare"))
+    assert not list((tmp_path / "made").iterdir())

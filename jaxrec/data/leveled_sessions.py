@@ -13,8 +13,7 @@ import numpy as np
 from jaxrec.config import check_least
 from jaxrec.data.features import AGES
 from jaxrec.data.padding import bucket, check_buckets, padded
-
-DAY = 86_400
+from jaxrec.data.popularity import DAY
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Few shapes: lengths in buckets, and arrays that are padded to them (NumPy only)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jaxrec.config import UserError
@@ -16,8 +18,10 @@ def bucket(buckets: tuple[int, ...], count: int) -> int:
     return next((size for size in buckets if size >= count), buckets[-1])
 
 
-def padded(values: np.ndarray, size: int) -> np.ndarray:
-    """int32 [size]: the values, then zeros."""
-    out = np.zeros(size, np.int32)
+def padded(
+    values: np.ndarray | Sequence[int], size: int, fill: int | str = 0, dtype: type | np.dtype = np.int32
+) -> np.ndarray:
+    """[size, ...] of a dtype: the values [n, ...], n of them or fewer, then `fill`."""
+    out = np.full((size, *np.shape(values)[1:]), fill, dtype)
     out[: len(values)] = values
     return out

@@ -23,7 +23,8 @@ import numpy as np
 
 from jaxrec.config import UserError, check_least
 from jaxrec.data.item_sequences import user_of
-from jaxrec.data.padding import bucket, check_buckets
+from jaxrec.data.padding import bucket, check_buckets, padded
+from jaxrec.data.popularity import DAY
 from jaxrec.data.search_statistics import LedTo
 
 NONE = -1
@@ -34,7 +35,7 @@ clicks; logs of how near the item is to the user's past, and to the search-relev
 USER = 4
 """numbers told of the user: logs of events, of search-relevant events and items, of the query's searches"""
 NOTHING = LedTo(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32), 0.0)
-MONTH = 30 * 86_400
+MONTH = 30 * DAY
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,15 @@ class SearchFeatureConfig:
         codes = record.get("recent_codes", np.zeros((0, self.levels), np.int32))
         user = [len(orders), *known, found.searches]
         return {
-            "tokens": _left(record.get("tokens", ())[: self.buckets[-1]], self.bucket_of(record, session)),
+            "tokens": padded(record.get("tokens", ())[: self.buckets[-1]], self.bucket_of(record, session), NONE),
             "query_codes": record.get("query_codes", np.full(self.levels, NONE, np.int32)),
-            "recent_codes": _rows(codes[max(len(codes) - self.recent_queries, 0) :], self.recent_queries, self.levels),
-            "recent_item": _left(_last(short, self.recent_items), self.recent_items),
-            "short_item": _left(user_short, self.short_items),
-            "long_item": _left(user_long, self.user_items),
-            "click_item": _left(_last(clicks, self.long_length), self.long_length),
-            "order_item": _left(_last(orders, self.long_length), self.long_length),
-            "related_item": _left(_last(item[related], self.long_length), self.long_length),
+            "recent_codes": padded(codes[max(len(codes) - self.recent_queries, 0) :], self.recent_queries, NONE),
+            "recent_item": padded(_last(short, self.recent_items), self.recent_items, NONE),
+            "short_item": padded(user_short, self.short_items, NONE),
+            "long_item": padded(user_long, self.user_items, NONE),
+            "click_item": padded(_last(clicks, self.long_length), self.long_length, NONE),
+            "order_item": padded(_last(orders, self.long_length), self.long_length, NONE),
+            "related_item": padded(_last(item[related], self.long_length), self.long_length, NONE),
             "candidate": candidate,
             "habits": habits,
             "user": np.log1p(np.array(user, np.float32)),
@@ -162,11 +163,11 @@ class SearchFeatureConfig:
         ]
         habits = np.zeros((self.candidates, HABITS), np.float32)
         habits[: len(both), : len(columns)] = np.stack(columns, axis=1)
-        return _left(both, self.candidates), habits, (len(item), len(distinct))
+        return padded(both, self.candidates, NONE), habits, (len(item), len(distinct))
 
 
 def _nearness(record: dict, items: np.ndarray, *parts: np.ndarray) -> np.ndarray:
-    """float32 [n, 2]: logs of how near items are to all that was taken and to the relevant past, each item once."""
+    """float32 [n, 2]: logs of how near items are to what was taken and to the relevant past, distinct items each."""
     near, ahead = record["neighbours"], record.get("ahead", ())
     # Of both parts: an item that was looked at and is taken later is ahead, though it is of the past.
     whole, relevant = (near.scores(items, part, parts[0], ahead) for part in parts)
@@ -188,7 +189,7 @@ def _habits(
     lately = np.bincount(inverse, ordered * np.exp(-np.maximum(now - times, 0) / MONTH), size)
     columns = [
         count,
-        np.log1p(np.maximum(now - times[last], 0) / 86_400),
+        np.log1p(np.maximum(now - times[last], 0) / DAY),
         np.log1p(occasions - 1 - occasion[last]),
         count / (occasions - occasion[first]),
         np.log1p(lately),
@@ -207,15 +208,3 @@ def _place(sorted_items: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def _last(values: np.ndarray, count: int) -> np.ndarray:
     return values[max(len(values) - count, 0) :]
-
-
-def _left(values: np.ndarray, size: int) -> np.ndarray:
-    out = np.full(size, NONE, np.int32)
-    out[: len(values)] = values
-    return out
-
-
-def _rows(values: np.ndarray, size: int, width: int) -> np.ndarray:
-    out = np.full((size, width), NONE, np.int32)
-    out[: len(values)] = values
-    return out

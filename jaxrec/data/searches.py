@@ -12,6 +12,7 @@ are aligned left, the oldest entry first. A record without searches has no query
 import numpy as np
 
 from jaxrec.data.examples import SEARCH_DTYPES, SUGGESTION_DTYPES, Record
+from jaxrec.data.padding import padded
 
 NO_QUERY = -1
 
@@ -27,8 +28,8 @@ def recent_queries(record: Record, count: int, moment: int | None = None) -> dic
     index = np.flatnonzero(_before(times, moment))
     index = index[max(len(index) - count, 0) :]
     return {
-        "query": _padded(queries[index], count, queries.dtype, _no_query(queries)),
-        "query_timestamp": _padded(times[index], count, np.int64),
+        "query": padded(queries[index], count, _no_query(queries), queries.dtype),
+        "query_timestamp": padded(times[index], count, dtype=np.int64),
         "query_mask": np.arange(count) < len(index),
     }
 
@@ -54,9 +55,9 @@ def recent_items(
     index = index[np.argsort(record["timestamp"][index], kind="stable")]
     index = index[max(len(index) - count, 0) :]
     return {
-        "item": _padded(record["item"][index], count, np.int32),
-        "item_timestamp": _padded(record["timestamp"][index], count, np.int64),
-        "item_query": _padded(query[index], count, query.dtype, _no_query(query)),
+        "item": padded(record["item"][index], count),
+        "item_timestamp": padded(record["timestamp"][index], count, dtype=np.int64),
+        "item_query": padded(query[index], count, _no_query(query), query.dtype),
         "item_mask": np.arange(count) < len(index),
     }
 
@@ -165,9 +166,3 @@ def _before(timestamps: np.ndarray, moment: int | None) -> np.ndarray:
 def _no_query(queries: np.ndarray) -> int | str:
     """What stands for no query among rows, or among texts."""
     return "" if queries.dtype == object else NO_QUERY
-
-
-def _padded(values: np.ndarray, count: int, dtype: type | np.dtype, fill: int | str = 0) -> np.ndarray:
-    result = np.full(count, fill, dtype)
-    result[: len(values)] = values
-    return result

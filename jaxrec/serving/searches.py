@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.data.searches import NO_QUERY
+from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import History
 from jaxrec.serving.schema import Event
 
@@ -42,17 +43,19 @@ class UserSearches:
 def inline_searches(entries: Sequence[Event], timestamp: np.ndarray, session: np.ndarray) -> History:
     """The same fields of a history given in a request: entries [n] in order of time, their timestamps and sessions.
 
-    An event with a query belongs to the latest search for it. Where there is none before it, it is a search as well.
+    An event with a query belongs to the latest search for it, whatever its writing (`jaxrec.data.words.normalised`).
+    Where there is none before it, it is a search as well.
     """
     latest: dict[str, int] = {}
     queries, places, search = [], [], []
     for place, entry in enumerate(entries):
-        if entry.item_id is None or (entry.query is not None and entry.query not in latest):
-            latest[entry.query] = len(queries)
+        text = None if entry.query is None else normalised(entry.query)
+        if entry.item_id is None or (text is not None and text not in latest):
+            latest[text] = len(queries)
             queries.append(entry.query)
             places.append(place)
         if entry.item_id is not None:
-            search.append(-1 if entry.query is None else latest[entry.query])
+            search.append(-1 if text is None else latest[text])
     return {
         "search_query": np.array(queries, object),
         "search_timestamp": timestamp[places],

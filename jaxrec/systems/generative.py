@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 import pyarrow.parquet as pq
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from jaxrec.data.examples import Records
@@ -115,12 +116,13 @@ def train_model(
     batches: BatchIterator,
     task: Task,
     *,
+    init: Callable[[int, Mesh | None], dict] | None = None,
     counted: Loss | None = None,
 ) -> TrainState:
     """As `jaxrec.training.stages.minimise`, validated by beam search.
 
     mean_loss: mean_loss(assembly, config, catalogue, params, extra, batch, key); where the task has frozen stages,
-    their variables come behind the catalogue.
+    their variables come behind the catalogue. init: makes the first variables; None: the assembly's.
     """
     # A search that doesn't fit the IDs is refused before the training; `make_validation` checks its own.
     config.decoding.check(assembly.space)
@@ -128,7 +130,7 @@ def train_model(
     if config.training.evaluate_every:
         evaluate = make_validation(assembly, config.features, config.validation_decoding, config.validation)
     loss = bound_loss(mean_loss, assembly, config)
-    return minimise(loss, assembly.init, batches, config, task, evaluate=evaluate, counted=counted)
+    return minimise(loss, init or assembly.init, batches, config, task, evaluate=evaluate, counted=counted)
 
 
 def bound_loss(mean_loss: Callable[..., Any], assembly: Assembly, config: GenerativeRunConfig) -> Loss:

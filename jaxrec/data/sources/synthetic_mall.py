@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from jaxrec.config import UserError, fingerprint, to_json
+from jaxrec.data.popularity import DAY
 from jaxrec.data.sources.mall_searches import Searches, plant_searches, results_of, searches_table, suggestions_table
 from jaxrec.data.sources.mall_words import goods, identifiers, item_title
 from jaxrec.data.tables import RawTables, Split, connect, store
 
-DAY = 86_400
 START = 1_700_006_400  # a midnight, UTC
 BASKET_SIZES = (1, 2, 3)
 SCENARIOS = ("product_card", "short_video", "live_stream")

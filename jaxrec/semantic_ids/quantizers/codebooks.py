@@ -172,6 +172,11 @@ def decode(codebooks: Codebooks, codes: np.ndarray) -> np.ndarray:
     return total
 
 
+def has_centroids(codebooks: Codebooks) -> bool:
+    """Whether the codes of every level stand for vectors in the space of the embeddings, as `centroids` gives them."""
+    return all(isinstance(part, Residual | Opq) for part in codebooks.parts)
+
+
 def centroids(codebooks: Codebooks) -> list[np.ndarray]:
     """The vectors that the codes of each level stand for, f32 [K, D] a level; those of an ID add up to its embedding.
 

@@ -3,7 +3,7 @@
     source ─▶ tables ─▶ semantic IDs of items and queries ─▶ content ─▶ co_occurrence ─▶ personalisation ─▶ evaluation
 
 The three stages are those of Table 4; each has its own mixture of tasks, optimiser and length, and begins with the best
-state of the one before.
+state of the one before. A stage whose tasks all have the weight 0 is left out.
 """
 
 from dataclasses import dataclass, field, fields
@@ -30,7 +30,10 @@ def _loop(steps: int) -> LoopConfig:
 
 @dataclass(frozen=True)
 class ContentConfig:
-    """The first stage, semantic content alignment: weights of its tasks, 0 leaves one out; and its training."""
+    """The first stage, semantic content alignment: weights of its tasks, 0 leaves one out; and its training.
+
+    Without a task there is no such stage.
+    """
 
     query_to_id: float = 1.0
     """a query's text to its ID"""
@@ -53,10 +56,16 @@ class ContentConfig:
     training: LoopConfig = field(default_factory=lambda: _loop(400))
     """Length of training; it is not validated, since it doesn't rank."""
 
+    def __post_init__(self):
+        _check_weights(self, CONTENT)
+
 
 @dataclass(frozen=True)
 class CoOccurrenceConfig:
-    """The second stage, co-occurrence synchronisation, on pairs of a query and an item that it led to."""
+    """The second stage, co-occurrence synchronisation, on pairs of a query and an item that it led to.
+
+    Without a task there is no such stage.
+    """
 
     query_to_item: float = 0.5
     """a query's text to an item's text"""
@@ -70,6 +79,19 @@ class CoOccurrenceConfig:
     """Optimiser."""
     training: LoopConfig = field(default_factory=lambda: _loop(400))
     """Length of training; it is not validated, since it doesn't rank."""
+
+    def __post_init__(self):
+        _check_weights(self, CO_OCCURRENCE)
+
+
+def weights_of(of_stage: ContentConfig | CoOccurrenceConfig) -> dict[str, float]:
+    """The weights of a stage's tasks, those of weight 0 left out; a stage without any is left out itself."""
+    weights = {each.name: getattr(of_stage, each.name) for each in fields(of_stage) if each.type is float}
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def _check_weights(of_stage: ContentConfig | CoOccurrenceConfig, place: str) -> None:
+    check_least(of_stage, place, **dict.fromkeys(weights_of(of_stage), 0))
 
 
 TASKS = tuple(
@@ -169,3 +191,17 @@ class OneSearchConfig(GenerativeRunConfig):
                     f"configuration key '{name}.training.evaluate_every': this stage does not rank items and is not "
                     "validated; give 0"
                 )
+
+    def check(self) -> None:
+        """As of every system, and of the first two stages."""
+        super().check()
+        for name in (CONTENT, CO_OCCURRENCE):
+            of_stage = getattr(self, name)
+            if weights_of(of_stage):
+                of_stage.optim.check_steps(of_stage.training.steps, f"{name}.optim")
+        behaviors, weakest = self.data.behaviors, self.features.weakest
+        if weakest is not None and weakest >= len(behaviors):
+            raise UserError(
+                f"configuration key 'features.weakest' is {weakest}, so that nothing would count as a click; give 0 to "
+                f"{len(behaviors) - 1}, for {', '.join(behaviors)}"
+            )

@@ -11,19 +11,21 @@ from flax import struct
 from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
-from jaxrec.config import UserError
 from jaxrec.data.examples import Records
 from jaxrec.data.item_neighbours import ItemNeighbours, load_neighbours
+from jaxrec.data.popularity import DAY
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.search_statistics import SearchStatistics, search_statistics, training_searches
 from jaxrec.data.searches import with_texts
+from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import Cases, History, search_cases
 from jaxrec.models.personal_search import PersonalSearch, SearchContext, SearchInputs, SearchVocabulary, level_sums
 from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.user_ids import hashed_ids, user_ids
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
-from jaxrec.semantic_ids.queries import centroids
+from jaxrec.semantic_ids.quantizers import codebooks
+from jaxrec.semantic_ids.table.versions import BOOKS
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.pretrained import backbone_of
@@ -32,8 +34,6 @@ from jaxrec.systems.recommender import GenerativeRecommender, Served, filled_up,
 from jaxrec.targets import SemanticIdSpace
 from jaxrec.text.tokenizer import TextTokenizer
 from jaxrec.training.sharding import init_sharded
-
-DAY = 86_400
 
 
 @struct.dataclass
@@ -150,11 +150,13 @@ class OneSearchAssembly:
         """
         asked, searched = history.get("query", ""), history.get("search_query", np.zeros(0, np.int64))
         typed = isinstance(asked, str)
-        asked = asked.strip() if typed else asked
+        asked = normalised(asked) if typed else asked
         number = int(self.queries.numbers([asked] if typed else np.array([asked]))[0]) if asked != "" else -1
         text = asked if typed else self.queries.texts[number]
         numbers = self.queries.numbers(searched)
-        same = numbers == number if number >= 0 else np.array([each == asked for each in searched], bool)
+        same = numbers == number
+        if number < 0:  # of texts outside the log there are those that are the same
+            same = np.array([at < 0 and normalised(each) == asked for at, each in zip(numbers, searched)], bool)
         last = range(max(len(searched) - self.features.recent_queries, 0), len(searched))
         codes = [
             self.queries.code_table[numbers[at]] if numbers[at] >= 0 else self.queries.codes_of(searched[at])
@@ -221,12 +223,16 @@ def user_id(codes: jax.Array) -> jax.Array:
 
 
 def run_centroids(run: Run, space: SemanticIdSpace, item_ids: Sequence[str]) -> tuple[np.ndarray, ...]:
-    """The centroids of Eq. 4: of the run's codebooks or, of quantizers without centroids, of its items."""
-    try:
-        return tuple(centroids(run.semantic_ids))
-    except UserError:
-        embeddings = read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids)
-        return level_centroids(space.codes, space.codebook_sizes, embeddings)
+    """The centroids of Eq. 4: of the run's codebooks or, of quantizers without centroids, of its items.
+
+    Raises:
+      UserError: the codebooks are missing or damaged.
+    """
+    books = codebooks.load(run.semantic_ids / BOOKS)
+    if codebooks.has_centroids(books):
+        return tuple(codebooks.centroids(books))
+    embeddings = read_embeddings(run.semantic_ids / EMBEDDINGS, item_ids)
+    return level_centroids(space.codes, space.codebook_sizes, embeddings)
 
 
 def level_centroids(codes: np.ndarray, sizes: tuple[int, ...], embeddings: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -16,7 +16,7 @@ from jaxrec.files import read_json, write_json
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.models.huggingface import CONFIG_FILE, load
 from jaxrec.models.vocabulary import grow_vocabulary
-from jaxrec.text.tokenizer import HuggingFaceTokenizer
+from jaxrec.text.tokenizer import HuggingFaceTokenizer, save_tokenizer
 
 BACKBONE, TOKENIZER = "backbone.json", "tokenizer.json"
 END = "</s>"
@@ -61,9 +61,20 @@ def read_tokenizer(folder: str) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(path.read_bytes(), END)
 
 
-def write_backbone(folder: Path, pretrained: str) -> None:
-    """Notes the sizes of the pretrained model in a folder."""
-    write_json(folder / BACKBONE, to_json(load_encoder_decoder(pretrained)[0]))
+def write_pretrained(folder: Path, pretrained: str) -> None:
+    """Keeps the tokenizer and the sizes of the pretrained model in a folder.
+
+    Raises:
+      UserError: as `load_encoder_decoder` or `read_tokenizer`, or the two don't belong together.
+    """
+    (config, _), tokenizer = load_encoder_decoder(pretrained), read_tokenizer(pretrained)
+    if tokenizer.size > config.vocabulary:
+        raise UserError(
+            f"configuration key 'pretrained': {Path(pretrained) / TOKENIZER} has {tokenizer.size} tokens, but the "
+            f"weights have {config.vocabulary}; copy the tokenizer of the weights there"
+        )
+    save_tokenizer(tokenizer, folder)
+    write_json(folder / BACKBONE, to_json(config))
 
 
 def backbone_of(folder: Path, config: EncoderDecoderConfig) -> EncoderDecoderConfig:

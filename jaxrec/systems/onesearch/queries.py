@@ -4,16 +4,18 @@ The phase `prompts` of a run holds the tokenizer and the items' neighbours. Text
 `jaxrec.data.words.normalised`: two writings of a query are one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
-from jaxrec.data.search_statistics import UNKNOWN
+from jaxrec.data.search_statistics import REMEMBERED, REMEMBERED_LENGTH, UNKNOWN
 from jaxrec.data.words import normalised
+from jaxrec.evaluation.subsets import query_counts
 from jaxrec.run import Run
 from jaxrec.semantic_ids.embeddings import encodes_texts
 from jaxrec.semantic_ids.queries import QueryIds, load_query_ids
@@ -21,8 +23,6 @@ from jaxrec.text.tokenizer import TextTokenizer, TokenizerConfig, load_tokenizer
 
 PROMPTS, NEIGHBOURS = "prompts", "neighbours.safetensors"
 NO_CODE = -1
-REMEMBERED = 1 << 16
-"""texts outside the log whose tokens and IDs are kept"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class KnownQueries:
     number: dict[str, int] = field(init=False, repr=False)
     """of each query, by its text"""
     others: dict = field(init=False, repr=False)
-    """what is remembered of texts outside the log, and of other writings"""
+    """what is remembered of short texts outside the log, and of other writings"""
 
     def __post_init__(self):
         rows = self.tokenizer.encode(list(self.texts))
@@ -65,7 +65,8 @@ class KnownQueries:
         number = self._number(text)
         if number >= 0:
             return self.code_table[number]
-        return self._remembered(("codes", normalised(text)), lambda: self._codes([text])[0])
+        text = normalised(text)
+        return self._remembered("codes", text, lambda: self._codes([text])[0])
 
     def tokens_of(self, text: str) -> np.ndarray:
         """int32 [t] of any text."""
@@ -82,15 +83,17 @@ class KnownQueries:
     def _number(self, text: str) -> int:
         found = self.number.get(text)
         if found is None:
-            found = self._remembered(text, lambda: self.number.get(normalised(text), UNKNOWN))
+            found = self._remembered("number", text, lambda: self.number.get(normalised(text), UNKNOWN))
         return found
 
-    def _remembered(self, key, make):
-        if key not in self.others:
+    def _remembered(self, kind: str, text: str, make: Callable[[], Any]) -> Any:
+        if len(text) > REMEMBERED_LENGTH:
+            return make()
+        if (kind, text) not in self.others:
             if len(self.others) >= REMEMBERED:
                 self.others.clear()
-            self.others[key] = make()
-        return self.others[key]
+            self.others[kind, text] = make()
+        return self.others[kind, text]
 
 
 def query_texts(tables: Path) -> np.ndarray:
@@ -113,10 +116,17 @@ def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(known), np.array([number[text] for text in folded], np.int64)
 
 
+def trained_queries(tables: Path) -> list[str]:
+    """The distinct normalised queries that were searched for in training, in alphabetical order.
+
+    queries.parquet holds those of validation and test as well, which nothing is trained on.
+    """
+    return sorted(text for text, count in query_counts(tables).items() if count)
+
+
 def make_tokenizer(run: Run, folder: Path, config: TokenizerConfig, texts: Sequence[str]) -> None:
-    """Trains the tokenizer of a run's queries and `texts` and writes it into the folder of the phase `prompts`."""
-    known, _ = distinct(query_texts(run.tables))
-    save_tokenizer(train_tokenizer([*known, *texts], config), folder)
+    """Trains the tokenizer of training queries and `texts` and writes it into the folder of the phase `prompts`."""
+    save_tokenizer(train_tokenizer([*trained_queries(run.tables), *texts], config), folder)
 
 
 def load_queries(run: Run, levels: int) -> KnownQueries:

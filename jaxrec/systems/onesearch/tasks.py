@@ -5,7 +5,7 @@ queries, items and categories, one after the other; IDs are those of queries and
 that write texts are in batches of their own, since their targets have other shapes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,17 @@ import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
 from jaxrec.console import console
+from jaxrec.data.padding import padded
 from jaxrec.data.pipeline import Features, array_batches
 from jaxrec.data.search_statistics import training_searches
 from jaxrec.data.words import normalised
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.model import OneSearchAssembly
+from jaxrec.systems.onesearch.queries import trained_queries
 
 NONE = -1
+MOST_ROWS = 16
+"""rows of all tasks to one example"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,8 @@ class SearchPairs:
     """int64 [Q], NONE where nothing is known"""
     item_category: np.ndarray
     """int64 [I], NONE for none"""
+    trained: np.ndarray
+    """int64 [q]: the queries that were searched for in training; no task has any other"""
 
 
 def item_texts(tables: Path, column: str) -> list[str]:
@@ -95,13 +101,19 @@ def read_tasks(tables: Path, assembly: OneSearchAssembly, config: OneSearchConfi
     tokenizer, lengths = assembly.queries.tokenizer, config.texts
     rows = tokenizer.encode([*assembly.queries.texts, *items, *names])
     codes = np.concatenate([assembly.queries.code_table, assembly.space.codes]).astype(np.int32)
-    read = _padded(rows, lengths.read)
-    written = _padded([[*row, tokenizer.end] for row in rows], lengths.written)
-    return TaskTables(read, written, codes), SearchPairs(pairs[:, 0], pairs[:, 1], query_category, item_category)
+    read = np.stack([padded(row[: lengths.read], lengths.read, NONE) for row in rows])
+    ended = ([*row, tokenizer.end][: lengths.written] for row in rows)
+    written = np.stack([padded(row, lengths.written, NONE) for row in ended])
+    trained = assembly.queries.numbers(trained_queries(tables))
+    of_pairs = SearchPairs(pairs[:, 0], pairs[:, 1], query_category, item_category, trained)
+    return TaskTables(read, written, codes), of_pairs
 
 
 def task_rows(weights: dict[str, float], tables: TaskTables, pairs: SearchPairs, seed: int) -> TaskRows:
     """The examples of some tasks in proportion to their weights, those of a small task repeated.
+
+    All rows together are no more than MOST_ROWS times the examples: beside a task of a tiny weight the others are not
+    repeated without bound, and it has a part of its own.
 
     weights: of tasks by name. Examples without a text or an ID that their task needs are left out.
 
@@ -118,8 +130,12 @@ def task_rows(weights: dict[str, float], tables: TaskTables, pairs: SearchPairs,
             else:
                 console.print(f"the task {name} has no example in these data: it is left out", markup=False)
     if not found:
-        raise UserError("none of the tasks of this stage has an example; give items titles, or leave the stage out")
+        raise UserError(
+            "none of the tasks of this stage has an example; give items titles, or leave it out with weights of 0"
+        )
     largest = max(columns.shape[1] / weights[name] for name, columns in found.items())
+    examples = sum(columns.shape[1] for columns in found.values())
+    largest = min(largest, MOST_ROWS * examples / sum(weights[name] for name in found))
     parts = []
     for name, columns in found.items():
         wanted = max(round(largest * weights[name]), 1)
@@ -160,8 +176,8 @@ def task_batches(rows: TaskRows, tables: TaskTables, config: OneSearchConfig) ->
 def _examples(name: str, pairs: SearchPairs) -> np.ndarray:
     """int64 [4, n]: read_text, read_id, write_text, write_id of a task's examples."""
     query_count, item_count = len(pairs.query_category), len(pairs.item_category)
-    every = {"query": np.arange(query_count), "item": query_count + np.arange(item_count)}
-    category = {"query": pairs.query_category, "item": pairs.item_category}
+    every = {"query": pairs.trained, "item": query_count + np.arange(item_count)}
+    category = {"query": pairs.query_category[pairs.trained], "item": pairs.item_category}
     together = {"query": pairs.queries, "item": query_count + pairs.items}
     source, target = name.split("_to_")
     kind = "query" if "query" in name else "item"
@@ -205,13 +221,6 @@ def _categories(tables: Path) -> tuple[list[str], np.ndarray]:
     known = sorted(set(folded) - {""})
     number = {text: at for at, text in enumerate(known)} | {"": NONE}
     return known, np.array([number[text] for text in folded], np.int64)
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
-    out = np.full((len(rows), length), NONE, np.int32)
-    for at, row in enumerate(rows):
-        out[at, : len(row)] = row[:length]
-    return out
 
 
 def _looked_up(table: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
-from jaxrec.config import fingerprint
+from jaxrec.config import UserError, fingerprint
 from jaxrec.data.examples import Record, Records
 from jaxrec.data.item_neighbours import ItemNeighbours, item_neighbours
 from jaxrec.data.pipeline import Features
+from jaxrec.data.search_statistics import training_searches
 from jaxrec.data.searches import before_search, led_to
 from jaxrec.losses.likelihood import next_token
 from jaxrec.models.personal_search import TaskInputs
@@ -35,18 +36,22 @@ from jaxrec.systems.onesearch.config import (
     ContentConfig,
     CoOccurrenceConfig,
     OneSearchConfig,
+    weights_of,
 )
 from jaxrec.systems.onesearch.model import OneSearchAssembly, OneSearchCatalogue, assemble, fitted
-from jaxrec.systems.onesearch.pretrained import digests, read_tokenizer, with_pretrained, write_backbone
+from jaxrec.systems.onesearch.pretrained import digests, with_pretrained, write_pretrained
 from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, make_tokenizer
 from jaxrec.systems.onesearch.tasks import item_texts, read_tasks, task_batches, task_rows
-from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_with_ids
-from jaxrec.text.tokenizer import save_tokenizer
+from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_tables, prepare_with_ids
 from jaxrec.training.stages import Stage, Task, minimise
 
 
 def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
-    """Three stages, each from the best state of the one before; the text encoder's first, where it is fine-tuned."""
+    """Three stages, each from the best state of the one before; the text encoder's first, where it is fine-tuned.
+
+    One of the first two without a task of a weight is left out: what comes behind it begins with the stage before it
+    or, where there is none, with fresh or pretrained parameters.
+    """
     before = alignment(run, config, with_ids=True)
     needs = (ALIGNMENT,) if before else ()
     data = partial(prepare_searches, run, config)
@@ -61,28 +66,35 @@ def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
     def train_searches(task: Task) -> None:
         assembly = assemble(run, config)
         mine = fitted(config, assembly.space)
-        train_model(assembly, mine, mean_loss, training_batches(assembly, mine), task)
+        init = partial(initial, assembly, config, task)
+        train_model(assembly, mine, mean_loss, training_batches(assembly, mine), task, init=init)
 
     last = ("optim", "training", "validation", "objective")
-    first, second = config.training_inputs(*last, CO_OCCURRENCE), config.training_inputs(*last, CONTENT)
-    third = config.training_inputs(CONTENT, CO_OCCURRENCE)
-    return (
-        *before,
-        Stage(CONTENT, first, data, partial(train_tasks, config.content), needs=needs),
-        Stage(CO_OCCURRENCE, second, data, partial(train_tasks, config.co_occurrence), start=CONTENT, needs=needs),
-        Stage(PERSONALISATION, third, data, train_searches, start=CO_OCCURRENCE, needs=needs),
-    )
+    of_tasks, start = [], ""
+    for name, other in ((CONTENT, CO_OCCURRENCE), (CO_OCCURRENCE, CONTENT)):
+        of_stage = getattr(config, name)
+        if weights_of(of_stage):
+            inputs, train = config.training_inputs(*last, other), partial(train_tasks, of_stage)
+            of_tasks.append(Stage(name, inputs, data, train, start=start, needs=needs))
+            start = name
+    inputs = config.training_inputs(CONTENT, CO_OCCURRENCE)
+    return *before, *of_tasks, Stage(PERSONALISATION, inputs, data, train_searches, start=start, needs=needs)
 
 
 def prepare_searches(run: Run, config: OneSearchConfig) -> tuple[str, ...]:
-    """Tables, semantic IDs and examples, and with them the tokenizer and the IDs of the queries."""
-    ids, examples = prepare_with_ids(run, config)
+    """Tables, semantic IDs and examples, and with them the tokenizer and the IDs of the queries.
+
+    Raises:
+      UserError: no search led to anything that is trained on, or pretrained weights can't be used.
+    """
     weights = digests(config.pretrained) if config.pretrained else ()
+    prepare_tables(run, config)
+    check_searches(run.tables, config.data.target_behaviors)
+    ids, examples = prepare_with_ids(run, config)
 
     def make(folder: Path) -> None:
         if config.pretrained:
-            save_tokenizer(read_tokenizer(config.pretrained), folder)
-            write_backbone(folder, config.pretrained)
+            write_pretrained(folder, config.pretrained)
         else:
             make_tokenizer(run, folder, config.tokenizer, item_texts(run.tables, config.texts.column))
         if config.neighbours.kept:
@@ -90,6 +102,15 @@ def prepare_searches(run: Run, config: OneSearchConfig) -> tuple[str, ...]:
 
     made_of = fingerprint(ids, config.tokenizer, config.texts.column, config.neighbours, *weights)
     return ids, examples, run.phase(PROMPTS, made_of, make)
+
+
+def check_searches(tables: Path, behaviors: Sequence[str]) -> None:
+    """Raises UserError where no search led to an event of training with one of these behaviors."""
+    if not training_searches(tables, behaviors).num_rows:
+        raise UserError(
+            f"{tables / 'events.parquet'}: no training event of the target behaviors {', '.join(behaviors)} names the "
+            "search that led to it; give the source's events a search_id, or choose other target behaviors"
+        )
 
 
 def training_neighbours(run: Run, config: OneSearchConfig) -> ItemNeighbours:
@@ -117,12 +138,6 @@ def training_tasks(
     """Batches of a stage's tasks, mixed by its weights."""
     tables, pairs = read_tasks(run.tables, assembly, config)
     return task_batches(task_rows(weights_of(of_stage), tables, pairs, config.seed), tables, config)
-
-
-def weights_of(of_stage: ContentConfig | CoOccurrenceConfig) -> dict[str, float]:
-    """The weights of a stage's tasks, those of weight 0 left out."""
-    weights = {name: getattr(of_stage, name) for name in TASKS if hasattr(of_stage, name)}
-    return {name: weight for name, weight in weights.items() if weight}
 
 
 def task_loss(
