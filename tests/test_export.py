@@ -149,9 +149,7 @@ def test_a_history_whose_texts_were_not_read_is_refused(recommender, folder, tmp
     artefact, typed = export.load(tmp_path / "artefact"), [LONG[0] | {"query": "boots"}, LONG[1]]
     read = [reading.assembly.read_texts(history) for history in typed]
     np.testing.assert_array_equal(artefact.prepare(read)["day"], export.load(folder).prepare(typed)["day"])
-    with pytest.raises(
-        UserError, match=r"history 1 lacks led_to, tokens, .* give what .*\.read_texts\(history\)"
-    ):
+    with pytest.raises(UserError, match=r"history 1 lacks led_to, tokens, .* give what .*\.read_texts\(history\)"):
         artefact.prepare([read[0], typed[1]])
 
 
