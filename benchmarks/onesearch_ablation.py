@@ -3,12 +3,12 @@
     python benchmarks/onesearch_ablation.py [--config configs/onesearch.py] [--data path=FILE ...]
         [--variants whole,no_short] [--seeds 0,1,2] [--quick]
 
-A variant is the configuration with one part taken out (`VARIANTS`); "whole" is the configuration as it is. Every variant
-is trained with the same seeds, steps and schedule, and measured on validation and test. --data sets fields of the
-configuration's source, such as `path`. Every run keeps its folder (--runs), so that the same command goes on where it
-was stopped and trains nothing twice. Rows {split, subset, metric, value, count} of the model and of all baselines are added
-to benchmarks/results/onesearch.json with their seed, seconds, command, commit and device; a table of test rows is
-printed. --quick: few steps and searches, only to see that everything works; not kept.
+A variant is the configuration with one part taken out (`VARIANTS`); "whole" is the configuration as it is. All variants
+are trained with the same seeds, steps and schedule, and measured on validation and test. --data sets fields of the
+configuration's source, such as `path`. Runs keep their folders (--runs), so that the same command goes on where it was
+stopped and trains nothing twice. Rows {split, subset, metric, value, count} of the model and of the baselines are added
+to benchmarks/results/onesearch.json with seed, seconds, command, commit and device; a table of test rows is printed.
+--quick: few steps and searches, only to see that everything works; not kept.
 """
 
 import dataclasses
