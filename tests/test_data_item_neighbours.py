@@ -58,6 +58,27 @@ def test_items_ahead_are_scored_as_by_a_log_that_ends_before_them(seed):
     np.testing.assert_allclose(made.scores(wanted, seen, past, again), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_user_alone_brings_nothing_among_the_nearest():
+    """Few are kept, others by a log that ends earlier: what is ahead must not look nearer than by that log."""
+    found, expected = [], []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        users, items = rng.integers(0, 12, 60), rng.integers(0, 30, 60)
+        mine = users == 4
+        past = np.unique(items[mine])[::2]
+        ahead = np.setdiff1d(items[mine], past)
+        made = item_neighbours(users, items, 30, NeighbourConfig(4))
+        before = ~mine | np.isin(items, past)
+        shorter = item_neighbours(users[before], items[before], 30, NeighbourConfig(4))
+        found += made.scores(ahead, past, past, ahead).tolist()
+        expected += shorter.scores(ahead, past).tolist()
+    assert len(found) > 50
+    assert np.mean(expected) > 0
+    assert np.mean(found) <= np.mean(expected) + 1e-6
+    # Nearly all of them are the same.
+    assert np.mean(np.isclose(found, expected, atol=1e-6)) > 0.8
+
+
 def test_it_is_saved_and_a_damaged_file_is_refused(tmp_path):
     made = item_neighbours(*events(2), ITEMS, NeighbourConfig(3))
     made.save(tmp_path / "n.safetensors")

@@ -43,6 +43,10 @@ class ItemNeighbours:
     """int32 [I, K]: users who took both"""
     users: np.ndarray
     """int32 [I]: users who took an item"""
+    edge: np.ndarray
+    """float64 [I]: how near the first item is that is not kept, 0 where all are"""
+    edge_item: np.ndarray
+    """int32 [I]: that item"""
 
     def scores(
         self, items: np.ndarray, past: np.ndarray, taken: Sequence[int] = (), ahead: Sequence[int] = ()
@@ -61,9 +65,14 @@ class ItemNeighbours:
         later &= ~had
         other, ends = self.other[rows], had | later  # what the user has taken when the log ends
         # Of the users who took both the user is one if the log ends so, but was none if one of the two came later.
-        both = self.count[rows] - (ends[rows][:, None] & ends[other] & (later[rows][:, None] | later[other]))
+        less = ends[rows][:, None] & ends[other] & (later[rows][:, None] | later[other])
+        both = self.count[rows] - less
         alone, of_other = (np.maximum(self.users[at] - later[at], 1) for at in (rows, other))
-        weight = self._flags(past)[other] * both / np.sqrt(of_other)
+        near = both / np.sqrt(of_other)
+        # One user may be what brought an item among the nearest: without that user another one is there.
+        edge, edge_item = self.edge[rows][:, None], self.edge_item[rows][:, None]
+        kept = ~less | (near > edge) | ((near == edge) & (other < edge_item))
+        weight = self._flags(past)[other] * kept * near
         return np.where(known, weight.sum(1) / np.sqrt(alone), 0.0).astype(np.float32)
 
     def _flags(self, items: Sequence[int]) -> np.ndarray:
@@ -101,12 +110,17 @@ def item_neighbours(users: np.ndarray, items: np.ndarray, num_items: int, config
     of_item = np.asarray(taken.sum(0)).ravel().astype(np.int32)
     root, by_item = np.sqrt(np.maximum(of_item, 1)), taken.T.tocsr()
     other, count = np.full((num_items, kept), -1, np.int32), np.zeros((num_items, kept), np.int32)
+    edge, edge_item = np.zeros(num_items), np.zeros(num_items, np.int32)
     for start in range(0, num_items, AT_ONCE):
         rows = np.arange(start, min(start + AT_ONCE, num_items))
         both = (by_item[rows] @ taken).toarray()
         both[np.arange(len(rows)), rows] = 0
         # Of equally near ones the first: the same neighbours whatever the order of the events.
-        near = np.argsort(-both / root, axis=1, kind="stable")[:, :kept]
+        order = np.argsort(-both / root, axis=1, kind="stable")
+        near, left = order[:, :kept], order[:, kept : kept + 1]
+        if left.shape[1]:
+            edge[rows] = (np.take_along_axis(both, left, axis=1) / root[left])[:, 0]
+            edge_item[rows] = left[:, 0]
         count[rows] = np.take_along_axis(both, near, axis=1)
         other[rows] = np.where(count[rows] > 0, near, -1)
-    return ItemNeighbours(other, count, of_item)
+    return ItemNeighbours(other, count, of_item, edge, edge_item)
