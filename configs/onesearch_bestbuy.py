@@ -2,8 +2,8 @@
 
     python train.py configs/onesearch_bestbuy.py --run runs/bestbuy --data.path FILE
 
-Time:    not measured.
-Figures: not measured.
+Time:    36 minutes on two cores beside other work.
+Figures: hit@10 / mrr@10 .869 / .695; recall@10 of queries unseen in training .566; one seed.
 
 FILE: `clicks.tsv` with the columns user, query_time, click_time, sku and query, packed or not. An item's text is made of
 the training queries that led to it. Nine users of ten have one search, so that the past plays hardly any part.
