@@ -357,7 +357,7 @@ def test_a_changed_early_stage_is_trained_beside_the_old_with_all_that_is_traine
     run.check_trained()
     assert_same(tmp_path, whole)
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr("jaxrec.files.fault_point", die)
+        patch.setattr("jaxrec.run.fault_point", die)
         go(tmp_path, EARLY, replace=True)
     # Between two stages that take their places nothing is served; the same command goes on.
     with pytest.raises(UserError, match="holds no finished training"):
@@ -475,7 +475,7 @@ def test_lines_are_put_in_place_once_where_it_was_killed_in_between(tmp_path, mo
     plain = Plain(tmp_path, {"last": ("content",)})
     plain.go(content=1, last=1)
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr("jaxrec.files.fault_point", die)
+        patch.setattr("jaxrec.run.fault_point", die)
         plain.go(content=2, last=1, replace=True)
     plain.go(content=2, last=1, replace=True)
     assert plain.lines() == [("content", 2), ("last", 1)] and not (tmp_path / "next").exists()
