@@ -65,16 +65,20 @@ class Case:
         return self.apply(params, self.build(arrays), method="prefill")
 
 
+def random_params(model: nn.Module, inputs: Any, rng: np.random.Generator) -> dict:
+    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs, TARGETS)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape) + (leaf.ndim == 1), leaf.dtype),
+        nn.unbox(shapes)["params"],
+    )
+
+
 def text(model: nn.Module, **options) -> Case:
     rng, prior = np.random.default_rng(1), None
     if options.pop("prior"):
         prior = popularity_prior(rng.integers(0, SIZES, (9, M)), np.arange(9), SIZES)
     arrays = {"tokens": rng.integers(3, 12, (B, S)).astype(np.int32), "mask": np.arange(S) < [[S], [4]]}
-    shapes = jax.eval_shape(model.init, jax.random.key(0), ContextTokens(**arrays), TARGETS)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape) + (leaf.ndim == 1), leaf.dtype),
-        nn.unbox(shapes)["params"],
-    )
+    params = random_params(model, ContextTokens(**arrays), rng)
 
     def build(arrays: dict) -> ContextTokens:
         return ContextTokens(arrays["tokens"], arrays["mask"], prior)
@@ -152,11 +156,7 @@ def personal_search(positions: str = "items", make: Callable = EncoderDecoderCon
         others = {name: value for name, value in arrays.items() if name not in masks.values()}
         return SearchInputs(**others | of_masks)
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0), build(arrays), TARGETS)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape) + (leaf.ndim == 1), leaf.dtype),
-        nn.unbox(shapes)["params"],
-    )
+    params = random_params(model, build(arrays), rng)
     # A bias under a softmax has no gradient.
     return Case(model, {"params": params}, arrays, build, masks, targets, r"\['habit_out'\]\['bias'\]")
 

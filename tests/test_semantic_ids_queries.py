@@ -23,7 +23,7 @@ from jaxrec.semantic_ids.files.vectors import read_embeddings
 from jaxrec.semantic_ids.keyword_embeddings import load_keywords
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.quantizers.residual import ResidualConfig
-from jaxrec.semantic_ids.queries import centroids, load_query_ids
+from jaxrec.semantic_ids.queries import load_query_ids
 from jaxrec.semantic_ids.tokenize import tokenize
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig, embed_texts, load_encoder, with_params
@@ -125,7 +125,7 @@ def test_queries_are_compared_by_their_normalised_texts(tables, ids):
 
 
 def test_centroids_add_up_to_what_codes_decode_to(tables, made, ids):
-    levels = centroids(made)
+    levels = codebooks.centroids(codebooks.load(made / "codebooks.safetensors"))
     assert [level.shape for level in levels] == [(6, 8), (5, 8), (4, 8), (3, 8), (3, 8)]
     codes = ids.codes(queries_of(tables))
     total = sum(level[codes[:, m]] for m, level in enumerate(levels))
@@ -209,4 +209,4 @@ def test_bad_folders(tables, made, text, tmp_path):
     fsq = SemanticIdConfig(ResidualConfig((4,)), FsqConfig((2, 2), steps=1))
     codebooks.save(codebooks.fit(jax.random.key(0), x, fsq), folder / "codebooks.safetensors")
     with pytest.raises(UserError, match="Fsq has no centroids"):
-        centroids(folder)
+        codebooks.centroids(codebooks.load(folder / "codebooks.safetensors"))

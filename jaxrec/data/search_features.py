@@ -106,7 +106,7 @@ class SearchFeatureConfig:
         return {
             "tokens": padded(record.get("tokens", ())[: self.buckets[-1]], self.bucket_of(record, session), NONE),
             "query_codes": record.get("query_codes", np.full(self.levels, NONE, np.int32)),
-            "recent_codes": padded(codes[max(len(codes) - self.recent_queries, 0) :], self.recent_queries, NONE),
+            "recent_codes": padded(_last(codes, self.recent_queries), self.recent_queries, NONE),
             "recent_item": padded(_last(short, self.recent_items), self.recent_items, NONE),
             "short_item": padded(user_short, self.short_items, NONE),
             "long_item": padded(user_long, self.user_items, NONE),

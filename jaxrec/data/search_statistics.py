@@ -1,6 +1,6 @@
 """What each query led to in training: how often, and how often lately (NumPy; no model here).
 
-    statistics = read_search_statistics(tables, wanted, config)
+    statistics = search_statistics(texts, query, search, item, timestamp, config)
     found = statistics.led_to(query, day, without=items)      item, share, recent: the best first
 
 A count is a number of searches that led to an item. `without` leaves one search out: a training example must not see
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from jaxrec.config import UserError, check_least
 from jaxrec.data.popularity import PopularityByPeriod, PopularityConfig, popularity_by_period
+from jaxrec.data.tables import training_events
 from jaxrec.data.words import words
 
 UNKNOWN = -1
@@ -224,9 +225,8 @@ def training_searches(tables: Path, wanted: Sequence[str]) -> pa.Table:
     """
     if not (tables / "searches.parquet").is_file():
         raise UserError(f"{tables} holds no searches.parquet: a search system needs data with a table of searches")
-    events = pq.read_table(tables / "events.parquet", columns=["item", "behavior", "split", "search"])
-    keep = pc.and_(pc.equal(events["split"], "train"), pc.is_in(events["behavior"], pa.array(list(wanted))))
-    events = events.filter(pc.and_(keep, pc.greater_equal(events["search"], 0)))
+    events = training_events(tables, wanted, ["item", "search"])
+    events = events.filter(pc.greater_equal(events["search"], 0))
     pairs = np.unique(np.stack([events["search"].to_numpy(), events["item"].to_numpy()], 1), axis=0)
     searches = pq.read_table(tables / "searches.parquet", columns=["timestamp", "query_index"])
     of_pair = searches.take(pa.array(pairs[:, 0]))

@@ -40,6 +40,7 @@ from typing import Any, Literal, Protocol
 
 import ibis
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ibis.backends import BaseBackend
 from ibis.expr.operations import DatabaseTable
@@ -139,6 +140,13 @@ class Tables:
         columns = {"events": list(event_columns) if event_columns else None}
         read = {name: pq.read_table(folder / f"{name}.parquet", columns=columns.get(name)) for name in names}
         return cls(**read, statistics=json.loads((folder / "statistics.json").read_text()), folder=folder)
+
+
+def training_events(folder: Path, behaviors: Sequence[str], columns: Sequence[str]) -> pa.Table:
+    """These columns of the train split's events of some behaviors, in the order of events.parquet."""
+    events = pq.read_table(folder / "events.parquet", columns=[*dict.fromkeys([*columns, "behavior", "split"])])
+    wanted = pc.and_(pc.equal(events["split"], "train"), pc.is_in(events["behavior"], pa.array(list(behaviors))))
+    return events.filter(wanted).select(list(columns))
 
 
 def connect() -> BaseBackend:

@@ -2,7 +2,10 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
+
+import numpy as np
 
 # Scripts written without spaces: a character of these stands as a word of its own.
 _UNSPACED = (
@@ -23,6 +26,14 @@ def normalised(text: str) -> str:
     while text != before:  # folding can leave what NFKC composes, and the other way round
         before, text = text, unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(text.split())
+
+
+def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Distinct normalised texts in alphabetical order, and the number of each text, int64 [n]."""
+    folded = [normalised(text) for text in texts]
+    known = sorted(set(folded))
+    number = {text: at for at, text in enumerate(known)}
+    return tuple(known), np.array([number[text] for text in folded], np.int64)
 
 
 def words(text: str) -> list[str]:

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy import sparse
 
 from jaxrec.data.examples import Record
 from jaxrec.data.popularity import DAY, PopularityByPeriod, PopularityConfig, popularity_by_period
-from jaxrec.data.tables import SPLITS
+from jaxrec.data.tables import SPLITS, training_events
 from jaxrec.evaluation.cases import History
 from jaxrec.targets import TextSpace, normalised
 
@@ -82,9 +80,7 @@ class PurchaseLog:
     def read(cls, tables: Path, behaviors: Sequence[str]) -> "PurchaseLog":
         """The train events of these behaviors in events.parquet, to fit baselines on; there are no requests."""
         columns = ["user", "item", "timestamp", "session"]
-        events = pq.read_table(tables / "events.parquet", columns=[*columns, "behavior", "split"])
-        wanted = pc.and_(pc.equal(events["split"], "train"), pc.is_in(events["behavior"], pa.array(list(behaviors))))
-        events = events.filter(wanted)
+        events = training_events(tables, behaviors, columns)
         user, item, timestamp, session = (events[name].to_numpy().astype(np.int64) for name in columns)
         users = pq.read_metadata(tables / "users.parquet").num_rows
         return cls(user, item, timestamp, _numbered(user, session), users, np.zeros(users, np.int64))

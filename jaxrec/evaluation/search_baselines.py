@@ -21,13 +21,13 @@ from typing import Any
 
 import bm25s
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy import sparse
 
 from jaxrec.data.popularity import DAY
-from jaxrec.data.words import normalised, words
+from jaxrec.data.tables import training_events
+from jaxrec.data.words import distinct, normalised, words
 from jaxrec.evaluation.baselines import Popularity, PurchaseLog, Recommender, count_matrix, recommend_best
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
@@ -49,9 +49,8 @@ class QueryTexts:
     @classmethod
     def of(cls, texts: Sequence[str]) -> "QueryTexts":
         """The numbers of the texts of queries.parquet, in its order."""
-        numbers: dict[str, int] = {}
-        of_row = [numbers.setdefault(normalised(text), len(numbers)) for text in texts]
-        return cls(numbers, np.array(of_row, np.int64))
+        known, of_row = distinct(texts)
+        return cls({text: number for number, text in enumerate(known)}, of_row)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -95,10 +94,8 @@ class QueryLog:
         """The train events of these behaviors that a search led to, of a run's tables with searches."""
         queries = pq.read_table(tables / "queries.parquet", columns=["query"])["query"].to_pylist()
         searched = pq.read_table(tables / "searches.parquet", columns=["query_index"])["query_index"].to_numpy()
-        columns = ["item", "timestamp", "behavior", "split", "search"]
-        events = pq.read_table(tables / "events.parquet", columns=columns)
-        wanted = pc.and_(pc.equal(events["split"], "train"), pc.is_in(events["behavior"], pa.array(list(behaviors))))
-        events = events.filter(pc.and_(wanted, pc.greater_equal(events["search"], 0)))
+        events = training_events(tables, behaviors, ["item", "timestamp", "search"])
+        events = events.filter(pc.greater_equal(events["search"], 0))
         texts = QueryTexts.of(queries)
         query = texts.of_row[searched[events["search"].to_numpy()]]
         return cls.of(texts, query, events["item"].to_numpy(), events["timestamp"].to_numpy(), num_items)

@@ -143,18 +143,6 @@ def write_query_ids(tables: Path, folder: Path, text_config: EncoderConfig) -> d
     return {"queries": len(queries), "distinct_ids": len(np.unique(codes, axis=0))}
 
 
-def centroids(folder: Path) -> list[np.ndarray]:
-    """The vectors that the codes of each level stand for, f32 [K, E] a level (Eq. 4 looks them up).
-
-    Those of an OPQ sub-space are rotated back, with zeros in the other sub-spaces: an item's vectors of all levels add
-    up to what its codes decode to.
-
-    Raises:
-      UserError: there are no codebooks, or a level has no centroids (FSQ, RQ-VAE).
-    """
-    return codebooks.centroids(codebooks.load(Path(folder) / BOOKS))
-
-
 def _read(folder: Path, books: Codebooks) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
     """The known queries: the row of each normalised text, codes int32 [n, M], embeddings f32 [n, D]."""
     path = folder / QUERY_CODES

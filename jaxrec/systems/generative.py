@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
@@ -136,6 +137,17 @@ def train_model(
 def bound_loss(mean_loss: Callable[..., Any], assembly: Assembly, config: GenerativeRunConfig) -> Loss:
     """A system's mean_loss(assembly, config, catalogue, params, extra, batch, key), bound to its catalogue."""
     return Partial(partial(mean_loss, assembly, config), assembly.catalogue)
+
+
+def mean_of(losses: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Any]:
+    """The mean_loss of a system whose losses(assembly, config, catalogue, variables, batch, key) are (sum, count)."""
+
+    def mean_loss(assembly, config, catalogue, params, extra, batch, key):
+        """As `jaxrec.training.step.Loss`."""
+        total, count = losses(assembly, config, catalogue, {"params": params}, batch, key)
+        return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
+
+    return mean_loss
 
 
 def training_cuts(

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
 from jaxrec.data.search_statistics import REMEMBERED, REMEMBERED_LENGTH, UNKNOWN
-from jaxrec.data.words import normalised
+from jaxrec.data.words import distinct, normalised
 from jaxrec.evaluation.subsets import query_counts
 from jaxrec.run import Run
 from jaxrec.semantic_ids.embeddings import encodes_texts
@@ -106,14 +106,6 @@ def query_texts(tables: Path) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{tables} holds no queries.parquet: a search system needs data with a table of searches")
     return np.array(pq.read_table(path, columns=["query"])["query"].to_pylist(), object)
-
-
-def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Distinct normalised texts in alphabetical order, and the number of each text, int64 [n]."""
-    folded = [normalised(text) for text in texts]
-    known = sorted(set(folded))
-    number = {text: at for at, text in enumerate(known)}
-    return tuple(known), np.array([number[text] for text in folded], np.int64)
 
 
 def trained_queries(tables: Path) -> list[str]:

@@ -13,21 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from jaxrec.config import UserError, fingerprint
 from jaxrec.data.examples import Record, Records
 from jaxrec.data.item_neighbours import ItemNeighbours, item_neighbours
+from jaxrec.data.padding import padded
 from jaxrec.data.pipeline import Features
 from jaxrec.data.search_statistics import training_searches
 from jaxrec.data.searches import before_search, led_to
+from jaxrec.data.tables import training_events
 from jaxrec.losses.likelihood import next_token
 from jaxrec.models.personal_search import TaskInputs
 from jaxrec.run import Run
-from jaxrec.systems.generative import bound_loss, context_batches, train_model
+from jaxrec.systems.generative import bound_loss, context_batches, mean_of, train_model
 from jaxrec.systems.onesearch.config import (
     CO_OCCURRENCE,
     CONTENT,
@@ -115,9 +115,7 @@ def check_searches(tables: Path, behaviors: Sequence[str]) -> None:
 
 def training_neighbours(run: Run, config: OneSearchConfig) -> ItemNeighbours:
     """Which items the same users take in training."""
-    events = pq.read_table(run.tables / "events.parquet", columns=["user", "item", "behavior", "split"])
-    wanted = pa.array(list(config.data.target_behaviors))
-    events = events.filter(pc.and_(pc.equal(events["split"], "train"), pc.is_in(events["behavior"], wanted)))
+    events = training_events(run.tables, config.data.target_behaviors, ["user", "item"])
     count = pq.read_metadata(run.tables / "items.parquet").num_rows
     return item_neighbours(events["user"].to_numpy(), events["item"].to_numpy(), count, config.neighbours)
 
@@ -171,20 +169,6 @@ def task_loss(
 # ---- personalisation -------------------------------------------------------------------------------------------------
 
 
-def mean_loss(
-    assembly: OneSearchAssembly,
-    config: OneSearchConfig,
-    catalogue: OneSearchCatalogue,
-    params: Any,
-    extra: dict,
-    batch: dict,
-    key: jax.Array,
-):
-    """As `jaxrec.training.step.Loss`; a batch of `training_batches`."""
-    total, count = losses(assembly, config, catalogue, {"params": params}, batch, key)
-    return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
-
-
 def losses(
     assembly: OneSearchAssembly,
     config: OneSearchConfig,
@@ -201,6 +185,10 @@ def losses(
     smoothing = config.objective.smoothing
     loss = next_token(scored.log_probs, where, mean_log_probs=scored.mean_log_probs, smoothing=smoothing)
     return loss.sum(), where.sum()
+
+
+mean_loss = mean_of(losses)
+"""As `jaxrec.training.step.Loss`; a batch is what `training_batches` yields."""
 
 
 def training_batches(assembly: OneSearchAssembly, config: OneSearchConfig) -> Iterator[Features]:
@@ -248,9 +236,7 @@ def example(
     cut = config.features.cut(read, 0, behaviors=len(assembly.behaviors), wanted=wanted)
     if len(items) > objective.targets:
         items = np.sort(rng.permutation(items)[: objective.targets])
-    target = np.full(objective.targets, -1, np.int32)
-    target[: len(items)] = items
-    return cut | {"target": target}
+    return cut | {"target": padded(items, objective.targets, -1)}
 
 
 def _tokens(assembly: OneSearchAssembly, record: Record, place: int) -> np.ndarray:

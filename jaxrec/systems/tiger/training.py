@@ -9,7 +9,6 @@ Two ways to make contexts of the prefixes:
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import numpy as np
 from jaxrec.data import item_sequences
 from jaxrec.losses.likelihood import next_token
 from jaxrec.run import Run
-from jaxrec.systems.generative import context_batches, supervised, train_model, training_cuts
+from jaxrec.systems.generative import context_batches, mean_of, supervised, train_model, training_cuts
 from jaxrec.systems.tiger.config import TigerConfig
 from jaxrec.systems.tiger.model import TigerAssembly, TigerCatalogue, assemble
 from jaxrec.training.stages import Stage, Task
@@ -32,20 +31,6 @@ def stages(run: Run, config: TigerConfig) -> tuple[Stage, ...]:
         train_model(assembly, config, mean_loss, training_batches(assembly, config), task)
 
     return supervised(run, config, train)
-
-
-def mean_loss(
-    assembly: TigerAssembly,
-    config: TigerConfig,
-    catalogue: TigerCatalogue,
-    params: Any,
-    extra: dict,
-    batch: dict,
-    key: jax.Array,
-):
-    """As `jaxrec.training.step.Loss`; a batch is what `training_batches` yields."""
-    total, count = losses(assembly, config, catalogue, {"params": params}, batch, key)
-    return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
 
 
 def losses(
@@ -69,6 +54,10 @@ def losses(
     loss = next_token(scored.log_probs, where, mean_log_probs=scored.mean_log_probs, smoothing=smoothing)
     weight = jnp.where(where, config.objective.later_weight ** jnp.maximum(batch["target_rank"], 0), 0.0)
     return (weight * loss).sum(), weight.sum()
+
+
+mean_loss = mean_of(losses)
+"""As `jaxrec.training.step.Loss`; a batch is what `training_batches` yields."""
 
 
 def training_batches(assembly: TigerAssembly, config: TigerConfig) -> Iterator[dict]:
