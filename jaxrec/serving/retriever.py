@@ -34,10 +34,12 @@ from jaxrec.run import Run
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.later import check_known, read_later
 from jaxrec.semantic_ids.table.space import read_codes, rows_in
-from jaxrec.semantic_ids.table.versions import BOOKS, CODES, read_version, trained_version
+from jaxrec.semantic_ids.table.version_files import BOOKS, read_version
+from jaxrec.semantic_ids.table.versions import CODES, trained_version
 from jaxrec.serving.answers import ANSWERS, Answers
-from jaxrec.serving.schema import MAX_K, Answer, Event, Request
-from jaxrec.serving.searches import UserSearches, inline_searches
+from jaxrec.serving.histories import InlineHistories, moment_of
+from jaxrec.serving.schema import MAX_K, Answer, Request
+from jaxrec.serving.searches import UserSearches
 
 LOG = logging.getLogger(__name__)
 SPARE = 1 << 16
@@ -48,8 +50,6 @@ NO_TEXT = "answers what was typed; give the field {}, which this request lacks"
 NOTHING_ALLOWED = "the filters of this request allow no item of the catalogue"
 DEPTHS = (10, 50, 100, MAX_K)
 """The depths of rankings; at most one program is compiled for each."""
-NO_ITEM = -1
-"""The item of a search in a history."""
 AT_ONCE = 64
 """Requests in one call of the model; few, since a call may rank the whole catalogue for each of them."""
 LIST_SIZES = tuple(LISTED**power + 1 for power in range(1, 20))
@@ -294,20 +294,15 @@ class Retriever:
             if self.searches is not None:
                 history |= self.searches.of_user(user, rows)
         else:
-            named = {entry.item_id for entry in request.history} - {None}
-            unknown = {item for item in named if version.row(item) is None}
-            there = [event for event in request.history if event.item_id not in unknown]
-            ignored = [event.item_id for event in request.history if event.item_id in unknown] + ignored
-            history = self._inline(there, version)
+            history, unknown = self._inline(version).history(request.history)
+            ignored = unknown + ignored
         typed = {"query": request.query, "prefix": request.prefix}
         history |= {name: text for name, text in typed.items() if text is not None}
         if request.profile is not None:
             history["profile"] = request.profile
         if not self.answer_time:
             return history, ignored
-        latest = max(history[name].max(initial=0) for name in ("timestamp", "search_timestamp") if name in history)
-        now = max(self.latest, latest) if request.now is None else request.now
-        return {**history, "now": np.int64(now)}, ignored
+        return {**history, "now": np.int64(moment_of(history, self.latest, request.now))}, ignored
 
     def _allowed(
         self, request: Request, within: Predicate | np.ndarray | None, history: History, version: Version
@@ -315,33 +310,9 @@ class Retriever:
         """The answers that the request may get; None = all."""
         return self.answers.allowed(request, within, history, version)
 
-    def _inline(self, entries: list[Event], version: Version) -> History:
-        """A history given in the request, in order of time. Without times, each entry is a session at the current
-        time."""
-        times = [self.latest if entry.timestamp is None else entry.timestamp for entry in entries]
-        order = np.argsort(times, kind="stable")
-        timestamp = np.array(times, np.int64)[order]
-        starts = np.diff(timestamp) > 0 if any(entry.timestamp is not None for entry in entries) else 1
-        session = np.zeros(len(entries), np.int32)
-        session[1:] = np.cumsum(np.broadcast_to(starts, max(len(entries) - 1, 0)))
-        rows = [NO_ITEM if entry.item_id is None else version.row(entry.item_id) for entry in entries]
-        columns = {
-            "item": np.array(rows, np.int32)[order],
-            "behavior": np.array([self._behavior(entry.behavior) for entry in entries], np.int8)[order],
-            "timestamp": timestamp,
-            "session": session,
-        }
-        history = {name: column[columns["item"] != NO_ITEM] for name, column in columns.items()}
-        if not self.reads_queries:
-            return history
-        return history | inline_searches([entries[row] for row in order], timestamp, session)
-
-    def _behavior(self, name: str | None) -> int:
-        if name is None:
-            return min(self.target_behaviors)
-        if name not in self.behaviors:
-            raise UserError(f"unknown behavior {name!r} in the history; known are {', '.join(self.behaviors)}")
-        return self.behaviors.index(name)
+    def _inline(self, version: Version) -> InlineHistories:
+        """What makes histories of the events of a request."""
+        return InlineHistories(version.row, self.behaviors, self.target_behaviors, self.latest, self.reads_queries)
 
     def _recommend(
         self, version: Version, histories: list[History], depth: int, allowed: list[Allowed] | None

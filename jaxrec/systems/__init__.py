@@ -20,6 +20,7 @@ from jaxrec.systems.onemall import model as onemall_model
 from jaxrec.systems.onemall import training as onemall_training
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.onesearch import model as onesearch_model
+from jaxrec.systems.onesearch import reader as onesearch_reader
 from jaxrec.systems.onesearch import training as onesearch_training
 from jaxrec.systems.onesearch.config import OneSearchConfig
 from jaxrec.systems.rankgr import model as rankgr_model
@@ -31,6 +32,7 @@ from jaxrec.systems.sequential.config import NAMES, SequentialConfig
 from jaxrec.systems.tiger import model as tiger_model
 from jaxrec.systems.tiger import training as tiger_training
 from jaxrec.systems.tiger.config import TigerConfig
+from jaxrec.text.tokenizer import TextTokenizer
 from jaxrec.training.stages import Stage, best_variables, check_names, run_stages
 
 
@@ -46,6 +48,9 @@ class System:
     """stages(run, config): its trainings in order; the last one is served."""
     recommender: Callable[[Any, dict, Any], TrainedRecommender] = generative.recommender
     """recommender(assembly, variables, config): the trained model, ready to recommend."""
+    load_reader: Callable[[Path, Any, TextTokenizer], Any] | None = None
+    """load_reader(folder, features, tokenizer): what the `reader` of its assembly saved, whose `read_texts` reads the
+    texts of a history; None: its artefacts answer prepared histories alone."""
 
 
 TIGER = System(TigerConfig, tiger_model.assemble, tiger_training.stages)
@@ -56,7 +61,11 @@ SEQUENTIAL = System(
 SYSTEMS: dict[str, System] = {
     "onemall": System(OneMallConfig, onemall_model.assemble, onemall_training.stages),
     "onesearch": System(
-        OneSearchConfig, onesearch_model.assemble, onesearch_training.stages, onesearch_model.recommender
+        OneSearchConfig,
+        onesearch_model.assemble,
+        onesearch_training.stages,
+        onesearch_model.recommender,
+        onesearch_reader.load_reader,
     ),
     "rankgr": System(RankGRRunConfig, rankgr_model.assemble_trained, rankgr_training.stages),
     "tiger": TIGER,

@@ -45,6 +45,9 @@ class DecodingConfig:
     candidates: tuple[int, ...] = ()
     """candidates of every level that a rank head scores (RankGR's lambda: 1400, 1400); at least the beams, which is
     the default"""
+    constrained: bool = True
+    """beams are restricted to the listed answers; off, they are not, and what is not listed is dropped at the end, so
+    that there are fewer answers than were asked for. Exports and servers then do so too"""
     likelihood_weight: float = 0.0
     """weight of an ID's log-probability that is added to a rank head's score; 0, as published (RankGR Eq. 18): none"""
 
@@ -90,7 +93,8 @@ class Assembly(Protocol):
     The assembly of a model that reads texts (a query, a prefix, the searches of a history) also has
     `read_texts(history)`: the history with the arrays that its features cut, such as `tokens`. Histories then hold
     texts (`jaxrec.data.searches.with_texts`). If no request makes sense without what was typed, it has `required_text`,
-    "query" or "prefix"; and `tokenizer`, which is exported too, where its tokens are those of a tokenizer.
+    "query" or "prefix"; and `tokenizer`, which is exported too, where its tokens are those of a tokenizer. With a
+    `reader` it is exported so that texts are read without the run: that has `save(folder)`, its system `load_reader`.
     """
 
     space: TargetSpace
@@ -346,6 +350,7 @@ class GenerativeRecommender:
             allowed=allowed,
             rescore=self.assembly.rescore(served, context, self.config.likelihood_weight),
             candidates=self.config.candidates,
+            constrained=self.config.constrained,
         )
         return self.space.expand(served.trie, result, k=k, allowed=allowed)
 

@@ -33,10 +33,8 @@ from jaxrec.systems.onesearch.config import (
     CONTENT,
     PERSONALISATION,
     TASKS,
-    ContentConfig,
-    CoOccurrenceConfig,
     OneSearchConfig,
-    weights_of,
+    TaskStageConfig,
 )
 from jaxrec.systems.onesearch.model import OneSearchAssembly, OneSearchCatalogue, assemble, fitted
 from jaxrec.systems.onesearch.pretrained import digests, with_pretrained, write_pretrained
@@ -57,11 +55,11 @@ def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
     needs = (ALIGNMENT,) if before else ()
     data = partial(prepare_searches, run, config)
 
-    def train_tasks(of_stage: ContentConfig | CoOccurrenceConfig, task: Task) -> None:
+    def train_tasks(of_stage: TaskStageConfig, task: Task) -> None:
         assembly = assemble(run, config)
         batches = training_tasks(run, assembly, config, of_stage)
         mine = dataclasses.replace(config, optim=of_stage.optim, training=of_stage.training)
-        loss = partial(task_loss, tuple(weights_of(of_stage)))
+        loss = partial(task_loss, tuple(of_stage.weights))
         minimise(bound_loss(loss, assembly, mine), partial(initial, assembly, config, task), batches, mine, task)
 
     def train_searches(task: Task) -> None:
@@ -74,7 +72,7 @@ def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
     of_tasks, start = [], ""
     for name, other in ((CONTENT, CO_OCCURRENCE), (CO_OCCURRENCE, CONTENT)):
         of_stage = getattr(config, name)
-        if weights_of(of_stage):
+        if of_stage.weights:
             inputs, train = config.training_inputs(*last, other), partial(train_tasks, of_stage)
             of_tasks.append(Stage(name, inputs, data, train, start=start, needs=needs))
             start = name
@@ -134,11 +132,11 @@ def initial(assembly: OneSearchAssembly, config: OneSearchConfig, task: Task, se
 
 
 def training_tasks(
-    run: Run, assembly: OneSearchAssembly, config: OneSearchConfig, of_stage: ContentConfig | CoOccurrenceConfig
+    run: Run, assembly: OneSearchAssembly, config: OneSearchConfig, of_stage: TaskStageConfig
 ) -> Iterator[Features]:
     """Batches of a stage's tasks, mixed by its weights."""
     tables, pairs = read_tasks(run.tables, assembly, config)
-    return task_batches(task_rows(weights_of(of_stage), tables, pairs, config.seed), tables, config)
+    return task_batches(task_rows(of_stage.weights, tables, pairs, config.seed), tables, config)
 
 
 def task_loss(
