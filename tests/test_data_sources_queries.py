@@ -11,7 +11,7 @@ from jaxrec.data.cleaning import KCore
 from jaxrec.data.examples import Records, write_examples
 from jaxrec.data.prefix_cuts import PrefixCutConfig
 from jaxrec.data.prepare import PrepareConfig, prepare
-from jaxrec.data.sources import QueryLog, SuggestionLines
+from jaxrec.data.sources import SearchLog, SuggestionLines
 from jaxrec.data.splits import TimeSplit
 from jaxrec.evaluation import prefix_cases
 from jaxrec.systems.config import RunConfig
@@ -47,13 +47,13 @@ CONFIG = PrepareConfig(
 )
 
 
-def query_log(folder, text=LOG, name="queries.log", **changes):
+def search_log(folder, text=LOG, name="queries.log", **changes):
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return QueryLog(folder / name, **{**EXCITE, **changes})
+    return SearchLog(folder / name, **{**EXCITE, **changes})
 
 
 def test_a_log_of_queries_alone_becomes_searches_prefixes_and_records(tmp_path):
-    statistics, rows = prepared(query_log(tmp_path), tmp_path, CONFIG)
+    statistics, rows = prepared(search_log(tmp_path), tmp_path, CONFIG)
     assert statistics["dropped"] == {"search without a query": 2, "repeat of a search in its second": 1}
     names = ("user_id", "timestamp", "query", "session", "split")
     assert [tuple(row[name] for name in names) for row in rows("searches")] == [
@@ -84,7 +84,7 @@ def test_a_log_of_queries_alone_becomes_searches_prefixes_and_records(tmp_path):
 )
 def test_searches_are_what_is_held_out_of_a_log_without_events(tmp_path, split, expected):
     text = "user,time,query\na,10,a\nb,10,b1\nb,9000,b2\nb,18000,b3\n"
-    source = query_log(tmp_path, text, "q.csv", columns=(), time_format="", split=split)
+    source = search_log(tmp_path, text, "q.csv", columns=(), time_format="", split=split)
     _, rows = prepared(source, tmp_path)
     assert {row["query"]: row["split"] for row in rows("searches")} == expected
 
@@ -100,15 +100,15 @@ def test_one_user_and_one_query(tmp_path):
 def test_files_of_other_formats_and_names(tmp_path):
     table = pa.table({"who": ["a", "b"], "when": [5, 7], "what": ["x\x07y ", "\x07"]})
     pq.write_table(table, tmp_path / "q.parquet")
-    source = QueryLog(tmp_path / "q.parquet", user="who", time="when", query="what")
+    source = SearchLog(tmp_path / "q.parquet", user="who", time="when", query="what")
     raw = source.load()
     # A query of control characters is an empty one; in others they stay, as typed.
     assert raw.searches.to_pyarrow()["query"].to_pylist() == ["x\x07y "] and raw.dropped["search without a query"] == 1
     with gzip.open(tmp_path / "q.tsv.gz", "wt") as file:
         file.write("5;a;x\n")
-    raw = QueryLog(tmp_path / "q.tsv.gz", columns=("time", "user", "query")).load()
+    raw = SearchLog(tmp_path / "q.tsv.gz", columns=("time", "user", "query")).load()
     assert raw.searches.to_pyarrow()["query"].to_pylist() == ["x"]
-    assert source.fingerprint() != QueryLog(tmp_path / "q.parquet", user="who", time="when").fingerprint()
+    assert source.fingerprint() != SearchLog(tmp_path / "q.parquet", user="who", time="when").fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -130,21 +130,21 @@ def test_files_of_other_formats_and_names(tmp_path):
 )
 def test_bad_logs_of_queries_are_refused_in_a_sentence(tmp_path, text, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        query_log(tmp_path, text, **changes).load()
+        search_log(tmp_path, text, **changes).load()
     assert "\n" not in str(error.value)
 
 
 def test_half_a_character_is_refused(tmp_path):
     text = '{"user": "a", "time": 5, "query": "x\\ud83d"}\n'
     with pytest.raises(UserError, match=r"q.jsonl, column 'query', row 1: half a character, \\ud83d"):
-        query_log(tmp_path, text, "q.jsonl", columns=(), time_format="").load()
+        search_log(tmp_path, text, "q.jsonl", columns=(), time_format="").load()
 
 
 def test_what_a_log_without_items_cannot_do(tmp_path):
-    source = query_log(tmp_path)
-    with pytest.raises(UserError, match=r"QueryLog has no events, by which prepare.k_core drops"):
+    source = search_log(tmp_path)
+    with pytest.raises(UserError, match=r"SearchLog has no events, by which prepare.k_core drops"):
         prepare(source, PrepareConfig(k_core=KCore(min_users_per_item=2)), tmp_path)
-    with pytest.raises(UserError, match="QueryLog is a log of queries without items, which toy can't recommend"):
+    with pytest.raises(UserError, match="SearchLog is a log of queries without items, which toy can't recommend"):
         prepare_with_embeddings(None, RunConfig(data=source, system="toy"))
 
 

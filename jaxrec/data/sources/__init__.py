@@ -6,7 +6,7 @@ from jaxrec.data.sources.folder import Folder
 from jaxrec.data.sources.jd_micro import JdMicro
 from jaxrec.data.sources.judged_pairs import JudgedPairs
 from jaxrec.data.sources.kuai_search import KuaiSearch
-from jaxrec.data.sources.query_log import QueryLog
+from jaxrec.data.sources.search_log import SearchLog
 from jaxrec.data.sources.sequence_text import SequenceText
 from jaxrec.data.sources.suggestion_lines import SuggestionLines
 from jaxrec.data.sources.synthetic_mall import SyntheticMall
@@ -20,7 +20,7 @@ AnySource = (
     | ClickLog
     | JudgedPairs
     | KuaiSearch
-    | QueryLog
+    | SearchLog
     | SuggestionLines
 )
 """What a system's configuration may name after `--data`."""
@@ -33,7 +33,7 @@ __all__ = [
     "JdMicro",
     "JudgedPairs",
     "KuaiSearch",
-    "QueryLog",
+    "SearchLog",
     "SequenceText",
     "SuggestionLines",
     "SyntheticMall",

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from jaxrec.config import UserError, fingerprint
 from jaxrec.data.sources.files import digest, require, text_lines
-from jaxrec.data.sources.query_log import no_events, no_items
+from jaxrec.data.sources.search_log import no_events, no_items
 from jaxrec.data.tables import FEEDBACK, RawTables, Split, connect, store
 from jaxrec.data.words import normalised
 

@@ -28,7 +28,7 @@ from jaxrec.data.tables import RawTables, Split, connect, count_rows, store
 
 
 @dataclass(frozen=True)
-class QueryLog:
+class SearchLog:
     """Searches in a file of CSV, TSV, JSONL or parquet; all but parquet may be packed (.gz)."""
 
     behaviors: ClassVar[tuple[str, ...]] = ()
@@ -59,7 +59,7 @@ class QueryLog:
         """Of the file's content and this configuration, its place left out."""
         files = [digest(path) for path in (Path(self.path),) if path.is_file()]
         values = [value for name, value in vars(self).items() if name != "path"]
-        return fingerprint("query_log", files, values)
+        return fingerprint("search_log", files, values)
 
     def load(self) -> RawTables:
         """Reads and checks the file.
@@ -108,7 +108,7 @@ def try_strptime(text: str, form: str) -> dt.timestamp:
     """DuckDB's: the time that a text writes in a form, null where it does not."""
 
 
-def _formatted(engine: BaseBackend, table: ibis.Table, source: QueryLog) -> Typed:
+def _formatted(engine: BaseBackend, table: ibis.Table, source: SearchLog) -> Typed:
     """The times of a column in the source's form, as Unix seconds; UTC without a zone."""
     try:
         engine.con.execute("SELECT try_strptime('', ?)", [source.time_format]).fetchall()
