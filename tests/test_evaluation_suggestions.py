@@ -14,7 +14,7 @@ from jaxrec.data.tables import FEEDBACK
 from jaxrec.evaluation.cases import Cases
 from jaxrec.evaluation.comparison import comparison_tables, evaluate, grouped, standings
 from jaxrec.evaluation.subsets import item_subsets
-from jaxrec.evaluation.suggestion_baselines import KnownTexts, day_of, suggestion_baselines
+from jaxrec.evaluation.suggestion_baselines import NumberedCompletions, day_of, suggestion_baselines
 from jaxrec.evaluation.suggestion_metrics import suggestion_metrics
 from jaxrec.evaluation.suggestion_subsets import known_queries, prefix_counts, suggestion_subsets
 
@@ -276,4 +276,4 @@ def test_rows_and_tables_of_suggestions():
 def test_texts_are_known_by_their_numbers():
     models, space = fit(LOG)
     texts = models["popular completion"].texts
-    assert isinstance(texts, KnownTexts) and space.show(texts.numbers) == list(texts.known.texts)
+    assert isinstance(texts, NumberedCompletions) and space.show(texts.numbers) == list(texts.known.texts)

@@ -37,7 +37,7 @@ First = Callable[[History, str], Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
-class KnownTexts:
+class NumberedCompletions:
     """The queries of training with their numbers in a space of texts."""
 
     known: Completions
@@ -68,7 +68,7 @@ class KnownTexts:
 class Completing:
     """What `first` gives, then the most popular completions of what was typed, of all time or of late."""
 
-    texts: KnownTexts
+    texts: NumberedCompletions
     late: bool = False
     first: First | None = None
 
@@ -91,7 +91,7 @@ class Completing:
 class OwnSearches:
     """The user's own searches that begin with what was typed, by how often; equal ones by how late."""
 
-    texts: KnownTexts
+    texts: NumberedCompletions
 
     def __call__(self, history: History, typed: str) -> list[int]:
         own = [text for text in self.texts.searched(history) if text and text.startswith(typed)]
@@ -106,12 +106,12 @@ class Followers:
     Several searches of one last moment, such as those derived from a basket, are all last: their shares are summed.
     """
 
-    texts: KnownTexts
+    texts: NumberedCompletions
     following: sparse.csr_array
     """f32 [Q, Q]: row q holds the sessions with q after which each query was searched for; rows sorted by column"""
 
     @classmethod
-    def fit(cls, texts: KnownTexts, log: pa.Table) -> "Followers":
+    def fit(cls, texts: NumberedCompletions, log: pa.Table) -> "Followers":
         """From `jaxrec.data.completions.training_queries`: later in the session, or in the user's next session."""
         user, session, time, query = (log[name].to_numpy() for name in ("user", "session", "timestamp", "query"))
         order = np.lexsort((query, time, session, user))
@@ -153,7 +153,7 @@ def suggestion_baselines(space: TextSpace, known: Completions, log: pa.Table) ->
       known: the completions of training.
       log: the same as `jaxrec.data.completions.training_queries`.
     """
-    texts = KnownTexts(known, space)
+    texts = NumberedCompletions(known, space)
     own, followers = OwnSearches(texts), Followers.fit(texts, log)
     return {
         "popular completion": Completing(texts),
