@@ -90,7 +90,7 @@ def test_searches_are_what_is_held_out_of_a_log_without_events(tmp_path, split, 
 
 
 def test_one_user_and_one_query(tmp_path):
-    source = query_log(
+    source = search_log(
         tmp_path, "user,time,query\na,10,tea\n", "q.csv", columns=(), time_format="", split="last_session"
     )
     _, rows = prepared(source, tmp_path, PrepareConfig(suggestions=PrefixCutConfig()))
