@@ -30,6 +30,7 @@ from jaxrec.run import Run
 from jaxrec.systems import load_recommender
 from jaxrec.systems.comparison import EvaluationConfig, cases_of, draw
 from jaxrec.systems.recommender import GenerativeRecommender
+from jaxrec.targets import Constrained
 
 DEPTH, CUTOFFS = 350, (10, 350)
 
@@ -63,7 +64,7 @@ def parse_beams(text: str) -> list[int]:
 def measure(run: Run, model: GenerativeRecommender, cases: Cases, width: int) -> None:
     """The rows of one number of beams."""
     case, depth = f"{len(cases)} searches, {width} beams", min(width, DEPTH)
-    made = [with_beams(model, width, constrained) for constrained in (True, False)]
+    made = [with_beams(model, width, constrained) for constrained in ("listed", "free")]
     (on, fast), (off, slow) = (timed(each, cases, depth) for each in made)
     report("a search, trie on and off", case, fast, slow, "the free beam")
     validity = float((off[:, :10] >= 0).mean()), float((off >= 0).mean())
@@ -82,7 +83,7 @@ def measure(run: Run, model: GenerativeRecommender, cases: Cases, width: int) ->
     print(f"peak memory so far: {memory:,.0f} MiB", file=sys.stderr)
 
 
-def with_beams(model: GenerativeRecommender, width: int, constrained: bool) -> GenerativeRecommender:
+def with_beams(model: GenerativeRecommender, width: int, constrained: Constrained) -> GenerativeRecommender:
     """The same model with another beam."""
     config = replace(model.config, beam_width=width, beam_widths=(), candidates=(), constrained=constrained)
     return GenerativeRecommender(model.assembly, model.variables, model.feature_config, config)
