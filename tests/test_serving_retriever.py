@@ -174,8 +174,8 @@ def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
         ('{"user_id": "1", "k": "7"}', 'k should be a valid integer, not "7"'),
         (
             '{"user_id": "1", "topk": 3}',
-            "unknown field topk; known are user_id, history, query, prefix, profile, k, exclude_history, filter, blocked, "
-            "allowed, now",
+            "unknown field topk; known are user_id, history, query, prefix, profile, k, exclude_history, filter, "
+            "blocked, allowed, now",
         ),
         (
             '{"history": [{"item": "a"}]}',
