@@ -10,6 +10,7 @@ Everything is of the train split. An event counts for the query of the search th
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,13 @@ from jaxrec.files import read_json
 
 SHOWN, CLICKED, ORDERED = range(3)
 KINDS = ("itemcf", "swing")
+
+
+def _check_kinds(config: Any, *names: str) -> None:
+    for name in names:
+        for kind in getattr(config, name):
+            if kind not in KINDS:
+                raise UserError(f"configuration key 'queries.{name}' names {kind!r}; give some of {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -182,10 +190,3 @@ def _levels(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     np.maximum.at(highest, query, level)
     keep = (highest > lowest)[query]
     return query[keep], item[keep], level[keep]
-
-
-def _check_kinds(config: QueryPairConfig | AskedPairConfig, *names: str) -> None:
-    for name in names:
-        for kind in getattr(config, name):
-            if kind not in KINDS:
-                raise UserError(f"configuration key 'queries.{name}' names {kind!r}; give some of {', '.join(KINDS)}")

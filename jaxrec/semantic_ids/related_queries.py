@@ -66,7 +66,7 @@ class RelatedQueriesConfig:
     """A query that fewer sessions of training searched or chose is no related query."""
     candidates: int = 64
     """Candidates of a level: of the queries that share as many codes, the most popular ones."""
-    min_cosine: float = 0.3
+    min_cosine: float = 0.4
     """Relevance: queries whose cosine with the enhanced prefix is lower are left out, also those of the same ID."""
     max_cosine: float = 0.95
     """Diversity: a query whose cosine with a better one is higher is left out."""
