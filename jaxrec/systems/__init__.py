@@ -25,6 +25,8 @@ from jaxrec.systems.onesearch.config import OneSearchConfig
 from jaxrec.systems.rankgr import model as rankgr_model
 from jaxrec.systems.rankgr import training as rankgr_training
 from jaxrec.systems.rankgr.config import RankGRRunConfig
+from jaxrec.systems.ranking import cascade
+from jaxrec.systems.ranking.config import CASCADE, CascadeConfig
 from jaxrec.systems.sequential import model as sequential_model
 from jaxrec.systems.sequential import training as sequential_training
 from jaxrec.systems.sequential.config import NAMES, SequentialConfig
@@ -59,6 +61,7 @@ SYSTEMS: dict[str, System] = {
         OneSearchConfig, onesearch_model.assemble, onesearch_training.stages, onesearch_model.recommender
     ),
     "rankgr": System(RankGRRunConfig, rankgr_model.assemble_trained, rankgr_training.stages),
+    CASCADE: System(CascadeConfig, cascade.assemble, cascade.stages, cascade.recommender),
     "tiger": TIGER,
     "forge": TIGER,
 } | dict.fromkeys(NAMES, SEQUENTIAL)

@@ -39,6 +39,9 @@ class TrainedRecommender(Recommender, Protocol):
 
     A generative one also has `space`, its target space, and `diagnose(cases)`; without, answers are items. An assembly
     whose targets are not the items of later sessions has `cases(split)`: cases whose targets are answers of its space.
+
+    A model that is measured in other forms too has `variants`: recommenders by the names of their rows. One that judges
+    more than rankings has `further_rows(split, folder)`: rows of its own subsets; `folder` is that of the evaluation.
     """
 
     assembly: Any
@@ -92,15 +95,16 @@ def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folde
     compared = config.baselines and kind == "items"  # with what is counted of items
     records = functools.cache(lambda: list(Records(assembly.examples, config.split)))  # all of them, so once if at all
     cases = draw(cases_of(assembly, config.split, records), config)
+    ours = {name: model, **getattr(model, "variants", {})}
     measured, searched = {"split": config.split, "cutoffs": config.cutoffs}, kind == "items" and are_searches(cases)
     if searched:
         baselines = fit_search_baselines(run, assembly) if config.baselines else {}
-        rows = evaluate_searches(run, {**baselines, name: model}, cases, assembly.behaviors, **measured)
+        rows = evaluate_searches(run, {**baselines, **ours}, cases, assembly.behaviors, **measured)
     else:
         baselines = fit_baselines(records(), items, targets) if compared else {}
         if config.baselines and kind == "texts":
             baselines = text_baselines(model.space)
-        rows = evaluate({**baselines, name: model}, cases, **measured)
+        rows = evaluate({**baselines, **ours}, cases, **measured)
     if compared and not searched:
         rows += evaluate_ties_shuffled(
             records(), items, targets, split=config.split, seed=config.seed, cutoffs=config.cutoffs
@@ -116,6 +120,8 @@ def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folde
         }
         for metric, pair in (model.diagnose(cases) if hasattr(model, "diagnose") else {}).items()
     ]
+    if hasattr(model, "further_rows"):
+        rows += model.further_rows(config.split, folder)
     write_json(folder / "evaluation.json", rows)
     write_json(folder / "examples_shown.json", _shown(run, model, cases, config.shown_users))
 
