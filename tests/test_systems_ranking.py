@@ -17,6 +17,7 @@ import pytest
 
 from jaxrec.config import UserError, from_json, load_config, to_json
 from jaxrec.data.examples import Records
+from jaxrec.evaluation.baselines import Popularity
 from jaxrec.evaluation.comparison import IMPRESSIONS
 from jaxrec.models.ranking.dcn import DcnConfig
 from jaxrec.models.ranking.sim import SimConfig
@@ -24,7 +25,7 @@ from jaxrec.run import Run
 from jaxrec.systems import check, load_recommender, train
 from jaxrec.systems.ranking.config import PRE_RANKING, RANKING, RankingConfig, RankingObjective, RankingStageConfig
 from jaxrec.systems.ranking.model import Ranker, load_ranker, stack
-from jaxrec.systems.ranking.recall import InTurns, NearestToHistory
+from jaxrec.systems.ranking.recall import InTurns, NearestToHistory, make_recall
 from jaxrec.systems.ranking.training import (
     Impressions,
     bound_loss,
@@ -247,8 +248,6 @@ def test_channels_take_turns():
 
 
 def test_the_nearest_to_the_latest_items_by_hand():
-    from jaxrec.evaluation.baselines import Popularity
-
     vectors = np.array([[1, 0], [0, 1], [3, 3], [-1, 0.1]], np.float32)
     model = NearestToHistory(Popularity(np.array([1, 5, 2, 9]), (0,)), vectors, seeds=1)
     seen = {
@@ -368,7 +367,5 @@ def test_contradictions_are_refused_before_any_work():
 
 def test_a_channel_that_nothing_here_is_called(runs):
     run = Run(runs / "whole")
-    from jaxrec.systems.ranking.recall import make_recall
-
     with pytest.raises(UserError, match=r"'recall.channels': nothing here is called 'bm25'; there are popularity, .*"):
         make_recall(run, load_ranker(run.path)[0], ("bm25",), 3)
