@@ -129,11 +129,12 @@ def rankgr(**changes) -> Case:
     return Case(assembly.model, variables, arrays, build, masks, targets, "rank_head")
 
 
-def personal_search(positions: str = "items", make: Callable = EncoderDecoderConfig) -> Case:
-    sizes = {"width": 8, "heads": 2, "head_dim": 4, "hidden": 6, "encoder_layers": 1, "layers": 1}
+def personal_search(positions: str = "items", make: Callable = EncoderDecoderConfig, **changes) -> Case:
+    sizes = {"width": 8, "heads": 2, "head_dim": 4, "hidden": 6, "layers": 1}
+    sizes |= {} if make is CausalConfig else {"encoder_layers": 1}
     vocabulary = SearchVocabulary(texts=6, tasks=1, sizes=SIZES)
     model = PersonalSearch(
-        vocabulary.fit(make(**sizes)), vocabulary, PromptConfig(positions, long_queries=2, long_heads=2)
+        vocabulary.fit(make(**sizes | changes)), vocabulary, PromptConfig(positions, long_queries=2, long_heads=2)
     )
     rng = np.random.default_rng(2)
     ids = {"query_codes": (), "user_codes": (2,), "recent_queries": (2,), "recent_items": (3,), "candidates": (4,)}
@@ -183,6 +184,8 @@ VARIANTS = CASES | {
     ),
     "personal_search, codes": lambda: personal_search("codes"),
     "personal_search, BART": lambda: personal_search(make=bart_config),
+    "personal_search, Qwen2": lambda: personal_search(make=CausalConfig),
+    "personal_search, Qwen3, codes": lambda: personal_search("codes", CausalConfig, bias=False, head_norm=True),
     "rankgr, codes": lambda: rankgr(context="codes", behaviors=False, gaps=False),
 }
 MODELS = (Causal, EncoderDecoder, CrossDecoder, RankGR, PersonalSearch)

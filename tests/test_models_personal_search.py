@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrec.models.causal import CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.models.personal_search import (
     PersonalSearch,
@@ -21,6 +22,7 @@ VOCABULARY = SearchVocabulary(texts=11, tasks=2, sizes=SIZES)
 TINY = VOCABULARY.fit(
     EncoderDecoderConfig(width=16, heads=2, head_dim=8, hidden=16, encoder_layers=1, layers=1, scale_head=False)
 )
+CAUSAL = VOCABULARY.fit(CausalConfig(width=16, heads=2, groups=1, head_dim=8, hidden=16, layers=1))
 BATCH = 2
 
 
@@ -48,10 +50,14 @@ def make_inputs(seed=0, **more):
     return jax.tree.map(jnp.asarray, dataclasses.replace(made, **more))
 
 
-@pytest.fixture(scope="module", params=["items", "codes"])
+KINDS = {"items": (TINY, "items"), "codes": (TINY, "codes"), "causal": (CAUSAL, "items")}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def model(request):
-    """The model and its parameters, for both kinds of positions."""
-    made = PersonalSearch(TINY, VOCABULARY, PromptConfig(request.param, long_queries=2, long_heads=2))
+    """The model and its parameters, for both kinds of positions, and of backbones."""
+    config, positions = KINDS[request.param]
+    made = PersonalSearch(config, VOCABULARY, PromptConfig(positions, long_queries=2, long_heads=2))
     return made, jax.jit(made.init)(jax.random.key(1), make_inputs(), jnp.zeros((BATCH, 1, 3), jnp.int32))
 
 
@@ -102,6 +108,11 @@ def test_the_prompt_is_that_of_the_paper():
     ids = [*(row.user_codes + offset).ravel(), sep, *row.query[:2], sep, *(row.query_codes + offset), sep]
     recent = [*(row.recent_queries + offset).ravel(), sep, *(row.recent_items[:1] + offset).ravel(), sep]
     assert tokens[1][mask[1]].tolist() == [bos, *ids[:6], sep, *ids[7:], *recent, eos]
+    inputs = dataclasses.replace(inputs, profile=jnp.array([[-1, -1], [4, -1]]))
+    tokens, mask = (np.asarray(each) for each in made.apply({}, inputs, method="search_prompt"))
+    assert tokens[1][mask[1]].tolist()[-4:] == [sep, 4, sep, eos]
+    assert tokens[0][mask[0]].tolist()[-3:] == [sep, sep, eos]
+    inputs = dataclasses.replace(inputs, profile=None)
     whole, there = made.clone(prompt=PromptConfig("items", long_queries=0)).apply({}, inputs, method="search_prompt")
     assert whole.shape == (2, 1 + 2 + 1 + 4 + 1 + 1 + 1 + 2 + 1 + 3 + 1 + 1, 3) and there[0].all()
     np.testing.assert_array_equal(whole[1, 1:3], row.user_codes + offset)
