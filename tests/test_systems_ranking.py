@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ from jaxrec.evaluation.comparison import IMPRESSIONS
 from jaxrec.models.ranking.dcn import DcnConfig
 from jaxrec.models.ranking.sim import SimConfig
 from jaxrec.run import Run
-from jaxrec.systems import check, load_recommender, train
+from jaxrec.systems import check, check_beside, load_beside, load_recommender, train
+from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.ranking.config import PRE_RANKING, RANKING, RankingConfig, RankingObjective, RankingStageConfig
 from jaxrec.systems.ranking.model import Ranker, load_ranker, stack
 from jaxrec.systems.ranking.recall import InTurns, NearestToHistory, make_recall
@@ -229,6 +232,33 @@ def test_the_cascade_is_recall_then_two_orders(runs):
         assert not np.isin(new[row], history["item"][history["behavior"] == 4]).any()
     few, _ = model.recommend(cases.histories[:1], 200)
     assert (few[0] >= 0).sum() == 120 and (few[0, 120:] == -1).all(), "what is only recalled follows"
+
+
+def test_runs_stand_beside_one_another(runs, tmp_path):
+    whole, killed = Run(runs / "whole"), runs / "killed"
+    assert check_beside(whole, (killed,)) == (killed,)
+    model = load_recommender(whole)
+    found = load_beside(model, "cascade", (killed,))
+    own = ["cascade", "cascade, recall alone", "cascade without ranking"]
+    assert list(found) == [f"{name} of killed" for name in own]
+    histories = model.assembly.cases("test").take(range(3)).histories
+    ranked = found["cascade of killed"].recommend(histories, 5)[0]
+    np.testing.assert_array_equal(ranked, model.recommend(histories, 5)[0])
+    assert list(load_beside(SimpleNamespace(), "another", (killed,))) == own
+    with pytest.raises(UserError, match=r"the model of .*killed answers with items; leave it out"):
+        load_beside(SimpleNamespace(space=SimpleNamespace(kind="texts")), "another", (killed,))
+    other = Run(tmp_path / "run")
+    shutil.copytree(whole.tables, other.tables)
+    users = pq.read_table(other.tables / "users.parquet").slice(1)
+    pq.write_table(users, other.tables / "users.parquet")
+    with pytest.raises(
+        UserError, match=r"killed is of other items, users or behaviors than .*; train both on the same"
+    ):
+        check_beside(other, (killed,))
+    with pytest.raises(UserError, match="holds no run"):
+        check_beside(whole, (tmp_path / "nothing",))
+    with pytest.raises(UserError, match=r"'validation\.beside' is of no use while training"):
+        dataclasses.replace(CONFIG, validation=EvaluationConfig(split="valid", beside=(killed,)))
 
 
 def test_channels_take_turns():

@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +66,9 @@ class EvaluationConfig:
     """measure popularity, Markov and the others too"""
     shown_users: int = 8
     """users whose history and recommendations the report shows"""
+    beside: tuple[Path, ...] = ()
+    """of the final evaluation: finished runs on the same log, whose models are measured on the same cases and stand in
+    the same tables"""
 
     def __post_init__(self):
         check_choice(self, "evaluation", "split", ("test", "valid"))
@@ -85,17 +88,28 @@ class EvaluationConfig:
             raise UserError(
                 f"configuration key 'validation.split' is '{self.split}'; by it the best state is chosen: give valid"
             )
+        if self.beside:
+            raise UserError("configuration key 'validation.beside' is of no use while training; set evaluation.beside")
 
 
-def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folder: Path) -> None:
-    """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`."""
+def compare(
+    run: Run,
+    model: TrainedRecommender,
+    config: EvaluationConfig,
+    folder: Path,
+    beside: Mapping[str, Recommender] | None = None,
+) -> None:
+    """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`.
+
+    beside: models of other runs, by the names of their rows.
+    """
     assembly = model.assembly
     items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
     name, kind = read_json(run.config_file)["system"], model.space.kind if hasattr(model, "space") else "items"
     compared = config.baselines and kind == "items"  # with what is counted of items
     records = functools.cache(lambda: list(Records(assembly.examples, config.split)))  # all of them, so once if at all
     cases = draw(cases_of(assembly, config.split, records), config)
-    ours = {name: model, **getattr(model, "variants", {})}
+    ours = {**(beside or {}), name: model, **getattr(model, "variants", {})}
     measured, searched = {"split": config.split, "cutoffs": config.cutoffs}, kind == "items" and are_searches(cases)
     if searched:
         baselines = fit_search_baselines(run, assembly) if config.baselines else {}
