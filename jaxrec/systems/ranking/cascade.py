@@ -90,7 +90,7 @@ class CascadeAssembly:
     @property
     def target_behaviors(self) -> list[int]:
         """Indices of the target behaviors."""
-        return np.flatnonzero(self.wanted).tolist()
+        return self.ranker.target_behaviors
 
     def cases(self, split: str) -> Cases:
         """What is measured: the next session of each user, or each search of the split."""

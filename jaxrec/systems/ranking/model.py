@@ -96,6 +96,11 @@ class Ranker:
     queries: RankedQueries | None = None
     """None where a context is a session"""
 
+    @property
+    def target_behaviors(self) -> list[int]:
+        """Indices of the target behaviors."""
+        return np.flatnonzero(self.wanted).tolist()
+
     def init(self, seed: int, mesh: Mesh | None = None) -> dict:
         """Fresh variables {"params"}: made on the devices where they stay, if there is a mesh."""
         items, arrays = shapes_of(self.items), stack([self.read(EMPTY)])

@@ -79,8 +79,8 @@ def make_recall(run: Run, ranker: Ranker, channels: Sequence[str], seeds: int) -
     Raises:
       UserError: there is no baseline of a name.
     """
-    names = [ranker.behaviors[index] for index in np.flatnonzero(ranker.wanted)]
-    targets = tuple(np.flatnonzero(ranker.wanted).tolist())
+    targets = ranker.target_behaviors
+    names = [ranker.behaviors[index] for index in targets]
     found: dict[str, Recommender] = {}
     if ranker.queries is not None:
         known = fit_search_baselines(run, ranker)
