@@ -28,6 +28,15 @@ def normalised(text: str) -> str:
     return " ".join(text.split())
 
 
+def typed(text: str) -> str:
+    """What was typed so far, `normalised`, but with the space at its end: "red " begins "red shoes" and not "redwood".
+
+    A normalised text completes what was typed if it begins with this.
+    """
+    known = normalised(text)
+    return f"{known} " if known and text[-1].isspace() else known
+
+
 def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Distinct normalised texts in alphabetical order, and the number of each text, int64 [n]."""
     folded = [normalised(text) for text in texts]
