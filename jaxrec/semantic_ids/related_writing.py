@@ -45,7 +45,7 @@ MEASURED = 2000
 """Examples of a split whose answers are looked for among the related queries."""
 
 
-class Log(NamedTuple):
+class TypedLog(NamedTuple):
     """What people typed and searched in training."""
 
     queries: list[str]
@@ -111,7 +111,7 @@ def write_related(
     write_json(folder / "quality.json", figures)
 
 
-def read_log(tables: Path, config: RelatedQueriesConfig) -> Log:
+def read_log(tables: Path, config: RelatedQueriesConfig) -> TypedLog:
     """Counts a tables folder's searches and suggestions.
 
     Raises:
@@ -137,7 +137,7 @@ def read_log(tables: Path, config: RelatedQueriesConfig) -> Log:
     row = pc.index_in(pa.array(found.queries), known["query"].combine_chunks()).to_numpy()
     completions[place] = np.where(found.table >= 0, row[found.table], -1)
     counts[place] = found.count
-    return Log(known["query"].to_pylist(), known["user_count"].to_numpy(), texts, trained, completions, counts)
+    return TypedLog(known["query"].to_pylist(), known["user_count"].to_numpy(), texts, trained, completions, counts)
 
 
 def answers_found(tables: Path, related: RelatedQueries) -> dict[str, float | None]:
@@ -170,7 +170,9 @@ def _nearest_prefix(prefixes: np.ndarray, queries: np.ndarray, table: np.ndarray
     return found
 
 
-def _of_prefixes(log: Log, table: np.ndarray, codes: np.ndarray, query_codes: np.ndarray, books: Codebooks) -> dict:
+def _of_prefixes(
+    log: TypedLog, table: np.ndarray, codes: np.ndarray, query_codes: np.ndarray, books: Codebooks
+) -> dict:
     """Figures of the prefixes typed in training: how many, with completions, sharing 1, 2, ... M codes with a query."""
     codes = codes[log.trained]
     index = build_index(np.zeros((len(query_codes), 1), np.float32), query_codes, books.sizes)
