@@ -88,7 +88,8 @@ class SearchFeatureConfig:
         ordered = wanted[behavior] if len(item) else np.zeros(0, bool)
         clicked = ordered if self.weakest is None else behavior >= self.weakest
         found = record.get("led_to", NOTHING)
-        related = clicked & (np.isin(item, found.item) | record.get("same", np.zeros(len(item), bool))[order])
+        led = np.isin(item, found.item, kind="table")
+        related = clicked & (led | record.get("same", np.zeros(len(item), bool))[order])
         now = int(record.get("now", times[-1] if len(times) else 0))
         clicks, orders = item[clicked], item[ordered]
         short = _last(clicks, record.get("shown", len(clicks)))
@@ -102,7 +103,7 @@ class SearchFeatureConfig:
         )
         if "neighbours" in record:
             near = candidate[candidate >= 0]
-            habits[: len(near), 12:] = _nearness(record, near, np.unique(orders), np.unique(item[related]))
+            habits[: len(near), 12:] = _nearness(record, near, orders, item[related])
         codes = record.get("recent_codes", np.zeros((0, self.levels), np.int32))
         user = [len(orders), *known, found.searches]
         return {
@@ -169,12 +170,12 @@ class SearchFeatureConfig:
         return padded(both, self.candidates, NONE), habits, (len(item), len(distinct))
 
 
-def _nearness(record: dict, items: np.ndarray, *parts: np.ndarray) -> np.ndarray:
-    """float32 [n, 2]: logs of how near items are to what was taken and to the relevant past, distinct items each."""
-    near, ahead = record["neighbours"], record.get("ahead", ())
+def _nearness(record: dict, items: np.ndarray, orders: np.ndarray, related: np.ndarray) -> np.ndarray:
+    """float32 [n, 2]: logs of how near items are to what was taken and to the relevant past."""
     # Of both parts: an item that was looked at and is taken later is ahead, though it is of the past.
-    whole, relevant = (near.scores(items, part, parts[0], ahead) for part in parts)
-    return np.log(np.stack([whole / max(len(parts[0]), 1) ** 0.5, relevant], axis=1) + 0.01)
+    whole, relevant = record["neighbours"].scores(items, (orders, related), orders, record.get("ahead", ()))
+    distinct = np.count_nonzero(np.bincount(orders))
+    return np.log(np.stack([whole / max(distinct, 1) ** 0.5, relevant], axis=1) + 0.01)
 
 
 def _habits(

@@ -133,7 +133,7 @@ class SearchStatistics:
         period = int(self.recent.period(np.int64(day)))
         recent = self.recent.weights[period, rows]
         if len(without):
-            count = count - np.isin(item, without)
+            count = count - np.isin(item, without, kind="table")
             order = np.lexsort((item, -count))
             order = order[count[order] > 0]
             item, count, recent = item[order], count[order], recent[order]

@@ -199,9 +199,10 @@ class PersonalSearch(nn.Module):
         if not self.prompt.copying or inputs.candidates is None:
             return SearchContext(own)
         codes = inputs.candidates
-        found = self.vocabulary.codes(codes)
-        vectors = jnp.where(found[..., None] >= 0, self.backbone.embed(jnp.maximum(found, 0)), 0.0).sum(2)
         where = codes[..., 0] >= 0
+        # Level by level: the embeddings [B, C, M, D] of all codes are never made. In the padding there is any ID.
+        tokens = jnp.maximum(self.vocabulary.codes(codes), 0)
+        vectors = sum(self.backbone.embed(tokens[..., level]) for level in range(tokens.shape[-1]))
         points = self.copy(vectors, inputs.habits, where, own.state[:, 0], inputs.user)
         return SearchContext(own, points, codes)
 
