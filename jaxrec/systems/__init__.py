@@ -22,6 +22,9 @@ from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.onesearch import model as onesearch_model
 from jaxrec.systems.onesearch import training as onesearch_training
 from jaxrec.systems.onesearch.config import OneSearchConfig
+from jaxrec.systems.onesug import model as onesug_model
+from jaxrec.systems.onesug import training as onesug_training
+from jaxrec.systems.onesug.config import OneSugConfig
 from jaxrec.systems.rankgr import model as rankgr_model
 from jaxrec.systems.rankgr import training as rankgr_training
 from jaxrec.systems.rankgr.config import RankGRRunConfig
@@ -58,6 +61,7 @@ SYSTEMS: dict[str, System] = {
     "onesearch": System(
         OneSearchConfig, onesearch_model.assemble, onesearch_training.stages, onesearch_model.recommender
     ),
+    "onesug": System(OneSugConfig, onesug_model.assemble, onesug_training.stages, onesug_model.recommender),
     "rankgr": System(RankGRRunConfig, rankgr_model.assemble_trained, rankgr_training.stages),
     "tiger": TIGER,
     "forge": TIGER,

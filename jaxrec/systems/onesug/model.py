@@ -1,0 +1,217 @@
+"""OneSug's model, fitted to the queries of a log: what training, decoding and evaluation share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+
+from jaxrec.catalogue.version import Version
+from jaxrec.config import UserError
+from jaxrec.data.completions import UNKNOWN, completions
+from jaxrec.data.examples import Records
+from jaxrec.data.item_neighbours import load_neighbours
+from jaxrec.data.popularity import DAY
+from jaxrec.data.suggestion_features import NOBODY, Own, SuggestionFeatureConfig
+from jaxrec.data.words import normalised
+from jaxrec.evaluation.cases import Cases, History, prefix_cases, text_cases
+from jaxrec.models.suggestion import SuggestionContext, SuggestionInputs, SuggestionModel, SuggestionVocabulary
+from jaxrec.run import Run
+from jaxrec.systems.onesug.config import OneSugConfig
+from jaxrec.systems.onesug.queries import NEIGHBOURS, KnownTexts, QueriesOfUser, query_rows, query_texts
+from jaxrec.systems.recommender import GenerativeRecommender, Served
+from jaxrec.targets import TextSpace, load_text_space
+from jaxrec.targets.texts import TARGETS
+from jaxrec.text.tokenizer import TextTokenizer
+from jaxrec.training.sharding import init_sharded
+
+NEIGHBOURS_FILE = "neighbours.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class OneSugAssembly:
+    """The model, fitted to the queries of a run."""
+
+    model: SuggestionModel
+    space: TextSpace
+    behaviors: tuple[str, ...]
+    """names, weakest first"""
+    wanted: np.ndarray
+    """bool [behaviors]: the target behaviors"""
+    features: SuggestionFeatureConfig
+    """with the length of queries and the special tokens"""
+    known: KnownTexts
+    queries: np.ndarray
+    """object [rows]: the texts of queries.parquet"""
+    prefixes: np.ndarray
+    """object [rows]: the texts of prefixes.parquet"""
+    profiles: tuple[np.ndarray, ...] = ()
+    """int32 [t] of each user: the tokens of the profile; empty where none is read"""
+    examples: Any = None
+    """folder of the example records"""
+    catalogue: Any = None
+    """nothing is read of the items"""
+
+    @property
+    def target_behaviors(self) -> list[int]:
+        """Indices of the target behaviors."""
+        return np.flatnonzero(self.wanted).tolist()
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Of what is typed."""
+        return self.known.tokenizer
+
+    def init(self, seed: int, mesh: Mesh | None = None) -> dict:
+        """Fresh variables {"params"}: made on the devices where they stay, if there is a mesh."""
+        cut = self.features.cut(self.read_texts({}), 0, behaviors=len(self.behaviors), wanted=self.wanted)
+
+        def make():
+            inputs = self.inputs({name: jnp.asarray(array)[None] for name, array in cut.items()})
+            return self.model.init(jax.random.key(seed), inputs, jnp.zeros((1, 1, self.features.length), jnp.int32))
+
+        return init_sharded(make, mesh)
+
+    def inputs(self, arrays: dict[str, jax.Array]) -> SuggestionInputs:
+        """The model's input from stacked arrays of `SuggestionFeatureConfig.cut`."""
+        given = {"candidates": "candidate", "habits": "habits", "user": "user"} if self.model.copying else {}
+        return SuggestionInputs(arrays["tokens"], **{name: arrays[array] for name, array in given.items()})
+
+    # ---- texts -------------------------------------------------------------------------------------------------------
+
+    def read_texts(self, history: History, without: Sequence[int] = (), ahead: Sequence[int] = ()) -> History:
+        """The history with what `SuggestionFeatureConfig.cut` reads of its texts.
+
+        Searches are texts, or rows of queries.parquet as in a record; what is typed is a text. Of training examples,
+        `without` are the numbers of the session's queries, which are left out of what is counted of the log, and
+        `ahead` those that the user searches for from then on.
+        """
+        completions = self.known.completions
+        typed = normalised(history.get("prefix", history.get("query", "")))
+        searched = history.get("search_query", np.zeros(0, np.int64))
+        span = completions.of(typed)
+        numbers, more = self._numbered(searched)
+        past = np.unique(numbers[(numbers >= 0) & (numbers < len(completions))])
+        own, times = NOBODY, history.get("search_timestamp", np.zeros(0, np.int64))
+        if len(numbers) and self.features.own:
+            begins = (numbers >= span.start) & (numbers < span.stop)
+            for at, text in enumerate(more, len(completions)):
+                begins |= (numbers == at) & text.startswith(typed)
+            sessions, session = np.unique(history["search_session"], return_inverse=True)
+            own = Own(numbers[begins], times[begins], session[begins], len(sessions), len(numbers))
+        last = [history[name].max(initial=0) for name in ("timestamp",) if name in history]
+        now = int(history.get("now", max([times.max(initial=0), *last])))
+        read = {
+            "typed": self.known.encoded(typed) if typed else np.zeros(0, np.int32),
+            "earlier": self._earlier(numbers, more),
+            "profile": self._profile(history),
+            "top": completions.top(typed, self.features.popular, now // DAY, without),
+            "own": own,
+            "span": (span.start, span.stop),
+            "characters": len(typed),
+            "texts": QueriesOfUser(self.known, more, past, np.asarray(ahead, np.int64)),
+            "now": now,
+        }
+        return {**history, **read}
+
+    def _numbered(self, searched: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Numbers int64 [n] of past searches, and the texts of those behind the known ones; UNKNOWN for empty ones."""
+        numbers, more = self.known.numbers(searched), {}
+        if searched.dtype == object:
+            for place in np.flatnonzero(numbers == UNKNOWN):
+                if text := normalised(searched[place]):
+                    numbers[place] = len(self.known.completions) + more.setdefault(text, len(more))
+        return numbers, tuple(more)
+
+    def _earlier(self, numbers: np.ndarray, more: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of the last distinct queries, the newest first."""
+        found: dict[int, np.ndarray] = {}
+        known = len(self.known.completions)
+        for number in numbers[::-1].tolist():
+            if len(found) >= self.features.earlier:
+                break
+            if number >= 0 and number not in found:
+                found[number] = self.known.read[number] if number < known else self.known.encoded(more[number - known])
+        return list(found.values())
+
+    def _profile(self, history: History) -> np.ndarray:
+        user = int(history.get("user", -1))
+        return self.profiles[user] if 0 <= user < len(self.profiles) else np.zeros(0, np.int32)
+
+    # ---- what the recommender asks for -------------------------------------------------------------------------------
+
+    def cases(self, split: str) -> Cases:
+        """One case a typed prefix of the split for which a suggested query was chosen."""
+        cases = prefix_cases(Records(self.examples, split), split)
+        return text_cases(cases, self.space, self.queries, self.prefixes)
+
+    def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> Served:
+        """The variables: nothing else is read of a catalogue."""
+        return Served(variables=variables)
+
+    def context(self, served: Served, arrays: dict[str, jax.Array]) -> SuggestionContext:
+        """B contexts from stacked arrays of `SuggestionFeatureConfig.cut`."""
+        return self.model.apply(served.variables, self.inputs(arrays), method="prefill")
+
+    def extend(self, served: Served, context: SuggestionContext, tokens: jax.Array | None, cache: Any, level: int):
+        """One more token for every beam."""
+        return self.model.apply(served.variables, context, tokens, cache, level, method="extend")
+
+    def rescore(self, served: Served, context: SuggestionContext, likelihood_weight: float) -> None:
+        """None: beams are ranked by their log-probabilities."""
+
+
+def assemble(run: Run, config: OneSugConfig) -> OneSugAssembly:
+    """Reads the queries of a run and shapes the model to them.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    space, known = load_text_space(run.place(TARGETS)), completions(run.tables, config.completions)
+    neighbours = load_neighbours(run.place(NEIGHBOURS) / NEIGHBOURS_FILE) if config.neighbours.kept else None
+    length = space.config.max_length
+    texts = KnownTexts(known, space.tokenizer, length, query_rows(run.tables, known), neighbours)
+    vocabulary = SuggestionVocabulary(space.vocabulary or space.tokenizer.size)
+    model = SuggestionModel(vocabulary.fit(config.model, length), vocabulary, config.copying)
+    return OneSugAssembly(
+        model=model,
+        space=space,
+        behaviors=tuple(config.data.behaviors),
+        wanted=np.isin(config.data.behaviors, config.data.target_behaviors),
+        features=replace(config.features, length=length, specials=vocabulary.special(0)),
+        known=texts,
+        queries=query_texts(run.tables, "queries", "query"),
+        prefixes=query_texts(run.tables, "prefixes", "prefix"),
+        profiles=profile_tokens(run.tables, config.features.profile, space.tokenizer),
+        examples=run.examples,
+    )
+
+
+def profile_tokens(tables: Path, columns: Sequence[str], tokenizer: TextTokenizer) -> tuple[np.ndarray, ...]:
+    """int32 [t] of every user: the words of some columns of users.parquet, empty values left out.
+
+    Raises:
+      UserError: there is no such column.
+    """
+    if not columns:
+        return ()
+    there = [name for name in pq.read_schema(tables / "users.parquet").names if name != "user_id"]
+    for name in columns:
+        if name not in there:
+            raise UserError(
+                f"configuration key 'features.profile': the users have no column {name!r}; there are "
+                f"{', '.join(there) or 'none'}"
+            )
+    rows = pq.read_table(tables / "users.parquet", columns=list(columns)).to_pylist()
+    texts = [" ".join(normalised(str(value)) for value in row.values() if value is not None) for row in rows]
+    return tuple(np.array(row, np.int32) for row in tokenizer.encode(texts))
+
+
+def recommender(assembly: OneSugAssembly, variables: dict, config: OneSugConfig) -> GenerativeRecommender:
+    """The trained model of a run, ready to suggest."""
+    return GenerativeRecommender(assembly, variables, assembly.features, config.decoding)
