@@ -46,6 +46,7 @@ from jaxrec.data.features import AGES, FeatureConfig
 from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.data.search_features import SearchFeatureConfig
+from jaxrec.data.suggestion_features import SuggestionFeatureConfig
 from jaxrec.data.token_sequences import TokenSequenceConfig
 from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import History
@@ -66,7 +67,14 @@ FILES = {"variables": "model.safetensors", "trie": "trie.safetensors"}
 CATALOGUE = "catalogue.safetensors"
 READERS = {
     reader.__name__: reader
-    for reader in (FeatureConfig, ItemSequenceConfig, LeveledSessionConfig, SearchFeatureConfig, TokenSequenceConfig)
+    for reader in (
+        FeatureConfig,
+        ItemSequenceConfig,
+        LeveledSessionConfig,
+        SearchFeatureConfig,
+        SuggestionFeatureConfig,
+        TokenSequenceConfig,
+    )
 }
 """What makes the inputs of histories, by the name in the manifest."""
 

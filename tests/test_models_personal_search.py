@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrec.models.causal import CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.models.personal_search import (
     PersonalSearch,
@@ -21,6 +22,7 @@ VOCABULARY = SearchVocabulary(texts=11, tasks=2, sizes=SIZES)
 TINY = VOCABULARY.fit(
     EncoderDecoderConfig(width=16, heads=2, head_dim=8, hidden=16, encoder_layers=1, layers=1, scale_head=False)
 )
+CAUSAL = VOCABULARY.fit(CausalConfig(width=16, heads=2, groups=1, head_dim=8, hidden=16, layers=1))
 BATCH = 2
 
 
@@ -48,10 +50,14 @@ def make_inputs(seed=0, **more):
     return jax.tree.map(jnp.asarray, dataclasses.replace(made, **more))
 
 
-@pytest.fixture(scope="module", params=["items", "codes"])
+KINDS = {"items": (TINY, "items"), "codes": (TINY, "codes"), "causal": (CAUSAL, "items")}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def model(request):
-    """The model and its parameters, for both kinds of positions."""
-    made = PersonalSearch(TINY, VOCABULARY, PromptConfig(request.param, long_queries=2, long_heads=2))
+    """The model and its parameters, for both kinds of positions, and of backbones."""
+    config, positions = KINDS[request.param]
+    made = PersonalSearch(config, VOCABULARY, PromptConfig(positions, long_queries=2, long_heads=2))
     return made, jax.jit(made.init)(jax.random.key(1), make_inputs(), jnp.zeros((BATCH, 1, 3), jnp.int32))
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,15 +17,17 @@ from exported import without_the_library
 from flax import linen as nn
 from mall_onesearch import config as CONFIG
 
-from jaxrec.config import UserError
+from jaxrec import export
+from jaxrec.config import UserError, from_json, to_json
 from jaxrec.data.examples import Records
 from jaxrec.data.popularity import DAY, PopularityConfig
 from jaxrec.data.search_statistics import SearchStatisticsConfig, search_statistics, training_searches
 from jaxrec.data.searches import before_search
-from jaxrec.export import ExportConfig, export_run, load
 from jaxrec.files import read_json
-from jaxrec.models.encoder_decoder import EncoderDecoder, bart_config
-from jaxrec.models.huggingface import load_bart, save_bart
+from jaxrec.models.backbone import make_backbone
+from jaxrec.models.causal import CausalConfig
+from jaxrec.models.encoder_decoder import bart_config
+from jaxrec.models.huggingface import load, save_bart, save_qwen2
 from jaxrec.models.personal_search import PersonalSearch, PromptConfig, SearchVocabulary, TaskInputs
 from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import Run
@@ -44,7 +47,7 @@ from jaxrec.systems.onesearch.config import (
     OneSearchConfig,
     weights_of,
 )
-from jaxrec.systems.onesearch.model import fitted, level_centroids, run_centroids
+from jaxrec.systems.onesearch.model import assemble, fitted, level_centroids, recommender, run_centroids
 from jaxrec.systems.onesearch.pretrained import (
     backbone_of,
     digests,
@@ -174,6 +177,35 @@ def test_a_step_equals_a_plain_computation(model, assembly):
             targets += 1
     assert count == targets > 4
     np.testing.assert_allclose(total, expected, rtol=1e-4)
+
+
+def test_a_decoder_alone_is_a_backbone_too(path):
+    """Qwen2 in place of the T5: it learns, and answers."""
+    kind = CausalConfig(width=32, heads=2, groups=1, head_dim=16, hidden=32, layers=1)
+    config = dataclasses.replace(CONFIG, model=kind)
+    assert from_json(OneSearchConfig, to_json(config)) == config
+    assembly = assemble(Run(path), config)
+    config = fitted(config, assembly.space)
+    batch, optimizer = next(training_batches(assembly, config)), optax.adam(3e-3)
+    params = nn.unbox(assembly.init(0)["params"])
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            total, count = losses(assembly, config, assembly.catalogue, {"params": params}, batch, jax.random.key(0))
+            return total / count
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state, values = optimizer.init(params), []
+    for _ in range(12):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert values[-1] < 0.8 * values[0]
+    items, scores = recommender(assembly, {"params": params}, config).recommend([EMPTY | {"query": "zzz"}], 5)
+    assert (items >= 0).all() and np.isfinite(scores).all() and len(np.unique(items)) == 5
 
 
 def test_the_items_of_a_search_are_targets_of_one_context(assembly, records):
@@ -398,10 +430,10 @@ def test_without_a_query_everything_is_relevant(model, assembly):
 
 
 def test_an_export_answers_the_same(path, model, assembly, tmp_path):
-    manifest = export_run(path, tmp_path / "out", ExportConfig(k=5, platforms=("cpu",)))
+    manifest = export.export_run(path, tmp_path / "out", export.ExportConfig(k=5, platforms=("cpu",)))
     assert manifest["reader"] == "SearchFeatureConfig" and "tokens" in manifest["modules"][0]["inputs"]
     history = EMPTY | {"query": assembly.queries.texts[3], "user": -1}
-    artefact = load(tmp_path / "out")
+    artefact = export.load(tmp_path / "out")
     with pytest.raises(UserError, match=r"history 0 lacks .*led_to, .*query_codes, .*tokens"):
         artefact.prepare([history])
     inputs = artefact.prepare([assembly.read_texts(history)])
@@ -434,28 +466,29 @@ def test_parts_can_be_left_out_and_what_contradicts_itself_is_refused():
 # ---- pretrained weights ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bart(tmp_path_factory) -> Path:
-    """A folder with a tiny BART and its tokenizer."""
-    folder = tmp_path_factory.mktemp("weights") / "bart"
-    config = bart_config(
-        vocabulary=30, width=16, heads=2, head_dim=8, hidden=16, encoder_layers=1, layers=1, max_positions=64
-    )
+@pytest.fixture(scope="module", params=["bart", "qwen2"])
+def weights(request, tmp_path_factory) -> Path:
+    """A folder with a tiny BART or Qwen2 and its tokenizer."""
+    folder, sizes = tmp_path_factory.mktemp("weights") / request.param, {"width": 16, "heads": 2, "head_dim": 8}
+    sizes |= {"vocabulary": 30, "hidden": 16, "layers": 1}
+    config, save, end = CausalConfig(**sizes, groups=1), save_qwen2, "<|endoftext|>"
+    if request.param == "bart":
+        config, save, end = bart_config(**sizes, encoder_layers=1, max_positions=64), save_bart, "</s>"
     one = jnp.zeros((1, 1), jnp.int32)
-    made = jax.jit(EncoderDecoder(config).init)(jax.random.key(3), ContextTokens(one, one > -1), one[None])
-    save_bart(folder, config, jax.tree.map(np.asarray, nn.unbox(made["params"])))
-    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "red": 4, "shoes": 5}
+    made = jax.jit(make_backbone(config).init)(jax.random.key(3), ContextTokens(one, one > -1), one[None])
+    save(folder, config, jax.tree.map(np.asarray, nn.unbox(made["params"])))
+    words = {"<s>": 0, "<pad>": 1, end: 2, "<unk>": 3, "red": 4, "shoes": 5}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
-def test_weights_stand_in_front_of_the_prompts_tokens_and_the_codes(bart, tmp_path):
-    write_pretrained(tmp_path, str(bart))
+def test_weights_stand_in_front_of_the_prompts_tokens_and_the_codes(weights, tmp_path):
+    write_pretrained(tmp_path, str(weights))
     assert load_tokenizer(tmp_path).encode(["red shoes"]) == [[4, 5]]
-    backbone = backbone_of(tmp_path, dataclasses.replace(CONFIG.model, dropout=0.3))
-    assert (backbone.style, backbone.width, backbone.dropout) == ("bart", 16, 0.3)
+    backbone, (config, given) = backbone_of(tmp_path, dataclasses.replace(CONFIG.model, dropout=0.3)), load(weights)
+    assert backbone == dataclasses.replace(config, dropout=0.3)
     assert backbone_of(tmp_path / "none", CONFIG.model) == CONFIG.model
     vocabulary = SearchVocabulary(backbone.vocabulary, len(TASKS), (5, 4))
     model = PersonalSearch(vocabulary.fit(backbone), vocabulary, PromptConfig("items", long_queries=0, copying=False))
@@ -466,25 +499,26 @@ def test_weights_stand_in_front_of_the_prompts_tokens_and_the_codes(bart, tmp_pa
         return nn.unbox(model.init(jax.random.key(0), prompts, jnp.zeros((1, 1, 2), jnp.int32)))
 
     fresh = make()
-    found = with_pretrained(fresh, str(bart), 0)["params"]["backbone"]
-    _, given = load_bart(bart)
+    found = with_pretrained(fresh, str(weights), 0)["params"]["backbone"]
     assert jax.tree.structure(found) == jax.tree.structure(fresh["params"]["backbone"])
-    np.testing.assert_array_equal(found["embed"]["table"][:30], given["embed"]["table"])
     assert len(found["embed"]["table"]) == vocabulary.size
-    for name in ("encoder_0", "decoder_0"):
-        assert jax.tree.all(jax.tree.map(np.array_equal, found[name], given[name]))
+    for table in {"embed", "head"} & set(given):
+        np.testing.assert_array_equal(found[table]["table"][:30], given[table]["table"])
+    for name in set(given) - {"embed", "head", "logits_bias"}:
+        assert jax.tree.all(jax.tree.map(np.array_equal, found[name], given[name])), name
 
 
-def test_its_tokenizer_comes_with_it_and_other_folders_are_refused(bart, tmp_path):
-    tokenizer = read_tokenizer(str(bart))
+def test_its_tokenizer_comes_with_it_and_other_folders_are_refused(weights, tmp_path):
+    kind = type(load(weights)[0])
+    tokenizer = read_tokenizer(str(weights), kind)
     assert tokenizer.encode(["red shoes"]) == [[4, 5]] and tokenizer.end == 2
-    assert len(digests(str(bart))) == 3
+    assert len(digests(str(weights))) == 3
     with pytest.raises(UserError, match=r"'pretrained'.*no folder"):
         digests(str(tmp_path / "nothing"))
-    shutil.copytree(bart, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
+    shutil.copytree(weights, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
-        read_tokenizer(str(tmp_path / "bare"))
-    words = {"</s>": 0, "<unk>": 1} | {f"word{at}": at + 2 for at in range(29)}
+        read_tokenizer(str(tmp_path / "bare"), kind)
+    words = {tokenizer.end_name: 0, "<unk>": 1} | {f"word{at}": at + 2 for at in range(29)}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>")).save(str(tmp_path / "bare" / "tokenizer.json"))
     (tmp_path / "made").mkdir()
     with pytest.raises(UserError, match=r"'pretrained'.*has 31 tokens, but the weights have 30"):

@@ -76,6 +76,12 @@ class CausalConfig:
     dtype: str = "float32"
     """type of activations"""
 
+    @property
+    def embed_scale(self) -> float:
+        """Initial standard deviation of the embeddings, and of what a block adds to them: logits begin with a variance
+        of 1."""
+        return self.width**-0.5
+
     def __post_init__(self):
         place = "model.backbone"
         check_least(self, place, width=1, heads=1, groups=1, head_dim=2, hidden=1, layers=1, rotary_base=1, epsilon=0)
@@ -124,7 +130,7 @@ class CausalLayer(nn.Module):
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
         # A block's initial output is as small as the embeddings, which it would drown otherwise.
-        gain = cfg.width**-0.5
+        gain = cfg.embed_scale
         self.attention = SelfAttention(
             *(cfg.width, cfg.heads, cfg.groups, cfg.head_dim, cfg.bias, cfg.rotary_base, None, cfg.epsilon, dtype),
             out_gain=gain,
@@ -165,9 +171,8 @@ class Causal(nn.Module):
 
     def setup(self):
         cfg = self.config
-        scale = cfg.width**-0.5  # logits start with unit variance
-        self.embed = Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), scale)
-        self.head = None if cfg.tied else Embedding(cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), scale)
+        table = cfg.vocabulary, cfg.width, jnp.dtype(cfg.dtype), cfg.embed_scale
+        self.embed, self.head = Embedding(*table), None if cfg.tied else Embedding(*table)
         self.layers = [CausalLayer(cfg) for _ in range(cfg.layers)]
         self.norm = RMSNorm(cfg.epsilon)
         self.drop, self.target_drop = dropouts(cfg)
@@ -177,7 +182,7 @@ class Causal(nn.Module):
 
         A row without any token gives finite numbers that mean nothing.
         """
-        return self.read(self.embed(inputs.tokens), inputs.mask, train, inputs.prior)
+        return self.read(inputs.vectors(self.embed), inputs.seen, train, inputs.prior)
 
     def read(self, x: jax.Array, mask: jax.Array, train: bool = False, prior: Prior | None = None) -> CausalContext:
         """As `prefill`, of positions that are given as vectors x [B, S, D] in place of tokens."""

@@ -243,10 +243,7 @@ class EncoderDecoder(nn.Module):
         self.decoder_drop = nn.Dropout(cfg.dropout if cfg.decoder_dropout is None else cfg.decoder_dropout)
 
     def prefill(self, inputs: ContextTokens, train: bool = False) -> EncodedContext:
-        """Encode B contexts once; padding may stand anywhere.
-
-        Tokens may be [B, S, M] as well: a position is then the sum of its tokens' embeddings, -1 standing for none.
-        """
+        """Encode B contexts once; padding may stand anywhere."""
         memory, mask = self._encode(inputs, train), inputs.seen[:, None]
         cross = tuple(layer.cross.key_value(memory) for layer in self.decoder)
         memory = memory if self.config.causal else None
@@ -301,12 +298,7 @@ class EncoderDecoder(nn.Module):
 
     def _encode(self, inputs: ContextTokens, train: bool) -> jax.Array:
         """The encoder's output, [B, Q + S, D]."""
-        tokens, mask = inputs.tokens, inputs.seen
-        x = self.embed(jnp.maximum(tokens, 0))
-        if tokens.ndim == 3:
-            x = jnp.where(tokens[..., None] >= 0, x, 0.0).sum(2)
-        if inputs.soft is not None:
-            x = jnp.concatenate([inputs.soft.astype(x.dtype), x], axis=1)
+        x, mask = inputs.vectors(self.embed), inputs.seen
         positions, bart = np.arange(mask.shape[1]), self.config.style == "bart"
         if bart:
             self._check_positions("a context", len(positions))

@@ -4,8 +4,8 @@
 
     soft tokens   BOS uid SEP query SEP its ID SEP last queries' IDs SEP last items' IDs SEP EOS
       ▲                          │
-      │                          └──▶ EncoderDecoder ──▶ log-probabilities of codes, mixed with `CandidateHead`'s
-    QFormer ◀── sums of centroids of the long past (Eq. 4)                           over given items
+      │                          └──▶ Backbone ──▶ log-probabilities of codes, mixed with `CandidateHead`'s
+    QFormer ◀── sums of centroids of the long past (Eq. 4)                     over given items
 
 The mixture is not in the paper; without candidates this is the paper's model. The tasks that align texts with IDs
 (§3.4.1) have prompts of their own, `TaskInputs`; where texts are written, `texts` gives the same module with the text
@@ -22,9 +22,9 @@ from flax import linen as nn
 from flax import struct
 
 from jaxrec.config import check_choice, check_least
+from jaxrec.models.backbone import BackboneConfig, ReadContext, make_backbone, with_vocabulary
 from jaxrec.models.contract import Scored
 from jaxrec.models.copying import CandidateHead, Points, extend_mixture
-from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import ContextTokens, Levels
 from jaxrec.nn.layers import Projection, RMSNorm, partitioned
@@ -61,9 +61,9 @@ class SearchVocabulary:
         """Tokens V."""
         return self.texts + SPECIALS + self.tasks + sum(self.sizes)
 
-    def fit(self, config: EncoderDecoderConfig) -> EncoderDecoderConfig:
+    def fit(self, config: BackboneConfig) -> BackboneConfig:
         """The configuration with this vocabulary and its levels."""
-        return replace(config, vocabulary=self.size, levels=self.levels, start_token=self.texts + START)
+        return with_vocabulary(config, self.size, self.levels, self.texts + START)
 
     def codes(self, codes: jax.Array) -> jax.Array:
         """Tokens of codes int32 [..., M]; -1 stays."""
@@ -128,16 +128,16 @@ class TaskInputs:
 
 @struct.dataclass
 class SearchContext:
-    """A prefilled search: the encoder's, and the candidates' weights and codes int32 [B, C, M], or None."""
+    """A prefilled search: the backbone's, and the candidates' weights and codes int32 [B, C, M], or None."""
 
-    encoded: EncodedContext
+    own: ReadContext
     points: Points | None = None
     codes: jax.Array | None = None
 
     @property
     def mask(self) -> jax.Array:
         """bool [B, 1, S]: what targets attend to."""
-        return self.encoded.mask
+        return self.own.mask
 
 
 def level_sums(codes: jax.Array, centroids: Sequence[jax.Array]) -> jax.Array:
@@ -157,7 +157,7 @@ def level_sums(codes: jax.Array, centroids: Sequence[jax.Array]) -> jax.Array:
 class PersonalSearch(nn.Module):
     """The three verbs over `SearchInputs` and `TaskInputs`."""
 
-    config: EncoderDecoderConfig
+    config: BackboneConfig
     """with the vocabulary's size, levels and start token"""
     vocabulary: SearchVocabulary
     prompt: PromptConfig
@@ -168,7 +168,7 @@ class PersonalSearch(nn.Module):
         cfg, width = self.config, self.config.width
         if self.texts:
             cfg = replace(cfg, levels=((0, self.vocabulary.texts),) * self.texts)
-        self.backbone = EncoderDecoder(cfg)
+        self.backbone = make_backbone(cfg)
         if self.prompt.long_queries:
             heads = self.prompt.long_heads
             self.long_in = Projection(width, (None, "embed"))
@@ -194,15 +194,15 @@ class PersonalSearch(nn.Module):
             return SearchContext(self.backbone.prefill(ContextTokens(tokens, mask), train))
         tokens, mask = self.search_prompt(inputs)
         soft, there = self._soft(inputs)
-        encoded = self.backbone.prefill(ContextTokens(tokens, mask, inputs.prior, soft, there), train)
+        own = self.backbone.prefill(ContextTokens(tokens, mask, inputs.prior, soft, there), train)
         if not self.prompt.copying or inputs.candidates is None:
-            return SearchContext(encoded)
+            return SearchContext(own)
         codes = inputs.candidates
         found = self.vocabulary.codes(codes)
         vectors = jnp.where(found[..., None] >= 0, self.backbone.embed(jnp.maximum(found, 0)), 0.0).sum(2)
         where = codes[..., 0] >= 0
-        points = self.copy(vectors, inputs.habits, where, encoded.state[:, 0], inputs.user)
-        return SearchContext(encoded, points, codes)
+        points = self.copy(vectors, inputs.habits, where, own.state[:, 0], inputs.user)
+        return SearchContext(own, points, codes)
 
     def search_prompt(self, inputs: SearchInputs) -> tuple[jax.Array, jax.Array]:
         """Tokens int32 [B, S] or, where positions are IDs, [B, S, M], and mask bool [B, S] of the prompt (§3.3)."""
@@ -267,13 +267,13 @@ class PersonalSearch(nn.Module):
         self, context: SearchContext, targets: jax.Array, where: jax.Array | None = None, train: bool = False
     ) -> Scored:
         """Every token of targets int32 [B, L, M]: codes, or text tokens (`writing`)."""
-        scored = self.backbone.score(context.encoded, targets, where, train)
+        scored = self.backbone.score(context.own, targets, where, train)
         return scored if context.points is None else context.points.along(scored, targets, context.codes)
 
     def extend(self, context: SearchContext, tokens: jax.Array | None, cache: dict | None, level: int):
-        """One more code for every beam; as `EncoderDecoder.extend`, with the candidates mixed in."""
+        """One more code for every beam; as that of the backbone, with the candidates mixed in."""
         before = cache or {}
-        log_probs, own = self.backbone.extend(context.encoded, tokens, before.get("backbone"), level)
+        log_probs, own = self.backbone.extend(context.own, tokens, before.get("backbone"), level)
         if context.points is None:
             return log_probs, {"backbone": own}
         mixed, copied = extend_mixture(context.points, context.codes, log_probs, tokens, before.get("mixture"), level)

@@ -11,7 +11,7 @@ The mixture is not in the paper; without candidates this is the paper's model. I
 texts with their end: a given query gets what the decoder gives it, and a part of what is copied besides.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,11 @@ from flax import linen as nn
 from flax import struct
 
 from jaxrec.data.suggestion_features import SPECIALS, START
-from jaxrec.models.causal import Causal, CausalConfig, CausalContext
+from jaxrec.models.backbone import BackboneConfig, ReadContext, make_backbone, with_vocabulary
+from jaxrec.models.causal import CausalConfig
 from jaxrec.models.contract import Scored
 from jaxrec.models.copying import CandidateHead, Points, extend_mixture
-from jaxrec.models.encoder_decoder import EncodedContext, EncoderDecoder, EncoderDecoderConfig
 from jaxrec.models.vocabulary import ContextTokens
-
-Backbone = EncoderDecoderConfig | CausalConfig
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,18 @@ class SuggestionVocabulary:
         """The token of CLS, SEP, NEXT or START."""
         return self.texts + which
 
-    def fit(self, config: Backbone, length: int) -> Backbone:
+    def fit(self, config: BackboneConfig, length: int) -> BackboneConfig:
         """The configuration with this vocabulary, whose targets are texts of up to `length` tokens."""
-        start = {"start_token": self.special(START)} if isinstance(config, EncoderDecoderConfig) else {}
-        return replace(config, vocabulary=self.size, levels=((0, self.texts),) * length, **start)
+        return with_vocabulary(config, self.size, ((0, self.texts),) * length, self.special(START))
 
 
 @struct.dataclass
 class SuggestionInputs:
     """B prompts; -1 stands for no token.
 
-    tokens int32 [B, S]: prompts of `jaxrec.data.suggestion_features`, padding behind; candidates int32 [B, C, M]: tokens of queries
-    with their end, -1 behind it and for none, with habits float32 [B, C, F]; user float32 [B, U]. The last three are
-    not read where nothing is copied.
+    tokens int32 [B, S]: prompts of `jaxrec.data.suggestion_features`, padding behind. Read where something is copied:
+    candidates int32 [B, C, M], tokens of queries with their end, -1 behind it and for none, with habits float32
+    [B, C, F]; user float32 [B, U].
     """
 
     tokens: jax.Array
@@ -69,27 +66,27 @@ class SuggestionInputs:
 class SuggestionContext:
     """A prefilled prompt: the backbone's, and the candidates' weights and tokens int32 [B, C, M], or None."""
 
-    encoded: EncodedContext | CausalContext
+    own: ReadContext
     points: Points | None = None
     candidates: jax.Array | None = None
 
     @property
     def mask(self) -> jax.Array:
         """bool [B, 1, S]: what targets attend to."""
-        return self.encoded.mask
+        return self.own.mask
 
 
 class SuggestionModel(nn.Module):
     """The three verbs over `SuggestionInputs`."""
 
-    config: Backbone
+    config: BackboneConfig
     """as `SuggestionVocabulary.fit` makes it"""
     vocabulary: SuggestionVocabulary
     copying: bool = True
     """a distribution over given queries is mixed in; not in the paper"""
 
     def setup(self):
-        self.backbone = Causal(self.config) if isinstance(self.config, CausalConfig) else EncoderDecoder(self.config)
+        self.backbone = make_backbone(self.config)
         if self.copying:
             self.copy = CandidateHead(min(self.config.width, 64))
 
@@ -100,26 +97,26 @@ class SuggestionModel(nn.Module):
             # Targets continue behind a token that always is the same; an encoder has its decoder's start token.
             tokens = jnp.pad(tokens, ((0, 0), (0, 1)), constant_values=self.vocabulary.special(START))
         mask = tokens >= 0
-        encoded = self.backbone.prefill(ContextTokens(jnp.maximum(tokens, 0), mask), train)
+        read = self.backbone.prefill(ContextTokens(jnp.maximum(tokens, 0), mask), train)
         if not self.copying or inputs.candidates is None:
-            return SuggestionContext(encoded)
+            return SuggestionContext(read)
         written = inputs.candidates >= 0
         embedded = self.backbone.embed(jnp.maximum(inputs.candidates, 0))
         vectors = jnp.where(written[..., None], embedded, 0.0).sum(2)
-        points = self.copy(vectors, inputs.habits, written[..., 0], encoded.state[:, 0], inputs.user)
-        return SuggestionContext(encoded, points, inputs.candidates)
+        points = self.copy(vectors, inputs.habits, written[..., 0], read.state[:, 0], inputs.user)
+        return SuggestionContext(read, points, inputs.candidates)
 
     def score(
         self, context: SuggestionContext, targets: jax.Array, where: jax.Array | None = None, train: bool = False
     ) -> Scored:
         """Every token of targets int32 [B, L, M], their end included; what follows the end means nothing."""
-        scored = self.backbone.score(context.encoded, targets, where, train)
+        scored = self.backbone.score(context.own, targets, where, train)
         return scored if context.points is None else context.points.along(scored, targets, context.candidates)
 
     def extend(self, context: SuggestionContext, tokens: jax.Array | None, cache: dict | None, level: int):
         """One more token for every beam; as that of the backbone, with the candidates mixed in."""
         before = cache or {}
-        log_probs, own = self.backbone.extend(context.encoded, tokens, before.get("backbone"), level)
+        log_probs, own = self.backbone.extend(context.own, tokens, before.get("backbone"), level)
         if context.points is None:
             return log_probs, {"backbone": own}
         mixed, copied = extend_mixture(

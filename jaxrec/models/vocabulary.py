@@ -5,6 +5,7 @@ of it, so the same code is another token at every level. Targets and beams speak
 tokens. Without levels, codes are tokens and every step is over the whole vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +26,10 @@ Levels = tuple[tuple[int, int], ...]
 class ContextTokens:
     """Contexts of tokens: tokens int32 [B, S] with mask bool [B, S], True = a token.
 
+    Tokens may be [B, S, M] as well: a position is then the sum of its tokens' embeddings, -1 standing for none.
     prior: a distribution over the targets' IDs that is added to the decoder's logits, or None.
     soft, soft_mask: [B, Q, D] and bool [B, Q], embeddings of positions in front of the tokens that are no tokens of the
-      vocabulary, or None; in front, so that padding behind the tokens does not move them. Models with an encoder read
-      them.
+      vocabulary, or None; in front, so that padding behind the tokens does not move them.
     """
 
     tokens: jax.Array
@@ -41,6 +42,13 @@ class ContextTokens:
     def seen(self) -> jax.Array:
         """bool [B, Q + S]: the mask of all positions."""
         return self.mask if self.soft is None else jnp.concatenate([self.soft_mask, self.mask], axis=1)
+
+    def vectors(self, embed: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """[B, Q + S, D] of all positions; `embed` gives the embeddings of tokens."""
+        x = embed(jnp.maximum(self.tokens, 0))
+        if self.tokens.ndim == 3:
+            x = jnp.where(self.tokens[..., None] >= 0, x, 0.0).sum(2)
+        return x if self.soft is None else jnp.concatenate([self.soft.astype(x.dtype), x], axis=1)
 
 
 def check_levels(levels: Levels | None, vocabulary: int) -> None:

@@ -10,6 +10,7 @@ The catalogue holds product cards, short videos that sell one product, and live 
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from jaxrec.config import UserError, fingerprint, to_json
 from jaxrec.data.popularity import DAY
+from jaxrec.data.sources.mall_environment import MallEnvironment, inclusion, make_environment, places_of
 from jaxrec.data.sources.mall_searches import Searches, plant_searches, results_of, searches_table, suggestions_table
 from jaxrec.data.sources.mall_words import goods, identifiers, item_title
 from jaxrec.data.tables import RawTables, Split, connect, store
@@ -117,6 +119,17 @@ class SyntheticMall:
         self._check()
         return best_possible_recall(self, _plant(self), k)
 
+    def environment(self, user_ids: Sequence[str], item_ids: Sequence[str]) -> MallEnvironment:
+        """The true rates and prices of a run's items for its users, by the identifiers of its tables.
+
+        Raises:
+          UserError: the mall has no such user or item.
+        """
+        names = identifiers("u", np.arange(self.users), self.users), identifiers("i", np.arange(self.items), self.items)
+        users = places_of("user", user_ids, names[0].to_pylist())
+        items = places_of("item", item_ids, names[1].to_pylist())
+        return make_environment(self, _plant(self), BASKET_SIZES, _prices(self), START, users, items)
+
     def _check(self) -> None:
         if self.items < 10 * self.tastes:
             raise UserError(f"items={self.items} is too few for tastes={self.tastes}; give at least ten items a taste")
@@ -155,20 +168,6 @@ class Mall:
     """int64 [U, T, n], items of the taste announced for the session after."""
     shown: np.ndarray
     """int64 [U, T, 2 n], of any taste or of the user's: the first half exposure, the second pseudo_exposure."""
-
-
-def inclusion(share: np.ndarray, size: int) -> np.ndarray:
-    """The probability of each item to be among `size` draws by share without replacement, float64 [I].
-
-    By the first draw: it is the item, or it is another one and the item is among the rest.
-    """
-    if size == 1:
-        return share
-    total = share.copy()
-    for first in np.flatnonzero(share):
-        rest = np.where(np.arange(len(share)) == first, 0.0, share)
-        total += share[first] * inclusion(rest / rest.sum(), size - 1)
-    return total
 
 
 def best_possible_recall(config: SyntheticMall, mall: Mall, k: int) -> float:
@@ -356,7 +355,6 @@ def _led(searches: Searches, items: np.ndarray, kind: int | None) -> np.ndarray:
 
 def _items(config: SyntheticMall, mall: Mall) -> pa.Table:
     names = identifiers("i", np.arange(config.items), config.items).to_pylist()
-    rng = np.random.default_rng([config.seed, 3])
     kinds = [goods(taste) for taste in mall.taste_of_item]
     titles = [
         item_title(kind, index, SCENARIOS[s]) for index, (kind, s) in enumerate(zip(kinds, mall.scenario, strict=True))
@@ -369,11 +367,15 @@ def _items(config: SyntheticMall, mall: Mall) -> pa.Table:
             "text": [f"{title}. {kind}" for title, kind in zip(titles, kinds, strict=True)],
             "category": kinds,
             "brand": [f"Maker {taste % 7}" for taste in mall.taste_of_item],
-            "price": pa.array(np.round(5 + 95 * rng.random(config.items), 2)),
+            "price": pa.array(_prices(config)),
             "scenario": [SCENARIOS[s] for s in mall.scenario],
             "product_ids": pa.array(sold, pa.list_(pa.string())),
         }
     )
+
+
+def _prices(config: SyntheticMall) -> np.ndarray:
+    return np.round(5 + 95 * np.random.default_rng([config.seed, 3]).random(config.items), 2)
 
 
 def _live_streams(config: SyntheticMall, mall: Mall) -> pa.Table:

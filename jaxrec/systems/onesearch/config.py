@@ -13,6 +13,7 @@ from jaxrec.config import UserError, check_least
 from jaxrec.data.item_neighbours import NeighbourConfig
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.search_statistics import SearchStatisticsConfig
+from jaxrec.models.backbone import BackboneConfig
 from jaxrec.models.copying import check_labels
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.models.personal_search import PromptConfig
@@ -160,11 +161,13 @@ class OneSearchConfig(GenerativeRunConfig):
     """Parts of the prompt, long sequences, copying."""
     prior: bool = False
     """A popularity prior is added to the decoder's logits, as for TIGER; not in the paper."""
-    model: EncoderDecoderConfig = field(default_factory=EncoderDecoderConfig)
-    """Sizes and parts of the backbone; vocabulary, levels and start token follow from texts and IDs."""
+    model: BackboneConfig = field(default_factory=EncoderDecoderConfig)
+    """Sizes and parts of the backbone: a T5 or BART (EncoderDecoderConfig), or a Qwen2 or Qwen3 (CausalConfig);
+    vocabulary, levels and start token follow from texts and IDs."""
     pretrained: str = ""
-    """A folder with a BART or T5 and its tokenizer.json in Hugging Face's layout, with which the first stage begins;
-    its sizes replace those of `model`, its tokenizer that of `tokenizer`. Empty: fresh parameters."""
+    """A folder with a BART, T5, Qwen2 or Qwen3 and its tokenizer.json in Hugging Face's layout, with which the first
+    stage begins; its kind and sizes replace those of `model`, its tokenizer that of `tokenizer`. Empty: fresh
+    parameters."""
     content: ContentConfig = field(default_factory=ContentConfig)
     """The first stage."""
     co_occurrence: CoOccurrenceConfig = field(default_factory=CoOccurrenceConfig)

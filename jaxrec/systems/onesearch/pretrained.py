@@ -1,4 +1,4 @@
-"""Weights and tokenizer of a pretrained encoder-decoder, with which OneSearch's first stage begins (§3.3).
+"""Weights and tokenizer of a pretrained text model, with which OneSearch's first stage begins (§3.3).
 
 The tokens of the prompts and the codes come behind the words of the weights. The phase `prompts` keeps the tokenizer
 and the sizes of the model, so that a trained run needs the folder no more.
@@ -13,15 +13,18 @@ import numpy as np
 from jaxrec.config import UserError, from_json, to_json
 from jaxrec.data.sources.files import digest
 from jaxrec.files import read_json, write_json
+from jaxrec.models.backbone import BackboneConfig
+from jaxrec.models.causal import CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.models.huggingface import CONFIG_FILE, load
 from jaxrec.models.vocabulary import grow_vocabulary
 from jaxrec.text.tokenizer import HuggingFaceTokenizer, save_tokenizer
 
 BACKBONE, TOKENIZER = "backbone.json", "tokenizer.json"
-END = "</s>"
-"""the token that ends a text, of BART and of T5"""
-KEPT = ("dropout", "decoder_dropout", "dtype", "restrict")
+KINDS = {kind.__name__: kind for kind in (EncoderDecoderConfig, CausalConfig)}
+ENDS = {EncoderDecoderConfig: "</s>", CausalConfig: "<|endoftext|>"}
+"""the token that ends a text: of BART and T5, and of Qwen"""
+KEPT = ("dropout", "decoder_dropout", "target_dropout", "dtype", "restrict")
 """fields of a configuration that weights do not decide"""
 
 
@@ -32,25 +35,16 @@ def digests(folder: str) -> list[str]:
       UserError: there is no such folder.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"configuration key 'pretrained': there is no folder {folder}; give one with a BART or a T5")
+        raise UserError(
+            f"configuration key 'pretrained': there is no folder {folder}; give one with the weights of a "
+            "BART, T5, Qwen2 or Qwen3"
+        )
     files = sorted([Path(folder) / CONFIG_FILE, Path(folder) / TOKENIZER, *Path(folder).glob("*.safetensors")])
     return [digest(path) for path in files if path.is_file()]
 
 
-def load_encoder_decoder(folder: str) -> tuple[EncoderDecoderConfig, dict]:
-    """The configuration and the parameters of a folder.
-
-    Raises:
-      UserError: as `jaxrec.models.huggingface.load`, or the weights are of a decoder alone.
-    """
-    config, params = load(folder)
-    if not isinstance(config, EncoderDecoderConfig):
-        raise UserError(f"configuration key 'pretrained': {folder} holds a decoder alone; give a BART or a T5")
-    return config, params
-
-
-def read_tokenizer(folder: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a folder.
+def read_tokenizer(folder: str, kind: type[BackboneConfig]) -> HuggingFaceTokenizer:
+    """The tokenizer of a folder with weights of this kind.
 
     Raises:
       UserError: there is none, or it has no end token.
@@ -58,40 +52,43 @@ def read_tokenizer(folder: str) -> HuggingFaceTokenizer:
     path = Path(folder) / TOKENIZER
     if not path.is_file():
         raise UserError(f"configuration key 'pretrained': {path} is missing; copy the tokenizer of the weights there")
-    return HuggingFaceTokenizer(path.read_bytes(), END)
+    return HuggingFaceTokenizer(path.read_bytes(), ENDS[kind])
 
 
 def write_pretrained(folder: Path, pretrained: str) -> None:
     """Keeps the tokenizer and the sizes of the pretrained model in a folder.
 
     Raises:
-      UserError: as `load_encoder_decoder` or `read_tokenizer`, or the two don't belong together.
+      UserError: as `jaxrec.models.huggingface.load` or `read_tokenizer`, or the two don't belong together.
     """
-    (config, _), tokenizer = load_encoder_decoder(pretrained), read_tokenizer(pretrained)
+    config, _ = load(pretrained)
+    tokenizer = read_tokenizer(pretrained, type(config))
     if tokenizer.size > config.vocabulary:
         raise UserError(
             f"configuration key 'pretrained': {Path(pretrained) / TOKENIZER} has {tokenizer.size} tokens, but the "
             f"weights have {config.vocabulary}; copy the tokenizer of the weights there"
         )
     save_tokenizer(tokenizer, folder)
-    write_json(folder / BACKBONE, to_json(config))
+    write_json(folder / BACKBONE, {"type": type(config).__name__, **to_json(config)})
 
 
-def backbone_of(folder: Path, config: EncoderDecoderConfig) -> EncoderDecoderConfig:
-    """The configuration of a run's backbone: the given one or, where sizes are noted in `folder`, those."""
+def backbone_of(folder: Path, config: BackboneConfig) -> BackboneConfig:
+    """The configuration of a run's backbone: the given one or, where kind and sizes are noted in `folder`, those."""
     if not (folder / BACKBONE).is_file():
         return config
-    noted = from_json(EncoderDecoderConfig, read_json(folder / BACKBONE))
-    return replace(noted, **{name: getattr(config, name) for name in KEPT})
+    values = read_json(folder / BACKBONE)
+    noted = from_json(KINDS[values.pop("type")], values)
+    kept = {name: getattr(config, name) for name in KEPT if hasattr(noted, name) and hasattr(config, name)}
+    return replace(noted, **kept)
 
 
 def with_pretrained(variables: dict, pretrained: str, seed: int) -> dict:
     """Fresh variables with the weights in their place, on their devices; other tokens begin near the mean of words.
 
     Raises:
-      UserError: as `load_encoder_decoder`.
+      UserError: as `jaxrec.models.huggingface.load`.
     """
-    config, params = load_encoder_decoder(pretrained)
+    config, params = load(pretrained)
     fresh = variables["params"]["backbone"]
     more = len(fresh["embed"]["table"]) - config.vocabulary
     _, grown = grow_vocabulary(config, params, more, jax.random.key(seed))

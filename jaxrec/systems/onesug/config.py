@@ -16,7 +16,7 @@ from jaxrec.data.suggestion_features import SuggestionFeatureConfig
 from jaxrec.evaluation.metrics import METRICS
 from jaxrec.losses.preference import HybridConfig
 from jaxrec.losses.rewards import BASE_WEIGHTS
-from jaxrec.models.causal import CausalConfig
+from jaxrec.models.backbone import BackboneConfig
 from jaxrec.models.copying import check_labels
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.systems.config import RunConfig
@@ -98,7 +98,7 @@ class OneSugConfig(RunConfig):
     """How near queries are to the user's past, by who searched for both."""
     copying: bool = True
     """A distribution over the user's own queries and the most popular completions is mixed in; not in the paper."""
-    model: EncoderDecoderConfig | CausalConfig = field(default_factory=EncoderDecoderConfig)
+    model: BackboneConfig = field(default_factory=EncoderDecoderConfig)
     """Sizes and parts of the backbone: T5 or BART (EncoderDecoderConfig), or Qwen2 or Qwen3 (CausalConfig); vocabulary,
     levels and start token follow from the texts."""
     objective: LikelihoodObjective = field(default_factory=LikelihoodObjective)
