@@ -71,7 +71,8 @@ def test_the_most_popular_come_first_with_their_shares(tables):
     np.testing.assert_allclose(found.share, [2 / 3, 1 / 3], rtol=1e-6)
     np.testing.assert_array_equal(found.recent, found.share)
     assert named(known, known.top("", 2)) == ["red shoes", "bread"]  # bread and red socks are equal
-    assert [len(part) for part in known.top("x", 3)] == [0, 0, 0]
+    nothing = known.top("x", 3)
+    assert [len(part) for part in nothing[:3]] == [0, 0, 0] and (found.sessions, nothing.sessions) == (3, 0)
 
 
 def test_shares_of_late_are_of_the_periods_before_the_day(tables):
@@ -90,14 +91,16 @@ def test_shares_of_late_are_of_the_periods_before_the_day(tables):
 def test_a_query_left_out_is_counted_in_one_session_less(tables):
     known = completions(tables)
     shoes, socks = known.rows(["red shoes", "red socks"])
-    found = known.top("red", 5, 0, shoes)
+    found = known.top("red", 5, 0, [shoes])
     assert named(known, found) == ["red shoes", "red socks"]  # equal now, in alphabetical order
     np.testing.assert_allclose(found.share, [0.5, 0.5])
     np.testing.assert_allclose(found.recent, [0.5, 0.5])
-    found = known.top("red", 5, 0, socks)
+    found = known.top("red", 5, 0, [socks])
     assert named(known, found) == ["red shoes"] and found.share.tolist() == [1]
-    assert named(known, known.top("red so", 5, 0, socks)) == []
-    assert named(known, known.top("b", 5, 0, socks)) == ["bread"]  # no completion: nothing is taken from it
+    assert named(known, known.top("red so", 5, 0, [socks])) == []
+    both = known.top("red", 5, 0, [shoes, socks])
+    assert named(known, both) == ["red shoes"] and both.sessions == 1
+    assert named(known, known.top("b", 5, 0, [socks])) == ["bread"]  # no completion: nothing is taken from it
 
 
 def test_without_searches_chosen_suggestions_count(tmp_path):

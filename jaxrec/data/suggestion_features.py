@@ -1,7 +1,7 @@
 """What is typed and the user's past as the fixed-shape arrays that a suggestion model reads (NumPy; no tokenizer here).
 
     history, as an assembly's `read_texts` leaves it          cut
-      typed [t], related, earlier, profile: tokens              tokens [S]: the prompt of OneSug Eq. 5
+      typed [t], related, earlier, profile_tokens: tokens       tokens [S]: the prompt of OneSug Eq. 5
       own: the past searches that begin with what is typed      candidate [C, M]: tokens of whole queries, with their
       top: the most popular completions                           end
       near: related queries                                     habits [C, F], user [U]
@@ -85,8 +85,8 @@ class SuggestionFeatureConfig:
     """last distinct queries of the user in the prompt, the newest first (OneSug: 10); 0 for none"""
     words: int = 12
     """tokens of each of these queries that are read"""
-    profile: tuple[str, ...] = ()
-    """columns of users.parquet that are read as the user's profile; none by default"""
+    profile: int = 16
+    """tokens of the user's profile that are read, where the system reads one"""
     own: int = 16
     """the user's own matching queries that may be copied; 0 for none"""
     popular: int = 32
@@ -100,7 +100,7 @@ class SuggestionFeatureConfig:
 
     def __post_init__(self):
         check_buckets(self.buckets)
-        least = dict.fromkeys(("related", "earlier", "own", "popular", "near"), 0)
+        least = dict.fromkeys(("related", "earlier", "profile", "own", "popular", "near"), 0)
         check_least(self, "features", typed=1, words=1, **least)
 
     @property
@@ -119,7 +119,7 @@ class SuggestionFeatureConfig:
         """
         most = self.buckets[-1]
         typed = list(record.get("typed", ()))[: min(self.typed, most - 4)]
-        profile = list(record.get("profile", ()))[: most - 4 - len(typed)]
+        profile = list(record.get("profile_tokens", ()))[: min(self.profile, most - 4 - len(typed))]
         room = most - 4 - len(typed) - len(profile)
         parts = []
         for name in ("related", "earlier"):

@@ -31,15 +31,23 @@ class TypedPrefix(NamedTuple):
     """int64 [n], places in the record's suggestions"""
 
 
-def typed_prefixes(record: Record) -> list[TypedPrefix]:
-    """The typed prefixes of a record for which a suggested query was chosen, in order of time."""
+def asked_rows(record: Record) -> np.ndarray:
+    """The first suggestion of each typed prefix for which a suggested query was chosen: int64 [n], in order of time."""
     names = ("suggestion_timestamp", "suggestion_session", "suggestion_prefix")
     asked = np.stack([record[name].astype(np.int64) for name in names], axis=1)
-    distinct, inverse = np.unique(asked, axis=0, return_inverse=True)
-    order = np.argsort(inverse.ravel(), kind="stable")
-    groups = np.split(order, np.cumsum(np.bincount(inverse.ravel(), minlength=len(distinct)))[:-1])
-    chosen = record["suggestion_feedback"] < len(CHOSEN)
-    return [TypedPrefix(*map(int, of), rows) for of, rows in zip(distinct, groups) if chosen[rows].any()]
+    _, first, group = np.unique(asked, axis=0, return_index=True, return_inverse=True)
+    chosen = np.zeros(len(first), bool)
+    chosen[group.ravel()[record["suggestion_feedback"] < len(CHOSEN)]] = True
+    return np.sort(first[chosen])
+
+
+def typed_prefix(record: Record, row: int) -> TypedPrefix:
+    """The typed prefix of a suggestion, with all that was suggested for it."""
+    moment, session, prefix = (int(record[f"suggestion_{name}"][row]) for name in ("timestamp", "session", "prefix"))
+    start, stop = np.searchsorted(record["suggestion_timestamp"], [moment, moment + 1])
+    rows = np.arange(start, stop)
+    same = (record["suggestion_session"][rows] == session) & (record["suggestion_prefix"][rows] == prefix)
+    return TypedPrefix(moment, session, prefix, rows[same])
 
 
 def strongest(query: np.ndarray, feedback: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

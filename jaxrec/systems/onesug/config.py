@@ -96,11 +96,17 @@ class OneSugConfig(RunConfig):
     """What is counted of the queries of training."""
     neighbours: NeighbourConfig = field(default_factory=lambda: NeighbourConfig(kept=200))
     """How near queries are to the user's past, by who searched for both."""
+    profile: tuple[str, ...] = ()
+    """Columns of users.parquet that are the user's profile in the prompt; none: it is not read."""
     copying: bool = True
     """A distribution over the user's own queries and the most popular completions is mixed in; not in the paper."""
     model: BackboneConfig = field(default_factory=EncoderDecoderConfig)
     """Sizes and parts of the backbone: T5 or BART (EncoderDecoderConfig), or Qwen2 or Qwen3 (CausalConfig); vocabulary,
     levels and start token follow from the texts."""
+    pretrained: str = ""
+    """A folder with a BART, T5, mT5, Qwen2 or Qwen3 and its tokenizer.json in Hugging Face's layout, with which the
+    first stage begins; its kind and sizes replace those of `model`, its tokenizer that of `tokenizer`. Empty: fresh
+    parameters."""
     objective: LikelihoodObjective = field(default_factory=LikelihoodObjective)
     """The loss of the first stage, whose optimiser and length are `optim` and `training`."""
     training: LoopConfig = field(default_factory=lambda: LoopConfig(monitor="mrr@10"))
@@ -112,7 +118,14 @@ class OneSugConfig(RunConfig):
     validation_decoding: DecodingConfig | None = None
     """Beam search of the validation while training; None: a copy of `decoding` as the configuration file gives it."""
 
-    of_phases: ClassVar[tuple[str, ...]] = (*RunConfig.of_phases, "tokenizer", "texts", "neighbours")
+    of_phases: ClassVar[tuple[str, ...]] = (
+        *RunConfig.of_phases,
+        "tokenizer",
+        "texts",
+        "neighbours",
+        "profile",
+        "pretrained",
+    )
     of_validation: ClassVar[tuple[str, ...]] = (*RunConfig.of_validation, "validation_decoding")
     of_evaluation: ClassVar[tuple[str, ...]] = (*RunConfig.of_evaluation, "decoding")
 

@@ -2,28 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
-from jaxrec.config import UserError
 from jaxrec.data.completions import UNKNOWN, completions
 from jaxrec.data.examples import Records
 from jaxrec.data.item_neighbours import load_neighbours
 from jaxrec.data.popularity import DAY
 from jaxrec.data.suggestion_features import NOBODY, Own, SuggestionFeatureConfig
+from jaxrec.data.token_sequences import NO_TOKENS
 from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import Cases, History, prefix_cases, text_cases
 from jaxrec.models.suggestion import SuggestionContext, SuggestionInputs, SuggestionModel, SuggestionVocabulary
 from jaxrec.run import Run
 from jaxrec.systems.onesug.config import OneSugConfig
 from jaxrec.systems.onesug.queries import NEIGHBOURS, KnownTexts, QueriesOfUser, query_rows, query_texts
+from jaxrec.systems.pretrained import backbone_of
+from jaxrec.systems.profiles import Profiles, load_profiles
 from jaxrec.systems.recommender import GenerativeRecommender, Served
 from jaxrec.targets import TextSpace, load_text_space
 from jaxrec.targets.texts import TARGETS
@@ -50,8 +50,8 @@ class OneSugAssembly:
     """object [rows]: the texts of queries.parquet"""
     prefixes: np.ndarray
     """object [rows]: the texts of prefixes.parquet"""
-    profiles: tuple[np.ndarray, ...] = ()
-    """int32 [t] of each user: the tokens of the profile; empty where none is read"""
+    profiles: Profiles | None = None
+    """what is known of users; None: it is not read"""
     examples: Any = None
     """folder of the example records"""
     catalogue: Any = None
@@ -61,6 +61,11 @@ class OneSugAssembly:
     def target_behaviors(self) -> list[int]:
         """Indices of the target behaviors."""
         return np.flatnonzero(self.wanted).tolist()
+
+    @property
+    def profile_columns(self) -> tuple[str, ...]:
+        """The columns that a user's profile has."""
+        return () if self.profiles is None else self.profiles.columns
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -91,36 +96,44 @@ class OneSugAssembly:
         `without` are the numbers of the session's queries, which are left out of what is counted of the log, and
         `ahead` those that the user searches for from then on.
         """
-        completions = self.known.completions
-        typed = normalised(history.get("prefix", history.get("query", "")))
-        searched = history.get("search_query", np.zeros(0, np.int64))
-        span = completions.of(typed)
-        numbers, more = self._numbered(searched)
-        past = np.unique(numbers[(numbers >= 0) & (numbers < len(completions))])
-        own, times = NOBODY, history.get("search_timestamp", np.zeros(0, np.int64))
+        known, typed = self.known.completions, typed_text(history)
+        numbers, more = self._numbered(history)
+        read = {**history, **self._prompt(history, typed, numbers, more)}
+        if not self.features.candidates:
+            return read
+        span, times = known.of(typed), history.get("search_timestamp", np.zeros(0, np.int64))
+        own, last = NOBODY, [times, history.get("timestamp", times[:0])]
         if len(numbers) and self.features.own:
             begins = (numbers >= span.start) & (numbers < span.stop)
-            for at, text in enumerate(more, len(completions)):
+            for at, text in enumerate(more, len(known)):
                 begins |= (numbers == at) & text.startswith(typed)
             sessions, session = np.unique(history["search_session"], return_inverse=True)
             own = Own(numbers[begins], times[begins], session[begins], len(sessions), len(numbers))
-        last = [history[name].max(initial=0) for name in ("timestamp",) if name in history]
-        now = int(history.get("now", max([times.max(initial=0), *last])))
-        read = {
-            "typed": self.known.encoded(typed) if typed else np.zeros(0, np.int32),
-            "earlier": self._earlier(numbers, more),
-            "profile": self._profile(history),
-            "top": completions.top(typed, self.features.popular, now // DAY, without),
+        now = int(history.get("now", max(each.max(initial=0) for each in last)))
+        past = np.unique(numbers[(numbers >= 0) & (numbers < len(known))])
+        return read | {
             "own": own,
+            "top": known.top(typed, self.features.popular, now // DAY, without),
             "span": (span.start, span.stop),
             "characters": len(typed),
             "texts": QueriesOfUser(self.known, more, past, np.asarray(ahead, np.int64)),
             "now": now,
         }
-        return {**history, **read}
 
-    def _numbered(self, searched: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    def read_prompt(self, history: History) -> History:
+        """As `read_texts`, with the prompt alone."""
+        return {**history, **self._prompt(history, typed_text(history), *self._numbered(history))}
+
+    def _prompt(self, history: History, typed: str, numbers: np.ndarray, more: Sequence[str]) -> dict:
+        return {
+            "typed": self.known.encoded(typed) if typed else NO_TOKENS,
+            "earlier": self._earlier(numbers, more),
+            "profile_tokens": NO_TOKENS if self.profiles is None else self.profiles.tokens_of(history),
+        }
+
+    def _numbered(self, history: History) -> tuple[np.ndarray, tuple[str, ...]]:
         """Numbers int64 [n] of past searches, and the texts of those behind the known ones; UNKNOWN for empty ones."""
+        searched = history.get("search_query", np.zeros(0, np.int64))
         numbers, more = self.known.numbers(searched), {}
         if searched.dtype == object:
             for place in np.flatnonzero(numbers == UNKNOWN):
@@ -138,10 +151,6 @@ class OneSugAssembly:
             if number >= 0 and number not in found:
                 found[number] = self.known.read[number] if number < known else self.known.encoded(more[number - known])
         return list(found.values())
-
-    def _profile(self, history: History) -> np.ndarray:
-        user = int(history.get("user", -1))
-        return self.profiles[user] if 0 <= user < len(self.profiles) else np.zeros(0, np.int32)
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
@@ -166,6 +175,11 @@ class OneSugAssembly:
         """None: beams are ranked by their log-probabilities."""
 
 
+def typed_text(history: History) -> str:
+    """What is typed, normalised: the prefix of a history, or its query."""
+    return normalised(history.get("prefix", history.get("query", "")))
+
+
 def assemble(run: Run, config: OneSugConfig) -> OneSugAssembly:
     """Reads the queries of a run and shapes the model to them.
 
@@ -176,8 +190,9 @@ def assemble(run: Run, config: OneSugConfig) -> OneSugAssembly:
     neighbours = load_neighbours(run.place(NEIGHBOURS) / NEIGHBOURS_FILE) if config.neighbours.kept else None
     length = space.config.max_length
     texts = KnownTexts(known, space.tokenizer, length, query_rows(run.tables, known), neighbours)
+    backbone = backbone_of(run.place(TARGETS), config.model)
     vocabulary = SuggestionVocabulary(space.vocabulary or space.tokenizer.size)
-    model = SuggestionModel(vocabulary.fit(config.model, length), vocabulary, config.copying)
+    model = SuggestionModel(vocabulary.fit(backbone, length), vocabulary, config.copying)
     return OneSugAssembly(
         model=model,
         space=space,
@@ -187,29 +202,9 @@ def assemble(run: Run, config: OneSugConfig) -> OneSugAssembly:
         known=texts,
         queries=query_texts(run.tables, "queries", "query"),
         prefixes=query_texts(run.tables, "prefixes", "prefix"),
-        profiles=profile_tokens(run.tables, config.features.profile, space.tokenizer),
+        profiles=load_profiles(run.tables, config.profile, space.tokenizer) if config.profile else None,
         examples=run.examples,
     )
-
-
-def profile_tokens(tables: Path, columns: Sequence[str], tokenizer: TextTokenizer) -> tuple[np.ndarray, ...]:
-    """int32 [t] of every user: the words of some columns of users.parquet, empty values left out.
-
-    Raises:
-      UserError: there is no such column.
-    """
-    if not columns:
-        return ()
-    there = [name for name in pq.read_schema(tables / "users.parquet").names if name != "user_id"]
-    for name in columns:
-        if name not in there:
-            raise UserError(
-                f"configuration key 'features.profile': the users have no column {name!r}; there are "
-                f"{', '.join(there) or 'none'}"
-            )
-    rows = pq.read_table(tables / "users.parquet", columns=list(columns)).to_pylist()
-    texts = [" ".join(normalised(str(value)) for value in row.values() if value is not None) for row in rows]
-    return tuple(np.array(row, np.int32) for row in tokenizer.encode(texts))
 
 
 def recommender(assembly: OneSugAssembly, variables: dict, config: OneSugConfig) -> GenerativeRecommender:
