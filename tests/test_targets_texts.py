@@ -17,7 +17,7 @@ from jaxrec.decoding.filters import ItemOrder
 from jaxrec.evaluation.cases import Cases
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.targets import TextSpace, TextSpaceConfig, load_text_space, normalised, text_space
-from jaxrec.targets.texts import TextNumbers
+from jaxrec.targets.text_numbers import TextNumbers
 from jaxrec.text.tokenizer import TokenizerConfig, train_tokenizer
 
 LENGTH = 4
@@ -144,13 +144,19 @@ def test_normalising_twice_changes_nothing(text):
         ("STRASSE", "straße"),
         ("cafe\u0301", "café"),
         ("a\u00a0b", "a b"),
+        ("a\x07b\x00", "a b"),
+        ("soft\u00adware\ufeff", "software"),
+        ("\u202eשלום", "שלום"),
+        ("zero\u200bwidth", "zero width"),
     ],
 )
 def test_what_is_one_text(left, right):
     assert normalised(left) == normalised(right)
 
 
-@pytest.mark.parametrize("left, right", [("cafe", "café"), ("red shoes", "redshoes"), ("红", "紅"), ("👟", "👞")])
+@pytest.mark.parametrize(
+    "left, right", [("cafe", "café"), ("red shoes", "redshoes"), ("红", "紅"), ("👟", "👞"), ("👩\u200d🚀", "👩🚀")]
+)
 def test_what_is_not(left, right):
     assert normalised(left) != normalised(right)
 

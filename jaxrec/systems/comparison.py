@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from jaxrec.config import UserError, check_choice, check_least
 from jaxrec.console import console
 from jaxrec.data.examples import Record, Records
+from jaxrec.data.tables import FEEDBACK
 from jaxrec.evaluation import (
     Cases,
     Recommender,
@@ -25,12 +26,13 @@ from jaxrec.evaluation import (
     standings,
     text_baselines,
 )
-from jaxrec.evaluation.comparison import TEACHER_FORCED
+from jaxrec.evaluation.comparison import TEACHER_FORCED, Row
 from jaxrec.evaluation.metrics import CUTOFFS, mean
 from jaxrec.evaluation.report import write_report
 from jaxrec.files import read_json, write_json
 from jaxrec.run import Run
 from jaxrec.systems.searches import are_searches, evaluate_searches, fit_search_baselines
+from jaxrec.systems.suggestions import are_suggestions, evaluate_suggestions, fit_suggestion_baselines
 from jaxrec.targets.semantic_ids import held_items, show_items
 
 
@@ -39,6 +41,9 @@ class TrainedRecommender(Recommender, Protocol):
 
     A generative one also has `space`, its target space, and `diagnose(cases)`; without, answers are items. An assembly
     whose targets are not the items of later sessions has `cases(split)`: cases whose targets are answers of its space.
+
+    A model that is measured in other forms too has `variants`: recommenders by the names of their rows. One that judges
+    more than rankings has `further_rows(split, folder)`: rows of its own subsets; `folder` is that of the evaluation.
     """
 
     assembly: Any
@@ -63,6 +68,9 @@ class EvaluationConfig:
     """measure popularity, Markov and the others too"""
     shown_users: int = 8
     """users whose history and recommendations the report shows"""
+    beside: tuple[Path, ...] = ()
+    """of the final evaluation: finished runs on the same log, whose models are measured on the same cases and stand in
+    the same tables"""
 
     def __post_init__(self):
         check_choice(self, "evaluation", "split", ("test", "valid"))
@@ -82,29 +90,26 @@ class EvaluationConfig:
             raise UserError(
                 f"configuration key 'validation.split' is '{self.split}'; by it the best state is chosen: give valid"
             )
+        if self.beside:
+            raise UserError("configuration key 'validation.beside' is of no use while training; set evaluation.beside")
 
 
-def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folder: Path) -> None:
-    """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`."""
-    assembly = model.assembly
-    items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
+def compare(
+    run: Run,
+    model: TrainedRecommender,
+    config: EvaluationConfig,
+    folder: Path,
+    beside: Mapping[str, Recommender] | None = None,
+) -> None:
+    """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`.
+
+    beside: models of other runs, by the names of their rows.
+    """
     name, kind = read_json(run.config_file)["system"], model.space.kind if hasattr(model, "space") else "items"
-    compared = config.baselines and kind == "items"  # with what is counted of items
-    records = functools.cache(lambda: list(Records(assembly.examples, config.split)))  # all of them, so once if at all
-    cases = draw(cases_of(assembly, config.split, records), config)
-    measured, searched = {"split": config.split, "cutoffs": config.cutoffs}, kind == "items" and are_searches(cases)
-    if searched:
-        baselines = fit_search_baselines(run, assembly) if config.baselines else {}
-        rows = evaluate_searches(run, {**baselines, name: model}, cases, assembly.behaviors, **measured)
-    else:
-        baselines = fit_baselines(records(), items, targets) if compared else {}
-        if config.baselines and kind == "texts":
-            baselines = text_baselines(model.space)
-        rows = evaluate({**baselines, name: model}, cases, **measured)
-    if compared and not searched:
-        rows += evaluate_ties_shuffled(
-            records(), items, targets, split=config.split, seed=config.seed, cutoffs=config.cutoffs
-        )
+    records = functools.cache(lambda: list(Records(model.assembly.examples, config.split)))  # of all users, if at all
+    cases = draw(cases_of(model.assembly, config.split, records), config)
+    ours = {**(beside or {}), name: model, **getattr(model, "variants", {})}
+    rows = _measured(run, ours, model, kind, cases, config, records)
     rows += [
         {
             "model": name,
@@ -116,8 +121,36 @@ def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folde
         }
         for metric, pair in (model.diagnose(cases) if hasattr(model, "diagnose") else {}).items()
     ]
+    if hasattr(model, "further_rows"):
+        rows += model.further_rows(config.split, folder)
     write_json(folder / "evaluation.json", rows)
     write_json(folder / "examples_shown.json", _shown(run, model, cases, config.shown_users))
+
+
+def _measured(
+    run: Run,
+    ours: Mapping[str, Recommender],
+    model: TrainedRecommender,
+    kind: str,
+    cases: Cases,
+    config: EvaluationConfig,
+    records: Callable[[], Sequence[Record]],
+) -> list[Row]:
+    """The rows of `ours`, among them the model, and of the baselines that fit the cases and the kind of answers."""
+    assembly, measured = model.assembly, {"split": config.split, "cutoffs": config.cutoffs}
+    if kind == "items" and are_searches(cases):
+        baselines = fit_search_baselines(run, assembly) if config.baselines else {}
+        return evaluate_searches(run, {**baselines, **ours}, cases, assembly.behaviors, **measured)
+    if kind == "texts" and are_suggestions(cases):
+        baselines = fit_suggestion_baselines(run, model.space) if config.baselines else {}
+        return evaluate_suggestions(run, {**baselines, **ours}, cases, model.space, **measured)
+    if not config.baselines:
+        return evaluate(ours, cases, **measured)
+    if kind == "texts":
+        return evaluate({**text_baselines(model.space), **ours}, cases, **measured)
+    items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
+    rows = evaluate({**fit_baselines(records(), items, targets), **ours}, cases, **measured)
+    return rows + evaluate_ties_shuffled(records(), items, targets, seed=config.seed, **measured)
 
 
 def present(run: Run) -> None:
@@ -178,6 +211,7 @@ def _shown(run: Run, model: Recommender, cases: Cases, count: int) -> list[dict]
                 **_searched(history),
                 "history": show_items(recent, titles),
                 "targets": show(right, titles),
+                **_feedback(some, row),
                 "generated": generated,
             }
         )
@@ -188,3 +222,10 @@ def _searched(history: dict) -> dict[str, list[str]]:
     """The last searches of a history that holds texts."""
     queries = history.get("search_query", np.zeros(0, np.int32))
     return {"searches": queries[-5:].tolist()} if queries.dtype == object and len(queries) else {}
+
+
+def _feedback(cases: Cases, row: int) -> dict[str, list[str]]:
+    """The strongest feedback on each of a case's truths, by name."""
+    if cases.feedback is None:
+        return {}
+    return {"feedback": [FEEDBACK[given] for given in cases.feedback[row][cases.where[row]]]}
