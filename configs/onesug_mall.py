@@ -32,6 +32,6 @@ config = OneSugConfig(
         optim=OptimConfig(learning_rate=2e-4, warmup=10),
         training=LoopConfig(steps=100, log_every=25, checkpoint_every=100, evaluate_every=50, monitor="mrr@10"),
     ),
-    decoding=DecodingConfig(beam_width=32, batch_size=64),
+    decoding=DecodingConfig(beam_width=32, batch_size=64, completing=True),
     evaluation=EvaluationConfig(cutoffs=(1, 10, 16)),
 )

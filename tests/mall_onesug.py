@@ -25,7 +25,7 @@ config = OneSugConfig(
         optim=OptimConfig(learning_rate=1e-3, warmup=4),
         training=LoopConfig(steps=24, log_every=6, checkpoint_every=12, evaluate_every=0),
     ),
-    decoding=DecodingConfig(beam_width=16, batch_size=32),
+    decoding=DecodingConfig(beam_width=16, batch_size=32, completing=True),
     validation=EvaluationConfig(split="valid", max_users=40),
     evaluation=EvaluationConfig(cutoffs=(1, 5, 10, 16), shown_users=2),
 )

@@ -60,6 +60,7 @@ def test_completions_of_a_prefix_are_a_slice_of_the_texts(tables):
     assert known.texts[known.of("RED  s")] == ("red shoes", "red socks")
     assert known.texts[known.of("")] == known.texts and known.texts[known.of("  ")] == known.texts
     assert known.texts[known.of("bread")] == ("bread",)
+    assert known.texts[known.of("Red ")] == ("red shoes", "red socks") and known.of("bread ") == slice(1, 1)
     assert all(known.texts[known.of(absent)] == () for absent in ("breads", "a", "z", "red shoes 2"))
     assert known.rows(["Bread", "red wine", "red  SOCKS"]).tolist() == [0, UNKNOWN, 2]
 

@@ -29,7 +29,12 @@ class Queries:
 def asked(**more):
     top = Top(np.array([5, 2, 7, 6]), np.array([0.5, 0.25, 0.15, 0.1], np.float32), np.full(4, 0.25, np.float32), 20)
     own = Own(np.array([2, 3, 2]), np.array([0, 10, 20]) * DAY, np.array([0, 1, 3]), 5, 9)
-    history = {"typed": [1, 2], "earlier": [[3], [4, 5], [6, 7, 8, 9]], "related": [[10], [11], [12]], "top": top}
+    history = {
+        "typed_tokens": [1, 2],
+        "earlier": [[3], [4, 5], [6, 7, 8, 9]],
+        "related": [[10], [11], [12]],
+        "top": top,
+    }
     history |= {"own": own, "near": np.array([2, 8, 9]), "texts": Queries(), "span": (2, 8), "characters": 6}
     return {**history, "now": 30 * DAY, "profile_tokens": [20, 21, 22], **more}
 
@@ -65,7 +70,7 @@ def test_of_a_long_prompt_the_oldest_queries_are_left_out_first(most, left):
     config = SuggestionFeatureConfig(**vars(CONFIG) | {"buckets": (most - 1,)})
     related, earlier = left
     assert config.prompt(asked()) == [CLS, 1, 2, SEP, *related, SEP, *earlier, SEP, 20, 21]
-    longer = config.prompt(asked(typed=list(range(50, 90))))
+    longer = config.prompt(asked(typed_tokens=list(range(50, 90))))
     assert len(longer) <= most - 1 and longer[1:5] == [50, 51, 52, 53]
 
 
@@ -106,7 +111,7 @@ def test_candidates_begin_in_the_order_of_the_own_history_then_popularity():
 
 def test_without_candidates_there_is_a_prompt_alone():
     config = SuggestionFeatureConfig((16,), own=0, popular=0)
-    assert set(cut({"typed": [1]}, config)) == {"tokens"}
+    assert set(cut({"typed_tokens": [1]}, config)) == {"tokens"}
 
 
 @pytest.mark.parametrize(

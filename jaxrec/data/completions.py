@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from jaxrec.config import UserError
 from jaxrec.data.popularity import PopularityByPeriod, PopularityConfig, popularity_by_period
 from jaxrec.data.tables import CHOSEN
-from jaxrec.data.words import distinct, normalised
+from jaxrec.data.words import distinct, normalised, typed
 
 UNKNOWN = -1
 """The number of a text that nobody searched for in training."""
@@ -96,11 +96,13 @@ class Completions:
         return np.array([self.numbers.get(normalised(text), UNKNOWN) for text in texts], np.int64)
 
     def of(self, prefix: str) -> slice:
-        """The numbers of the completions of a prefix in any writing; all for an empty one."""
-        typed = normalised(prefix)
-        size = len(typed)
-        start = bisect_left(self.texts, typed)
-        return slice(start, bisect_right(self.texts, typed, start, key=lambda text: text[:size]))
+        """The numbers of the completions of a prefix in any writing; all for an empty one.
+
+        A space at its end counts: "red " is completed by "red shoes", not by "redwood".
+        """
+        begins = typed(prefix)
+        start = bisect_left(self.texts, begins)
+        return slice(start, bisect_right(self.texts, begins, start, key=lambda text: text[: len(begins)]))
 
     def top(
         self, prefix: str, k: int, day: int | None = None, without: Sequence[int] = (), *, late: bool = False

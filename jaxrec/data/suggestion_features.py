@@ -1,7 +1,7 @@
 """What is typed and the user's past as the fixed-shape arrays that a suggestion model reads (NumPy; no tokenizer here).
 
     history, as an assembly's `read_texts` leaves it          cut
-      typed [t], related, earlier, profile_tokens: tokens       tokens [S]: the prompt of OneSug Eq. 5
+      typed_tokens, related, earlier, profile_tokens            tokens [S]: the prompt of OneSug Eq. 5
       own: the past searches that begin with what is typed      candidate [C, M]: tokens of whole queries, with their
       top: the most popular completions                           end
       near: related queries                                     habits [C, F], user [U]
@@ -118,7 +118,7 @@ class SuggestionFeatureConfig:
         A part that is empty leaves its SEP in place, so that the others keep their number.
         """
         most = self.buckets[-1]
-        typed = list(record.get("typed", ()))[: min(self.typed, most - 4)]
+        typed = list(record.get("typed_tokens", ()))[: min(self.typed, most - 4)]
         profile = list(record.get("profile_tokens", ()))[: min(self.profile, most - 4 - len(typed))]
         room = most - 4 - len(typed) - len(profile)
         parts = []

@@ -13,7 +13,7 @@ from jaxrec.config import UserError, check_least
 from jaxrec.data.completions import CompletionsConfig
 from jaxrec.data.item_neighbours import NeighbourConfig
 from jaxrec.data.suggestion_features import SuggestionFeatureConfig
-from jaxrec.evaluation.metrics import METRICS
+from jaxrec.data.vetted_queries import VettedQueriesConfig
 from jaxrec.losses.preference import HybridConfig
 from jaxrec.losses.rewards import BASE_WEIGHTS
 from jaxrec.models.backbone import BackboneConfig
@@ -21,7 +21,7 @@ from jaxrec.models.copying import check_labels
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.systems.config import RunConfig
 from jaxrec.systems.recommender import DecodingConfig
-from jaxrec.systems.validation import CUTOFFS
+from jaxrec.systems.validation import MONITORED
 from jaxrec.targets import TextSpaceConfig
 from jaxrec.text.tokenizer import TokenizerConfig
 from jaxrec.training.loop import LoopConfig
@@ -92,6 +92,8 @@ class OneSugConfig(RunConfig):
     """Lengths of queries, and how they are searched for."""
     features: SuggestionFeatureConfig = field(default_factory=SuggestionFeatureConfig)
     """How much of what is typed and of the past is read."""
+    vetted: VettedQueriesConfig = field(default_factory=VettedQueriesConfig)
+    """Which queries of training are listed, and may be suggested where the search is restricted to the list."""
     completions: CompletionsConfig = field(default_factory=CompletionsConfig)
     """What is counted of the queries of training."""
     neighbours: NeighbourConfig = field(default_factory=lambda: NeighbourConfig(kept=200))
@@ -122,6 +124,7 @@ class OneSugConfig(RunConfig):
         *RunConfig.of_phases,
         "tokenizer",
         "texts",
+        "vetted",
         "neighbours",
         "profile",
         "pretrained",
@@ -147,4 +150,4 @@ class OneSugConfig(RunConfig):
         if self.preference is not None:
             of_stage = self.preference
             of_stage.optim.check_steps(of_stage.training.steps, "preference.optim")
-            of_stage.training.check_monitor(f"{name}@{cutoff}" for name in METRICS for cutoff in CUTOFFS)
+            of_stage.training.check_monitor(MONITORED)

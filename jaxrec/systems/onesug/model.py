@@ -16,7 +16,7 @@ from jaxrec.data.item_neighbours import load_neighbours
 from jaxrec.data.popularity import DAY
 from jaxrec.data.suggestion_features import NOBODY, Own, SuggestionFeatureConfig
 from jaxrec.data.token_sequences import NO_TOKENS
-from jaxrec.data.words import normalised
+from jaxrec.data.words import normalised, typed
 from jaxrec.evaluation.cases import Cases, History, prefix_cases, text_cases
 from jaxrec.models.suggestion import SuggestionContext, SuggestionInputs, SuggestionModel, SuggestionVocabulary
 from jaxrec.run import Run
@@ -24,7 +24,7 @@ from jaxrec.systems.onesug.config import OneSugConfig
 from jaxrec.systems.onesug.queries import NEIGHBOURS, KnownTexts, QueriesOfUser, query_rows, query_texts
 from jaxrec.systems.pretrained import backbone_of
 from jaxrec.systems.profiles import Profiles, load_profiles
-from jaxrec.systems.recommender import GenerativeRecommender, Served
+from jaxrec.systems.recommender import GenerativeRecommender, Served, typed_text
 from jaxrec.targets import TextSpace, load_text_space
 from jaxrec.targets.texts import TARGETS
 from jaxrec.text.tokenizer import TextTokenizer
@@ -96,37 +96,37 @@ class OneSugAssembly:
         `without` are the numbers of the session's queries, which are left out of what is counted of the log, and
         `ahead` those that the user searches for from then on.
         """
-        known, typed = self.known.completions, typed_text(history)
+        known, begins = self.known.completions, typed(typed_text(history))
         numbers, more = self._numbered(history)
-        read = {**history, **self._prompt(history, typed, numbers, more)}
+        read = {**history, **self._prompt(history, begins, numbers, more)}
         if not self.features.candidates:
             return read
-        span, times = known.of(typed), history.get("search_timestamp", np.zeros(0, np.int64))
+        span, times = known.of(begins), history.get("search_timestamp", np.zeros(0, np.int64))
         own, last = NOBODY, [times, history.get("timestamp", times[:0])]
         if len(numbers) and self.features.own:
-            begins = (numbers >= span.start) & (numbers < span.stop)
+            mine = (numbers >= span.start) & (numbers < span.stop)
             for at, text in enumerate(more, len(known)):
-                begins |= (numbers == at) & text.startswith(typed)
+                mine |= (numbers == at) & text.startswith(begins)
             sessions, session = np.unique(history["search_session"], return_inverse=True)
-            own = Own(numbers[begins], times[begins], session[begins], len(sessions), len(numbers))
+            own = Own(numbers[mine], times[mine], session[mine], len(sessions), len(numbers))
         now = int(history.get("now", max(each.max(initial=0) for each in last)))
         past = np.unique(numbers[(numbers >= 0) & (numbers < len(known))])
         return read | {
             "own": own,
-            "top": known.top(typed, self.features.popular, now // DAY, without),
+            "top": known.top(begins, self.features.popular, now // DAY, without),
             "span": (span.start, span.stop),
-            "characters": len(typed),
+            "characters": len(begins),
             "texts": QueriesOfUser(self.known, more, past, np.asarray(ahead, np.int64)),
             "now": now,
         }
 
     def read_prompt(self, history: History) -> History:
         """As `read_texts`, with the prompt alone."""
-        return {**history, **self._prompt(history, typed_text(history), *self._numbered(history))}
+        return {**history, **self._prompt(history, typed(typed_text(history)), *self._numbered(history))}
 
-    def _prompt(self, history: History, typed: str, numbers: np.ndarray, more: Sequence[str]) -> dict:
+    def _prompt(self, history: History, begins: str, numbers: np.ndarray, more: Sequence[str]) -> dict:
         return {
-            "typed": self.known.encoded(typed) if typed else NO_TOKENS,
+            "typed_tokens": self.known.encoded(begins) if begins else NO_TOKENS,
             "earlier": self._earlier(numbers, more),
             "profile_tokens": NO_TOKENS if self.profiles is None else self.profiles.tokens_of(history),
         }
@@ -173,11 +173,6 @@ class OneSugAssembly:
 
     def rescore(self, served: Served, context: SuggestionContext, likelihood_weight: float) -> None:
         """None: beams are ranked by their log-probabilities."""
-
-
-def typed_text(history: History) -> str:
-    """What is typed, normalised: the prefix of a history, or its query."""
-    return normalised(history.get("prefix", history.get("query", "")))
 
 
 def assemble(run: Run, config: OneSugConfig) -> OneSugAssembly:

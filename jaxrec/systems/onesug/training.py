@@ -18,6 +18,7 @@ from jaxrec.data.item_neighbours import item_neighbours
 from jaxrec.data.pipeline import Features
 from jaxrec.data.suggestion_targets import typed_prefix
 from jaxrec.data.tables import CHOSEN
+from jaxrec.data.vetted_queries import vetted_queries
 from jaxrec.data.words import normalised
 from jaxrec.losses.likelihood import next_token
 from jaxrec.run import Run
@@ -81,7 +82,8 @@ def prepare_suggestions(run: Run, config: OneSugConfig) -> tuple[str, ...]:
     """Tables and examples, the tokenizer with the list of queries, and which queries the same users search for."""
     weights = digests(config.pretrained) if config.pretrained else ()
     tables = prepare_tables(run, config)
-    made_of = fingerprint(tables, config.tokenizer, config.texts, config.profile, *weights)
+    vetted = config.vetted.fingerprint()
+    made_of = fingerprint(tables, config.tokenizer, config.texts, vetted, config.profile, *weights)
     made = [run.phase(TARGETS, made_of, partial(make_targets, run, config)), prepare_examples(run, config, tables)]
     if config.neighbours.kept:
         inputs = fingerprint(tables, config.neighbours)
@@ -90,19 +92,19 @@ def prepare_suggestions(run: Run, config: OneSugConfig) -> tuple[str, ...]:
 
 
 def make_targets(run: Run, config: OneSugConfig, folder: Path) -> None:
-    """Trains the tokenizer on the queries of training, or takes that of the pretrained weights, and lists the queries.
-
-    Queries of more tokens than can be written are left out of the list.
+    """Trains the tokenizer on the queries of training, or takes that of the pretrained weights, and lists the vetted
+    queries. Those of more tokens than can be written are left out of the list.
     """
-    texts, log = training_queries(run.tables)
-    counts = np.bincount(log["query"].to_numpy(), minlength=len(texts))
+    texts, _ = training_queries(run.tables)
+    vetted = vetted_queries(run.tables, config.vetted)
     profiles, vocabulary = profile_texts(run.tables, config.profile) if config.profile else [], 0
     if config.pretrained:
         tokenizer, vocabulary = write_pretrained(folder, config.pretrained)
     else:
         tokenizer = train_tokenizer([*texts, *profiles], config.tokenizer)
-    short = [at for at, row in enumerate(tokenizer.encode(texts)) if len(row) < config.texts.max_length]
-    text_space(tokenizer, [texts[at] for at in short], counts[short], config.texts, vocabulary).save(folder)
+    short = [at for at, row in enumerate(tokenizer.encode(vetted.texts)) if len(row) < config.texts.max_length]
+    listed = [vetted.texts[at] for at in short]
+    text_space(tokenizer, listed, vetted.counts[short], config.texts, vocabulary).save(folder)
 
 
 def make_neighbours(run: Run, config: OneSugConfig, folder: Path) -> None:
