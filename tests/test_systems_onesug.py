@@ -289,6 +289,15 @@ def test_a_prefix_cut_anew_is_a_beginning_of_a_chosen_query():
 # ---- preferences -----------------------------------------------------------------------------------------------------
 
 
+def test_changed_samples_are_padded_to_the_longest_bucket(assembly):
+    """A prefix that is cut anew, or a past that is left out, may leave a prompt for another bucket than the log's."""
+    longest = assembly.features.buckets[-1]
+    for change in ({"recut": 1.0}, {"without_past": 0.5}):
+        batches = likelihood_batches(assembly, fitted(assembly, objective=LikelihoodObjective(**change)))
+        shapes = {next(batches)["tokens"].shape[1] for _ in range(6)}
+        assert shapes == {longest}
+
+
 def test_packed_targets_of_unequal_length_equal_one_by_one(model, assembly, examples):
     batch = on_device(next(examples.batches()), 6)
     lengths = np.asarray(batch["real"].sum(-1))

@@ -137,10 +137,15 @@ class SuggestionFeatureConfig:
         between = ([*query, self.specials + NEXT] for query in queries)
         return list(chain.from_iterable(between))[:-1]
 
-    def cut(self, record: dict, session: int, *, behaviors: int, wanted: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of a history, all of which is read."""
+    def cut(
+        self, record: dict, session: int, *, behaviors: int, wanted: np.ndarray, size: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a history, all of which is read.
+
+        size: the length that the prompt is padded to, one of the buckets; None: the smallest that holds it.
+        """
         prompt = self.prompt(record)
-        found = {"tokens": padded(prompt, bucket(self.buckets, len(prompt)), NONE)}
+        found = {"tokens": padded(prompt, size or bucket(self.buckets, len(prompt)), NONE)}
         if not self.candidates:
             return found
         candidate, habits, user = np.full((self.candidates, self.length), NONE, np.int32), None, None

@@ -48,9 +48,9 @@ def seen_of(assembly: OneSugAssembly, record: Record, asked: TypedPrefix) -> tup
     )
 
 
-def cut(assembly: OneSugAssembly, read: Record) -> Features:
-    """The arrays of a history that `read_texts` read."""
-    return assembly.features.cut(read, 0, behaviors=len(assembly.behaviors), wanted=assembly.wanted)
+def cut(assembly: OneSugAssembly, read: Record, size: int | None = None) -> Features:
+    """The arrays of a history that `read_texts` read; size: as of `SuggestionFeatureConfig.cut`."""
+    return assembly.features.cut(read, 0, behaviors=len(assembly.behaviors), wanted=assembly.wanted, size=size)
 
 
 def packed(assembly: OneSugAssembly, texts: list[str], count: int) -> Features:

@@ -137,20 +137,25 @@ likelihood_loss = mean_of(losses)
 def likelihood_batches(assembly: OneSugAssembly, config: OneSugConfig) -> Iterator[Features]:
     """Batches of typed prefixes with the queries that were chosen, without end, in an order that the seed decides."""
     records, cuts, lengths = training_prefixes(assembly, config)
+    objective, size = config.objective, None
+    if objective.recut or objective.without_past:
+        # A changed prompt may belong to another bucket than that of the log.
+        size = config.features.buckets[-1]
+        lengths = [size] * len(lengths)
 
     def example(record: Record, row: int, rng: np.random.Generator) -> Features:
         asked = typed_prefix(record, row)
         chosen = asked.rows[record["suggestion_feedback"][asked.rows] < len(CHOSEN)]
         texts = sorted({normalised(text) for text in assembly.queries[record["suggestion_query"][chosen]]})
         history = history_of(assembly, record, asked)
-        if rng.random() < config.objective.recut:
+        if rng.random() < objective.recut:
             history, texts = recut(history, texts, rng)
-        if rng.random() < config.objective.without_past:
+        if rng.random() < objective.without_past:
             history = {name: history[name] for name in ("prefix", "now")}
-        if len(texts) > config.objective.targets:
-            texts = [texts[at] for at in np.sort(rng.permutation(len(texts))[: config.objective.targets])]
+        if len(texts) > objective.targets:
+            texts = [texts[at] for at in np.sort(rng.permutation(len(texts))[: objective.targets])]
         read = assembly.read_texts(history, *seen_of(assembly, record, asked))
-        return cut(assembly, read) | packed(assembly, texts, config.objective.targets)
+        return cut(assembly, read, size) | packed(assembly, texts, objective.targets)
 
     return context_batches(records, cuts, example, config, lengths)
 
