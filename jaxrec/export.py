@@ -48,6 +48,7 @@ from jaxrec.data.features import AGES, FeatureConfig
 from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.data.search_features import SearchFeatureConfig
+from jaxrec.data.suggestion_features import SuggestionFeatureConfig
 from jaxrec.data.token_sequences import TokenSequenceConfig
 from jaxrec.data.words import normalised, typed
 from jaxrec.evaluation.cases import History
@@ -75,7 +76,14 @@ ANSWERED = {"history", "query", "prefix", "profile", "k", "now"}
 """Fields of the requests that an artefact answers."""
 READERS = {
     reader.__name__: reader
-    for reader in (FeatureConfig, ItemSequenceConfig, LeveledSessionConfig, SearchFeatureConfig, TokenSequenceConfig)
+    for reader in (
+        FeatureConfig,
+        ItemSequenceConfig,
+        LeveledSessionConfig,
+        SearchFeatureConfig,
+        SuggestionFeatureConfig,
+        TokenSequenceConfig,
+    )
 }
 """What makes the inputs of histories, by the name in the manifest."""
 

@@ -37,7 +37,7 @@ from jaxrec.run import Run
 from jaxrec.semantic_ids.table.version_files import BOOKS
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
-from jaxrec.systems import load_recommender, train
+from jaxrec.systems import load_recommender, pretrained, train
 from jaxrec.systems.onesearch import queries as onesearch_queries
 from jaxrec.systems.onesearch import training as onesearch_training
 from jaxrec.systems.onesearch.config import (
@@ -50,13 +50,6 @@ from jaxrec.systems.onesearch.config import (
     OneSearchConfig,
 )
 from jaxrec.systems.onesearch.model import assemble, fitted, level_centroids, recommender, run_centroids
-from jaxrec.systems.onesearch.pretrained import (
-    backbone_of,
-    digests,
-    read_tokenizer,
-    with_pretrained,
-    write_pretrained,
-)
 from jaxrec.systems.onesearch.queries import make_tokenizer, trained_queries
 from jaxrec.systems.onesearch.tasks import MOST_ROWS, SearchPairs, TaskTables, item_texts, read_tasks, task_rows
 from jaxrec.systems.onesearch.training import (
@@ -66,6 +59,13 @@ from jaxrec.systems.onesearch.training import (
     stages,
     training_batches,
     training_searches_of,
+)
+from jaxrec.systems.pretrained import (
+    backbone_of,
+    digests,
+    read_tokenizer,
+    with_pretrained,
+    write_pretrained,
 )
 from jaxrec.text.tokenizer import load_tokenizer
 from jaxrec.training import checkpoint, loop
@@ -396,7 +396,7 @@ def test_a_stage_without_tasks_is_left_out(path, monkeypatch, tmp_path):
     # What is the first stage then begins with pretrained parameters, where there are some.
     made = []
     monkeypatch.setattr(onesearch_training, "train_model", lambda *_, init: made.append(init(0, None)))
-    monkeypatch.setattr(onesearch_training, "with_pretrained", lambda variables, folder, seed: folder)
+    monkeypatch.setattr(pretrained, "with_pretrained", lambda variables, folder, seed: folder)
     (last,) = stages(Run(path), dataclasses.replace(neither, pretrained="bart"))
     monkeypatch.setattr(onesearch_training, "fitted", lambda config, space: config)
     monkeypatch.setattr(onesearch_training, "training_batches", lambda *_: None)

@@ -27,6 +27,9 @@ from jaxrec.systems.onesearch import model as onesearch_model
 from jaxrec.systems.onesearch import reader as onesearch_reader
 from jaxrec.systems.onesearch import training as onesearch_training
 from jaxrec.systems.onesearch.config import OneSearchConfig
+from jaxrec.systems.onesug import model as onesug_model
+from jaxrec.systems.onesug import training as onesug_training
+from jaxrec.systems.onesug.config import OneSugConfig
 from jaxrec.systems.rankgr import model as rankgr_model
 from jaxrec.systems.rankgr import training as rankgr_training
 from jaxrec.systems.rankgr.config import RankGRRunConfig
@@ -73,6 +76,7 @@ SYSTEMS: dict[str, System] = {
         onesearch_model.recommender,
         onesearch_reader.load_reader,
     ),
+    "onesug": System(OneSugConfig, onesug_model.assemble, onesug_training.stages, onesug_model.recommender),
     "rankgr": System(RankGRRunConfig, rankgr_model.assemble_trained, rankgr_training.stages),
     CASCADE: System(CascadeConfig, cascade.assemble, cascade.stages, cascade.recommender),
     "tiger": TIGER,

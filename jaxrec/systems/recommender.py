@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
 from jaxrec.config import UserError, check_choice, check_least
@@ -136,6 +137,10 @@ class Assembly(Protocol):
     @property
     def target_behaviors(self) -> list[int]:
         """Indices of the target behaviors."""
+        ...
+
+    def init(self, seed: int, mesh: Mesh | None = None) -> dict:
+        """Fresh variables {"params", ...}: made on the devices where they stay, if there is a mesh."""
         ...
 
     def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> Served:

@@ -26,10 +26,10 @@ from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.version_files import BOOKS
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
-from jaxrec.systems.onesearch.pretrained import backbone_of
-from jaxrec.systems.onesearch.profiles import load_profiles
 from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, KnownQueries, load_queries, query_texts
 from jaxrec.systems.onesearch.reader import SearchReader
+from jaxrec.systems.pretrained import backbone_of
+from jaxrec.systems.profiles import load_profiles
 from jaxrec.systems.recommender import GenerativeRecommender, Served, filled_up, with_later_prior
 from jaxrec.targets import SemanticIdSpace
 from jaxrec.text.tokenizer import TextTokenizer

@@ -27,8 +27,8 @@ from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import History
 from jaxrec.files import read_json, write_json
 from jaxrec.semantic_ids.queries import load_query_ids
-from jaxrec.systems.onesearch.profiles import Profiles
 from jaxrec.systems.onesearch.queries import NEIGHBOURS, KnownQueries
+from jaxrec.systems.profiles import Profiles
 from jaxrec.text.tokenizer import TextTokenizer
 
 QUERIES, STATISTICS, QUERY_IDS, NOTES = "queries.jsonl", "statistics.safetensors", "query_ids", "reader.json"

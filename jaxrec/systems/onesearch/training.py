@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
-from jax.sharding import Mesh
 
 from jaxrec.config import UserError, fingerprint
 from jaxrec.data.examples import Record, Records
@@ -37,11 +36,11 @@ from jaxrec.systems.onesearch.config import (
     TaskStageConfig,
 )
 from jaxrec.systems.onesearch.model import OneSearchAssembly, OneSearchCatalogue, assemble, fitted
-from jaxrec.systems.onesearch.pretrained import digests, with_pretrained, write_pretrained
-from jaxrec.systems.onesearch.profiles import profile_texts
 from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, make_tokenizer
 from jaxrec.systems.onesearch.tasks import item_texts, read_tasks, task_batches, task_rows
 from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_tables, prepare_with_ids
+from jaxrec.systems.pretrained import digests, initial, write_pretrained
+from jaxrec.systems.profiles import profile_texts
 from jaxrec.training.stages import Stage, Task, minimise
 
 
@@ -60,12 +59,13 @@ def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
         batches = training_tasks(run, assembly, config, of_stage)
         mine = dataclasses.replace(config, optim=of_stage.optim, training=of_stage.training)
         loss = partial(task_loss, tuple(of_stage.weights))
-        minimise(bound_loss(loss, assembly, mine), partial(initial, assembly, config, task), batches, mine, task)
+        init = partial(initial, assembly, config.pretrained, task)
+        minimise(bound_loss(loss, assembly, mine), init, batches, mine, task)
 
     def train_searches(task: Task) -> None:
         assembly = assemble(run, config)
         mine = fitted(config, assembly.space)
-        init = partial(initial, assembly, config, task)
+        init = partial(initial, assembly, config.pretrained, task)
         train_model(assembly, mine, mean_loss, training_batches(assembly, mine), task, init=init)
 
     last = ("optim", "training", "validation", "objective")
@@ -119,13 +119,6 @@ def training_neighbours(run: Run, config: OneSearchConfig) -> ItemNeighbours:
     events = training_events(run.tables, config.data.target_behaviors, ["user", "item"])
     count = pq.read_metadata(run.tables / "items.parquet").num_rows
     return item_neighbours(events["user"].to_numpy(), events["item"].to_numpy(), count, config.neighbours)
-
-
-def initial(assembly: OneSearchAssembly, config: OneSearchConfig, task: Task, seed: int, mesh: Mesh | None) -> dict:
-    """The first variables of a stage; pretrained ones where it is the first and there are some."""
-    fresh = assembly.init(seed, mesh)
-    begins = config.pretrained and task.start is None
-    return with_pretrained(fresh, config.pretrained, seed) if begins else fresh
 
 
 # ---- content, co-occurrence ------------------------------------------------------------------------------------------
