@@ -17,6 +17,7 @@ from jaxrec.evaluation.subsets import ALL, NEW, Subset, is_of_queries, item_subs
 
 SEMANTIC_IDS = "semantic_ids"  # the subset of what is measured of a model's IDs: accuracy per level, validity
 TEXTS = "texts"  # the same of a model's texts: accuracy of their tokens, validity
+REWARDS = "rewards"  # the subset of what a policy is worth, by the learned and the true reward
 TEACHER_FORCED = {"items": SEMANTIC_IDS, "texts": TEXTS}
 """The subset of what is measured of targets, by the kind of their space."""
 CASES = {"prefix": "prefixes", "query": "searches"}
@@ -118,6 +119,23 @@ SHOWN = (
     "validity",
 )
 
+SHOWN_OF_REWARDS = (
+    "true_reward@10",
+    "true_reward@100",
+    "reward@10",
+    "reward@100",
+    "spent@10",
+    "hr@50",
+    "recall@10",
+    "distinct@10",
+    "validity",
+)
+
+
+def shown_metrics(subset: str, metrics: Sequence[str]) -> Sequence[str]:
+    """The metrics that tables of a subset show; `metrics` for most."""
+    return SHOWN_OF_REWARDS if subset == REWARDS else metrics
+
 
 def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> list[Table]:
     """One rich table a split and subset, one row a model, the best of every column bold; one of all query subsets."""
@@ -126,7 +144,8 @@ def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> li
     for (split, subset), group in groupby(sorted(others, key=_split_and_subset), key=_split_and_subset):
         group = list(group)
         values, counts = pivot(group)
-        shown = [metric for metric in metrics if any(metric in row for row in values.values())]
+        columns = shown_metrics(subset, metrics)
+        shown = [metric for metric in columns if any(metric in row for row in values.values())]
         best = {metric: max(row.get(metric, 0.0) for row in values.values()) for metric in shown}
         unit = unit_of(group, subset in TEACHER_FORCED.values())
         title = f"{split}, {subset.replace('_', ' ')} ({max(counts.values()):,.0f} {unit})"

@@ -7,17 +7,20 @@ directory, is skipped when its inputs are unchanged, and can be killed and run a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxrec.config import UserError, fingerprint, from_json
 from jaxrec.console import console
+from jaxrec.evaluation import Cases
+from jaxrec.evaluation.comparison import Row
 from jaxrec.run import Run
 from jaxrec.systems import generative
 from jaxrec.systems.comparison import TrainedRecommender, compare, present
 from jaxrec.systems.config import RunConfig
 from jaxrec.systems.onemall import model as onemall_model
-from jaxrec.systems.onemall import training as onemall_training
+from jaxrec.systems.onemall import stages as onemall_stages
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.onesearch import model as onesearch_model
 from jaxrec.systems.onesearch import training as onesearch_training
@@ -46,6 +49,8 @@ class System:
     """stages(run, config): its trainings in order; the last one is served."""
     recommender: Callable[[Any, dict, Any], TrainedRecommender] = generative.recommender
     """recommender(assembly, variables, config): the trained model, ready to recommend."""
+    measure: Callable[[Run, Any, TrainedRecommender, Cases], list[Row]] | None = None
+    """measure(run, config, model, cases): rows of its own for the final evaluation."""
 
 
 TIGER = System(TigerConfig, tiger_model.assemble, tiger_training.stages)
@@ -54,7 +59,9 @@ SEQUENTIAL = System(
 )
 
 SYSTEMS: dict[str, System] = {
-    "onemall": System(OneMallConfig, onemall_model.assemble, onemall_training.stages),
+    "onemall": System(
+        OneMallConfig, onemall_model.assemble, onemall_stages.stages, onemall_stages.recommender, onemall_stages.measure
+    ),
     "onesearch": System(
         OneSearchConfig, onesearch_model.assemble, onesearch_training.stages, onesearch_model.recommender
     ),
@@ -90,9 +97,14 @@ def train(run: Run, config: RunConfig, *, until: str = "", only: str = "") -> No
     run.phase(
         "evaluation",
         fingerprint(trained, config.evaluation_inputs()),
-        lambda folder: compare(run, load_recommender(run), config.evaluation, folder),
+        lambda folder: _evaluate(run, config, folder),
     )
     present(run)
+
+
+def _evaluate(run: Run, config: RunConfig, folder: Path) -> None:
+    model, measure = load_recommender(run), SYSTEMS[config.system].measure
+    compare(run, model, config.evaluation, folder, None if measure is None else partial(measure, run, config, model))
 
 
 def load_recommender(run: Run) -> TrainedRecommender:

@@ -25,8 +25,9 @@ from jaxrec.evaluation import (
     standings,
     text_baselines,
 )
-from jaxrec.evaluation.comparison import TEACHER_FORCED
+from jaxrec.evaluation.comparison import TEACHER_FORCED, Row
 from jaxrec.evaluation.metrics import CUTOFFS, mean
+from jaxrec.evaluation.proxies import courses
 from jaxrec.evaluation.report import write_report
 from jaxrec.files import read_json, write_json
 from jaxrec.run import Run
@@ -84,8 +85,17 @@ class EvaluationConfig:
             )
 
 
-def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folder: Path) -> None:
-    """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`."""
+def compare(
+    run: Run,
+    model: TrainedRecommender,
+    config: EvaluationConfig,
+    folder: Path,
+    more: Callable[[Cases], list[Row]] | None = None,
+) -> None:
+    """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`.
+
+    more: further rows of the system's own, of the same cases.
+    """
     assembly = model.assembly
     items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
     name, kind = read_json(run.config_file)["system"], model.space.kind if hasattr(model, "space") else "items"
@@ -116,6 +126,7 @@ def compare(run: Run, model: TrainedRecommender, config: EvaluationConfig, folde
         }
         for metric, pair in (model.diagnose(cases) if hasattr(model, "diagnose") else {}).items()
     ]
+    rows += [] if more is None else more(cases)
     write_json(folder / "evaluation.json", rows)
     write_json(folder / "examples_shown.json", _shown(run, model, cases, config.shown_users))
 
@@ -131,6 +142,8 @@ def present(run: Run) -> None:
         tables.append(standing_table(found, system))
     for table in tables:
         console.print(table)
+    for course in courses(run.metrics_file):
+        console.print(str(course), markup=False)
     console.print(f"report: {report}", markup=False)
 
 
