@@ -111,6 +111,19 @@ def test_session_id_and_further_columns_are_kept(folder):
     assert sorted(events.session_id.to_pyarrow().to_pylist()) == ["000000000", "mine", "mine", "mine", "mine"]
 
 
+def test_users_may_have_profiles(folder):
+    write(folder, "users", [{"user_id": "u2", "age": 30, "city": ""}, {"user_id": "u9", "age": 1, "city": "Ulm"}])
+    (folder / "out").mkdir()
+    prepare(Folder(folder), PrepareConfig(), folder / "out")
+    found = pq.read_table(folder / "out" / "users.parquet").to_pylist()
+    assert found == [{"user_id": "u1", "age": None, "city": None}, {"user_id": "u2", "age": "30", "city": None}]
+    write(folder, "users", [{"user_id": "u1"}, {"user_id": "u1"}])
+    with pytest.raises(
+        UserError, match=r"users\.jsonl, column 'user_id', row 2: 'u1' occurs twice; give every user one"
+    ):
+        Folder(folder).load()
+
+
 def test_product_ids_and_embeddings(folder):
     rows = [{**row, "product_ids": ["p1"] if row["item_id"] == "v1" else [], "embedding": [0.5, 1.0]} for row in ITEMS]
     for suffix in ("jsonl", "parquet"):

@@ -35,6 +35,14 @@ def test_complete_journey_has_the_published_counts(journey):
     assert sum(journey.dropped.values()) + 1146179 == 1469307
 
 
+def test_complete_journey_knows_some_households(journey):
+    first = journey.profiles.filter(_.user_id == "1").to_pyarrow().to_pylist()
+    assert [(row["age"], row["income"], row["kids_count"]) for row in first] == [("65+", "35-49K", "0")]
+    assert (
+        journey.profiles.count().to_pyarrow().as_py() == 801 == journey.profiles.user_id.nunique().to_pyarrow().as_py()
+    )
+
+
 def test_complete_journey_exposures_belong_to_a_visit(journey):
     events = journey.events
     shown = events.filter(_.behavior == "exposure")

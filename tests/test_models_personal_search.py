@@ -108,6 +108,11 @@ def test_the_prompt_is_that_of_the_paper():
     ids = [*(row.user_codes + offset).ravel(), sep, *row.query[:2], sep, *(row.query_codes + offset), sep]
     recent = [*(row.recent_queries + offset).ravel(), sep, *(row.recent_items[:1] + offset).ravel(), sep]
     assert tokens[1][mask[1]].tolist() == [bos, *ids[:6], sep, *ids[7:], *recent, eos]
+    inputs = dataclasses.replace(inputs, profile=jnp.array([[-1, -1], [4, -1]]))
+    tokens, mask = (np.asarray(each) for each in made.apply({}, inputs, method="search_prompt"))
+    assert tokens[1][mask[1]].tolist()[-4:] == [sep, 4, sep, eos]
+    assert tokens[0][mask[0]].tolist()[-3:] == [sep, sep, eos]
+    inputs = dataclasses.replace(inputs, profile=None)
     whole, there = made.clone(prompt=PromptConfig("items", long_queries=0)).apply({}, inputs, method="search_prompt")
     assert whole.shape == (2, 1 + 2 + 1 + 4 + 1 + 1 + 1 + 2 + 1 + 3 + 1 + 1, 3) and there[0].all()
     np.testing.assert_array_equal(whole[1, 1:3], row.user_codes + offset)

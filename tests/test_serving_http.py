@@ -67,8 +67,10 @@ def test_filters_over_http(client):
          "the system 'none' of this run reads no queries; leave query and prefix out of the request, and searches out "
          "of its history"),
         ('{"user_id": "u1", "event": 3}', 422,
-         "unknown field event; known are user_id, history, query, prefix, k, exclude_history, filter, blocked, "
-         "allowed, now"),
+         "unknown field event; known are user_id, history, query, prefix, profile, k, exclude_history, filter, "
+         "blocked, allowed, now"),
+        ('{"user_id": "u1", "profile": {"age": "40"}}', 422,
+         "the system 'none' of this run reads no age of a user's profile; leave it out of the field profile"),
         ('{"user_id": "u1", "filter": {"price": {"min": 3, "max": 1}}}', 422,
          "filter.price has min 3 above max 1: no item can match"),
         ('{"user_id": "u1", "filter": {"price": NaN}}', 422,

@@ -208,6 +208,43 @@ def test_a_decoder_alone_is_a_backbone_too(path):
     assert (items >= 0).all() and np.isfinite(scores).all() and len(np.unique(items)) == 5
 
 
+def test_the_profile_of_the_log_or_of_the_request_stands_in_the_prompt(path, model, tmp_path):
+    shutil.copytree(path, tmp_path / "run", ignore=shutil.ignore_patterns("stages", "eval*"))
+    run, config = Run(tmp_path / "run"), dataclasses.replace(CONFIG, profile=("city", "age"))
+    with pytest.raises(UserError, match="'profile': the users have no column 'city'; the source brings no profiles"):
+        assemble(run, config)
+    users = pq.read_table(run.tables / "users.parquet")
+    for name, values in {"age": ["Old", "old", None], "city": ["Ulm", "ULM", "Ulm"]}.items():
+        users = users.append_column(name, [np.resize(np.array(values, object), len(users)).tolist()])
+    pq.write_table(users, run.tables / "users.parquet")
+    assembly = assemble(run, config)
+    assert assembly.profile_columns == ("city", "age") and assembly.profiles.texts == ("ulm -", "ulm old")
+    of = [assembly.read_texts(EMPTY | {"query": "zzz"} | who)["profile_tokens"].tolist() for who in (
+        {"user": np.int32(0)}, {"user": np.int32(1)}, {"user": np.int32(2)}, {}, {"profile": {"city": "Ulm"}},
+    )]  # fmt: skip
+    decoded = assembly.tokenizer.decode(of)
+    assert decoded == ["ulm old", "ulm old", "ulm -", "", "ulm -"]
+    cut = assembly.features.cut(
+        assembly.read_texts(EMPTY | {"query": "zzz", "user": 0}), 0, behaviors=5, wanted=assembly.wanted
+    )
+    assert cut["profile"].tolist() == [*of[0], *[-1] * (assembly.features.profile - len(of[0]))]
+    # It has no parameters of its own.
+    served = recommender(assembly, model.variables, config)
+    asked = [
+        EMPTY | {"query": "zzz"} | more
+        for more in ({}, {"user": np.int32(0)}, {"profile": {"age": "old", "city": "ulm"}})
+    ]
+    scores = served.recommend(asked, 5)[1]
+    np.testing.assert_allclose(scores[1], scores[2], atol=1e-5)
+    assert np.abs(scores[0] - scores[1]).max() > 1e-4
+    retriever = Retriever(run.path, served)
+    given, refused = retriever.answer(
+        [Request(history=[], query="zzz", profile=profile) for profile in ({"age": "old"}, {"shoe": "8"})]
+    )
+    assert len(given.items) == 10
+    assert "reads no shoe of a user's profile" in str(refused)
+
+
 def test_the_items_of_a_search_are_targets_of_one_context(assembly, records):
     config = fitted(CONFIG, assembly.space)
     cuts = training_searches_of(records, assembly.wanted)

@@ -2,7 +2,7 @@
 
     history, as an assembly's `read_texts` leaves it      cut
       tokens [t], query_codes [M]                           tokens [T], query_codes [M]
-      recent_codes [n, M]                                   recent_codes [R, M]
+      recent_codes [n, M], profile_tokens [t]               recent_codes [R, M], profile [P]
       events: item, behavior, timestamp, session            recent_item, short_item, long_item [..]
       shown: items of the short sequences, of a sample
         that the sliding window cuts; else all
@@ -60,12 +60,14 @@ class SearchFeatureConfig:
     """items that the query led to in training that may be copied; 0 for none"""
     short_items: int = 10
     """last clicked items that the user ID of the short behavior is made of (Eq. 3)"""
+    profile: int = 16
+    """tokens of the user's profile that are read, where the system reads one; 0 for none"""
     weakest: int | None = None
     """index of the weakest behavior that counts as a click; None: target behaviors alone do"""
 
     def __post_init__(self):
         check_buckets(self.buckets)
-        least = dict.fromkeys(("recent_queries", "recent_items", "related", "popular"), 0)
+        least = dict.fromkeys(("recent_queries", "recent_items", "related", "popular", "profile"), 0)
         check_least(self, "features", user_items=1, short_items=1, long_length=1, **least)
         if self.weakest is not None and self.weakest < 0:
             raise UserError(f"configuration key 'features.weakest' is {self.weakest}; give the index of a behavior")
@@ -106,6 +108,7 @@ class SearchFeatureConfig:
         return {
             "tokens": padded(record.get("tokens", ())[: self.buckets[-1]], self.bucket_of(record, session), NONE),
             "query_codes": record.get("query_codes", np.full(self.levels, NONE, np.int32)),
+            "profile": padded(record.get("profile_tokens", ())[: self.profile], self.profile, NONE),
             "recent_codes": padded(_last(codes, self.recent_queries), self.recent_queries, NONE),
             "recent_item": padded(_last(short, self.recent_items), self.recent_items, NONE),
             "short_item": padded(user_short, self.short_items, NONE),

@@ -2,7 +2,7 @@
 
     text tokens | BOS SEP EOS start | tasks | codes, a slice a level           one vocabulary (`SearchVocabulary`)
 
-    soft tokens   BOS uid SEP query SEP its ID SEP last queries' IDs SEP last items' IDs SEP EOS
+    soft tokens   BOS uid SEP query SEP its ID SEP last queries' IDs SEP last items' IDs SEP profile SEP EOS
       ▲                          │
       │                          └──▶ Backbone ──▶ log-probabilities of codes, mixed with `CandidateHead`'s
     QFormer ◀── sums of centroids of the long past (Eq. 4)                     over given items
@@ -102,7 +102,7 @@ class SearchInputs:
     query int32 [B, T]; query_codes int32 [B, M]; user_codes int32 [B, 2, M] of the short and the long behavior;
     recent_queries int32 [B, R, M]; recent_items int32 [B, r, M]; long: float32 [B, E] a sequence and level, sums of
     centroids, as [B, 3, levels, E], or None; candidates int32 [B, C, M] with habits float32 [B, C, F], or None; user
-    float32 [B, U]; prior: of items' IDs, or None.
+    float32 [B, U]; profile int32 [B, P] of the user, or None; prior: of items' IDs, or None.
     """
 
     query: jax.Array
@@ -114,6 +114,7 @@ class SearchInputs:
     candidates: jax.Array | None
     habits: jax.Array | None
     user: jax.Array
+    profile: jax.Array | None = None
     prior: Prior | None = None
 
 
@@ -216,6 +217,8 @@ class PersonalSearch(nn.Module):
         for codes in (inputs.recent_queries, inputs.recent_items):
             if codes.shape[1]:
                 parts += [self._ids(codes), self._special(batch, SEP)]
+        if inputs.profile is not None:
+            parts += [self._words(inputs.profile), self._special(batch, SEP)]
         return self._joined([*parts, self._special(batch, EOS)])
 
     def task_prompt(self, inputs: TaskInputs) -> tuple[jax.Array, jax.Array]:

@@ -43,6 +43,7 @@ LOG = logging.getLogger(__name__)
 SPARE = 1 << 16
 """Number of new items that a recommender without semantic IDs has room for."""
 NO_QUERIES = "reads no queries; leave query and prefix out of the request, and searches out of its history"
+NO_PROFILE = "reads no {} of a user's profile; leave it out of the field profile"
 NO_TEXT = "answers what was typed; give the field {}, which this request lacks"
 NOTHING_ALLOWED = "the filters of this request allow no item of the catalogue"
 DEPTHS = (10, 50, 100, MAX_K)
@@ -273,12 +274,15 @@ class Retriever:
         Removed items stay in histories. Ids that the request blocks or allows are looked up too.
 
         Raises:
-          UserError: an unknown behavior, a query for a recommender that reads none, or none for one that needs it.
+          UserError: an unknown behavior, a query or profile for a recommender that reads none, or no query for one
+            that needs it.
         """
         if request.has_query and not self.reads_queries:
             raise UserError(f"the system {self.system!r} of this run {NO_QUERIES}")
         if self.required_text is not None and getattr(request, self.required_text) is None:
             raise UserError(f"the system {self.system!r} of this run {NO_TEXT.format(self.required_text)}")
+        for name in sorted(set(request.profile or ()) - set(getattr(self.recommender, "profile_columns", ()))):
+            raise UserError(f"the system {self.system!r} of this run {NO_PROFILE.format(name)}")
         version = version or self.catalogue.current
         ignored = [item for item in [*(request.blocked or ()), *(request.allowed or ())] if version.row(item) is None]
         if request.history is None:
@@ -297,6 +301,8 @@ class Retriever:
             history = self._inline(there, version)
         typed = {"query": request.query, "prefix": request.prefix}
         history |= {name: text for name, text in typed.items() if text is not None}
+        if request.profile is not None:
+            history["profile"] = request.profile
         if not self.answer_time:
             return history, ignored
         latest = max(history[name].max(initial=0) for name in ("timestamp", "search_timestamp") if name in history)

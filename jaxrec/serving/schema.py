@@ -93,6 +93,9 @@ class Request(BaseModel):
     history: Annotated[list[Event], Field(max_length=MAX_HISTORY)] | None = None
     query: Query | None = Field(None, description="The query that items are wanted for, as typed.")
     prefix: Query | None = Field(None, description="The typed prefix that queries are wanted for, as typed.")
+    profile: dict[Text, Text | None] | None = Field(
+        None, description="What is known of the user, by column, of a run whose model reads it; default: of the log."
+    )
     k: int = Field(10, ge=1, le=MAX_K, strict=True, description="The most items or texts wanted.")
     exclude_history: bool = Field(
         False,

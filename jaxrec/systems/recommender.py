@@ -191,6 +191,11 @@ class GenerativeRecommender:
         """The field that every request has to have: "query", "prefix" or None."""
         return getattr(self.assembly, "required_text", None)
 
+    @property
+    def profile_columns(self) -> tuple[str, ...]:
+        """What a history may tell of its user as `profile`, {column: value}; none where the model reads no profile."""
+        return getattr(self.assembly, "profile_columns", ())
+
     def recommend(
         self,
         histories: list[History],

