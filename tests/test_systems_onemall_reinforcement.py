@@ -4,6 +4,7 @@ End to end, as real processes: `tests/test_runs_reinforcement.py`.
 """
 
 import dataclasses
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,10 +16,12 @@ from jax.tree_util import Partial
 from onemall_parts import FEATURES, ITEMS, MODEL, make_arrays, make_assembly, make_history, make_variables
 
 from jaxrec.config import UserError
+from jaxrec.evaluation.proxies import courses, has_split
 from jaxrec.run import TRAINING
 from jaxrec.systems.onemall import reinforcement
 from jaxrec.systems.onemall.config import OneMallConfig, OneMallObjective, ReinforcementConfig, RewardWeights
 from jaxrec.systems.onemall.reinforcement import Candidates, Known, mean_loss, policy_loss, refreshed, selected
+from jaxrec.systems.onemall.reward_measure import RewardMeasure
 from jaxrec.systems.onemall.rewards import SpendReward, fuse
 from jaxrec.systems.onemall.training import mean_loss as supervised_loss
 from jaxrec.training.stages import Task
@@ -159,16 +162,20 @@ def test_at_the_sampler_the_ratio_is_one_and_the_gradient_is_the_policy_gradient
         return -(plain_likelihoods(tiny.assembly, {"params": params, **extra}, few, ids) * advantage).mean()
 
     leaves, tree = jax.tree.flatten(tiny.variables["params"])
+    slopes = jax.tree.leaves(own)
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        way = [jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves]
-        moved = [
-            tree.unflatten([leaf + size * step for leaf, step in zip(leaves, way, strict=True)])
-            for size in (2e-3, -2e-3)
-        ]
-        slope = sum(float((g * step).sum()) for g, step in zip(jax.tree.leaves(own), way, strict=True))
-        above, below = (float(objective(params)) for params in moved)
-        np.testing.assert_allclose(slope, (above - below) / 4e-3, rtol=0.02, atol=5e-3)
+        way = [np.asarray(slope) * rng.uniform(0, 2, slope.shape) for slope in slopes]
+        length = float(np.sqrt(sum((step**2).sum() for step in way)))
+        above, below = (
+            float(
+                objective(tree.unflatten([leaf + size * step / length for leaf, step in zip(leaves, way, strict=True)]))
+            )
+            for size in (5e-3, -5e-3)
+        )
+        slope = sum(float((each * step).sum()) for each, step in zip(slopes, way, strict=True)) / length
+        assert slope > 0.1
+        np.testing.assert_allclose(slope, (above - below) / 1e-2, rtol=0.01)
 
 
 def test_equal_rewards_teach_nothing_and_bad_ones_are_left_out_and_counted(tiny):
@@ -286,6 +293,52 @@ def test_rewards_by_hand():
     arrays = {name: value[None] for name, value in spend.read({}, 0, np.array([3, 1])).items()}
     found = spend.terms(spend.state, arrays, jnp.array([[1, 0, 3, 2]]))
     np.testing.assert_array_equal(fuse(found, RewardWeights(ctr=0, ctcvr=0)), [[5.0, 0, 7, 0]])
+
+
+def test_the_divergence_is_that_of_all_ids(tiny):
+    """With more rollouts than IDs every ID is drawn and has weight 1."""
+    measure = RewardMeasure(None, tiny.assembly, CONFIG, TableReward())
+    few = {name: value[:2] for name, value in tiny.batch.items() if not name.startswith("target") and name != "where"}
+    served = tiny.assembly.serve(tiny.sampler).replace(trie=measure.trie)
+    found = measure._kl(served, tiny.assembly.serve(tiny.variables), few, jax.random.key(0))
+    ids = tiny.assembly.space.ids
+    policy, reference = (plain_likelihoods(tiny.assembly, each, few, ids) for each in (tiny.sampler, tiny.variables))
+    # The model gives what is not in the catalogue a little, which no rollout can be.
+    share = np.exp(policy) / np.exp(policy).sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, (share * (policy - reference)).sum(-1), rtol=0.02, atol=1e-4)
+    assert (np.asarray(found) > 0.01).all()
+
+
+def test_what_loses_too_many_hits_is_no_better_than_where_it_began():
+    measure = object.__new__(RewardMeasure)
+    measure.own, measure._start = ReinforcementConfig(lost_hits=0.01), {"hr@50": 0.8, "reward@10": 20.0}
+    assert measure.kept({"hr@50": 0.793, "reward@10": 25.0}) == 25.0
+    lost = measure.kept({"hr@50": 0.78, "reward@10": 30.0})
+    assert 19.5 < lost < 20.0 and measure.kept({"hr@50": 0.7, "reward@10": 40.0}) < lost
+
+
+def test_proxy_and_truth_in_a_sentence(tmp_path):
+    def line(step: int, **values: float) -> str:
+        return json.dumps({"stage": "reinforcement", "step": step, **{f"valid/{k}": v for k, v in values.items()}})
+
+    log = tmp_path / "metrics.jsonl"
+    assert courses(log) == []
+    values = [(0, 2.0, 5.0), (10, 3.0, 4.0), (20, 2.5, 5.5)]
+    text = [line(s, **{"reward@10": r, "true_reward@10": t, "spent@10": 9 - t}) for s, r, t in values]
+    log.write_text("\n".join([*text, '{"stage": "train", "step": 1, "valid/recall@10": 1.0}', '{"broken']))
+    (course,) = courses(log)
+    assert not course.split
+    assert str(course) == (
+        "reinforcement: the learned reward of the first ten rose from 2 to 2.5, the true reward rose from 5 to 5.5"
+    )
+    log.write_text("\n".join(text[:2]))
+    assert courses(log)[0].split and "worth less than before" in str(courses(log)[0])
+    start, now = {"reward@10": 2.0, "spent@10": 5.0}, {"reward@10": 3.0, "spent@10": 4.9}
+    assert has_split(start, now, lost=0.03) == ""
+    assert has_split(start, now) == (
+        "the learned reward rose from 2 to 3 while the spend of the held-out baskets fell from 5 to 4.9"
+    )
+    assert has_split(start, {"reward@10": 1.0, "spent@10": 1.0}) == "" == has_split(start, {"reward@10": 3.0})
 
 
 @pytest.mark.parametrize(
