@@ -47,13 +47,14 @@ from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.token_sequences import TokenSequenceConfig
-from jaxrec.data.words import normalised
+from jaxrec.data.words import normalised, typed
 from jaxrec.evaluation.cases import History
 from jaxrec.files import read_json, sync, write_json, writing
 from jaxrec.run import Run
 from jaxrec.semantic_ids.table.versions import trained_version
 from jaxrec.systems import SYSTEMS, load_recommender
 from jaxrec.systems.generative import GenerativeRunConfig
+from jaxrec.systems.recommender import typed_text
 from jaxrec.targets import Found, load_text_space
 from jaxrec.text.tokenizer import NOTES as TOKENIZER
 from jaxrec.text.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
@@ -212,6 +213,8 @@ def _requests(recommender: Any, length: int, config: ExportConfig, batch: Any) -
     """Shapes of the inputs for histories of one bucket."""
     only = replace(recommender.feature_config, buckets=(length,))
     arrays = _cut(_EMPTY, only, recommender.assembly.behaviors, recommender.assembly.wanted)
+    if recommender.config.completing:
+        arrays |= recommender.space.begin("", room=True)
     shapes = {name: jax.ShapeDtypeStruct((batch, *each.shape), each.dtype) for name, each in arrays.items()}
     if config.filters:
         shapes["allowed"] = jax.ShapeDtypeStruct((batch, len(recommender.space)), np.dtype(bool))
@@ -338,6 +341,9 @@ class Artefact:
         lengths = [self.features.bucket_of(each, end) for each, end in zip(histories, ends, strict=True)]
         config = replace(self.features, buckets=(max(lengths),))
         cuts = [_cut(history, config, behaviors, wanted) for history in histories]
+        if "typed" in self.manifest["modules"][0]["inputs"]:
+            begins = (self._texts.begin(typed(typed_text(history)), room=True) for history in histories)
+            cuts = [cut | begin for cut, begin in zip(cuts, begins, strict=True)]
         return {name: np.stack([cut[name] for cut in cuts]) for name in cuts[0]}
 
     def _check_fields(self, number: int, history: History) -> None:

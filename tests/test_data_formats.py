@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxrec.config import UserError
 from jaxrec.data.prepare import PrepareConfig, prepare
-from jaxrec.data.sources import Folder, formats
+from jaxrec.data.sources import Folder, csv_records, formats
 from jaxrec.data.sources.formats import Wanted, read_file
 from jaxrec.data.tables import connect, free
 from jaxrec.serving.retriever import Retriever
@@ -30,7 +30,7 @@ def engine():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Files are read a few rows at once, so that small ones have several chunks."""
-    monkeypatch.setattr(formats, "_CHUNK_ROWS", 3)
+    monkeypatch.setattr(csv_records, "CHUNK_ROWS", 3)
 
 
 def read(engine, path, text, wanted=ITEMS):
@@ -57,7 +57,7 @@ def test_rows_read_are_the_records_of_the_file(tmp_path_factory, engine, rows, d
     writer.writerows([("item_id", "title", "note"), *rows])
     path = tmp_path_factory.getbasetemp() / "items.csv"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "_CHUNK_ROWS", 3)
+        patch.setattr(csv_records, "CHUNK_ROWS", 3)
         patch.setattr(formats, "_with_numbers", lambda table, _: table)
         found = read(engine, path, ("\ufeff" * mark + file.getvalue()).encode())
     names = ("item_id", "title", "note")
@@ -253,6 +253,6 @@ def test_vectors_with_nothing_in_them_are_vectors(engine, tmp_path, small_chunks
 
 
 def test_a_field_that_is_too_long_is_not_called_a_quote(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "_LONGEST_FIELD", 1 << 20)
+    monkeypatch.setattr(csv_records, "_LONGEST_FIELD", 1 << 20)
     with pytest.raises(UserError, match=r"row 1 .line 2.: a field has more than 1 MiB, or a quote is opened"):
         read(engine, tmp_path / "items.csv", f"item_id,title\na,{'x' * (1 << 20)}x\n")

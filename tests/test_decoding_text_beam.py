@@ -14,12 +14,16 @@ from jaxrec.config import UserError
 from jaxrec.decoding.beam import expand_items
 from jaxrec.decoding.text_beam import TextResult, text_search
 from jaxrec.decoding.trie import build_text_trie, build_trie
+from jaxrec.decoding.typed import TypedText
+from jaxrec.text.token_bytes import TokenBytes
 
 V, EOS, LENGTH = 5, 2, 4
 
 
 @functools.partial(jax.jit, static_argnames=("beam_width", "length_penalty", "max_length", "constrained", "results"))
-def decode(tables, trie, allowed, *, beam_width, length_penalty, max_length=LENGTH, constrained=True, results=None):
+def decode(
+    tables, trie, allowed, typed=None, *, beam_width, length_penalty, max_length=LENGTH, constrained=True, results=None
+):
     batch = len(tables[0])
 
     def extend(tokens, prefix, level):
@@ -31,7 +35,7 @@ def decode(tables, trie, allowed, *, beam_width, length_penalty, max_length=LENG
     cache = jnp.zeros((batch, 1, max_length), jnp.int32)
     return text_search(
         extend, cache, batch=batch, beam_width=beam_width, eos=EOS, max_length=max_length, trie=trie, allowed=allowed,
-        length_penalty=length_penalty, constrained=constrained, results=results,
+        length_penalty=length_penalty, constrained=constrained, results=results, typed=typed,
     )  # fmt: skip
 
 
@@ -46,10 +50,10 @@ class ToyModel:
             normalised = table - np.log(np.exp(table).sum(-1, keepdims=True))
             self.tables.append(np.round(table - 4) * np.float32(quantum) if quantum else normalised)
 
-    def search(self, beam_width, length_penalty, trie=None, allowed=None, **options) -> TextResult:
+    def search(self, beam_width, length_penalty, trie=None, allowed=None, typed=None, **options) -> TextResult:
         result = decode(
-            self.tables, trie, allowed, beam_width=beam_width, length_penalty=length_penalty, **options
-        )  # fmt: skip
+            self.tables, trie, allowed, typed, beam_width=beam_width, length_penalty=length_penalty, **options
+        )
         return jax.tree.map(np.asarray, result)
 
     def log_prob(self, row: int, text: tuple[int, ...]) -> np.float32:
@@ -58,18 +62,36 @@ class ToyModel:
             total = np.float32(total + self.tables[level][(row, *text[: level + 1])])
         return total
 
-    def oracle(self, row: int, texts: set[tuple[int, ...]], width: int, alpha: float) -> list:
+    def oracle(self, row: int, texts: set[tuple[int, ...]], width: int, alpha: float, typed: bytes = b"") -> list:
         """The same search by plain loops: [(score, log-probability, text)], best first."""
         alive, ended = [()], []
         for length in range(1, LENGTH + 1):
-            ended += [(*beam, EOS) for beam in alive if (*beam, EOS) in texts]
+            ended += [(*beam, EOS) for beam in alive if (*beam, EOS) in texts and spelled(beam).startswith(typed)]
             prefixes = {text[:length] for text in texts if len(text) > length and text[: length - 1] in set(alive)}
+            prefixes = {each for each in prefixes if agree(spelled(each), typed)}
             alive = sorted(prefixes, key=lambda text: (-self.log_prob(row, text), text))[:width]
         scored = []
         for text in ended:
             log_prob = self.log_prob(row, text)
             scored.append((np.float32(log_prob / np.float32(len(text)) ** np.float32(alpha)), log_prob, text))
         return sorted(scored, key=lambda found: (-found[0], len(found[2]), found[2]))
+
+
+BYTES = TokenBytes([b"a", b"ba", b"", b"ab", b"b"])
+"""What each token stands for; many sequences spell one text."""
+
+
+def spelled(tokens: tuple[int, ...]) -> bytes:
+    return b"".join(BYTES.tokens[token] for token in tokens)
+
+
+def agree(text: bytes, typed: bytes) -> bool:
+    return text.startswith(typed) or typed.startswith(text)
+
+
+def typed_text(*texts: bytes, words: int = 1) -> TypedText:
+    tables, lengths = zip(*(BYTES.going_on(text, words) for text in texts), strict=True)
+    return TypedText(np.stack(tables), np.array(lengths, np.int32), BYTES.lengths)
 
 
 def every_text(length: int = LENGTH) -> set[tuple[int, ...]]:
@@ -82,9 +104,9 @@ def some_texts(seed: int, count: int) -> list[tuple[int, ...]]:
     return [texts[place] for place in np.random.default_rng(seed).integers(0, len(texts), count)]
 
 
-def check(model: ToyModel, result: TextResult, texts, width: int, alpha: float, results: int | None = None) -> None:
+def check(model: ToyModel, result: TextResult, texts, width, alpha, results=None, typed=(b"", b"")) -> None:
     for row in range(len(result.valid)):
-        expected = model.oracle(row, texts[row] if isinstance(texts, list) else texts, width, alpha)
+        expected = model.oracle(row, texts[row] if isinstance(texts, list) else texts, width, alpha, typed[row])
         expected = expected[: width if results is None else results]
         assert result.valid[row].tolist() == [place < len(expected) for place in range(result.valid.shape[1])]
         for place, (score, log_prob, text) in enumerate(expected):
@@ -164,6 +186,79 @@ def test_a_short_text_is_kept_though_longer_prefixes_are_likelier():
     result = model.search(2, 0.0)
     assert tuple(result.tokens[0, 0]) == (EOS, -1, -1, -1)
     assert result.log_probs[0, 0] == -1
+
+
+TYPED = [b"", b"a", b"ab", b"ba", b"aba", b"abab", b"bbbb", b"ababab", b"abababa"]
+
+
+@pytest.mark.parametrize("words", [1, 3])
+@pytest.mark.parametrize("with_trie", [True, False])
+@pytest.mark.parametrize("width", [3, 70])
+def test_every_text_begins_with_what_was_typed(words, with_trie, width):
+    """As the oracle, which compares spelled texts; with a wide beam, as every text filtered by what it begins with."""
+    model, rows = ToyModel(10), some_texts(7, 40)
+    trie = build_text_trie(rows, V, EOS, max_length=LENGTH, capacity=60) if with_trie else None
+    texts = set(rows) if with_trie else every_text()
+    found = 0
+    for first, second in zip(TYPED, TYPED[::-1], strict=True):
+        result = model.search(width, 0.5, trie, typed=typed_text(first, second, words=words), results=85)
+        check(model, result, texts, width, 0.5, 85, (first, second))
+        for row, begin in enumerate((first, second)):
+            expected = {text for text in texts if spelled(text).startswith(begin)}
+            there = {tuple(each[:n]) for each, n in zip(result.tokens[row].tolist(), result.lengths[row]) if n}
+            assert there == expected if width == 70 else there <= expected
+            found += len(there)
+    assert found > 30
+
+
+def test_longer_than_every_text_is_typed_and_nothing_is_found():
+    result = ToyModel(11).search(9, 0.0, typed=typed_text(b"a" * 31, b"a" * 32))
+    assert not result.valid.any() and not result.nan.any()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("results", [1, 3, 16])
+def test_stopping_early_changes_no_result(alpha, results):
+    """The end is likely, so that the best texts are short; and the search without a bound is the same."""
+    model = ToyModel(12)
+    for table in model.tables:
+        table[..., EOS] += 3
+        table -= np.log(np.exp(table).sum(-1, keepdims=True))
+    check(model, model.search(20, alpha, results=results), every_text(), 20, alpha, results)
+
+
+def count_steps(model: ToyModel, **options) -> int:
+    """Steps that a search takes, of LENGTH."""
+    steps = []
+
+    def extend(tokens, prefix, level):
+        jax.debug.callback(lambda: steps.append(level))
+        if level == 0:
+            return jnp.asarray(model.tables[0])[:, None], prefix
+        prefix = prefix.at[..., level - 1].set(tokens)
+        places = (prefix[..., place] for place in range(level))
+        return jnp.asarray(model.tables[level])[(jnp.arange(2)[:, None], *places)], prefix
+
+    cache = jnp.zeros((2, 1, LENGTH), jnp.int32)
+    options = {"batch": 2, "beam_width": 4, "eos": EOS, "max_length": LENGTH} | options
+    jax.block_until_ready(jax.jit(lambda: text_search(extend, cache, **options))())
+    jax.effects_barrier()
+    return len(steps)
+
+
+def test_a_search_stops_when_no_prefix_can_be_better():
+    model = ToyModel(13)
+    assert count_steps(model) == LENGTH
+    for table in model.tables:
+        table[...] = np.log(0.05)
+        table[..., EOS] = np.log(0.8)
+    assert count_steps(model, results=1) == 1
+    assert count_steps(model, results=4) == 2, "four of the two lengths, none longer is likelier"
+    assert count_steps(model, results=30) == LENGTH, "so many have not ended before"
+    # Divided by a power of its length, the score of a long text could still be higher.
+    assert count_steps(model, results=1, length_penalty=3.0) == LENGTH
+    trie = build_text_trie([(0, EOS), (1, EOS)], V, EOS, max_length=LENGTH)
+    assert count_steps(model, results=9, trie=trie) == 2, "no listed text goes on"
 
 
 @pytest.mark.parametrize("filtered", [False, True])

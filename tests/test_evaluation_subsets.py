@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxrec.evaluation.cases import Cases
-from jaxrec.evaluation.comparison import comparison_tables, evaluate, query_columns
+from jaxrec.evaluation.comparison import comparison_tables, evaluate, grouped
 from jaxrec.evaluation.metrics import mean, ranking_metrics
 from jaxrec.evaluation.subsets import item_subsets, query_counts, query_subsets
 
@@ -93,7 +93,7 @@ def test_one_table_of_all_query_subsets():
     assert [column.header for column in tables[-1].columns] == [
         "model", "head queries\n(2)", "tail queries\n(1)", "unseen queries\n(1)"
     ]  # fmt: skip
-    (columns,) = query_columns(rows).values()
+    (columns,) = grouped(rows).values()
     assert [(column.title, column.metric, column.count) for column in columns] == [
         (f"{name} queries", metric, count)
         for name, count in (("head", 2), ("tail", 1), ("unseen", 1))
@@ -101,5 +101,5 @@ def test_one_table_of_all_query_subsets():
     ]
     assert columns[0].values == {"m": 1.0, "n": 1.0}
     assert len(comparison_tables(evaluate({"m": Listed()}, cases, cutoffs=(2,)))) == 3
-    (columns,) = query_columns(evaluate({"m": Listed()}, cases, cutoffs=(2, 5), subsets=subsets)).values()
+    (columns,) = grouped(evaluate({"m": Listed()}, cases, cutoffs=(2, 5), subsets=subsets)).values()
     assert columns[0].metric == "recall@2"

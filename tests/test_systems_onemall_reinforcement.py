@@ -124,7 +124,7 @@ def test_the_whole_loss_equals_a_plain_computation(tiny):
         supervised, _ = supervised_loss(
             assembly, CONFIG, assembly.catalogue, params, extra_of_model, tiny.batch, jax.random.key(3)
         )
-        return supervised + 0.5 * -terms.mean(), (ratio, -terms.mean(-1))
+        return supervised + 0.5 * -terms.sum(-1).mean(), (ratio, -terms.sum(-1))
 
     (expected, (ratio, terms)), plain_gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(
         tiny.variables["params"]
@@ -141,11 +141,11 @@ def test_the_whole_loss_equals_a_plain_computation(tiny):
 
 
 def test_at_the_sampler_the_ratio_is_one_and_the_gradient_is_the_policy_gradient(tiny):
-    """Against finite differences of -mean(A log pi) along a few directions."""
+    """Against finite differences of -sum(A log pi) along a few directions."""
     (_, (metrics, _)), gradient = tiny.step(tiny, sampler=tiny.variables)
     assert metrics["clipped"][0] == 0
-    # The mean of advantages, each with ratio 1.
-    np.testing.assert_allclose(metrics["policy"][0], 0, atol=1e-4)
+    # The sum of advantages, each with ratio 1.
+    np.testing.assert_allclose(metrics["policy"][0], 0, atol=1e-3)
     extra = {name: value for name, value in tiny.variables.items() if name != "params"}
     supervised = jax.jit(
         jax.grad(partial(supervised_loss, tiny.assembly, CONFIG, tiny.assembly.catalogue), has_aux=True)
@@ -159,7 +159,7 @@ def test_at_the_sampler_the_ratio_is_one_and_the_gradient_is_the_policy_gradient
 
     @jax.jit
     def objective(params):
-        return -(plain_likelihoods(tiny.assembly, {"params": params, **extra}, few, ids) * advantage).mean()
+        return -(plain_likelihoods(tiny.assembly, {"params": params, **extra}, few, ids) * advantage).sum(-1).mean()
 
     leaves, tree = jax.tree.flatten(tiny.variables["params"])
     slopes = jax.tree.leaves(own)
@@ -205,19 +205,19 @@ REFERENCE = jnp.log(jnp.array([[0.25, 0.4, 0.1], [0.4, 0.3, 1.0]]))
 
 
 def test_the_policys_loss_by_hand():
-    """Two contexts, the second with equal rewards: only the first counts, and its candidates' mean is taken."""
+    """Two contexts, the second with equal rewards: only the first counts."""
     total, notes = policy_loss(OWN, POLICY, GROUP, None)
     # Ratios 1.5 and .5: min(1.5, 1.2) * 1 and min(.5 * -1, .8 * -1).
-    np.testing.assert_allclose(notes["policy"][0], -(1.2 - 0.8) / 3, rtol=1e-5)
-    np.testing.assert_allclose(total, 0.5 * -(1.2 - 0.8) / 3, rtol=1e-5)
+    np.testing.assert_allclose(notes["policy"][0], -(1.2 - 0.8), rtol=1e-5)
+    np.testing.assert_allclose(total, 0.5 * -(1.2 - 0.8), rtol=1e-5)
     assert notes["policy"][1] == 1 and notes["clipped"] == (4, 5) and "kl" not in notes
     frozen = dataclasses.replace(OWN, reference="frozen", kl_weight=2.0)
     total, notes = policy_loss(frozen, POLICY, GROUP, REFERENCE)
     # Ratios 3 and .25 against the frozen stage.
-    np.testing.assert_allclose(notes["policy"][0], -(1.2 - 0.8) / 3, rtol=1e-5)
+    np.testing.assert_allclose(notes["policy"][0], -(1.2 - 0.8), rtol=1e-5)
     kl = sum(r - np.log(r) - 1 for r in (1 / 3, 4, 1, 4, 0.5))
     np.testing.assert_allclose(notes["kl"][0], kl, rtol=1e-5)
-    np.testing.assert_allclose(total, 0.5 * -(1.2 - 0.8) / 3 + 2 * kl / 5, rtol=1e-5)
+    np.testing.assert_allclose(total, 0.5 * -(1.2 - 0.8) + 2 * kl / 5, rtol=1e-5)
 
 
 def test_dpo_takes_the_best_and_the_worst_of_all_candidates():

@@ -104,7 +104,7 @@ def test_an_export_says_what_its_outputs_are(case, tmp_path):
     model, histories, _ = case
     ((_, arrays), *_) = model.batches(histories[:1], (1,))
     outputs = jax.eval_shape(lambda: model.space.outputs(model.retrieve(model.served, arrays, None, 4, 3)))
-    assert set(outputs) == set(model.space.meanings)
+    assert set(outputs) <= set(model.space.meanings)
     item_ids = [str(item) for item in range(ITEMS)]
     described = model.space.describe(item_ids)
     assert len(described["fingerprint"]) == 16 and described["items"] == ITEMS

@@ -17,7 +17,7 @@ from jaxrec.decoding.filters import ItemOrder
 from jaxrec.evaluation.cases import Cases
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.targets import TextSpace, TextSpaceConfig, load_text_space, normalised, text_space
-from jaxrec.targets.texts import TextNumbers
+from jaxrec.targets.text_numbers import TextNumbers
 from jaxrec.text.tokenizer import TokenizerConfig, train_tokenizer
 
 LENGTH = 4

@@ -35,6 +35,9 @@ class Letters:
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         return ["".join(LETTERS[token] for token in row if 0 < token < self.size) for row in rows]
 
+    def token_bytes(self) -> list[bytes]:
+        return [letter.encode() if token else b"" for token, letter in enumerate(LETTERS)]
+
     def file(self) -> tuple[str, bytes]:
         return "letters", LETTERS.encode()
 

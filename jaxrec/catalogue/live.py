@@ -4,6 +4,7 @@
     version = live.current                       # one request: one version, from its start to its end
     live.update(pa.table({"item_id": ["7"], "in_stock": [False]}))
     live.add(new_items, new_codes); live.remove(["9"]); live.restore(["9"]); live.rollback(1)
+    live.relist(lambda space: changed(space, add=["rain boots"]))     # where answers are texts
 
 A version is immutable. A change builds new arrays of the same shapes and then assigns one reference: requests never
 wait, and each reads a single version. Arrays have room for more items; when they are full they grow, and programs are
@@ -15,7 +16,7 @@ its row, so it still counts in histories, but is no leaf of the trie, so it can'
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -66,6 +67,7 @@ class LiveCatalogue:
         capacity: int | None = None,
         keep: int = 4,
         model: ServedModel | None = None,
+        texts: Any = None,
     ):
         """Makes version 1.
 
@@ -77,6 +79,7 @@ class LiveCatalogue:
           keep: number of kept versions, the current one included, to which a rollback is possible: the last current
             ones.
           model: computes its own arrays for every version.
+          texts: the target space of a model that answers with texts.
 
         Raises:
           UserError: no items, an item_id that is not text or not unique, codes or popularity that don't fit.
@@ -103,6 +106,7 @@ class LiveCatalogue:
             capacity=capacity or _room(len(codes)),
             rows=dict(zip(item_ids, range(len(item_ids)), strict=True)),
             columns={},
+            texts=texts,
         )
         self.current = self._finish(first, None)
 
@@ -228,6 +232,18 @@ class LiveCatalogue:
             table = replaced(version.items, known, items.take(pa.array(old)), "swap")
             changed = {"codes": all_codes, "popularity": all_popularity, "active": active}
             return self._publish(replace(version, items=table, columns={}, **changed), before, "swap")
+
+    def relist(self, change: Callable[[Any], Any]) -> Version:
+        """Changes the list of texts that are answers: `change` makes the next target space of the current one.
+
+        Raises:
+          UserError: answers are items, or as `change`.
+        """
+        with self._building:
+            before = self.current
+            if before.texts is None:
+                raise UserError("relist: the answers of this run are items, not texts: change its items instead")
+            return self._publish(replace(before, texts=change(before.texts)), before, "relist")
 
     def rollback(self, number: int) -> Version:
         """Makes a kept version, earlier or later, the current one again, at once.

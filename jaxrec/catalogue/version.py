@@ -56,6 +56,8 @@ class Version:
     """int64 [active items], the most popular first, ties by row"""
     served: Any = None
     """the model's arrays for this version"""
+    texts: Any = None
+    """the target space of a model that answers with texts, and its list; None where items are answers"""
     masks: "OrderedDict[Predicate, Mask]" = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -74,7 +74,8 @@ def write_examples(tables: Path, folder: Path, behaviors: Sequence[str], answer_
       answer_time: as in `Record`.
 
     Raises:
-      UserError: a column is missing, a behavior is unknown, or there are no train events.
+      UserError: a column is missing, a behavior is unknown, or there are no train events (of a log without any: no
+        train searches and suggestions).
     """
     logs = [_read_events(tables / "events.parquet", behaviors), *_read_queries(tables)]
     slices, counts = {}, {}
@@ -82,8 +83,11 @@ def write_examples(tables: Path, folder: Path, behaviors: Sequence[str], answer_
         slices[split] = _slices_of_split(logs, index)
         pq.write_table(_sessions(slices[split]), folder / f"sessions_{split}.parquet")
         counts[split] = {"records": len(slices[split]), **slices[split].sizes()}
-    if not counts["train"]["events"]:
-        raise UserError(f"{tables / 'events.parquet'} has no train events; use more data or another split")
+    # A log of queries alone has no events in any split.
+    trained = [log.kind for log in logs[:1] if len(log.user)] or [log.kind for log in logs[1:]]
+    if not any(counts["train"][kind] for kind in trained):
+        what = " and ".join(trained) or "events"
+        raise UserError(f"{tables / 'events.parquet'} has no train {what}; use more data or another split")
     with _quiet():
         filled = {split: records for split, records in slices.items() if len(records)}
         builder = _Users(data_dir=str(folder), records=filled)

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ibis import _
 
-from jaxrec.config import UserError
+from jaxrec.config import UserError, to_json
 from jaxrec.console import progress
 from jaxrec.data.cleaning import KCore, drop_repeats, k_core
 from jaxrec.data.item_texts import texts_from_queries
 from jaxrec.data.pairs import PairConfig, build_pairs
+from jaxrec.data.prefix_cuts import PrefixCutConfig, check_can_cut, cut_prefixes
 from jaxrec.data.queries import (
     EVENT,
     count_kinds,
@@ -43,6 +44,15 @@ class PrepareConfig:
     """Whether models know the start time of the session that they predict, or only the time of the event before. None:
     True, since a server knows the time of a request, but False with leave_one_out: there the start time is the time of
     the predicted event itself, and events of one day say much about one another."""
+    suggestions: PrefixCutConfig | None = None
+    """How suggestions are derived from the searches of a log that has none; None: the log's own alone."""
+
+    def inputs(self) -> dict[str, Any]:
+        """What the tables depend on; `suggestions` counts where it is given, since earlier runs know no such field."""
+        values = to_json(self)
+        if self.suggestions is None:
+            del values["suggestions"]
+        return values
 
 
 def tells_answer_time(source: Source, config: PrepareConfig) -> bool:
@@ -62,6 +72,8 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
     with spilling_into(folder / ".duckdb"), progress() as bars:
         task = bars.add_task(f"Preparing {type(source).__name__}: reading", total=5)
         raw = source.load()
+        if config.suggestions is not None:
+            check_can_cut(type(source).__name__, raw)
         engine, dropped = raw.engine, dict(raw.dropped)
         # Large tables are freed as soon as the next one is made, so that two of them are the most there ever are.
         bars.update(task, advance=1, description="Preparing: cleaning and splitting")
@@ -73,7 +85,11 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
         facts = dict(raw.facts)
         if raw.query_texts:
             items, facts["items_without_text"] = _with_texts(raw, items, events, source)
-        queries = None if activity is None else query_tables(engine, raw, activity, users)
+        cuts = None
+        if config.suggestions is not None:
+            cuts = cut_prefixes(engine, activity, config.suggestions, dropped)
+            facts["suggestions_cut_from_searches"] = config.suggestions.cut
+        queries = None if activity is None else query_tables(engine, raw, activity, users, cuts)
         events = store(engine, _index(raw, events, items, users), instead_of=events)
         train = events.filter((_.split == "train") & _.behavior.isin(source.target_behaviors))
         counts = train.group_by("item").agg(n=_.count()).to_pyarrow()
@@ -143,8 +159,15 @@ def _split(
 
 
 def _clean(raw: RawTables, source: Source, config: PrepareConfig, dropped: dict[str, int]) -> ibis.Table:
-    """The events of known items, without repeats, inside the k-core."""
+    """The events of known items, without repeats, inside the k-core; none of a log without events."""
     size = count_rows(raw.events)
+    if not source.target_behaviors and has_queries(raw):
+        if config.k_core != KCore():
+            raise UserError(
+                f"{type(source).__name__} has no events, by which prepare.k_core drops items and users; set its limits "
+                "to 0"
+            )
+        return raw.events
     if size == 0:
         raise UserError(f"{type(source).__name__} gave no events; check its path and its limits")
     events = store(raw.engine, drop_repeats(raw.events.semi_join(raw.items, "item_id")))

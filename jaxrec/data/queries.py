@@ -72,7 +72,9 @@ def part_of(activity: ibis.Table, kind: str, columns: list[str]) -> ibis.Table:
     return activity.filter(_._kind == kind).select(*columns)
 
 
-def query_tables(engine: BaseBackend, raw: RawTables, activity: ibis.Table, users: pa.Table) -> QueryTables:
+def query_tables(
+    engine: BaseBackend, raw: RawTables, activity: ibis.Table, users: pa.Table, cuts: ibis.Table | None = None
+) -> QueryTables:
     """The prepared tables of searches and suggestions.
 
     Args:
@@ -80,15 +82,18 @@ def query_tables(engine: BaseBackend, raw: RawTables, activity: ibis.Table, user
       raw: which of the two tables there are.
       activity: the result of `join_activity` with the columns `session` and `split`.
       users: user_id; the row number is the index of a user.
+      cuts: suggestions derived from the searches, the result of `jaxrec.data.prefix_cuts.cut_prefixes`.
     """
     user = store(engine, _indexed(users, "user_id", "user"))
     common = ["user_id", "session", "split", "timestamp", "query"]
     searches = suggestions = None
     if raw.searches is not None:
         searches = store(engine, part_of(activity, SEARCH, [*common, "search_id"]).inner_join(user, "user_id"))
+    columns = [*common, "prefix", "feedback"]
     if raw.suggestions is not None:
-        columns = [*common, "prefix", "feedback"]
         suggestions = store(engine, part_of(activity, SUGGESTION, columns).inner_join(user, "user_id"))
+    elif cuts is not None:
+        suggestions = store(engine, cuts.select(columns).inner_join(user, "user_id"))
     queries = _queries(searches, suggestions)
     query = store(engine, _indexed(queries, "query", "query_index"))
     columns, order = ["user", "user_id", "session", "split", "timestamp"], ["user", "timestamp"]

@@ -25,6 +25,11 @@ class TimeSplit:
     """Test begins at this time (Unix seconds)."""
 
 
+def is_target(source: Source) -> ibis.Deferred:
+    """Whether a row is predicted: events of the target behaviors are; without such behaviors, all rows."""
+    return _.behavior.isin(source.target_behaviors) if source.target_behaviors else _.user_id.notnull()
+
+
 def number_sessions(events: ibis.Table, source: Source) -> ibis.Table:
     """Adds `session` (0, 1, 2 .. inside a user, in time order) and `strength`, the rank of the behavior.
 
@@ -32,8 +37,11 @@ def number_sessions(events: ibis.Table, source: Source) -> ibis.Table:
     searches and suggestions alone is that of its first row.
 
     Leave-one-out holds out single events, so there a session is one target event with the weaker events before it.
+    A log without events predicts its searches and suggestions: they count as the events do here and in `assign_splits`.
     """
-    strength = ibis.cases(*((_.behavior == name, rank) for rank, name in enumerate(source.behaviors)), else_=-1)
+    strength = ibis.literal(-1)
+    if source.behaviors:
+        strength = ibis.cases(*((_.behavior == name, rank) for rank, name in enumerate(source.behaviors)), else_=-1)
     events = events.mutate(strength=strength.cast("int32"))
     start = _.timestamp.min()
     if "_kind" in events.columns:
@@ -44,8 +52,8 @@ def number_sessions(events: ibis.Table, source: Source) -> ibis.Table:
     events = events.inner_join(starts, ["user_id", "session_id"])
     if source.split != "leave_one_out":
         return events
-    target = _.behavior.isin(source.target_behaviors).cast("int64")
-    order = ["session", "timestamp", "strength", "item_id"]
+    target = is_target(source).cast("int64")
+    order = ["session", "timestamp", "strength", "item_id", *(["query"] if "query" in events.columns else [])]
     before = ibis.window(group_by="user_id", order_by=order, rows=(None, -1))
     return events.mutate(session=target.sum().over(before).fill_null(0))
 
@@ -69,14 +77,14 @@ def assign_splits(engine: BaseBackend, events: ibis.Table, source: Source, confi
     Raises:
       UserError: the boundaries are out of order, or the source gives no splits.
     """
-    targets = events.filter(_.behavior.isin(source.target_behaviors))
+    targets = events.filter(is_target(source))
     if source.split == "given":
         if "given_split" not in events.columns:
             raise UserError(f'{type(source).__name__} gives no splits; set its split to something else than "given"')
         sessions = _split_as_given(events)
         events = events.drop("given_split")
         return events.inner_join(store(engine, sessions), ["user_id", "session"])
-    sessions = events.mutate(target=_.behavior.isin(source.target_behaviors)).group_by(["user_id", "session"])
+    sessions = events.mutate(target=is_target(source)).group_by(["user_id", "session"])
     sessions = store(engine, sessions.agg(end=_.timestamp.max(), target=_.target.any().cast("int64")))
     if source.split == "time":
         sessions = _split_by_time(targets, sessions, config)

@@ -106,7 +106,7 @@ class Source(Protocol):
 
     @property
     def target_behaviors(self) -> tuple[str, ...]:
-        """The behaviors that are predicted."""
+        """The behaviors that are predicted; none where the log has no events: then its searches are, or suggestions."""
 
     def load(self) -> RawTables:
         """Reads the logs. Raises UserError where they can't be used."""

@@ -13,19 +13,35 @@ _UNSPACED = (
     (0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),  # kana, Han
 )  # fmt: skip
 _ASCII_WORD = re.compile("[a-z0-9]+")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200b]")
+"""Control characters and the zero-width space: they part words and are not seen."""
+_UNSEEN = re.compile("[\u00ad\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+"""Soft hyphens, marks of direction, byte order marks. Joiners stay: they make other letters and emoji."""
 
 
 def normalised(text: str) -> str:
     """What texts are compared by: NFKC, case folded, white space as single spaces and none at the ends.
 
-    The tables hold texts as they were typed. Models, and whatever counts texts, read them in this form.
+    Control characters are white space, and what can't be seen is left out. The tables hold texts as they were typed.
+    Models, and whatever counts texts, read them in this form.
     """
+    if not text.isprintable():
+        text = _CONTROL.sub(" ", text)
     if text.isascii():  # where all of this is to lower the letters
         return " ".join(text.lower().split())
-    before = None
+    text, before = _UNSEEN.sub("", text), None
     while text != before:  # folding can leave what NFKC composes, and the other way round
         before, text = text, unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(text.split())
+
+
+def typed(text: str) -> str:
+    """What was typed so far, `normalised`, but with the space at its end: "red " begins "red shoes" and not "redwood".
+
+    A normalised text completes what was typed if it begins with this.
+    """
+    known = normalised(text)
+    return f"{known} " if known and text[-1].isspace() else known
 
 
 def distinct(texts: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:

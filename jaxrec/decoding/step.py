@@ -11,7 +11,7 @@ The candidates of W beams are a grid [B, W, n], in one of three forms:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -63,6 +63,10 @@ class Grid:
     """index int32 [B, m] into W * n -> (beam, node (-1 = none), token), each int32 [B, m]."""
     bad: jax.Array
     """bool [B]"""
+
+    def where(self, keep: jax.Array) -> "Grid":
+        """Without the candidates where `keep` is False; it broadcasts to [B, W, n]."""
+        return replace(self, log_probs=jnp.where(keep, self.log_probs, -jnp.inf))
 
 
 def root(trie: Trie | None, batch: int) -> Beams:

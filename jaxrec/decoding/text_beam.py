@@ -3,9 +3,14 @@
 The steps are unrolled up to `max_length`, and every text that ends is kept: at each step the ends of all W beams are
 set aside with their scores, and the W best unended prefixes continue. Ended and unended texts never compete for a beam,
 so a short text with the best length-normalised score can't be lost to longer prefixes. The results are the best of all
-ended texts. There is no early stop, which saves nothing in an unrolled search.
+ended texts.
+
+The search stops early once no prefix can change the results: a log-probability only falls, so the best prefix bounds
+all texts that begin with one of the beams. The steps behind that are skipped, each by a condition of its own.
 """
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -33,6 +38,10 @@ from jaxrec.decoding.step import (
 )
 from jaxrec.decoding.top import top
 from jaxrec.decoding.trie import Trie
+from jaxrec.decoding.typed import TypedText
+
+ROUNDING = 1e-4
+"""Sum of what the logarithms of probabilities may exceed 0 by, so that a text's may rise by it."""
 
 
 @flax.struct.dataclass
@@ -68,6 +77,7 @@ def text_search(
     allowed: jax.Array | ItemFilter | None = None,
     constrained: bool = True,
     results: int | None = None,
+    typed: TypedText | None = None,
 ) -> TextResult:
     """The best texts by log-probability / length ** length_penalty, length in tokens with the end token (as in HF
     generate).
@@ -87,6 +97,7 @@ def text_search(
         allowed: as in `beam_search`, over the trie's items; needs the trie.
         constrained: False searches all texts and uses the trie only to mark the valid ones.
         results: number of returned texts, W by default.
+        typed: only texts that begin with it are found, however their tokens are cut.
 
     Raises:
         UserError: a width, length or number of results below 1, a trie of IDs or with another end token, `allowed`
@@ -102,29 +113,82 @@ def text_search(
         raise UserError("`allowed` names items of a trie: give the trie too.")
     if trie is not None and constrained:
         max_length = min(max_length, trie.levels)
-    searched = trie if constrained else None
     item_filter = None if trie is None else as_filter(trie, allowed, batch)
-    beams, ended = root(trie, batch), []
+    search = _Search(extend, eos, beam_width, max_length, trie, constrained, item_filter, typed)
+    penalty = np.arange(1, max_length + 1, dtype=np.float32) ** np.float32(length_penalty)
+    state = _State(root(trie, batch), cache, None if typed is None else typed.begun())
+    best, ended = jnp.full((batch, results), -jnp.inf), []
     for level in range(max_length):
+        state, ends = search.step(state, level) if level == 0 else search.step_unless_done(state, level, best, penalty)
+        ended.append(ends)
+        if 0 < level + 1 < max_length:
+            best, _ = top(jnp.concatenate([best, ends.log_probs / penalty[level]], axis=1), results)
+    return _best_texts(ended, state.beams.bad, trie, results, penalty)
+
+
+@flax.struct.dataclass
+class _State:
+    """What one step of the search hands to the next."""
+
+    beams: Beams
+    cache: Any
+    written: jax.Array | None  # int32 [B, W], bytes of what was typed that each beam has written
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The steps of a search; fields as the arguments of `text_search`."""
+
+    extend: Extend
+    eos: int
+    beam_width: int
+    max_length: int
+    trie: Trie | None
+    constrained: bool
+    item_filter: ItemFilter | None
+    typed: TypedText | None
+
+    def step(self, state: _State, level: int) -> tuple[_State, "_Ended"]:
+        """One more token for every beam, and the texts that end in it; in the last step no prefix continues."""
+        trie, beams = self.trie, state.beams
         known = trie if trie is not None and level < trie.levels else None
         size = None if trie is None else trie.codebook_sizes[0]
-        log_probs, cache = extended(extend, beams, cache, level, size)
-        if searched is not None:
-            grid = children_grid(log_probs, beams, searched, level, item_filter)
-            is_end = grid.tokens == eos
+        log_probs, cache = extended(self.extend, beams, state.cache, level, size)
+        if trie is not None and self.constrained:
+            grid = children_grid(log_probs, beams, trie, level, self.item_filter)
+            is_end = grid.tokens == self.eos
         else:
             grid = free_grid(log_probs, beams, known, level)
-            is_end = jnp.arange(log_probs.shape[2]) == eos
+            is_end = jnp.arange(log_probs.shape[2]) == self.eos
+        if self.typed is not None:
+            grid = grid.where(self.typed.may_follow(state.written, grid.tokens))
         beams = beams.replace(bad=beams.bad | grid.bad)
-        ended.append(_ends(log_probs, beams, grid, is_end, known, level, eos, item_filter, constrained))
-        if level == max_length - 1:
-            break
-        going_on = summed(Grid(jnp.where(is_end, -jnp.inf, grid.log_probs), grid.tokens, grid.locate, grid.bad), beams)
-        width = min(beam_width, going_on.shape[1])
-        best, index = top(going_on, width)
+        ends = _ends(beams, grid, is_end, known, level, self.eos, self.item_filter, self.constrained)
+        if level == self.max_length - 1:
+            return _State(beams, None, None), ends
+        going_on = summed(grid.where(~is_end), beams)
+        best, index = top(going_on, min(self.beam_width, going_on.shape[1]))
         beams, parents = grown(beams, known, level, grid, best, index, in_order=True)
-        cache = reorder(cache, parents)
-    return _best_texts(ended, beams.bad, trie, results, length_penalty)
+        written = state.written
+        if self.typed is not None:
+            written = self.typed.after(jnp.take_along_axis(written, parents, axis=1), beams.tokens)
+        return _State(beams, reorder(cache, parents), written), ends
+
+    def step_unless_done(
+        self, state: _State, level: int, best: jax.Array, penalty: np.ndarray
+    ) -> tuple[_State, "_Ended"]:
+        """The same, but without a beam if no text that goes on can be among the `best` float32 [B, k], falling."""
+        step = partial(self.step, level=level)
+        bound = state.beams.log_probs.max(1) / penalty[level:].max()
+        done = (bound == -jnp.inf) | (bound < best[:, -1] - ROUNDING)
+
+        def skip(state: _State) -> tuple[_State, "_Ended"]:
+            after, ends = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(step, state))
+            dead = jnp.full(after.beams.log_probs.shape, -jnp.inf)
+            beams = after.beams.replace(log_probs=dead, bad=state.beams.bad)
+            return after.replace(beams=beams), ends.replace(log_probs=jnp.full(ends.log_probs.shape, -jnp.inf))
+
+        return jax.lax.cond(done.all(), skip, step, state)
 
 
 @flax.struct.dataclass
@@ -138,7 +202,6 @@ class _Ended:
 
 
 def _ends(
-    log_probs: jax.Array,
     beams: Beams,
     grid: Grid,
     is_end: jax.Array,
@@ -165,7 +228,7 @@ def _ends(
 
 
 def _best_texts(
-    ended: list[_Ended], bad: jax.Array, trie: Trie | None, results: int, length_penalty: float
+    ended: list[_Ended], bad: jax.Array, trie: Trie | None, results: int, penalty: np.ndarray
 ) -> TextResult:
     """The best of all ended texts; ties go to shorter ones, which were set aside earlier."""
     longest = len(ended)
@@ -174,8 +237,7 @@ def _best_texts(
     log_probs = jnp.concatenate([e.log_probs for e in ended], axis=1)
     leaf = jnp.concatenate([e.leaf for e in ended], axis=1)
     lengths = jnp.concatenate([jnp.full(e.leaf.shape[1], n + 1, jnp.int32) for n, e in enumerate(ended)])
-    penalty = jnp.asarray(np.arange(1, longest + 1, dtype=np.float32) ** np.float32(length_penalty))
-    scores, index = top(log_probs / penalty[lengths - 1], min(results, log_probs.shape[1]))
+    scores, index = top(log_probs / jnp.asarray(penalty)[lengths - 1], min(results, log_probs.shape[1]))
     found = (scores > -jnp.inf) & ~bad[:, None]
 
     def take(values: jax.Array, fill: float) -> jax.Array:

@@ -1,7 +1,7 @@
 """The baselines of every comparison.
 
-For items: popularity, recent popularity, personal frequency, Markov chain, ItemKNN. For texts: popularity and most
-popular completion.
+For items: popularity, recent popularity, personal frequency, Markov chain, ItemKNN. For texts: popularity; those of
+searches and of suggestions are `search_baselines` and `suggestion_baselines`.
 
 Each is fitted on the train split's events of the target behaviors, and ranks from a user's history alone. All compute a
 dense row of scores per user and return the best k, with ties broken by popularity, then by item index. So items of
@@ -21,7 +21,7 @@ from jaxrec.data.examples import Record
 from jaxrec.data.popularity import DAY, PopularityByPeriod, PopularityConfig, popularity_by_period
 from jaxrec.data.tables import SPLITS, training_events
 from jaxrec.evaluation.cases import History
-from jaxrec.targets import TextSpace, normalised
+from jaxrec.targets import TextSpace
 
 USERS_AT_ONCE = 256
 
@@ -249,39 +249,24 @@ def baselines_of(
 
 @dataclass(frozen=True, eq=False)
 class PopularTexts:
-    """Ranks the listed texts by popularity, equal ones as they stand.
-
-    With `completing`, those that begin with what was typed come first: most popular completion (Bar-Yossef & Kraus,
-    2011). Texts are compared after `jaxrec.targets.normalised`.
-    """
+    """Ranks the listed texts by popularity, equal ones as they stand."""
 
     space: TextSpace
-    completing: bool = False
 
     def recommend(self, histories, k, exclude_history=False):
         order = self.space.most_popular(len(self.space))
-        spelled = [normalised(text) for text in self.space.texts]
         counts = np.zeros(len(order)) if self.space.popularity is None else np.asarray(self.space.popularity)
         texts, scores = np.full((len(histories), k), -1, np.int32), np.full((len(histories), k), -np.inf, np.float32)
         for row, history in enumerate(histories):
-            typed = normalised(history.get("prefix", history.get("query", ""))) if self.completing else ""
             held = self.space.held(history, np.zeros(0, bool)) if exclude_history else ()
-            begins = np.array([spelled[text].startswith(typed) for text in order], bool)
-            first, others = order[begins], order[~begins]
-            best = np.concatenate([first, others])
-            best = best[~np.isin(best, held)][:k]
-            texts[row, : len(best)] = best
-            # Scores fall from the first to the others, whatever the others' popularity.
-            above = counts.max(initial=0) + 1 if len(others) else 0
-            scores[row, : len(best)] = counts[best] + above * np.isin(best, first)
+            best = order[~np.isin(order, held)][:k]
+            texts[row, : len(best)], scores[row, : len(best)] = best, counts[best]
         return texts, scores
 
 
 def text_baselines(space: TextSpace) -> dict[str, Recommender]:
     """The baselines of a list of texts, by printed name; none without a list."""
-    if not len(space):
-        return {}
-    return {"popularity": PopularTexts(space), "popular completion": PopularTexts(space, completing=True)}
+    return {"popularity": PopularTexts(space)} if len(space) else {}
 
 
 def best_items(scores: np.ndarray, order: np.ndarray, k: int, excluded: np.ndarray | None = None):

@@ -1,7 +1,7 @@
 """The comparison: every model on the same cases and subsets (`jaxrec.evaluation.subsets`), as rows for evaluation.json
 and as tables."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,19 +12,24 @@ from jaxrec.console import progress
 from jaxrec.data.examples import Record
 from jaxrec.evaluation.baselines import Recommender, fit_baselines
 from jaxrec.evaluation.cases import Cases, make_cases, shuffle_ties, tied_fraction
-from jaxrec.evaluation.metrics import CUTOFFS, add, mean, ranking_metrics
+from jaxrec.evaluation.metrics import CUTOFFS, SumCount, add, mean, ranking_metrics
 from jaxrec.evaluation.subsets import ALL, NEW, Subset, is_of_queries, item_subsets
+from jaxrec.evaluation.suggestion_subsets import GROUPS
 
 SEMANTIC_IDS = "semantic_ids"  # the subset of what is measured of a model's IDs: accuracy per level, validity
 TEXTS = "texts"  # the same of a model's texts: accuracy of their tokens, validity
 REWARDS = "rewards"  # the subset of what a policy is worth, by the learned and the true reward
+SUGGESTIONS = "suggestions"  # the subset of what is shown for prefixes, whatever the truth
 TEACHER_FORCED = {"items": SEMANTIC_IDS, "texts": TEXTS}
 """The subset of what is measured of targets, by the kind of their space."""
 CASES = {"prefix": "prefixes", "query": "searches"}
 """What is counted, by the field that the histories of such cases have; users in all others."""
+BY_QUERY = "by query"
 TIES_SHUFFLED = " (ties shuffled)"
 
 Row = dict[str, str | float | int]
+Measure = Callable[[Cases, np.ndarray], dict[str, SumCount]]
+"""Metrics of a few cases and their full ranking int32 [B, k]."""
 
 
 def unit_of(rows: Sequence[Row], targets: bool = False) -> str:
@@ -40,6 +45,7 @@ def evaluate(
     cutoffs: Sequence[int] = CUTOFFS,
     batch_size: int = 512,
     subsets: Sequence[Subset] | None = None,
+    measures: Mapping[str, Measure] | None = None,
 ) -> list[Row]:
     """Rows `{model, split, subset, metric, value, count}`: the mean over `count` users, for every model and subset.
 
@@ -47,17 +53,18 @@ def evaluate(
     Each model ranks every case twice, with and without the items of the history, `batch_size` histories at a time.
 
     subsets: of these cases; None: those of `item_subsets`.
+    measures: what else is measured of the full ranking, by the subset of its rows.
     """
-    rows, subsets = [], item_subsets(cases) if subsets is None else subsets
+    rows, subsets, measures = [], item_subsets(cases) if subsets is None else subsets, measures or {}
     asked = next((unit for name, unit in CASES.items() if len(cases) and name in cases.histories[0]), None)
     with progress() as bars:
         task = bars.add_task("evaluate", total=2 * len(cases) * len(models))
         for name, model in models.items():
             bars.update(task, description=f"evaluate {name}")
-            sums = {subset.name: {} for subset in subsets}
+            sums = {subset: {} for subset in (*(each.name for each in subsets), *measures)}
             for start in range(0, len(cases), batch_size):
                 batch = np.arange(start, min(start + batch_size, len(cases)))
-                for subset, metrics in _evaluate_batch(model, cases, batch, cutoffs, subsets).items():
+                for subset, metrics in _evaluate_batch(model, cases, batch, cutoffs, subsets, measures).items():
                     sums[subset] = add(sums[subset], metrics)
                 bars.advance(task, 2 * len(batch))
             found = {"model": name, "split": split}
@@ -71,15 +78,21 @@ def evaluate(
 
 
 def _evaluate_batch(
-    model: Recommender, cases: Cases, rows: np.ndarray, cutoffs: Sequence[int], subsets: Sequence[Subset]
-) -> dict[str, dict]:
+    model: Recommender,
+    cases: Cases,
+    rows: np.ndarray,
+    cutoffs: Sequence[int],
+    subsets: Sequence[Subset],
+    measures: Mapping[str, Measure],
+) -> dict[str, dict[str, SumCount]]:
     """The metrics of the cases `rows` by subset."""
     depth, batch = max(cutoffs), cases.take(rows)
     ranked = [model.recommend(batch.histories, depth, exclude_history=without)[0] for without in (False, True)]
-    return {
+    found = {
         subset.name: ranking_metrics(ranked[subset.without_history], batch.targets, subset.where[rows], cutoffs)
         for subset in subsets
     }
+    return found | {name: measure(batch, ranked[False]) for name, measure in measures.items()}
 
 
 def evaluate_ties_shuffled(
@@ -109,6 +122,12 @@ SHOWN = (
     "ndcg@10",
     "hr@10",
     "mrr@10",
+    "hr@16",
+    "mrr@16",
+    "full",
+    "begins",
+    "duplicates",
+    "saved",
     "recall@50",
     "recall@350",
     "recall@500",
@@ -138,9 +157,9 @@ def shown_metrics(subset: str, metrics: Sequence[str]) -> Sequence[str]:
 
 
 def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> list[Table]:
-    """One rich table a split and subset, one row a model, the best of every column bold; one of all query subsets."""
+    """One rich table a split and subset, one row a model, the best of every column bold; one a group of subsets."""
     rows = list(rows)
-    tables, others = [], [row for row in rows if not is_of_queries(row["subset"])]
+    tables, others = [], [row for row in rows if not group_of(row["subset"])]
     for (split, subset), group in groupby(sorted(others, key=_split_and_subset), key=_split_and_subset):
         group = list(group)
         values, counts = pivot(group)
@@ -157,17 +176,22 @@ def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> li
             cells = [row.get(metric) for metric in shown]
             table.add_row(model, *(_cell(cell, best[metric]) for cell, metric in zip(cells, shown, strict=True)))
         tables.append(table)
-    return tables + [_query_table(split, columns) for split, columns in query_columns(rows).items()]
+    return tables + [_group_table(f"{split}, {group}", columns) for (split, group), columns in grouped(rows).items()]
+
+
+def group_of(subset: str) -> str:
+    """The group of subsets that a subset stands in one table with, such as `by query`; "" for a table of its own."""
+    return BY_QUERY if is_of_queries(subset) else GROUPS.get(subset, "")
 
 
 @dataclass(frozen=True)
-class QueryColumn:
-    """A subset of the searches, with one metric of every model."""
+class SubsetColumn:
+    """A subset of the searches or prefixes, with one metric of every model."""
 
     subset: str
     metric: str
     count: int
-    """searches"""
+    """searches or prefixes"""
     values: dict[str, float]
     """by model"""
 
@@ -177,30 +201,32 @@ class QueryColumn:
         return self.subset.replace("_", " ")
 
 
-def query_columns(rows: Iterable[Row]) -> dict[str, list[QueryColumn]]:
-    """By split, the columns of the table of query subsets: recall and MRR at 10, or at the least place measured.
+def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[SubsetColumn]]:
+    """By split and group of subsets, the columns of the group's table: two metrics of each subset.
 
-    Empty where no search was measured; a subset without a case is left out.
+    They are recall and MRR at 10 of searches, HR and MRR at 16 or 10 of prefixes; at the least place measured where
+    none of these was. Empty where neither was measured; a subset without a case is left out.
     """
-    found: dict[str, dict[tuple[str, str], list[Row]]] = {}
+    found: dict[tuple[str, str], dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
-        if is_of_queries(row["subset"]) and row["count"]:
-            found.setdefault(row["split"], {}).setdefault((row["subset"], row["metric"]), []).append(row)
-    columns: dict[str, list[QueryColumn]] = {}
-    for split, metrics in found.items():
+        if (group := group_of(row["subset"])) and row["count"]:
+            found.setdefault((row["split"], group), {}).setdefault((row["subset"], row["metric"]), []).append(row)
+    columns: dict[tuple[str, str], list[SubsetColumn]] = {}
+    for key, metrics in found.items():
         places = sorted({int(metric.split("@")[1]) for _, metric in metrics})
-        place = 10 if 10 in places else places[0]
+        first, wanted = ("recall", (10,)) if key[1] == BY_QUERY else ("hr", (16, 10))
+        place = next((place for place in wanted if place in places), places[0])
         for (subset, metric), group in metrics.items():
-            if metric in (f"recall@{place}", f"mrr@{place}"):
+            if metric in (f"{first}@{place}", f"mrr@{place}"):
                 values = {row["model"]: row["value"] for row in group}
-                columns.setdefault(split, []).append(QueryColumn(subset, metric, group[0]["count"], values))
+                columns.setdefault(key, []).append(SubsetColumn(subset, metric, group[0]["count"], values))
     return columns
 
 
-def _query_table(split: str, columns: Sequence[QueryColumn]) -> Table:
+def _group_table(title: str, columns: Sequence[SubsetColumn]) -> Table:
     """One column a subset, with all of its metrics in a cell."""
     metrics, subsets = (dict.fromkeys(getattr(each, name) for each in columns) for name in ("metric", "title"))
-    table = Table(title=f"{split}, by query: {' / '.join(metrics)}", title_justify="left")
+    table = Table(title=f"{title}: {' / '.join(metrics)}", title_justify="left")
     table.add_column("model")
     for title in subsets:
         count = next(column.count for column in columns if column.title == title)
@@ -213,7 +239,11 @@ def _query_table(split: str, columns: Sequence[QueryColumn]) -> Table:
 
 JUDGED = ((ALL, "recall@10"), (ALL, "ndcg@10"), (NEW, "recall@10"), (NEW, "ndcg@10"))
 """The (subset, metric) pairs in which a system is compared with the best baseline."""
-JUDGED_OF_SEARCHES = ((ALL, "recall@10"), (ALL, "mrr@10"), (NEW, "recall@10"), (NEW, "mrr@10"))
+JUDGED_OF = {
+    CASES["query"]: ((ALL, "recall@10"), (ALL, "mrr@10"), (NEW, "recall@10"), (NEW, "mrr@10")),
+    CASES["prefix"]: ((ALL, "hr@16"), (ALL, "mrr@16"), (NEW, "hr@16"), (NEW, "mrr@16")),
+}
+"""The same by what is counted."""
 ANSWERS = {"prefixes": "queries"}
 """What answers are called, by what is counted; items in all others."""
 
@@ -249,14 +279,16 @@ class Standing:
 
 
 def standings(rows: Iterable[Row], system: str) -> list[Standing]:
-    """The system in each of JUDGED (of searches JUDGED_OF_SEARCHES); empty if it or every baseline is missing.
+    """The system in each of JUDGED, of searches and prefixes JUDGED_OF; empty if it or every baseline is missing.
 
     Rows of shuffled ties are ignored.
     """
     found = []
     rows = [row for row in rows if row["count"] and not row["model"].endswith(TIES_SHUFFLED)]
     unit = unit_of(rows)
-    for subset, metric in JUDGED_OF_SEARCHES if unit == CASES["query"] else JUDGED:
+    measured = {(row["subset"], row["metric"]) for row in rows}
+    wanted = JUDGED_OF.get(unit, JUDGED)
+    for subset, metric in wanted if measured.intersection(wanted) else JUDGED:
         values = {row["model"]: row["value"] for row in rows if (row["subset"], row["metric"]) == (subset, metric)}
         ours = [name for name in values if is_system(name, system)]
         others = [name for name in values if name not in ours]

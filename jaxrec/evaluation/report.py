@@ -20,16 +20,19 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.evaluation.comparison import (
+    BY_QUERY,
     REWARDS,
     SEMANTIC_IDS,
     SHOWN,
+    SUGGESTIONS,
     TEACHER_FORCED,
     TEXTS,
-    QueryColumn,
     Row,
+    SubsetColumn,
+    group_of,
+    grouped,
     is_system,
     pivot,
-    query_columns,
     shown_metrics,
     standings,
     unit_of,
@@ -37,7 +40,6 @@ from jaxrec.evaluation.comparison import (
 )
 from jaxrec.evaluation.judgments import JUDGED, JUDGED_ONLY
 from jaxrec.evaluation.proxies import courses
-from jaxrec.evaluation.subsets import is_of_queries
 from jaxrec.files import read_json
 from jaxrec.page import Section, curve, number, score_table, tiles, write
 from jaxrec.run import Run
@@ -52,6 +54,7 @@ SUBSET_TITLES = {
     TEXTS: "Texts, token by token",
     REWARDS: "What the policy is worth",
     "new_in_full_ranking": "New items inside the full ranking",
+    SUGGESTIONS: "What is shown for a prefix",
     JUDGED: "Judged pairs",
     JUDGED_ONLY: "Judged pairs, judged items alone",
 }
@@ -65,6 +68,8 @@ SUBSET_NOTES = {
     "all": "full ranking, repeat purchases count",
     "new": "what the user already had is taken out of every ranking, and only new targets count",
     "new_in_full_ranking": "the full ranking against new targets only",
+    SUGGESTIONS: "full: prefixes with 16 answers, or with as many as were ranked; begins, duplicates: shares of the "
+    "answers; saved: keystrokes, where the truth is among the first ten",
     JUDGED: "graded gains; an item that nobody judged has none",
     JUDGED_ONLY: "graded gains; items that nobody judged are taken out of every ranking",
 }
@@ -80,10 +85,16 @@ WORDS = {
     },
 }
 """Title and note of a subset where cases are no users."""
-QUERIES_NOTE = (
-    "full ranking; head, torso, tail: each a third of the training searches, by how often the query was searched for; "
-    "unseen: never in training"
-)
+GROUP_NOTES = {
+    BY_QUERY: "full ranking; head, torso, tail: each a third of the training searches, by how often the query was "
+    "searched for; unseen: never in training",
+    "by characters typed": "full ranking; by the characters of the prefix",
+    "by prefix": "full ranking; top, middle, long tail: each a third of the training suggestions, by how often the "
+    "prefix was typed; unseen: never in training",
+    "by chosen query": "full ranking; unseen completions: neither searched for nor chosen in training; clicks, orders: "
+    "what the chosen query led to",
+}
+"""By group of subsets."""
 CURVE_POINTS = 400
 
 
@@ -127,7 +138,7 @@ def _comparison(run: Run, system: str) -> Section | None:
     if not rows:
         return None
     parts = []
-    others = sorted((row for row in rows if not is_of_queries(row["subset"])), key=_place)
+    others = sorted((row for row in rows if not group_of(row["subset"])), key=_place)
     for (split, subset), group in groupby(others, key=lambda row: (row["split"], row["subset"])):
         group = list(group)
         values, counts = pivot(group)
@@ -139,19 +150,19 @@ def _comparison(run: Run, system: str) -> Section | None:
         note = f"{split}, {max(counts.values()):,.0f} {unit}; {told}".rstrip("; ")
         parts.append(f"<h3>{escape(title)} <small>{escape(note)}</small></h3>")
         parts.append(score_table(values, metrics, [model for model in values if is_system(model, system)]))
-    parts += [_by_query(split, columns, system) for split, columns in query_columns(rows).items()]
+    parts += [_group(*key, columns, system) for key, columns in grouped(rows).items()]
     note = f"Every model ranks the whole catalogue for the same {unit_of(rows)}. The best of a column stands in color."
     return "comparison", "Comparison", note, "\n".join(parts)
 
 
-def _by_query(split: str, columns: list[QueryColumn], system: str) -> str:
-    """The table of query subsets."""
+def _group(split: str, group: str, columns: list[SubsetColumn], system: str) -> str:
+    """The table of a group of subsets."""
     titles = [f"{column.title}, {column.metric} ({column.count:,.0f})" for column in columns]
     values: dict[str, dict[str, float]] = {}
     for title, column in zip(titles, columns, strict=True):
         for model, value in column.values.items():
             values.setdefault(model, {})[title] = value
-    head = f"<h3>By query <small>{escape(split)}; {escape(QUERIES_NOTE)}</small></h3>"
+    head = f"<h3>{escape(group.capitalize())} <small>{escape(f'{split}; {GROUP_NOTES[group]}')}</small></h3>"
     return head + score_table(values, titles, [model for model in values if is_system(model, system)])
 
 
@@ -225,6 +236,9 @@ def _examples(run: Run) -> Section | None:
     if not path.exists():
         return None
     cards = "".join(_example(shown) for shown in read_json(path))
+    if any("prefix" in shown for shown in read_json(path)):
+        note = "Who typed what, what the model generates, and what was chosen: generated, it is a hit."
+        return "examples", "Some prefixes", note, cards
     if any("query" in shown for shown in read_json(path)):
         note = "Who searched for what, what the model generates, and what the search led to: generated, it is a hit."
         return "examples", "Some searches", note, cards
@@ -232,26 +246,38 @@ def _examples(run: Run) -> Section | None:
     return "examples", "Generated for some users", note, cards
 
 
+TYPED = {"query": "Searched for", "prefix": "Typed"}
+GENERATED = {"query": ("Generated", "The search led to"), "prefix": ("Generated", "Chosen")}
 GENERATED_NEXT = ("Generated next", "Then actually taken")
 
 
 def _example(shown: dict[str, Any]) -> str:
-    history = shown["history"][-15:]
+    asked = next((name for name in TYPED if name in shown), "")
+    typed = f"<p>{TYPED[asked]}: {escape(shown[asked])}</p>" if asked else ""
+    history, searches = shown["history"][-15:], shown.get("searches", [])
     earlier = len(shown["history"]) - len(history)
-    past = "".join(f"<li>{escape(title)}</li>" for title in history)
     before = f'<p class="more">{earlier:,} earlier</p>' if earlier else ""
-    words = {"query": "Searched for", "prefix": "Typed"}
-    typed = "".join(f"<p>{word}: {escape(shown[name])}</p>" for name, word in words.items() if name in shown)
-    if shown.get("searches"):
-        typed += f'<p class="more">Searched for before: {escape(", ".join(shown["searches"]))}</p>'
-    generated, taken = ("Generated", "The search led to") if "query" in shown else GENERATED_NEXT
-    actual = "".join(f"<li>{escape(title)}</li>" for title in shown["targets"])
+    columns = []
+    if asked == "prefix":
+        columns.append(("Last searches", f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in searches)}</ul>"))
+    elif searches:
+        typed += f'<p class="more">Searched for before: {escape(", ".join(searches))}</p>'
+    if history or asked != "prefix":
+        columns.append(("History", f"{before}<ul>{''.join(f'<li>{escape(title)}</li>' for title in history)}</ul>"))
+    generated, taken = GENERATED.get(asked, GENERATED_NEXT)
+    columns.append((generated, f"<ol>{''.join(map(_generated, shown['generated']))}</ol>"))
+    feedback = shown.get("feedback", [""] * len(shown["targets"]))
+    actual = "".join(map(_taken, shown["targets"], feedback))
+    columns.append((taken, f"<ul>{actual}</ul>"))
+    parts = "".join(f"<div><h4>{title}</h4>{content}</div>" for title, content in columns)
     return (
-        f'<div class="card"><h3>User {escape(str(shown["user"]))}</h3>{typed}<div class="columns">'
-        f"<div><h4>History</h4>{before}<ul>{past}</ul></div>"
-        f"<div><h4>{generated}</h4><ol>{''.join(map(_generated, shown['generated']))}</ol></div>"
-        f"<div><h4>{taken}</h4><ul>{actual}</ul></div></div></div>"
+        f'<div class="card"><h3>User {escape(str(shown["user"]))}</h3>{typed}<div class="columns">{parts}</div></div>'
     )
+
+
+def _taken(title: str, feedback: str) -> str:
+    chip = f' <span class="chip">{escape(feedback.replace("_", " "))}</span>' if feedback else ""
+    return f"<li>{escape(title)}{chip}</li>"
 
 
 def _generated(item: dict[str, Any]) -> str:

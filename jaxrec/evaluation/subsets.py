@@ -54,12 +54,8 @@ def query_subsets(cases: Cases, counts: Mapping[str, int], behaviors: Sequence[s
       counts: training searches by normalised text, as `query_counts`.
       behaviors: names by index. Where only one led to truths, there is no subset of it.
     """
-    values = np.sort(np.array([count for count in counts.values() if count], np.int64))
     of_case = np.array([counts.get(normalised(str(history["query"])), 0) for history in cases.histories], np.int64)
-    total = values.sum()
-    # Training searches for queries that are more frequent than that of the case.
-    above = total - np.concatenate([[0], np.cumsum(values)])[np.searchsorted(values, of_case, side="right")]
-    third = np.where(of_case > 0, 3 * above // max(total, 1), 2)
+    third = thirds(of_case, counts)
     masks = {name: third == place for place, name in enumerate(BY_FREQUENCY)} | {UNSEEN: of_case == 0}
     subsets = [Subset(name, cases.where & mask[:, None]) for name, mask in masks.items()]
     led = np.unique(cases.behavior[cases.where]) if cases.behavior is not None else ()
@@ -68,13 +64,29 @@ def query_subsets(cases: Cases, counts: Mapping[str, int], behaviors: Sequence[s
     return tuple(subsets)
 
 
+def thirds(of_case: np.ndarray, counts: Mapping[str, int]) -> np.ndarray:
+    """int64 [U]: 0, 1 or 2, the third of the whole of `counts` in which texts with the counts `of_case` int64 [U] lie.
+
+    0 where less than one third of the whole is for more frequent texts, and so on; 2 where the count is 0.
+    """
+    values = np.sort(np.array([count for count in counts.values() if count], np.int64))
+    total = values.sum()
+    above = total - np.concatenate([[0], np.cumsum(values)])[np.searchsorted(values, of_case, side="right")]
+    return np.where(of_case > 0, 3 * above // max(total, 1), 2)
+
+
 def query_counts(tables: Path) -> dict[str, int]:
     """Training searches by normalised text, of a run's queries.parquet; two writings of a text are one query."""
-    table = pq.read_table(tables / "queries.parquet", columns=["query", "count"])
+    return text_counts(tables / "queries.parquet", "query")
+
+
+def text_counts(path: Path, name: str, count: str = "count") -> dict[str, int]:
+    """The sums of one column of a table by another's normalised texts."""
+    table = pq.read_table(path, columns=[name, count])
     counts: dict[str, int] = {}
-    for text, count in zip(table["query"].to_pylist(), table["count"].to_pylist(), strict=True):
+    for text, number in zip(table[name].to_pylist(), table[count].to_pylist(), strict=True):
         text = normalised(text)
-        counts[text] = counts.get(text, 0) + count
+        counts[text] = counts.get(text, 0) + number
     return counts
 
 

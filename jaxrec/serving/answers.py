@@ -11,7 +11,6 @@ from jaxrec.config import UserError
 from jaxrec.decoding.filters import Allowed
 from jaxrec.evaluation.cases import History
 from jaxrec.serving.schema import GeneratedText, Item, Request
-from jaxrec.targets import TargetSpace
 
 
 class Answers(Protocol):
@@ -40,7 +39,7 @@ class ItemAnswers:
 
     filtered = True
 
-    def __init__(self, space: TargetSpace | None, target_behaviors: Sequence[int]):
+    def __init__(self, target_behaviors: Sequence[int]):
         self.target_behaviors = target_behaviors
 
     def allowed(
@@ -76,12 +75,12 @@ class ItemAnswers:
 
 
 class TextAnswers:
-    """Texts of a list, or any; a change of the catalogue changes none."""
+    """Texts of the version's list, or any; a change of the items changes none."""
 
     filtered = False
 
-    def __init__(self, space: TargetSpace, target_behaviors: Sequence[int]):
-        self.space = space
+    def __init__(self, target_behaviors: Sequence[int]):
+        """target_behaviors: as for items; read by nothing."""
 
     def allowed(
         self, request: Request, within: Predicate | np.ndarray | None, history: History, version: Version
@@ -103,13 +102,13 @@ class TextAnswers:
 
     def popular(self, version: Version, k: int, allowed: Allowed | None) -> tuple[np.ndarray, np.ndarray]:
         """As `Answers.popular`; nothing where there is no list."""
-        texts = self.space.most_popular(k)
-        popularity = self.space.popularity
+        texts = version.texts.most_popular(k)
+        popularity = version.texts.popularity
         return texts, np.zeros(len(texts)) if popularity is None else popularity[texts]
 
     def listed(self, version: Version, answers: Sequence[int], scores: Sequence[float]) -> dict[str, list]:
         """The texts."""
-        shown = self.space.show(answers, ())
+        shown = version.texts.show(answers)
         return {"texts": [GeneratedText(text=text, score=score) for text, score in zip(shown, scores, strict=True)]}
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,7 @@ from jaxrec.semantic_ids.table.versions import BOOKS, CODES, read_version, train
 from jaxrec.serving.answers import ANSWERS, Answers
 from jaxrec.serving.schema import MAX_K, Answer, Event, Request
 from jaxrec.serving.searches import UserSearches, inline_searches
+from jaxrec.targets import changed
 
 LOG = logging.getLogger(__name__)
 SPARE = 1 << 16
@@ -110,7 +112,7 @@ class Retriever:
             self.latest = max(self.latest, self.searches.latest)
         self.sizes = self._sizes(batch_size)
         space = getattr(self.recommender, "space", None)
-        self.answers: Answers = ANSWERS["items" if space is None else space.kind](space, self.target_behaviors)
+        self.answers: Answers = ANSWERS["items" if space is None else space.kind](self.target_behaviors)
         known = None if space is None else space.item_codes
         self.catalogue = self._live(items, known)
         if known is not None:
@@ -133,7 +135,9 @@ class Retriever:
             # A recommender that doesn't generate IDs: every item is its own, only so that filters have an order.
             known = np.arange(len(items), dtype=np.int32)[:, None], (max(len(items), 1) + SPARE,)
         model = self.recommender if hasattr(self.recommender, "serve_version") else None
-        return LiveCatalogue(items, *known, popularity=counts, model=model)
+        space = getattr(self.recommender, "space", None)
+        texts = space if space is not None and space.kind == "texts" else None
+        return LiveCatalogue(items, *known, popularity=counts, model=model, texts=texts)
 
     def _take_published(self, items: pa.Table) -> None:
         """Applies the changes published after the training: items added, removed or re-encoded."""
@@ -187,6 +191,14 @@ class Retriever:
                 encoded = table.encoded[table.rows(item_ids)]
                 embeddings = codebooks.decode(codebooks.load(self.run.semantic_ids / BOOKS), encoded)
         return self.catalogue.add(items, codes, popularity=popularity, embeddings=embeddings)
+
+    def change_texts(self, **changes: Any) -> Version:
+        """Changes the list of texts that are answers, from now on; arguments as `jaxrec.targets.changed`.
+
+        Raises:
+          UserError: as `changed`, or this run answers with items.
+        """
+        return self.catalogue.relist(lambda space: changed(space, **changes))
 
     def _read_events(self, num_users: int) -> None:
         """All events as flat columns; the rows of user u are offsets[u]:offsets[u + 1]."""
@@ -351,7 +363,7 @@ class Retriever:
             return self._rank_and_drop(version, histories, depth, allowed)
         with self._lock:
             return self.recommender.recommend(
-                histories, depth, allowed=allowed, served=version.served, sizes=self.sizes
+                histories, depth, allowed=allowed, served=version.served, sizes=self.sizes, space=version.texts
             )
 
     def _rank_and_drop(

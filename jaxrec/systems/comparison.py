@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from jaxrec.config import UserError, check_choice, check_least
 from jaxrec.console import console
 from jaxrec.data.examples import Record, Records
+from jaxrec.data.tables import FEEDBACK
 from jaxrec.evaluation import (
     Cases,
     Recommender,
@@ -32,6 +33,7 @@ from jaxrec.evaluation.report import write_report
 from jaxrec.files import read_json, write_json
 from jaxrec.run import Run
 from jaxrec.systems.searches import are_searches, evaluate_searches, fit_search_baselines
+from jaxrec.systems.suggestions import are_suggestions, evaluate_suggestions, fit_suggestion_baselines
 from jaxrec.targets.semantic_ids import held_items, show_items
 
 
@@ -96,25 +98,10 @@ def compare(
 
     more: further rows of the system's own, of the same cases.
     """
-    assembly = model.assembly
-    items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
     name, kind = read_json(run.config_file)["system"], model.space.kind if hasattr(model, "space") else "items"
-    compared = config.baselines and kind == "items"  # with what is counted of items
-    records = functools.cache(lambda: list(Records(assembly.examples, config.split)))  # all of them, so once if at all
-    cases = draw(cases_of(assembly, config.split, records), config)
-    measured, searched = {"split": config.split, "cutoffs": config.cutoffs}, kind == "items" and are_searches(cases)
-    if searched:
-        baselines = fit_search_baselines(run, assembly) if config.baselines else {}
-        rows = evaluate_searches(run, {**baselines, name: model}, cases, assembly.behaviors, **measured)
-    else:
-        baselines = fit_baselines(records(), items, targets) if compared else {}
-        if config.baselines and kind == "texts":
-            baselines = text_baselines(model.space)
-        rows = evaluate({**baselines, name: model}, cases, **measured)
-    if compared and not searched:
-        rows += evaluate_ties_shuffled(
-            records(), items, targets, split=config.split, seed=config.seed, cutoffs=config.cutoffs
-        )
+    records = functools.cache(lambda: list(Records(model.assembly.examples, config.split)))  # of all users, if at all
+    cases = draw(cases_of(model.assembly, config.split, records), config)
+    rows = _measured(run, name, model, kind, cases, config, records)
     rows += [
         {
             "model": name,
@@ -129,6 +116,32 @@ def compare(
     rows += [] if more is None else more(cases)
     write_json(folder / "evaluation.json", rows)
     write_json(folder / "examples_shown.json", _shown(run, model, cases, config.shown_users))
+
+
+def _measured(
+    run: Run,
+    name: str,
+    model: TrainedRecommender,
+    kind: str,
+    cases: Cases,
+    config: EvaluationConfig,
+    records: Callable[[], Sequence[Record]],
+) -> list[Row]:
+    """The rows of the model and of the baselines that fit the cases and the kind of answers."""
+    assembly, measured = model.assembly, {"split": config.split, "cutoffs": config.cutoffs}
+    if kind == "items" and are_searches(cases):
+        baselines = fit_search_baselines(run, assembly) if config.baselines else {}
+        return evaluate_searches(run, {**baselines, name: model}, cases, assembly.behaviors, **measured)
+    if kind == "texts" and are_suggestions(cases):
+        baselines = fit_suggestion_baselines(run, model.space) if config.baselines else {}
+        return evaluate_suggestions(run, {**baselines, name: model}, cases, model.space, **measured)
+    if not config.baselines:
+        return evaluate({name: model}, cases, **measured)
+    if kind == "texts":
+        return evaluate({**text_baselines(model.space), name: model}, cases, **measured)
+    items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
+    rows = evaluate({**fit_baselines(records(), items, targets), name: model}, cases, **measured)
+    return rows + evaluate_ties_shuffled(records(), items, targets, seed=config.seed, **measured)
 
 
 def present(run: Run) -> None:
@@ -191,6 +204,7 @@ def _shown(run: Run, model: Recommender, cases: Cases, count: int) -> list[dict]
                 **_searched(history),
                 "history": show_items(recent, titles),
                 "targets": show(right, titles),
+                **_feedback(some, row),
                 "generated": generated,
             }
         )
@@ -201,3 +215,10 @@ def _searched(history: dict) -> dict[str, list[str]]:
     """The last searches of a history that holds texts."""
     queries = history.get("search_query", np.zeros(0, np.int32))
     return {"searches": queries[-5:].tolist()} if queries.dtype == object and len(queries) else {}
+
+
+def _feedback(cases: Cases, row: int) -> dict[str, list[str]]:
+    """The strongest feedback on each of a case's truths, by name."""
+    if cases.feedback is None:
+        return {}
+    return {"feedback": [FEEDBACK[given] for given in cases.feedback[row][cases.where[row]]]}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from jaxrec.config import fingerprint
+from jaxrec.config import UserError, fingerprint
 from jaxrec.data.examples import write_examples
 from jaxrec.data.prepare import prepare, tells_answer_time
 from jaxrec.run import Run, stage_path
@@ -50,6 +50,7 @@ def prepare_with_ids(run: Run, config: Any) -> tuple[str, str]:
     collisions and seed, as `jaxrec.systems.generative.GenerativeRunConfig` has them. Where it fine-tunes the text
     encoder, the stage `alignment` comes before.
     """
+    check_items(config)
     tables = prepare_tables(run, config)
     id_configs = (config.align, config.semantic_ids, config.collisions)
     id_inputs = _id_inputs(config, tables, _encoder(run, config.text))
@@ -78,6 +79,7 @@ def prepare_with_embeddings(run: Run, config: Any) -> tuple[str, str]:
 
     config: with the fields data, prepare, text, align and seed.
     """
+    check_items(config)
     tables = prepare_tables(run, config)
     embeddings = run.phase(
         "embeddings",
@@ -87,11 +89,20 @@ def prepare_with_embeddings(run: Run, config: Any) -> tuple[str, str]:
     return embeddings, prepare_examples(run, config, tables)
 
 
+def check_items(config: Any) -> None:
+    """UserError where the log has no items and no events, as a log of queries alone."""
+    if not config.data.target_behaviors:
+        raise UserError(
+            f"{type(config.data).__name__} is a log of queries without items, which {config.system} can't recommend; "
+            "give it data with events"
+        )
+
+
 def prepare_tables(run: Run, config: Any) -> str:
     """The first phase of every system: cleaned tables of the source; their fingerprint."""
     return run.phase(
         "tables",
-        fingerprint(config.data.fingerprint(), config.prepare),
+        fingerprint(config.data.fingerprint(), config.prepare.inputs()),
         lambda folder: prepare(config.data, config.prepare, folder),
     )
 

@@ -8,7 +8,7 @@ is searched, measured, served live and exported by the same code.
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 import flax.struct
 import jax
@@ -16,14 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.catalogue.version import Version
-from jaxrec.config import UserError, check_least
+from jaxrec.config import UserError, check_choice, check_least
+from jaxrec.data.words import typed
 from jaxrec.decoding.beam import Rescore
 from jaxrec.decoding.filters import Allowed, ItemFilter, ItemOrder, stack
 from jaxrec.decoding.trie import Trie
+from jaxrec.decoding.typed import TypedText
 from jaxrec.evaluation.cases import Cases, History
 from jaxrec.evaluation.metrics import add, id_accuracy, token_accuracy, validity_rate
 from jaxrec.models.prior import Prior, popularity_prior
-from jaxrec.targets import Found, TargetSpace
+from jaxrec.targets import Constrained, Found, TargetSpace
+from jaxrec.text.token_bytes import PLACES
 
 Item = TypeVar("Item")
 
@@ -47,18 +50,33 @@ class DecodingConfig:
     the default"""
     likelihood_weight: float = 0.0
     """weight of an ID's log-probability that is added to a rank head's score; 0, as published (RankGR Eq. 18): none"""
+    constrained: Constrained = "listed"
+    """which texts are answers: those of the list alone (listed), any text (free), or those of the list and, where they
+    are too few, any text below them (mixed). Without a list any text is"""
+    completing: bool = False
+    """texts begin with what was typed"""
 
     def __post_init__(self):
+        check_choice(self, "decoding", "constrained", get_args(Constrained))
         check_least(self, "decoding", beam_width=1, batch_size=1, beam_widths=1, candidates=1, likelihood_weight=0)
 
     def check(self, space: TargetSpace, key: str = "decoding") -> None:
-        """Whether numbers of every level fit the targets.
+        """Whether the beam search fits the targets.
 
         key: where the configuration has this beam search.
 
         Raises:
-          UserError: they don't.
+          UserError: it doesn't.
         """
+        if space.kind != "texts" and (self.completing or self.constrained != "listed"):
+            name = "completing" if self.completing else "constrained"
+            raise UserError(
+                f"configuration key '{key}.{name}' is for texts, but this run generates {space.kind}; leave it out"
+            )
+        if self.constrained == "mixed" and not len(space):
+            raise UserError(
+                f"configuration key '{key}.constrained' is mixed, but no text is listed: give a list, or leave it out"
+            )
         for name in ("beam_widths", "candidates"):
             given, levels = getattr(self, name), space.levels
             if given and levels is None:
@@ -82,6 +100,8 @@ class Served:
     """the model's: {"params", ...}"""
     trie: Trie | None = None
     """the listed answers; None where nothing is listed, and before the recommender adds it"""
+    token_lengths: jax.Array | None = None
+    """int32 [V], bytes of every token where texts begin with what was typed; None elsewhere"""
 
 
 class Assembly(Protocol):
@@ -169,7 +189,10 @@ class GenerativeRecommender:
     @functools.cached_property
     def served(self) -> Served:
         """The arrays of the trained catalogue, and the trie of the listed answers."""
-        return self.assembly.serve(self._variables).replace(trie=self.space.build_trie())
+        served = self.assembly.serve(self._variables)
+        if self.config.completing:
+            served = served.replace(token_lengths=jnp.asarray(self.space.token_bytes.lengths))
+        return served.replace(trie=self.space.build_trie())
 
     @property
     def space(self) -> TargetSpace:
@@ -205,6 +228,7 @@ class GenerativeRecommender:
         allowed: Sequence[Allowed] | None = None,
         served: Served | None = None,
         sizes: Sequence[int] | None = None,
+        space: TargetSpace | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best answers to each history: int32 [B, k] (-1 = none) and their log-probabilities float32 [B, k].
 
@@ -212,10 +236,11 @@ class GenerativeRecommender:
         texts), also of those that `allowed` names. Items that share an ID share its score, by descending popularity.
         `allowed` says which answers each history may get, in the order of the trie of `served`, which is that of a
         version of a live catalogue (`serve_version`) or by default of the trained one. Batches are padded to one of
-        `sizes`, which rise; by default to `config.batch_size`, for which the fewest programs are compiled.
+        `sizes`, which rise; by default to `config.batch_size`, for which the fewest programs are compiled. `space` is
+        that of the version's texts where their list changes.
         """
-        served = self.served if served is None else served
-        held = [self._held(history) for history in histories] if exclude_history else None
+        served, space = self.served if served is None else served, space or self.space
+        held = [space.held(history, self.assembly.wanted) for history in histories] if exclude_history else None
         if held and served.trie is not None:
             allowed = _unseen(held, allowed, self._order_of(served.trie))
         answers = np.full((len(histories), k), -1, np.int32)
@@ -232,12 +257,13 @@ class GenerativeRecommender:
             found: Found = jax.device_get(search)
             if found.nan.any():
                 raise FloatingPointError("the model gave NaN; its parameters are damaged, train it again")
-            if held and served.trie is None:
-                # Nothing was listed that the search could have left out.
+            begins = [typed(typed_text(histories[row])) for row in rows] if self.config.completing else ()
+            if held and found.tokens is not None:
+                # Not all of it was listed, so that the search could not leave it out.
                 more = k + max(len(held[row]) for row in rows)
-                of_batch, of_scores = _without([held[row] for row in rows], *self.space.read(found, more), k)
+                of_batch, of_scores = _without([held[row] for row in rows], *space.read(found, more, begins), k)
             else:
-                of_batch, of_scores = self.space.read(found, k)
+                of_batch, of_scores = space.read(found, k, begins)
             answers[rows], scores[rows] = of_batch[: len(rows)], of_scores[: len(rows)]
         return answers, scores
 
@@ -270,17 +296,32 @@ class GenerativeRecommender:
 
     def every_length(self) -> list[History]:
         """A history for each of the length buckets that histories, with what was typed, can fall into."""
-        found: dict[int, History] = {}
-        # A word is one token or several, so that some count of words falls into every bucket.
-        words = (0, *sorted({length // part for length in self.feature_config.buckets for part in (1, 2, 3, 4, 6)}))
+        found: dict[tuple[int, int], History] = {}
         for length in self.feature_config.buckets:
             for behavior in range(len(self.assembly.behaviors)):
-                history = repeated_item(length, behavior)
-                for count in words if self.reads_queries else (0,):
-                    typed = {"query": "a " * count} if self.reads_queries else {}
-                    read = self.assembly.read_texts(history | typed) if self.reads_queries else history
-                    found.setdefault(self.feature_config.bucket_of(read, length), history | typed)
+                for texts in self._sample_texts() if self.reads_queries else ({},):
+                    history = repeated_item(length, behavior) | texts
+                    read = self.assembly.read_texts(history) if self.reads_queries else history
+                    typed_words = len(self._begin(history).get("typed", ()))
+                    found.setdefault((self.feature_config.bucket_of(read, length), typed_words), history)
         return [found[bucket] for bucket in sorted(found)]
+
+    def _sample_texts(self) -> list[History]:
+        """Typed texts, and searches, of all lengths."""
+        # A word is one token or several, so that some count of words falls into every bucket.
+        counts = (0, *sorted({length // part for length in self.feature_config.buckets for part in (1, 2, 3, 4, 6)}))
+        samples = [{"query": "a " * count} for count in counts]
+        if self.config.completing:
+            # Few bytes behind a long history; and, of the longest token, many bytes that are few tokens.
+            longest = max(self.space.token_bytes.tokens, key=len).decode(errors="replace")
+            searched = ({"search_query": np.array(["a " * count], object)} for count in counts)
+            samples += [EMPTY_SEARCH | {"query": "a"} | search for search in searched]
+            samples += [{"query": longest * count} for count in range(2, PLACES + 1)]
+        return samples
+
+    def _begin(self, history: History) -> dict[str, np.ndarray]:
+        """The arrays of what texts have to begin with; none where they need not."""
+        return self.space.begin(typed(typed_text(history))) if self.config.completing else {}
 
     def batches(self, histories: list[History], sizes: Sequence[int] | None = None):
         """Yields (rows, stacked features): histories of one length bucket, padded to the smallest of `sizes`.
@@ -293,12 +334,14 @@ class GenerativeRecommender:
         ends = [int(history["session"][-1]) + 1 if len(history["session"]) else 0 for history in histories]
         pairs = list(zip(histories, ends, strict=True))
         buckets = np.array([self.feature_config.bucket_of(history, end) for history, end in pairs])
-        for bucket in np.unique(buckets):
-            group = np.flatnonzero(buckets == bucket)
+        begins = [self._begin(history) for history in histories]
+        shapes = np.stack([buckets, [len(arrays.get("typed", ())) for arrays in begins]], axis=1)
+        for shape in np.unique(shapes, axis=0):
+            group = np.flatnonzero((shapes == shape).all(1))
             size = next((size for size in sizes if size >= len(group)), sizes[-1])
             for start in range(0, len(group), size):
                 rows = group[start : start + size]
-                cuts = [self._cut(*pairs[row]) for row in rows]
+                cuts = [self._cut(*pairs[row]) | begins[row] for row in rows]
                 filled = [cuts[index % len(cuts)] for index in range(size)]
                 yield rows, {name: np.stack([arrays[name] for arrays in filled]) for name in cuts[0]}
 
@@ -306,10 +349,6 @@ class GenerativeRecommender:
         """The features of everything in a history that ends before session `end`."""
         wanted, behaviors = self.assembly.wanted, len(self.assembly.behaviors)
         return self.feature_config.cut(history, end, behaviors=behaviors, wanted=wanted)
-
-    def _held(self, history: History) -> np.ndarray:
-        """The answers that a history already holds."""
-        return self.space.held(history, self.assembly.wanted)
 
     def _order_of(self, trie: Trie) -> ItemOrder:
         """The positions of answers in a trie; those of the last trie are kept."""
@@ -337,18 +376,22 @@ class GenerativeRecommender:
         served: as `self.served`; arrays: stacked features of B histories; allowed: bool [B, I], a filter made
         of it, or None for everything. Scores are log-probabilities, or what a rank head made of them.
         """
-        context = self.assembly.context(served, arrays)
+        context, config = self.assembly.context(served, arrays), self.config
+        trie = None if config.constrained == "free" else served.trie
+        begin = TypedText(arrays["typed"], arrays["typed_length"], served.token_lengths) if config.completing else None
         result = self.space.search(
             functools.partial(self.assembly.extend, served, context),
-            served.trie,
+            trie,
             batch=_batch_size(arrays),
             width=width,
             k=k,
             allowed=allowed,
-            rescore=self.assembly.rescore(served, context, self.config.likelihood_weight),
-            candidates=self.config.candidates,
+            rescore=self.assembly.rescore(served, context, config.likelihood_weight),
+            candidates=config.candidates,
+            constrained=config.constrained,
+            typed=begin,
         )
-        return self.space.expand(served.trie, result, k=k, allowed=allowed)
+        return self.space.expand(trie, result, k=k, allowed=allowed)
 
     # ---- a catalogue that changes ------------------------------------------------------------------------------------
 
@@ -357,11 +400,19 @@ class GenerativeRecommender:
 
         The first version's rows are those that the model was trained on. A removed item changes no score of the others.
         """
-        trie = self.served.trie if self.space.item_codes is None else version.trie
+        trie = version.trie if self.space.item_codes is not None else self._text_trie(version, before)
         if before is not None and version.codes is before.codes and version.capacity == before.capacity:
             return before.served.replace(trie=trie)
         grown = before is None or version.capacity != before.capacity
-        return self.assembly.serve(self._variables, version, None if grown else before).replace(trie=trie)
+        served = self.assembly.serve(self._variables, version, None if grown else before)
+        return served.replace(trie=trie, token_lengths=self.served.token_lengths)
+
+    def _text_trie(self, version: Version, before: Version | None) -> Trie | None:
+        """The trie of a version's list of texts, in the shapes of the one before if they have room for it."""
+        earlier = (self.space, self.served) if before is None else (before.texts, before.served)
+        if version.texts is None or version.texts is earlier[0]:
+            return earlier[1].trie
+        return version.texts.build_trie(like=earlier[1].trie)
 
     def warm_up(self, served: Served) -> None:
         """Runs every search that was asked for so far once, on arrays of zeros: whoever asks next need not wait."""
@@ -388,7 +439,7 @@ class GenerativeRecommender:
         if served.trie is None:
             return measured
         options = {"batch": _batch_size(arrays), "width": self.width(FIRST), "k": FIRST}
-        first = self.space.search(extend, served.trie, **options, constrained=False).valid[:, :FIRST]
+        first = self.space.search(extend, served.trie, **options, constrained="free").valid[:, :FIRST]
         return measured | {"validity": validity_rate(first, jnp.broadcast_to(real[:, None], first.shape))}
 
 
@@ -404,8 +455,16 @@ def _without(
     return kept
 
 
+def typed_text(history: History) -> str:
+    """What was typed last, as a text; none if nothing was."""
+    return history.get("prefix", history.get("query", ""))
+
+
 def _batch_size(arrays: dict[str, jax.Array]) -> int:
     return next(iter(arrays.values())).shape[0]
+
+
+EMPTY_SEARCH = {"search_timestamp": np.zeros(1, np.int64), "search_session": np.zeros(1, np.int32)}
 
 
 def repeated_item(length: int, behavior: int) -> History:

@@ -15,8 +15,9 @@ from jaxrec.decoding.beam import BeamResult, Rescore, beam_search, expand_items
 from jaxrec.decoding.filters import ItemFilter
 from jaxrec.decoding.step import Extend
 from jaxrec.decoding.trie import Trie, build_trie
+from jaxrec.decoding.typed import TypedText
 from jaxrec.semantic_ids.table.space import SemanticIds
-from jaxrec.targets.space import NONE, Found
+from jaxrec.targets.space import NONE, Constrained, Found
 
 MEANINGS = {
     "items": "line of items.jsonl from 0, best first; -1 = none",
@@ -60,21 +61,25 @@ class SemanticIdSpace(SemanticIds):
         allowed: jax.Array | ItemFilter | None = None,
         rescore: Rescore | None = None,
         candidates: tuple[int, ...] = (),
-        constrained: bool = True,
+        constrained: Constrained = "listed",
+        typed: TypedText | None = None,
     ) -> BeamResult:
         """`jaxrec.decoding.beam_search`; never fewer candidates than beams. An ID stands for one item at least."""
+        if constrained == "mixed" or typed is not None:
+            raise UserError("an item is a listed answer and no text: leave out answers of any kind and what was typed")
         pools = None
         if rescore is not None and candidates:
             widths = (width,) * trie.levels if isinstance(width, int) else width
             pools = tuple(map(max, candidates, widths))
-        options = {"allowed": allowed, "rescore": rescore, "candidates": pools, "constrained": constrained}
-        return beam_search(extend, None, trie, batch=batch, beam_width=width, **options)
+        options = {"allowed": allowed, "rescore": rescore, "candidates": pools}
+        listed = constrained == "listed"
+        return beam_search(extend, None, trie, batch=batch, beam_width=width, constrained=listed, **options)
 
     def expand(self, trie: Trie, result: BeamResult, *, k: int, allowed: jax.Array | ItemFilter | None = None) -> Found:
         """The items of the IDs, in beam order; those of one ID have its score."""
         return Found(*expand_items(trie, result, k=k, allowed=allowed), result.nan)
 
-    def read(self, found: Found, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, found: Found, k: int, typed: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray]:
         """The items and scores as they are."""
         return np.asarray(found.answers)[:, :k], np.asarray(found.scores)[:, :k]
 

@@ -10,7 +10,7 @@ the space's matter: the catalogue's items, or a list of texts.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import flax.struct
 import jax
@@ -20,9 +20,12 @@ from jaxrec.decoding.beam import Rescore
 from jaxrec.decoding.filters import ItemFilter
 from jaxrec.decoding.step import Extend
 from jaxrec.decoding.trie import Trie
+from jaxrec.decoding.typed import TypedText
 
 NONE = -1
 """No answer."""
+Constrained = Literal["listed", "free", "mixed"]
+"""Which targets a search may find: those of listed answers; any; or, below the listed ones, any."""
 
 
 @flax.struct.dataclass
@@ -30,14 +33,14 @@ class Found:
     """The k best answers of each of B requests, best first."""
 
     answers: jax.Array
-    """int32 [B, k], numbers of listed answers; -1 = none, or not listed."""
+    """int32 [B, k], numbers of listed answers; -1 = none, or given by `tokens`."""
     scores: jax.Array
-    """float32 [B, k], falling; -inf = none."""
+    """float32 [B, k], falling, those of listed answers before the others; -inf = none."""
     nan: jax.Array
     """bool [B], the model gave NaN for this request, which then has no answer."""
     tokens: jax.Array | None = None
     """int32 [B, k, M], what a search without the trie wrote, -1 behind its end; `TargetSpace.read` makes answers of it.
-    None where `answers` says everything."""
+    None where `answers` says everything. There may be more than k, of which several are one answer."""
 
 
 class TargetSpace(Protocol):
@@ -72,7 +75,8 @@ class TargetSpace(Protocol):
         allowed: jax.Array | ItemFilter | None = None,
         rescore: Rescore | None = None,
         candidates: tuple[int, ...] = (),
-        constrained: bool = True,
+        constrained: Constrained = "listed",
+        typed: TypedText | None = None,
     ) -> Any:
         """The beam search for k answers of each of B requests, inside jit. Its result is `expand`'s argument.
 
@@ -85,8 +89,8 @@ class TargetSpace(Protocol):
           allowed: which listed answers each request may get: bool [B, len(self)] or a filter.
           rescore: scores beams in place of their log-probabilities; None: nothing does.
           candidates: of every level, what `rescore` scores; empty: as many as beams.
-          constrained: False searches all targets, whether they are in the trie or not; `valid` of the result then
-            says which are.
+          constrained: which targets may be found. With a trie and "free", `valid` of the result says which are in it.
+          typed: answers have to begin with it; for answers that are texts.
 
         Raises:
           UserError: an option that this space has no meaning for.
@@ -97,8 +101,11 @@ class TargetSpace(Protocol):
         """The first k answers of a search result, inside jit; `allowed` as in `search`."""
         ...
 
-    def read(self, found: Found, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """k answers int32 [B, k] (-1 = none) and scores float32 [B, k] (-inf = none), on the host."""
+    def read(self, found: Found, k: int, typed: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """k answers int32 [B, k] (-1 = none) and scores float32 [B, k] (-inf = none), on the host.
+
+        typed: [<= B], what answers to the first requests have to begin with, as the search had it.
+        """
         ...
 
     def show(self, answers: Iterable[int], titles: Sequence[str]) -> list[str]:

@@ -1,55 +1,55 @@
 """The target space of texts: the tokens of a target spell a text that ends in the end token.
 
-With a list of texts a trie over it constrains the search, and an answer is one of them. Without a list any text is an
-answer.
+With a list of vetted texts a trie over it constrains the search, and an answer is one of them. Without a list any text
+is an answer. A mixed search gives the listed ones first, and any text below where these are too few.
 
 **One text, one answer.** Texts are compared after `normalised`: Unicode NFKC, case folded, runs of white space as one
 space. A list keeps one writing of each text, the most popular one, and a model is trained on, and searched for, the
 tokens of the normalised text. A search without the trie may also spell one text by different tokens. Then the best
 spelling's score is kept. The sum over all spellings is the text's probability, but a beam holds only some of them: the
 sum would depend on the beam width, and order texts by how many spellings were kept by chance.
+
+A blocked text is none of the list, and is left out of what a search wrote.
 """
 
 import functools
 import hashlib
 import json
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.config import UserError, check_least
+from jaxrec.config import UserError, check_least, to_json
+from jaxrec.data.blocked import NOTHING, Blocked
 from jaxrec.data.words import normalised
 from jaxrec.decoding.beam import Rescore, expand_items
 from jaxrec.decoding.filters import ItemFilter
 from jaxrec.decoding.step import Extend
 from jaxrec.decoding.text_beam import TextResult, text_search
 from jaxrec.decoding.trie import Trie, build_text_trie
-from jaxrec.files import read_json, write_json
+from jaxrec.decoding.typed import TypedText
+from jaxrec.files import write_json
 from jaxrec.targets.semantic_ids import padded_truths
-from jaxrec.targets.space import NONE, Found
-from jaxrec.text.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
+from jaxrec.targets.space import NONE, Constrained, Found
+from jaxrec.targets.text_numbers import TextNumbers
+from jaxrec.text.token_bytes import PLACES, TokenBytes, token_bytes
+from jaxrec.text.tokenizer import TextTokenizer, save_tokenizer
 
 TARGETS = "targets"
 """The folder of a run that `TextSpace.save` writes into."""
 TEXT_LIST, OPTIONS = "texts.jsonl", "text_space.json"
-REMEMBERED = 1 << 20
-"""Texts outside the list that keep their numbers after they were generated; of more, the oldest are forgotten."""
-LISTED = {
-    "texts": "line of texts.jsonl from 0, best first; -1 = none",
+MEANINGS = {
+    "texts": "line of texts.jsonl from 0, best first; -1 = none, or given by `tokens`",
+    "tokens": "tokens of a text with its end, -1 behind it, best first; several may spell one text",
     "scores": "log-probability of the text, divided by its length to the power of the length penalty; -inf = none",
     "valid": "whether there is a text",
     "nan": "the model gave NaN for this request, which has no valid text then: weights or inputs are damaged",
-}
-FREE = {
-    **{name: meaning for name, meaning in LISTED.items() if name != "texts"},
-    "tokens": "tokens of a text with its end, -1 behind it, best first; several may spell one text",
 }
 
 
@@ -62,7 +62,8 @@ class TextSpaceConfig:
     length_penalty: float = 0.0
     """scores are log-probabilities / length ** length_penalty: 0 ranks by log-probability, 1 by its mean over tokens"""
     spellings: int = 4
-    """without a list: texts that are searched for an answer wanted, of which several may read alike"""
+    """in a search of any text: texts that are searched for an answer wanted, of which several may read alike or be
+    blocked"""
 
     def __post_init__(self):
         check_least(self, "texts", max_length=1, length_penalty=0, spellings=1)
@@ -70,7 +71,7 @@ class TextSpaceConfig:
 
 @dataclass(frozen=True, eq=False)
 class TextSpace:
-    """Texts of a list, or any text; made by `text_space`. Listed texts have the numbers 0, 1, ..."""
+    """Texts of a list, or any text; made by `text_list.text_space`. Listed texts have the numbers 0, 1, ..."""
 
     tokenizer: TextTokenizer
     texts: tuple[str, ...] = ()
@@ -80,7 +81,11 @@ class TextSpace:
     config: TextSpaceConfig = TextSpaceConfig()
     vocabulary: int = 0
     """tokens V that the model gives probabilities; 0: the tokenizer's"""
-    numbers: "TextNumbers" = field(init=False, repr=False)
+    blocked: Blocked = NOTHING
+    """what is never an answer; none of `texts`"""
+    known: tuple[str, ...] = ()
+    """[texts], as they are compared; empty: made of `texts`"""
+    numbers: TextNumbers = field(init=False, repr=False)
     """the numbers of texts, listed or not"""
 
     kind = "texts"
@@ -89,7 +94,8 @@ class TextSpace:
 
     def __post_init__(self):
         check_vocabulary(self.vocabulary, self.tokenizer)
-        object.__setattr__(self, "numbers", TextNumbers(normalised(text) for text in self.texts))
+        object.__setattr__(self, "known", self.known or tuple(map(normalised, self.texts)))
+        object.__setattr__(self, "numbers", TextNumbers(self.known))
         if len(self.numbers) != len(self.texts):
             raise UserError("the list holds a text twice, in one writing or another; make the space by `text_space`")
 
@@ -104,15 +110,34 @@ class TextSpace:
         """
         if not self.texts:
             return None
-        rows = self.tokenizer.encode([normalised(text) for text in self.texts])
-        for text, row in zip(self.texts, rows, strict=True):
+        tokens, lengths = self.rows
+        end = self.tokenizer.end
+        return build_text_trie(tokens, self._tokens, end, lengths=lengths, order=self.popularity, like=like)
+
+    @functools.cached_property
+    def rows(self) -> "TextRows":
+        """The tokens of the listed texts. UserError for a text that is too long."""
+        return self.encoded(self.known)
+
+    def lists(self, text: str) -> bool:
+        """Whether a text is listed, in any writing."""
+        number = self.numbers.known(normalised(text))
+        return number is not None and number < len(self.texts)
+
+    def encoded(self, texts: Sequence[str]) -> "TextRows":
+        """The tokens of texts for the list, as they are compared. UserError for a text that is too long."""
+        rows = self.tokenizer.encode(texts)
+        for text, row in zip(texts, rows, strict=True):
             if len(row) >= self.config.max_length:
                 raise UserError(
                     f"the listed text {text[:50]!r} has {len(row) + 1} tokens with its end, but "
                     f"texts.max_length is {self.config.max_length}: raise it or leave the text out"
                 )
-        ended = [[*row, self.tokenizer.end] for row in rows]
-        return build_text_trie(ended, self._tokens, self.tokenizer.end, order=self.popularity, like=like)
+        lengths = np.array([len(row) + 1 for row in rows], np.int32)
+        tokens = np.zeros((len(rows), self.config.max_length), np.int32)
+        for row, known in zip(tokens, rows, strict=True):
+            row[: len(known) + 1] = [*known, self.tokenizer.end]
+        return TextRows(tokens, lengths)
 
     def search(
         self,
@@ -125,15 +150,16 @@ class TextSpace:
         allowed: jax.Array | ItemFilter | None = None,
         rescore: Rescore | None = None,
         candidates: tuple[int, ...] = (),
-        constrained: bool = True,
-    ) -> TextResult:
+        constrained: Constrained = "listed",
+        typed: TypedText | None = None,
+    ) -> "TextResult | Mixed":
         """`jaxrec.decoding.text_search`, as `TargetSpace.search`."""
         if rescore is not None or candidates or not isinstance(width, int):
             raise UserError(
                 "texts are searched with one beam width and are not rescored: leave out beams a level and a rank head"
             )
-        constrained = constrained and trie is not None
-        return text_search(
+        search = functools.partial(
+            text_search,
             extend,
             None,
             batch=batch,
@@ -141,38 +167,58 @@ class TextSpace:
             eos=self.tokenizer.end,
             max_length=self.config.max_length,
             length_penalty=self.config.length_penalty,
-            trie=trie,
-            allowed=allowed,
-            constrained=constrained,
-            results=k if constrained else k * self.config.spellings,
+            typed=typed,
         )
+        spellings = k * self.config.spellings
+        if trie is None or constrained == "free":
+            return search(trie=trie, allowed=allowed, constrained=False, results=spellings)
+        listed = search(trie=trie, allowed=allowed, results=k)
+        if constrained == "listed":
+            return listed
+        any_text = functools.partial(search, results=spellings)
+        return Mixed(listed, _run_if(~listed.valid.all(), any_text))
 
     def expand(
-        self, trie: Trie | None, result: TextResult, *, k: int, allowed: jax.Array | ItemFilter | None = None
+        self, trie: Trie | None, result: "TextResult | Mixed", *, k: int, allowed: jax.Array | ItemFilter | None = None
     ) -> Found:
-        """With a list its texts by number; without, the tokens of all that was found, for `read`."""
+        """Listed texts by number; the tokens of whatever else was found, for `read`."""
+        if isinstance(result, Mixed):
+            listed, free = self.expand(trie, result.listed, k=k, allowed=allowed), self.expand(None, result.free, k=k)
+            no_tokens = jnp.full((*listed.scores.shape, free.tokens.shape[-1]), NONE)
+            both = (listed.answers, free.answers), (listed.scores, free.scores), (no_tokens, free.tokens)
+            answers, scores, tokens = (jnp.concatenate(pair, axis=1) for pair in both)
+            return Found(answers, scores, listed.nan | free.nan, tokens)
         if trie is not None:
             return Found(*expand_items(trie, result, k=k, allowed=allowed), result.nan)
         return Found(jnp.full(result.scores.shape, NONE), result.scores, result.nan, result.tokens)
 
-    def read(self, found: Found, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `TargetSpace.read`. Texts outside the list get numbers after those of the list."""
-        answers, scores = np.asarray(found.answers)[:, :k], np.asarray(found.scores)[:, :k]
+    def read(self, found: Found, k: int, typed: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """As `TargetSpace.read`. Texts outside the list get numbers after those of the list, and come after them."""
+        given, scores = np.asarray(found.answers), np.asarray(found.scores)
         if found.tokens is None:
-            return answers, scores
-        count = len(answers)
-        answers, scores = np.full((count, k), NONE, np.int32), np.full((count, k), -np.inf, np.float32)
-        given = np.asarray(found.scores)
-        rows, places = np.nonzero(given > -np.inf)
-        texts = self.tokenizer.decode([tokens[tokens >= 0] for tokens in np.asarray(found.tokens)[rows, places]])
-        best: list[dict[str, float]] = [{} for _ in range(count)]
-        for row, score, text in zip(rows, given[rows, places], texts, strict=True):
-            if text := normalised(text):
-                best[row].setdefault(text, score)
-        for row, distinct in enumerate(best):
-            for place, (text, score) in enumerate(list(distinct.items())[:k]):
-                answers[row, place], scores[row, place] = self.numbers.of(text), score
-        return answers, scores
+            return given[:, :k], scores[:, :k]
+        written = given == NONE
+        written &= scores > -np.inf
+        best = [dict(zip(*pair, strict=True)) for pair in zip(given.tolist(), scores.tolist(), strict=True)]
+        texts = self.tokenizer.decode([tokens[tokens >= 0] for tokens in np.asarray(found.tokens)[written]])
+        for row, score, text in zip(np.nonzero(written)[0].tolist(), scores[written].tolist(), texts, strict=True):
+            text = normalised(text)
+            if self._may_be_shown(text) and text.startswith(typed[row] if row < len(typed) else ""):
+                number = self.numbers.of(text)
+                best[row][number] = max(score, best[row].get(number, -np.inf))
+        answers = np.full((len(given), k), NONE, np.int32), np.full((len(given), k), -np.inf, np.float32)
+        for row, found_scores in enumerate(best):
+            found_scores.pop(NONE, None)
+            # The sort keeps the order of equal ones.
+            ranked = sorted(found_scores.items(), key=lambda pair: (pair[0] >= len(self.texts), -pair[1]))[:k]
+            for place, pair in enumerate(ranked):
+                answers[0][row, place], answers[1][row, place] = pair
+        return answers
+
+    def _may_be_shown(self, text: str) -> bool:
+        """Whether a written text is a whole one and not blocked."""
+        # Bytes that are no UTF-8 read as U+FFFD.
+        return bool(text) and "\ufffd" not in text and not self.blocked.holds(text)
 
     def show(self, answers: Iterable[int], titles: Sequence[str] = ()) -> list[str]:
         """Listed texts as they are written in the list, others normalised."""
@@ -194,6 +240,24 @@ class TextSpace:
         for row, length, known in zip(tokens, lengths, rows, strict=True):
             row[:length] = [*known, self.tokenizer.end][:length]
         return tokens, np.arange(self.config.max_length) < lengths[:, None]
+
+    @functools.cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of the tokens, by which answers begin with what was typed. UserError: as `token_bytes`."""
+        return token_bytes(self.tokenizer, self._tokens)
+
+    def begin(self, typed: str, room: bool = False) -> dict[str, np.ndarray]:
+        """Arrays of a request whose answers begin with what was typed: `typed` uint32 [words, V], `typed_length` int32.
+
+        There is one word if that has room for the typed text, as for most there is; otherwise, or where `room` is asked
+        for, as many as the longest answer needs. No answer begins with a longer text.
+        """
+        rest = self.token_bytes.of(typed)
+        short = len(rest) < PLACES and not room
+        table, length = self.token_bytes.going_on(
+            rest, 1 if short else self.token_bytes.words(self.config.max_length - 1)
+        )
+        return {"typed": table, "typed_length": np.int32(length)}
 
     def tokens(self, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `TargetSpace.tokens`; a number below 0 has no tokens."""
@@ -218,14 +282,15 @@ class TextSpace:
         return np.argsort(-popularity, kind="stable")
 
     def outputs(self, found: Found) -> dict[str, jax.Array]:
-        """Texts by number, or tokens without a list; scores, which are valid, and whether the model gave NaN."""
-        told = {"texts": found.answers} if found.tokens is None else {"tokens": found.tokens}
+        """Texts by number where there is a list, tokens of others, scores, which are valid, and NaN."""
+        told = {"texts": found.answers} if self.texts else {}
+        told |= {} if found.tokens is None else {"tokens": found.tokens}
         return told | {"scores": found.scores, "valid": found.scores > -jnp.inf, "nan": found.nan}
 
     @property
     def meanings(self) -> dict[str, str]:
         """A sentence for each of `outputs`."""
-        return LISTED if self.texts else FREE
+        return MEANINGS
 
     def describe(self, item_ids: Sequence[str]) -> dict[str, Any]:
         """Items that histories hold, listed texts, tokens; the fingerprint changes with any of them."""
@@ -247,7 +312,8 @@ class TextSpace:
         pairs = zip(self.texts, popularity, strict=True)
         lines = (json.dumps({"text": text, "popularity": count}, ensure_ascii=False) + "\n" for text, count in pairs)
         (folder / TEXT_LIST).write_text("".join(lines), encoding="utf-8")
-        write_json(folder / OPTIONS, {"vocabulary": self.vocabulary} | vars(self.config))
+        options = {"vocabulary": self.vocabulary, "blocked": to_json(self.blocked)}
+        write_json(folder / OPTIONS, options | vars(self.config))
         save_tokenizer(self.tokenizer, folder)
 
     @property
@@ -255,104 +321,34 @@ class TextSpace:
         return self.vocabulary or self.tokenizer.size
 
 
-class TextNumbers:
-    """Numbers of normalised texts: those of a list, true ones and generated ones. Safe to use from several threads.
+class TextRows(NamedTuple):
+    """The tokens of listed texts."""
 
-    Generated texts are forgotten when there are too many, so that a server's memory doesn't grow; numbers are never
-    given again.
-    """
-
-    def __init__(self, listed: Iterable[str], remembered: int = REMEMBERED):
-        self._kept = {text: number for number, text in enumerate(dict.fromkeys(listed))}
-        self._texts = dict(enumerate(self._kept))
-        self._passing: OrderedDict[str, int] = OrderedDict()
-        self._next, self._remembered, self._lock = len(self._kept), remembered, threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def of(self, text: str, for_good: bool = False) -> int:
-        """The number of a text; a new one gets the next. `for_good`: it is never forgotten."""
-        with self._lock:
-            number = self._kept.get(text, self._passing.get(text))
-            if number is None:
-                number, self._next = self._next, self._next + 1
-                self._texts[number] = text
-            if for_good:
-                self._kept[text] = number
-                self._passing.pop(text, None)
-            elif text not in self._kept:
-                self._passing[text] = number
-                self._passing.move_to_end(text)
-                if len(self._passing) > self._remembered:
-                    del self._texts[self._passing.popitem(last=False)[1]]
-            return number
-
-    def text(self, number: int) -> str:
-        """The normalised text of a number.
-
-        Raises:
-          UserError: no text has it, or it was forgotten.
-        """
-        with self._lock:
-            if number not in self._texts:
-                raise UserError(f"no text has the number {number}, or it was generated too long ago")
-            return self._texts[number]
+    tokens: np.ndarray
+    """int32 [texts, M], 0 behind the end"""
+    lengths: np.ndarray
+    """int32 [texts], the end included"""
 
 
-def text_space(
-    tokenizer: TextTokenizer,
-    texts: Sequence[str] = (),
-    popularity: Sequence[float] | None = None,
-    config: TextSpaceConfig | None = None,
-    vocabulary: int = 0,
-) -> TextSpace:
-    """The space of a vetted list of texts, or of any text where there is no list.
+@flax.struct.dataclass
+class Mixed:
+    """What a search for listed texts found and, where these were too few for some request, one for any text."""
 
-    Writings of one text become one answer: it is shown as the most popular one is written (of equal ones the first),
-    and its popularity is the sum.
+    listed: TextResult
+    free: TextResult
 
-    Raises:
-      UserError: a listed text is empty after `normalised`, the popularity is not one number a text, or the vocabulary
-        has no room for the tokenizer's tokens.
-    """
-    if popularity is not None and len(popularity) != len(texts):
-        raise UserError(f"there are {len(popularity)} numbers of popularity for {len(texts)} texts; give one for each")
-    counts = np.zeros(len(texts)) if popularity is None else np.asarray(popularity, np.float64)
-    rows: dict[str, list[int]] = {}
-    for row, text in enumerate(texts):
-        if not (key := normalised(text)):
-            raise UserError(f"the list of texts holds an empty text in row {row} ({text!r}); leave it out")
-        rows.setdefault(key, []).append(row)
-    shown = tuple(texts[max(same, key=lambda row: counts[row])] for same in rows.values())
-    sums = None if popularity is None else np.array([counts[same].sum() for same in rows.values()])
-    return TextSpace(tokenizer, shown, sums, config or TextSpaceConfig(), vocabulary)
+
+def _run_if(wanted: jax.Array, search: Callable[[], TextResult]) -> TextResult:
+    """A search's result, or without running it none, where `wanted` is False."""
+
+    def none() -> TextResult:
+        nothing = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(search))
+        return nothing.replace(scores=jnp.full(nothing.scores.shape, -jnp.inf))
+
+    return jax.lax.cond(wanted, search, none)
 
 
 def check_vocabulary(vocabulary: int, tokenizer: TextTokenizer) -> None:
     """UserError where a model gives fewer tokens probabilities than the tokenizer has."""
     if vocabulary and vocabulary < tokenizer.size:
         raise UserError(f"the model has a vocabulary of {vocabulary}, but the tokenizer has {tokenizer.size} tokens")
-
-
-def load_text_space(folder: Path) -> TextSpace:
-    """The space that `TextSpace.save` wrote.
-
-    Raises:
-      UserError: a file is missing or damaged.
-    """
-    options = read_json(folder / OPTIONS)
-    texts, popularity = [], []
-    try:
-        for line in (folder / TEXT_LIST).read_text(encoding="utf-8").split("\n")[:-1]:
-            known = json.loads(line)
-            texts.append(known["text"])
-            popularity.append(known["popularity"])
-        vocabulary = options.pop("vocabulary")
-        config = TextSpaceConfig(**options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / TEXT_LIST} or {OPTIONS} is missing or damaged ({error}); train the run, or export it, again"
-        ) from error
-    counts = None if None in popularity or not popularity else np.array(popularity, np.float64)
-    return TextSpace(load_tokenizer(folder), tuple(texts), counts, config, vocabulary)

@@ -11,6 +11,8 @@ the end token.
 
 import hashlib
 import io
+import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,9 @@ from jaxrec.files import read_json, write_json
 NOTES = "text_tokenizer.json"
 PAD, END, UNKNOWN = 0, 1, 2
 """Tokens of a trained tokenizer; the 256 bytes follow."""
+KNOWN_DECODERS = {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
+"""Of a tokenizer.json: those that treat a token alike wherever it stands, but for a space in front of a text."""
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 SPACE = "\u2581"
 """What sentencepiece writes for a space. As a character of a text it is written in bytes."""
 
@@ -66,6 +71,14 @@ class TextTokenizer(Protocol):
         """The texts of lists of tokens, without the end token; tokens that are no text are left out."""
         ...
 
+    def token_bytes(self) -> list[bytes]:
+        """The UTF-8 that each token [V] stands for in a text, wherever it stands; none for tokens that are no text.
+
+        Raises:
+          UserError: a token's text depends on the tokens around it.
+        """
+        ...
+
     def file(self) -> tuple[str, bytes]:
         """The name and content of the file that holds it."""
         ...
@@ -99,6 +112,20 @@ class SentencePiece:
         left_out = (self._processor.unk_id(), self._processor.pad_id(), self.end)
         rows = [[int(token) for token in row if 0 <= token < self.size and token not in left_out] for row in rows]
         return self._processor.decode(rows) if rows else []
+
+    def token_bytes(self) -> list[bytes]:
+        """As `TextTokenizer.token_bytes`."""
+        model = self._processor
+        found = []
+        for token in range(self.size):
+            piece = model.id_to_piece(token)
+            if model.is_byte(token):
+                found.append(bytes([int(piece[3:5], 16)]))  # <0x0A>
+            elif model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
+                found.append(b"")
+            else:
+                found.append(piece.replace(SPACE, " ").encode())
+        return found
 
     def file(self) -> tuple[str, bytes]:
         """As `TextTokenizer.file`."""
@@ -137,9 +164,57 @@ class HuggingFaceTokenizer:
         rows = [[int(token) for token in row if 0 <= token < self.size and token != self.end] for row in rows]
         return self._tokenizer.decode_batch(rows, skip_special_tokens=True)
 
+    def token_bytes(self) -> list[bytes]:
+        """As `TextTokenizer.token_bytes`; of tokens in bytes (ByteLevel), or with a mark for spaces (Metaspace)."""
+        decoder = json.loads(self._content)["decoder"] or {}
+        parts = decoder.get("decoders", [decoder])
+        kinds = {part.get("type") for part in parts}
+        if not kinds & {"ByteLevel", "Metaspace", "Replace"} or kinds - KNOWN_DECODERS:
+            raise UserError(
+                f"the decoder of this tokenizer.json ({', '.join(sorted(map(str, kinds)))}) is none whose tokens stand "
+                "for the same text everywhere (ByteLevel, Metaspace): with it, answers can't be made to begin with "
+                "what was typed"
+            )
+        added = self._tokenizer.get_added_tokens_decoder()
+        left_out = {self.end, *(token for token, known in added.items() if known.special)}
+        rows = [self._tokenizer.id_to_token(token) or "" for token in range(self.size)]
+        rows = ["" if token in left_out else row for token, row in enumerate(rows)]
+        if "ByteLevel" in kinds:
+            return [_unmapped(row) for row in rows]
+        if "ByteFallback" in kinds:
+            return [bytes([int(row[3:5], 16)]) if BYTE.fullmatch(row) else _spaced(row, parts) for row in rows]
+        return [_spaced(row, parts) for row in rows]
+
     def file(self) -> tuple[str, bytes]:
         """As `TextTokenizer.file`."""
         return "tokenizer.json", self._content
+
+
+def _spaced(piece: str, decoders: Sequence[dict]) -> bytes:
+    """The UTF-8 of a piece in which decoders put a space for a mark."""
+    for part in decoders:
+        if part["type"] == "Metaspace":
+            piece = piece.replace(part["replacement"], " ")
+        elif part["type"] == "Replace":
+            piece = piece.replace(part["pattern"]["String"], part["content"])
+    return piece.encode()
+
+
+def _unmapped(piece: str) -> bytes:
+    """The bytes of a piece in which each character stands for a byte; an added token is written as it reads."""
+    if all(character in OF_CHARACTERS for character in piece):
+        return bytes(OF_CHARACTERS[character] for character in piece)
+    return piece.encode()
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's character of each byte: itself where it can be printed, otherwise the next one from 256 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+OF_CHARACTERS = _byte_characters()
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePiece:

@@ -6,10 +6,23 @@ from jaxrec.data.sources.folder import Folder
 from jaxrec.data.sources.jd_micro import JdMicro
 from jaxrec.data.sources.judged_pairs import JudgedPairs
 from jaxrec.data.sources.kuai_search import KuaiSearch
+from jaxrec.data.sources.search_log import SearchLog
 from jaxrec.data.sources.sequence_text import SequenceText
+from jaxrec.data.sources.suggestion_lines import SuggestionLines
 from jaxrec.data.sources.synthetic_mall import SyntheticMall
 
-AnySource = CompleteJourney | SequenceText | Folder | SyntheticMall | JdMicro | ClickLog | JudgedPairs | KuaiSearch
+AnySource = (
+    CompleteJourney
+    | SequenceText
+    | Folder
+    | SyntheticMall
+    | JdMicro
+    | ClickLog
+    | JudgedPairs
+    | KuaiSearch
+    | SearchLog
+    | SuggestionLines
+)
 """What a system's configuration may name after `--data`."""
 
 __all__ = [
@@ -20,6 +33,8 @@ __all__ = [
     "JdMicro",
     "JudgedPairs",
     "KuaiSearch",
+    "SearchLog",
     "SequenceText",
+    "SuggestionLines",
     "SyntheticMall",
 ]

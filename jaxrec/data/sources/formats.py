@@ -6,12 +6,9 @@ order mark; a source may name another encoding of its CSV. Names in .tsv and .tx
 Identifiers and texts are strings, also where JSON has numbers: `007`, `1.0`, `1e5` and `true` stay so.
 """
 
-import csv
 import gzip
-import io
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,21 +22,20 @@ import pyarrow.parquet as pq
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
+from jaxrec.data.sources import csv_records
 from jaxrec.data.sources.checks import FLOAT_ID
+from jaxrec.data.sources.csv_records import chunks, dialect_of
 from jaxrec.data.sources.files import Real, Whole, as_written, json_lines, kind_of, opened, written
 from jaxrec.data.tables import store
 
 SUFFIXES = ("parquet", "csv", "jsonl")
-DELIMITERS = (",", "\t", ";")
+_CSV = (".csv", ".tsv", ".txt", ".log")
 
 WHOLE = r"^-?(0|[1-9][0-9]*)$"
 NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 """Of JSON. `007` and `+1` are no numbers: they are codes, whose zeros and signs count."""
 
 VECTORS = pa.list_(pa.float64())
-
-_CHUNK_ROWS = 1 << 14
-_LONGEST_FIELD = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,10 @@ class Wanted:
     """Whether other columns are read too. Those whose names begin with `_` never are."""
     encoding: str = "utf-8"
     """The encoding of CSV."""
+    columns: tuple[str, ...] = ()
+    """The names of all columns of CSV without a header, in their order; empty: the first line names them."""
+    quoted: bool = True
+    """Whether `"` quotes fields of CSV; if not, it is a character like any other."""
 
 
 def check_encoding(name: str) -> None:
@@ -85,11 +85,11 @@ def read_file(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Tab
         raise UserError(f"there is no file {path}; correct the path")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; it needs the columns {', '.join(wanted.required)}")
-    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl} | dict.fromkeys((".csv", ".tsv", ".txt"), _read_csv)
+    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl} | dict.fromkeys(_CSV, _read_csv)
     kind = path.suffix if path.suffix == ".parquet" else kind_of(path)
     if kind not in readers:
         raise UserError(
-            f"{path} is no table that can be read; write {', '.join(readers)}, or one of the last three in .gz"
+            f"{path} is no table that can be read; write {', '.join(readers)}; all but .parquet may be packed as .gz"
         )
     try:
         return readers[kind](engine, path, wanted)
@@ -139,98 +139,22 @@ def _read_parquet(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis
 def _read_csv(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.Table, list[str]]:
     if wanted.encoding == "utf-8":
         _check_encoding(path)
-    delimiter, header = _header(path, wanted)
+    dialect = dialect_of(path, wanted.names, wanted.required, wanted.columns, wanted.quoted, wanted.encoding)
+    header = dialect.names
+    _strings(path, "header", header, [0] * len(header))
     places = _places(path, header, wanted)
     growing, row = _Growing(engine), 1
-    with _records(path, delimiter, wanted.encoding) as records:
-        next(record for record in records if record)
-        while chunk := _chunk(path, records, delimiter, len(header)):
-            columns = dict(zip(header, zip(*chunk, strict=True), strict=True))
-            rows = range(row, row + len(chunk))
-            texts = {
-                place: _strings(path, name, columns[name], rows, encoding=wanted.encoding)
-                for name, place in places.items()
-            }
-            growing.add({place: pc.if_else(pc.equal(text, ""), None, text) for place, text in texts.items()}, rows)
-            row += len(chunk)
+    for chunk in chunks(path, dialect):
+        columns = dict(zip(header, zip(*chunk, strict=True), strict=True))
+        rows = range(row, row + len(chunk))
+        texts = {
+            place: _strings(path, name, columns[name], rows, encoding=wanted.encoding) for name, place in places.items()
+        }
+        growing.add({place: pc.if_else(pc.equal(text, ""), None, text) for place, text in texts.items()}, rows)
+        row += len(chunk)
     table = growing.table(places.values())
     further = [place for place in places.values() if place not in wanted.names]
     return _with_numbers(table, further), [name for name in header if name not in places]
-
-
-def _header(path: Path, wanted: Wanted) -> tuple[str, list[str]]:
-    """The delimiter whose header has the most known columns, then the most columns, and that header."""
-    known, headers = {name.lower() for name in wanted.names}, {}
-    for delimiter in DELIMITERS:
-        try:
-            with _records(path, delimiter, wanted.encoding) as records:
-                headers[delimiter] = next((record for record in records if record), [])
-        except csv.Error:
-            continue
-    if len(headers) < len(DELIMITERS) and all(len(header) <= 1 for header in headers.values()):
-        raise UserError(f'{path}, line 1: a quote in the header is not closed; write `"` inside quotes twice')
-    found = {mark: (sum(name.strip().lower() in known for name in each), len(each)) for mark, each in headers.items()}
-    delimiter = max(headers, key=lambda mark: found[mark])
-    if not headers[delimiter]:
-        raise UserError(f"{path} is empty; it needs the columns {', '.join(wanted.required)}")
-    if len(headers[delimiter]) == 1:
-        raise UserError(f"{path}: the header is one column; separate columns by commas, tabs or semicolons")
-    _strings(path, "header", headers[delimiter], [0] * len(headers[delimiter]))
-    return delimiter, headers[delimiter]
-
-
-@contextmanager
-def _records(path: Path, delimiter: str, encoding: str = "utf-8") -> Iterator[Any]:
-    """A reader of the records of a CSV file; a blank line is an empty record. Bytes of no character are escaped."""
-    longest = csv.field_size_limit(_LONGEST_FIELD)
-    encoding = "utf-8-sig" if encoding == "utf-8" else encoding
-    try:
-        with opened(path) as raw:
-            file = io.TextIOWrapper(raw, newline="", encoding=encoding, errors="surrogateescape")
-            yield csv.reader(file, delimiter=delimiter, strict=True)
-    finally:
-        csv.field_size_limit(longest)
-
-
-def _chunk(path: Path, records: Iterator[list[str]], delimiter: str, width: int) -> list[list[str]]:
-    """The next records, without blank lines; none at the end."""
-    chunk: list[list[str]] = []
-    try:
-        while not chunk and (taken := list(islice(records, _CHUNK_ROWS))):
-            widths = set(map(len, taken))
-            if widths - {0, width}:
-                _explain(path, delimiter, width)
-            chunk = [record for record in taken if record] if 0 in widths else taken
-    except csv.Error as error:
-        _explain(path, delimiter, width)
-        raise UserError(f"{path} can't be read as csv: {error}") from error
-    return chunk
-
-
-def _explain(path: Path, delimiter: str, width: int) -> None:
-    """Raises UserError for the first record that is malformed, or whose fields the header doesn't have."""
-    mark = {",": "comma", "\t": "tab", ";": "semicolon"}[delimiter]
-    with _records(path, delimiter) as records:
-        row, line = -1, 1
-        while True:
-            try:
-                record = next(records)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                where = f"{path}, row {row + 1} (line {line})"
-                if "field limit" in str(error):
-                    what = f"a field has more than {_LONGEST_FIELD >> 20} MiB, or a quote is opened and not closed"
-                    raise UserError(f"{where}: {what}; shorten it, or close the quote") from error
-                if "expected after" in str(error):
-                    raise UserError(f'{where}: text follows a closing quote; write `"` inside quotes twice') from error
-                raise UserError(f"{where}: a quote is opened and not closed; close it, or write it twice") from error
-            row += bool(record)
-            if row > 0 and record and len(record) != width:
-                what = f"has {len(record)} field{'s' * (len(record) != 1)}, the header {width}"
-                mend = f"fill it up with {mark}s" if len(record) < width else f"quote the field that holds a {mark}"
-                raise UserError(f"{path}, row {row} (line {line}): {what}; {mend}")
-            line = records.line_num + 1
 
 
 # ---- JSONL -----------------------------------------------------------------------------------------------------------
@@ -240,7 +164,7 @@ def _read_jsonl(engine: BaseBackend, path: Path, wanted: Wanted) -> tuple[ibis.T
     _check_encoding(path)
     growing, columns = _Growing(engine), _JsonColumns(path, wanted)
     lines = json_lines(path, as_written)
-    while chunk := list(islice(lines, _CHUNK_ROWS)):
+    while chunk := list(islice(lines, csv_records.CHUNK_ROWS)):
         rows, records = zip(*chunk, strict=True)
         growing.add(columns.arrays(records, rows), rows)
     if not columns.names:

@@ -32,8 +32,9 @@ SUGGESTIONS = Wanted(
     ids=("user_id", "session_id"),
 )
 
-_VISIBLE = r"[^\s\p{Z}\x00]"
-"""Matches a text that is more than blanks, those of any script."""
+_VISIBLE = r"[^\s\p{Z}\p{Cc}\x{AD}\x{200B}\x{200E}\x{200F}\x{202A}-\x{202E}\x{2060}\x{2066}-\x{2069}\x{FEFF}]"
+"""Matches a text that is more than blanks, those of any script, and characters that can't be seen: one of which
+`jaxrec.data.words.normalised` leaves something."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,12 @@ def typed_suggestions(engine: BaseBackend, path: Path, table: ibis.Table) -> ibi
 
 def not_blank(table: ibis.Table, column: str) -> list[Check]:
     """A query or a prefix has a visible character."""
-    bad = ~as_text(table[column]).fill_null("").re_search(_VISIBLE)
-    return [Check(column, bad, "is empty; fill it in or leave the row out", show=False)]
+    return [Check(column, ~visible(table, column), "is empty; fill it in or leave the row out", show=False)]
+
+
+def visible(table: ibis.Table, column: str) -> ibis.expr.types.BooleanValue:
+    """Where a query or a prefix has a visible character."""
+    return as_text(table[column]).fill_null("").re_search(_VISIBLE)
 
 
 def link(engine: BaseBackend, path: Path, events: ibis.Table, searches: ibis.Table | None, gap: int) -> Linked:

@@ -184,8 +184,6 @@ def policy_loss(
 ) -> tuple[jax.Array, Metrics]:
     """(the weighted loss of the policy and its divergence, their metrics), over contexts with rewards that differ.
 
-    Eq. 10 prints a sum over the candidates; their mean is taken, so that its weight does not depend on their number.
-
     policy, reference: log-likelihoods float32 [R, m] of the group, the latter of the frozen stage or None.
     """
     where = group.where
@@ -195,7 +193,6 @@ def policy_loss(
         values = best_against_worst(policy, below, group.reward, scale=own.scale, **options)
     else:
         values = grpo(policy, below, group.advantage, clip=own.clip, **options).sum(-1)
-        values /= jnp.maximum(where.sum(-1), 1)
     compared = (group.advantage != 0).any(-1).sum()
     outside = where & (jnp.abs(jnp.expm1(policy - below)) > own.clip)
     notes = {"policy": (values.sum(), compared), "clipped": (outside.sum(), where.sum())}
