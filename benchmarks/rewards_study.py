@@ -96,7 +96,7 @@ def measured(config: OneMallConfig, runs: dict[str, Path], seconds: dict[str, fl
     for name, path in runs.items():
         variables = before if name == "base" else load_recommender(Run(path)).variables
         if measure is None:
-            reward = make_reward(first, config, config.reinforcement.reward)
+            reward = make_reward(first, config)
             measure = RewardMeasure(first, assemble(first, config), config, reward, config.decoding)
             cases = cases_of(measure.assembly, "test")
         entries.append(_entry(name, seed, data, seconds[name], measure.measure(variables, before, cases), len(cases)))

@@ -29,6 +29,7 @@ config = OneMallConfig(
     training=LoopConfig(steps=800, log_every=50, checkpoint_every=200),
     validation=EvaluationConfig(split="valid", max_users=400),
     reinforcement=ReinforcementConfig(
+        reward="environment",
         share=0.5,
         candidates=128,
         drawn=32,

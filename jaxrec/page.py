@@ -108,9 +108,20 @@ def tiles(values: Iterable[tuple[str, str]]) -> str:
     return f'<div class="tiles">{"".join(cards)}</div>'
 
 
-def score_table(values: dict[str, dict[str, float]], metrics: Sequence[str], highlighted: Iterable[str] = ()) -> str:
-    """One row a model, one column a metric; a bar behind each value; the best of each column is marked."""
-    best = {metric: max(row.get(metric, 0.0) for row in values.values()) for metric in metrics}
+def score_table(
+    values: dict[str, dict[str, float]],
+    metrics: Sequence[str],
+    highlighted: Iterable[str] = (),
+    lower: Iterable[str] = (),
+) -> str:
+    """One row a model, one column a metric; a bar behind each value; the best of each column is marked.
+
+    lower: the metrics of which less is better.
+    """
+    best = {}
+    for metric in metrics:
+        found = [row[metric] for row in values.values() if metric in row]
+        best[metric] = (min if metric in lower else max)(found, default=0.0)
     head = "".join(f"<th>{escape(metric)}</th>" for metric in metrics)
     rows = []
     for model, row in values.items():
@@ -123,7 +134,7 @@ def score_table(values: dict[str, dict[str, float]], metrics: Sequence[str], hig
 def _score_cell(value: float | None, best: float) -> str:
     if value is None:
         return "<td>-</td>"
-    share = 100 * value / best if best > 0 else 0
+    share = 100 * min(value / best, best / value) if best > 0 and value > 0 else 0
     marked = " best" if value == best and best > 0 else ""
     return f'<td class="value{marked}" style="--share:{share:.0f}%">{value:.4f}</td>'
 
@@ -157,6 +168,19 @@ def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
         axes.locator_params(nbins=4)
 
     return picture(title, f"{number(values[-1])} at step {number(steps[-1])}", draw)
+
+
+def calibration_curve(title: str, points: Sequence[tuple[float, float]]) -> str:
+    """Observed shares over predicted probabilities, with the line of equal ones, as inline SVG."""
+    predicted, observed = zip(*points, strict=True)
+    most = max(*predicted, *observed)
+
+    def draw(axes: Any) -> None:
+        axes.plot([0, most], [0, most], color=INK, alpha=0.35, linewidth=1)
+        axes.plot(predicted, observed, color=LINE, linewidth=1.6, marker="o", markersize=3)
+        axes.locator_params(nbins=4)
+
+    return picture(title, f"{len(points)} bins", draw)
 
 
 def picture(title: str, caption: str, draw: Callable[[Any], None]) -> str:

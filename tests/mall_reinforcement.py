@@ -12,6 +12,7 @@ config = dataclasses.replace(
     supervised,
     training=LoopConfig(steps=60, log_every=20, checkpoint_every=30, evaluate_every=30),
     reinforcement=ReinforcementConfig(
+        reward="environment",
         share=0.5,
         candidates=32,
         drawn=16,

@@ -94,7 +94,7 @@ def test_lists_of_training_are_what_the_most_popular_completion_shows(cut):
     rows = random_activity(1)
     found, _ = derived(rows, cut=cut, shown=2, not_shown=1, random=2)
     train = [row for row in rows if row["_kind"] == "search" and row["split"] == "train"]
-    counts = Counter(normalised(row["query"]) for row in train)
+    counts = Counter(text for *_, text in {(row["user_id"], row["session"], normalised(row["query"])) for row in train})
     writings = Counter(row["query"] for row in train)
     lists, drawn = lists_of(found), 0
     assert {row["split"] for row in found} == {"train", "valid", "test"}

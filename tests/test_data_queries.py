@@ -98,6 +98,16 @@ FAULTS = {
     "an empty query": ("searches", changed(SEARCHES, 1, query=""), "searches.jsonl, column 'query', row 2: is empty"),
     "a blank query": ("searches", changed(SEARCHES, 2, query=" \t\u3000"), "column 'query', row 3: is empty; fill"),
     "no query": ("searches", changed(SEARCHES, 0, query=None), "searches.jsonl, column 'query', row 1: is empty"),
+    "a prefix of control characters": (
+        "suggestions",
+        changed(SUGGESTIONS, 1, prefix="\x07\u202e"),
+        "column 'prefix', row 2: is empty",
+    ),
+    "half a character": (
+        "suggestions",
+        changed(SUGGESTIONS, 1, query="x\ud83d"),
+        r"column 'query', row 2: half a character, \\ud83d, is no UTF-8",
+    ),
     "a blank prefix": ("suggestions", changed(SUGGESTIONS, 1, prefix=" "), "column 'prefix', row 2: is empty"),
     "no suggested query": ("suggestions", changed(SUGGESTIONS, 1, query=""), "column 'query', row 2: is empty"),
     "unknown feedback": (

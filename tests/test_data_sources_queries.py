@@ -12,7 +12,10 @@ from jaxrec.data.examples import Records, write_examples
 from jaxrec.data.prefix_cuts import PrefixCutConfig
 from jaxrec.data.prepare import PrepareConfig, prepare
 from jaxrec.data.sources import SearchLog, SuggestionLines
+from jaxrec.data.sources.query_files import visible
 from jaxrec.data.splits import TimeSplit
+from jaxrec.data.tables import connect, store
+from jaxrec.data.words import normalised
 from jaxrec.evaluation import prefix_cases
 from jaxrec.systems.config import RunConfig
 from jaxrec.systems.phases import prepare_with_embeddings
@@ -138,6 +141,17 @@ def test_half_a_character_is_refused(tmp_path):
     text = '{"user": "a", "time": 5, "query": "x\\ud83d"}\n'
     with pytest.raises(UserError, match=r"q.jsonl, column 'query', row 1: half a character, \\ud83d"):
         search_log(tmp_path, text, "q.jsonl", columns=(), time_format="").load()
+
+
+def test_a_query_is_empty_where_nothing_is_left_of_it_normalised():
+    """Every character by itself but the surrogates, in the engine and in Python."""
+    texts = [chr(code) for code in (*range(1, 0xD800), *range(0xE000, 0x11000), *range(0x1F300, 0x1F700), 0xE0041)]
+    engine = connect()
+    table = store(engine, pa.table({"row": range(len(texts)), "query": texts}))
+    seen = table.mutate(seen=visible(table, "query")).order_by("row").to_pyarrow()["seen"].to_pylist()
+    assert [
+        hex(ord(text)) for text, is_seen in zip(texts, seen, strict=True) if is_seen != bool(normalised(text))
+    ] == []
 
 
 def test_what_a_log_without_items_cannot_do(tmp_path):

@@ -125,6 +125,6 @@ def test_reinforcement_without_what_it_needs_is_refused(tmp_path):
     found = train(tmp_path / "new", "--only", "reinforcement")
     assert found.returncode == 2 and "Traceback" not in found.stderr
     assert "the stage train, which it is trained from, is not trained with this configuration" in found.stderr
-    config = OneMallConfig(data=SequenceText(path="nowhere"), reinforcement=ReinforcementConfig())
+    config = OneMallConfig(data=SequenceText(path="nowhere"), reinforcement=ReinforcementConfig(reward="environment"))
     with pytest.raises(UserError, match="'environment', but SequenceText does not know the true rates of its items"):
         config.check()

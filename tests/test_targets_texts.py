@@ -144,13 +144,19 @@ def test_normalising_twice_changes_nothing(text):
         ("STRASSE", "straße"),
         ("cafe\u0301", "café"),
         ("a\u00a0b", "a b"),
+        ("a\x07b\x00", "a b"),
+        ("soft\u00adware\ufeff", "software"),
+        ("\u202eשלום", "שלום"),
+        ("zero\u200bwidth", "zero width"),
     ],
 )
 def test_what_is_one_text(left, right):
     assert normalised(left) == normalised(right)
 
 
-@pytest.mark.parametrize("left, right", [("cafe", "café"), ("red shoes", "redshoes"), ("红", "紅"), ("👟", "👞")])
+@pytest.mark.parametrize(
+    "left, right", [("cafe", "café"), ("red shoes", "redshoes"), ("红", "紅"), ("👟", "👞"), ("👩\u200d🚀", "👩🚀")]
+)
 def test_what_is_not(left, right):
     assert normalised(left) != normalised(right)
 

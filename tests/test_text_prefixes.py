@@ -1,7 +1,5 @@
 """Prefixes: which queries they co-occur with, Eq. 2 by hand, and the alignment with the queries."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,10 +7,11 @@ from tiny_encoder import make_encoder
 
 from jaxrec.config import UserError
 from jaxrec.data.sources.synthetic_mall import SyntheticMall
+from jaxrec.text import prefixes as text_prefixes
 from jaxrec.text.encoder import EncoderConfig, embed_texts
 from jaxrec.text.finetune import FinetuneConfig, embed, finetune
 from jaxrec.text.pair_batches import TermConfig, TermsConfig, select
-from jaxrec.text.prefixes import PrefixConfig, augment, co_occurrence
+from jaxrec.text.prefixes import PrefixConfig, augment, co_occurrence, most_frequent
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 
@@ -24,16 +23,16 @@ def log_of(*rows: tuple[str, str, str]) -> pa.Table:
 
 
 def test_augment_by_hand():
-    prefixes = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
-    queries = jnp.array([[0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
-    table = jnp.array([[0, 1, -1], [-1, -1, -1], [2, -1, -1]])
+    prefixes = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], np.float32)
+    queries = np.array([[0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]], np.float32)
+    table = np.array([[0, 1, -1], [-1, -1, -1], [2, -1, -1]])
     mixed = augment(prefixes, queries, table, weight=0.25)
     # 0.75 (1, 0) + 0.25 (0.5, 0.5); itself; 0.75 (0.6, 0.8) + 0.25 (-1, 0)
     np.testing.assert_allclose(mixed, [[0.875, 0.125], [0.0, 1.0], [0.2, 0.6]], rtol=1e-6)
     np.testing.assert_allclose(augment(prefixes, queries, table)[2], [-0.2, 0.4], rtol=1e-5)  # w = 0.5
 
 
-def test_augment_against_a_loop():
+def test_augment_against_a_loop(monkeypatch):
     rng = np.random.default_rng(0)
     prefixes, queries = rng.normal(size=(7, 4)).astype(np.float32), rng.normal(size=(9, 4)).astype(np.float32)
     table = np.where(rng.random((7, 3)) < 0.5, rng.integers(0, 9, (7, 3)), -1)
@@ -42,13 +41,26 @@ def test_augment_against_a_loop():
     for own, row in zip(prefixes, table):
         found = [queries[i] for i in row if i >= 0]
         expected.append(0.3 * own + 0.7 * np.mean(found, axis=0) if found else own)
-    np.testing.assert_allclose(jax.jit(augment, static_argnums=3)(prefixes, queries, table, 0.7), expected, atol=1e-6)
+    np.testing.assert_allclose(augment(prefixes, queries, table, 0.7), expected, atol=1e-6)
+    monkeypatch.setattr(text_prefixes, "ROWS_AT_ONCE", 3)
+    np.testing.assert_allclose(augment(prefixes, queries, table, 0.7), expected, atol=1e-6)
+
+
+def test_the_most_frequent_by_hand():
+    table = np.array([[4, 0, 2], [1, -1, -1], [-1, -1, -1], [5, 3, 7]])
+    count = np.array([[3, 2, 2], [1, 0, 0], [0, 0, 0], [9, 9, 9]])
+    assert most_frequent(table, count, 2).tolist() == [[4, 0], [1, -1], [-1, -1], [3, 5]]
+    assert most_frequent(table, count, 4, min_count=3).tolist()[0] == [4, -1, -1, -1]
+    # Once less: 0 falls behind 2; the only completion is none; what is no completion changes nothing.
+    without = np.array([0, 1, 6, -1])
+    assert most_frequent(table, count, 2, without=without).tolist() == [[4, 2], [-1, -1], [-1, -1], [3, 5]]
+    assert most_frequent(table, count, 2, 2, np.array([2, 6, 6, 7])).tolist() == [[4, 0], [-1, -1], [-1, -1], [3, 5]]
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_the_weight_is_inside_zero_and_one(weight):
     with pytest.raises(UserError, match=r"prefixes\.weight="):
-        augment(jnp.zeros((1, 2)), jnp.zeros((1, 2)), jnp.zeros((1, 1), jnp.int32), weight)
+        augment(np.zeros((1, 2)), np.zeros((1, 2)), np.zeros((1, 1), np.int32), weight)
 
 
 def test_queries_of_a_prefix_are_the_most_frequent_that_were_taken():

@@ -164,12 +164,15 @@ def _cut(searches: ibis.Table, config: PrefixCutConfig) -> ibis.Table:
 
 
 def _known(searches: ibis.Table) -> ibis.Table:
-    """The texts of training: text, n (searches), query (its most frequent writing), place (by text, from 0)."""
-    writings = searches.group_by(["text", "query"]).agg(n=_.count())
-    first = ibis.row_number().over(group_by="text", order_by=[ibis.desc("n"), "query"])
-    total = _.n.sum().over(ibis.window(group_by="text"))
-    known = writings.mutate(first=first, total=total).filter(_["first"] == 0)
-    return known.select("text", "query", n=_.total, place=ibis.row_number().over(order_by="text"))
+    """The texts of training: text, n (its sessions), query (its most frequent writing), place (by text, from 0).
+
+    A session counts once, as in `jaxrec.data.completions`: paging through results is no further demand.
+    """
+    sessions = searches.select("text", "user_id", "session").distinct().group_by("text").agg(n=_.count())
+    writings = searches.group_by(["text", "query"]).agg(times=_.count())
+    first = ibis.row_number().over(group_by="text", order_by=[ibis.desc("times"), "query"])
+    known = writings.mutate(first=first).filter(_["first"] == 0).inner_join(sessions, "text")
+    return known.select("text", "query", "n", place=ibis.row_number().over(order_by="text"))
 
 
 def _recalled(lists: ibis.Table, train: ibis.Table, known: ibis.Table, config: PrefixCutConfig) -> ibis.Table:

@@ -10,6 +10,7 @@ Everything is of the train split. An event counts for the query of the search th
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,13 @@ from jaxrec.files import read_json
 
 SHOWN, CLICKED, ORDERED = range(3)
 KINDS = ("itemcf", "swing")
+
+
+def _check_kinds(config: Any, *names: str) -> None:
+    for name in names:
+        for kind in getattr(config, name):
+            if kind not in KINDS:
+                raise UserError(f"configuration key 'queries.{name}' names {kind!r}; give some of {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,21 @@ class QueryPairConfig:
 
     def __post_init__(self):
         check_least(self, "queries", least_clicks=1)
-        for name in ("q2q", "i2i"):
-            for kind in getattr(self, name):
-                if kind not in KINDS:
-                    raise UserError(
-                        f"configuration key 'queries.{name}' names {kind!r}; give some of {', '.join(KINDS)}"
-                    )
+        _check_kinds(self, "q2q", "i2i")
+
+
+@dataclass(frozen=True)
+class AskedPairConfig:
+    """Pairs of queries that were asked together."""
+
+    q2q: tuple[str, ...] = KINDS
+    """Kinds of pairs: itemcf, of queries of one session (or user, as `limits.itemcf_within` says); swing, of queries
+    that users who share few other queries both asked."""
+    limits: PairConfig = field(default_factory=PairConfig)
+    """Limits of the pairs."""
+
+    def __post_init__(self):
+        _check_kinds(self, "q2q")
 
 
 def has_searches(tables: Path) -> bool:
@@ -120,12 +137,23 @@ def related(
     clicks: pa.Table, of: str, by: str, kinds: tuple[str, ...], limits: PairConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of the values of column `of` that share values of column `by`, int32 [n] each; of each pair one is kept."""
-    if not kinds or not clicks.num_rows:
+    # To `build_pairs`, what is shared are users of one session each.
+    return _pairs(pa.table({"user": clicks[by], "session": clicks[by], "item": clicks[of]}), kinds, limits)
+
+
+def asked_together(asked: pa.Table, config: AskedPairConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of queries that users asked in the same sessions, or that the same users asked, int32 [n] each.
+
+    asked: int32 user, session and item, the number of a query; distinct.
+    """
+    return _pairs(asked, config.q2q, config.limits)
+
+
+def _pairs(log: pa.Table, kinds: tuple[str, ...], limits: PairConfig) -> tuple[np.ndarray, np.ndarray]:
+    if not kinds or not log.num_rows:
         return np.zeros(0, np.int32), np.zeros(0, np.int32)
     engine = connect()
-    # To `build_pairs`, what is shared are users of one session each.
-    log = store(engine, pa.table({"user": clicks[by], "session": clicks[by], "item": clicks[of]}))
-    pairs = build_pairs(engine, log, limits)
+    pairs = build_pairs(engine, store(engine, log), limits)
     pairs = pairs.filter(pc.is_in(pairs["kind"], pa.array(kinds))).select(["item", "other"])
     pairs = pairs.group_by(["item", "other"]).aggregate([]).sort_by([("item", "ascending"), ("other", "ascending")])
     return pairs["item"].to_numpy(), pairs["other"].to_numpy()

@@ -22,6 +22,13 @@ REWARDS = "rewards"  # the subset of what a policy is worth, by the learned and 
 SUGGESTIONS = "suggestions"  # the subset of what is shown for prefixes, whatever the truth
 TEACHER_FORCED = {"items": SEMANTIC_IDS, "texts": TEXTS}
 """The subset of what is measured of targets, by the kind of their space."""
+SHOWN_TO_USERS = "impressions"
+"""What is counted where probabilities of what was shown are judged."""
+IMPRESSIONS = {name: f"{SHOWN_TO_USERS}_{name}" for name in ("ctr", "cvr", "ctcvr")}
+"""The subsets of what was shown, by the probability that is judged: of a click, of a clicked item's purchase, of a
+purchase."""
+CALIBRATION = "calibration.json"
+"""In the folder of an evaluation: by model and probability, the bins of a calibration curve."""
 CASES = {"prefix": "prefixes", "query": "searches"}
 """What is counted, by the field that the histories of such cases have; users in all others."""
 BY_QUERY = "by query"
@@ -33,8 +40,8 @@ Measure = Callable[[Cases, np.ndarray], dict[str, SumCount]]
 
 
 def unit_of(rows: Sequence[Row], targets: bool = False) -> str:
-    """What the counts of rows count: users, or as the rows say in `cases`; targets: of teacher-forced targets."""
-    return "targets" if targets else str(next((row["cases"] for row in rows if "cases" in row), "users"))
+    """What the counts of rows count: users, or as the first row says in `cases`; targets: of teacher-forced targets."""
+    return "targets" if targets else str(rows[0].get("cases", "users") if rows else "users")
 
 
 def evaluate(
@@ -136,7 +143,12 @@ SHOWN = (
     "acc_sid3",
     "acc_token",
     "validity",
+    "auc",
+    "gauc",
+    "log_loss",
+    "ece",
 )
+LOWER_IS_BETTER = ("log_loss", "ece")
 
 SHOWN_OF_REWARDS = (
     "true_reward@10",
@@ -165,7 +177,7 @@ def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> li
         values, counts = pivot(group)
         columns = shown_metrics(subset, metrics)
         shown = [metric for metric in columns if any(metric in row for row in values.values())]
-        best = {metric: max(row.get(metric, 0.0) for row in values.values()) for metric in shown}
+        best = {metric: best_of(metric, values) for metric in shown}
         unit = unit_of(group, subset in TEACHER_FORCED.values())
         title = f"{split}, {subset.replace('_', ' ')} ({max(counts.values()):,.0f} {unit})"
         table = Table(title=title, title_justify="left")
@@ -317,6 +329,12 @@ def standing_table(found: Sequence[Standing], system: str) -> Table:
         values = (f"{each.value:.4f}", each.baseline, f"{each.best:.4f}", each.difference)
         table.add_row(each.subset, each.metric, *values)
     return table
+
+
+def best_of(metric: str, values: Mapping[str, Mapping[str, float]]) -> float:
+    """The best value of a metric among {model: {metric: value}}."""
+    found = [row[metric] for row in values.values() if metric in row]
+    return (min if metric in LOWER_IS_BETTER else max)(found)
 
 
 def is_system(model: str, system: str) -> bool:

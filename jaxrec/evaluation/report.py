@@ -4,6 +4,7 @@ Every section is made from one or two files of the run directory, and left out i
 
     metrics.jsonl                                  training curves
     evaluation.json                                the comparison with the baselines
+    evaluation/calibration.json                    how well probabilities are calibrated
     semantic_ids/codes.parquet, tables/items.parquet   the tree of semantic IDs
     semantic_ids/quality.json                      the quality of the IDs
     examples_shown.json                            generated items for some users
@@ -21,6 +22,9 @@ import pyarrow.parquet as pq
 
 from jaxrec.evaluation.comparison import (
     BY_QUERY,
+    CALIBRATION,
+    IMPRESSIONS,
+    LOWER_IS_BETTER,
     REWARDS,
     SEMANTIC_IDS,
     SHOWN,
@@ -41,8 +45,8 @@ from jaxrec.evaluation.comparison import (
 from jaxrec.evaluation.judgments import JUDGED, JUDGED_ONLY
 from jaxrec.evaluation.proxies import courses
 from jaxrec.files import read_json
-from jaxrec.page import Section, curve, number, score_table, tiles, write
-from jaxrec.run import Run
+from jaxrec.page import Section, calibration_curve, curve, number, score_table, tiles, write
+from jaxrec.run import EVALUATION, Run
 from jaxrec.semantic_ids.table.page import PageItems, figure_tables, tree_section
 from jaxrec.semantic_ids.table.versions import trained_space
 
@@ -57,6 +61,9 @@ SUBSET_TITLES = {
     SUGGESTIONS: "What is shown for a prefix",
     JUDGED: "Judged pairs",
     JUDGED_ONLY: "Judged pairs, judged items alone",
+    IMPRESSIONS["ctr"]: "Clicks of what was shown",
+    IMPRESSIONS["cvr"]: "Purchases of what was clicked",
+    IMPRESSIONS["ctcvr"]: "Purchases of what was shown",
 }
 SUBSET_NOTES = {
     SEMANTIC_IDS: "how often the likeliest code is the true one, the codes before it being known; "
@@ -72,6 +79,10 @@ SUBSET_NOTES = {
     "answers; saved: keystrokes, where the truth is among the first ten",
     JUDGED: "graded gains; an item that nobody judged has none",
     JUDGED_ONLY: "graded gains; items that nobody judged are taken out of every ranking",
+    **dict.fromkeys(
+        IMPRESSIONS.values(),
+        "predicted probabilities; gauc: the mean of the users' AUCs, weighted by impressions; ece: calibration error",
+    ),
 }
 WORDS = {
     "prefixes": {
@@ -108,6 +119,7 @@ def write_report(run_path: Path) -> Path:
     system = str(config.get("system", "model"))
     sections = (
         _comparison(run, system),
+        _calibration(run),
         _examples(run),
         _curves(run),
         _quality(run),
@@ -149,7 +161,8 @@ def _comparison(run: Run, system: str) -> Section | None:
         title, told = WORDS.get(unit, {}).get(subset, (SUBSET_TITLES.get(subset, subset), SUBSET_NOTES.get(subset, "")))
         note = f"{split}, {max(counts.values()):,.0f} {unit}; {told}".rstrip("; ")
         parts.append(f"<h3>{escape(title)} <small>{escape(note)}</small></h3>")
-        parts.append(score_table(values, metrics, [model for model in values if is_system(model, system)]))
+        ours = [model for model in values if is_system(model, system)]
+        parts.append(score_table(values, metrics, ours, LOWER_IS_BETTER))
     parts += [_group(*key, columns, system) for key, columns in grouped(rows).items()]
     note = f"Every model ranks the whole catalogue for the same {unit_of(rows)}. The best of a column stands in color."
     return "comparison", "Comparison", note, "\n".join(parts)
@@ -164,6 +177,22 @@ def _group(split: str, group: str, columns: list[SubsetColumn], system: str) -> 
             values.setdefault(model, {})[title] = value
     head = f"<h3>{escape(group.capitalize())} <small>{escape(f'{split}; {GROUP_NOTES[group]}')}</small></h3>"
     return head + score_table(values, titles, [model for model in values if is_system(model, system)])
+
+
+def _calibration(run: Run) -> Section | None:
+    """Of every probability of a ranking model, what was predicted against what was observed."""
+    path = run.path / EVALUATION / CALIBRATION
+    found = read_json(path) if path.exists() else {}
+    figures = [
+        calibration_curve(f"{model}: {name}", list(zip(bins["predicted"], bins["observed"], strict=True)))
+        for model, curves in found.items()
+        for name, bins in curves.items()
+        if bins["count"]
+    ]
+    if not figures:
+        return None
+    note = "Bins of equally many impressions: the share that was taken, over the probability that was predicted."
+    return "calibration", "Calibration", note, f'<div class="curves">{"".join(figures)}</div>'
 
 
 def _curves(run: Run) -> Section | None:

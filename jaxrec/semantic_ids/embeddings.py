@@ -8,7 +8,8 @@ computed by an item tower from the products it sells now (`jaxrec.text.scenarios
 `AlignConfig` learns a projection of the vectors and a free vector an item, `FinetuneConfig` the encoder itself or a
 projection. For new items the semantic_ids folder keeps
 
-    text.json               the encoder (a package, a folder, or `encoder` for the folder below), its maximal length
+    text.json               the encoder (a package, a folder, or `encoder` for the folder below), its maximal length;
+                            `aligned` false: its vectors as they are
     alignment.safetensors   the projection, where there is one
     encoder/                the encoder, where it was fine-tuned
     own.parquet             with scenarios: the items' own embeddings, without their products'; those of later items
@@ -40,7 +41,7 @@ from jaxrec.semantic_ids.files.vectors import OWN, read_own, write_own
 from jaxrec.semantic_ids.table.versions import first_ids
 from jaxrec.text import align, finetune
 from jaxrec.text.align import AlignConfig
-from jaxrec.text.encoder import EncoderConfig, embed_texts
+from jaxrec.text.encoder import EncoderConfig, embed_texts, load_encoder
 from jaxrec.text.finetune import FinetuneConfig, SearchFinetuneConfig
 from jaxrec.text.pair_batches import TextPairs
 from jaxrec.text.scenarios import (
@@ -78,11 +79,7 @@ def finetune_items(
       UserError: the items bring embeddings of their own, or there are no pairs.
     """
     items = pq.read_table(tables / "items.parquet")
-    if "embedding" in items.column_names:
-        raise UserError(
-            "items.parquet has embeddings of its own, which no text encoder made: align them with --align AlignConfig, "
-            "or leave the column out"
-        )
+    _check_no_embeddings(items)
     pairs = read_pairs(tables / "pairs.parquet", config.kinds)
     texts, typed = read_texts(items), {"i2i": TextPairs(pairs[:, 0], pairs[:, 1])}
     if isinstance(config, SearchFinetuneConfig):
@@ -124,7 +121,6 @@ def embed_catalogue(
     """
     items = pq.read_table(tables / "items.parquet")
     own = "embedding" in items.column_names
-    text = {"model": None if own else text_config.model, "max_tokens": text_config.max_tokens}
     pairs = read_pairs(tables / "pairs.parquet", pair_kinds(align_config))
     if isinstance(align_config, AlignConfig):
         path = tables / "items.parquet"
@@ -134,19 +130,31 @@ def embed_catalogue(
         flat = flatten_dict(alignment.params, sep=".")
         save_file({name: np.asarray(value) for name, value in flat.items()}, folder / ALIGNMENT)
         embeddings, figures = align.apply_all(alignment.params, vectors), alignment.metrics
+        text = {"model": None if own else text_config.model, "max_tokens": text_config.max_tokens}
+        write_json(folder / TEXT, text)
     else:
-        found = finetune.load(tuned, text_config)
-        if found.projection is None:
-            # From its folder, so that the embeddings are remembered.
-            embeddings = embed_texts(read_texts(items), replace(text_config, model=str(tuned)))
-            shutil.copytree(tuned, folder / ENCODER)
-            text["model"] = ENCODER
-        else:
-            embeddings = finetune.embed(found, read_texts(items), text_config)
-            shutil.copy(tuned / finetune.PROJECTION_FILE, folder / ALIGNMENT)
-        figures = found.metrics
-    write_json(folder / TEXT, text)
+        _check_no_embeddings(items)
+        keep_encoder(folder, text_config, tuned)
+        embeddings = embed_new(folder, read_texts(items), text_config=text_config)
+        figures = read_json(tuned / finetune.METRICS_FILE)
     return embeddings, pairs, figures
+
+
+def keep_encoder(folder: Path, text_config: EncoderConfig, tuned: Path | None = None) -> None:
+    """Puts into `folder` what embeds texts, for `embed_new`.
+
+    tuned: the folder of a fine-tuned encoder or projection, which is copied; None: the encoder as it came.
+    """
+    text = {"model": text_config.model, "max_tokens": text_config.max_tokens}
+    if tuned is None:
+        text["aligned"] = False
+    elif (tuned / finetune.PROJECTION_FILE).is_file():
+        shutil.copy(tuned / finetune.PROJECTION_FILE, folder / ALIGNMENT)
+    else:
+        shutil.copytree(tuned, folder / ENCODER)
+        load_encoder.cache_clear()  # It caches encoders by folder, and the folder may have held another one.
+        text["model"] = ENCODER
+    write_json(folder / TEXT, text)
 
 
 def embed_scenarios(key: jax.Array, tables: Path, folder: Path, own: np.ndarray, config: TowersConfig) -> np.ndarray:
@@ -220,7 +228,12 @@ def embed_new(
     text_config: how the encoder runs; which one, and how long texts are, the folder says.
     """
     vectors = embed_texts(texts, encoder_of(folder, text_config))
-    return vectors if (Path(folder) / ENCODER).is_dir() else aligned(folder, vectors, item_ids)
+    return aligned(folder, vectors, item_ids) if is_aligned(folder) else vectors
+
+
+def is_aligned(folder: Path) -> bool:
+    """Whether the vectors of a folder's encoder are projected by an alignment."""
+    return not (Path(folder) / ENCODER).is_dir() and read_json(Path(folder) / TEXT).get("aligned", True)
 
 
 def encoder_of(folder: Path, text_config: EncoderConfig | None = None) -> EncoderConfig:
@@ -293,6 +306,15 @@ def read_texts(items: pa.Table) -> list[str]:
             "prepare the tables again with one of them"
         )
     return [text or "" for text in items["text"].to_pylist()]
+
+
+def _check_no_embeddings(items: pa.Table) -> None:
+    """UserError where items bring embeddings of their own, which a fine-tuned encoder would not make."""
+    if "embedding" in items.column_names:
+        raise UserError(
+            "items.parquet has embeddings of its own, which no text encoder made: align them with --align AlignConfig, "
+            "or leave the column out"
+        )
 
 
 def pair_kinds(config: AlignConfig | FinetuneConfig) -> tuple[str, ...]:

@@ -16,25 +16,22 @@ about collisions of items does not apply, so an extra level of theirs is not amo
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
 from jaxrec.data.words import normalised
-from jaxrec.semantic_ids.embeddings import ENCODER, embed_new, encoder_of, encodes_texts, read_alignment, with_products
+from jaxrec.semantic_ids.embeddings import embed_new, encodes_texts, with_products
 from jaxrec.semantic_ids.files.vectors import read_embeddings, write_embeddings
 from jaxrec.semantic_ids.keyword_embeddings import KeywordEmbeddings, load_keywords
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.quantizers.codebooks import Codebooks
 from jaxrec.semantic_ids.table.versions import BOOKS
-from jaxrec.text import align
-from jaxrec.text.encoder import EncoderConfig, encode_batches, load_encoder, longest
+from jaxrec.semantic_ids.text_embedder import TextEmbedder, by_block
+from jaxrec.text.encoder import EncoderConfig
 
 QUERY_CODES, QUERY_EMBEDDINGS = "query_codes.parquet", "query_embeddings.safetensors"
-BLOCK_ROWS = 64
-"""Rows that are projected and quantized at once: one shape, compiled once, so the other queries change no code."""
 BLOCK_TOKENS = 64
 """Tokens that are encoded at once, padding included: a request has few queries, mostly short."""
 
@@ -49,9 +46,7 @@ class QueryIds:
           UserError: the items were not embedded from texts, or a file is missing or damaged.
         """
         self._folder = Path(folder)
-        self._text_config = encoder_of(folder, text_config)
-        self._encoder = load_encoder(self._text_config.model)
-        self._alignment = None if (self._folder / ENCODER).is_dir() else read_alignment(folder)
+        self._embedder = TextEmbedder(folder, text_config, BLOCK_TOKENS)
         self._keywords: KeywordEmbeddings | None = load_keywords(folder)
         self.codebooks: Codebooks = codebooks.load(self._folder / BOOKS)
         self._known, self._codes, self._embeddings = _read(self._folder, self.codebooks)
@@ -90,7 +85,7 @@ class QueryIds:
 
     def quantize(self, embeddings: np.ndarray) -> np.ndarray:
         """The codes of embeddings f32 [n, D], int32 [n, M]."""
-        return _by_block(lambda rows: codebooks.encode(self.codebooks, rows), embeddings)
+        return by_block(lambda rows: codebooks.encode(self.codebooks, rows), embeddings)
 
     def enhanced(self, own: np.ndarray, texts: list[str]) -> np.ndarray:
         """Embeddings as items have them, f32 [n, D], from those of the normalised texts alone."""
@@ -100,13 +95,7 @@ class QueryIds:
 
     def _embed(self, texts: list[str]) -> np.ndarray:
         """The embeddings of normalised texts, f32 [n, D]; the cache of embeddings doesn't learn what shoppers type."""
-        vectors = np.zeros((len(texts), self._encoder.config.hidden_size), np.float32)
-        max_tokens = longest(self._encoder, self._text_config)
-        for rows, encoded in encode_batches(self._encoder, texts, max_tokens, BLOCK_TOKENS):
-            vectors[rows] = encoded
-        if self._alignment is not None:
-            vectors = _by_block(lambda rows: np.asarray(_project(self._alignment, rows)), vectors)
-        return self.enhanced(vectors, texts)
+        return self.enhanced(self._embedder(texts), texts)
 
 
 def load_query_ids(folder: Path, text_config: EncoderConfig | None = None) -> QueryIds:
@@ -159,15 +148,3 @@ def _read(folder: Path, books: Codebooks) -> tuple[dict[str, int], np.ndarray, n
         codes,
         read_embeddings(folder / QUERY_EMBEDDINGS, queries),
     )
-
-
-def _by_block(function, x: np.ndarray) -> np.ndarray:
-    """`function` of rows [BLOCK_ROWS, D] over all rows of x [n, D], the last block padded with zeros."""
-    parts = []
-    for rows in (x[start : start + BLOCK_ROWS] for start in range(0, max(len(x), 1), BLOCK_ROWS)):
-        padded = np.pad(rows, ((0, BLOCK_ROWS - len(rows)), (0, 0)))
-        parts.append(function(padded)[: len(rows)])
-    return np.concatenate(parts)
-
-
-_project = jax.jit(align.apply)

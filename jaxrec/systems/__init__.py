@@ -5,16 +5,17 @@ A system is a package of three files: `config.py` what decides a run, `model.py`
 directory, is skipped when its inputs are unchanged, and can be killed and run again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from jaxrec.config import UserError, fingerprint, from_json
 from jaxrec.console import console
-from jaxrec.evaluation import Cases
-from jaxrec.evaluation.comparison import Row
+from jaxrec.evaluation import Recommender
+from jaxrec.files import read_json
 from jaxrec.run import Run
 from jaxrec.systems import generative
 from jaxrec.systems.comparison import TrainedRecommender, compare, present
@@ -28,6 +29,8 @@ from jaxrec.systems.onesearch.config import OneSearchConfig
 from jaxrec.systems.rankgr import model as rankgr_model
 from jaxrec.systems.rankgr import training as rankgr_training
 from jaxrec.systems.rankgr.config import RankGRRunConfig
+from jaxrec.systems.ranking import cascade
+from jaxrec.systems.ranking.config import CASCADE, CascadeConfig
 from jaxrec.systems.sequential import model as sequential_model
 from jaxrec.systems.sequential import training as sequential_training
 from jaxrec.systems.sequential.config import NAMES, SequentialConfig
@@ -49,8 +52,6 @@ class System:
     """stages(run, config): its trainings in order; the last one is served."""
     recommender: Callable[[Any, dict, Any], TrainedRecommender] = generative.recommender
     """recommender(assembly, variables, config): the trained model, ready to recommend."""
-    measure: Callable[[Run, Any, TrainedRecommender, Cases], list[Row]] | None = None
-    """measure(run, config, model, cases): rows of its own for the final evaluation."""
 
 
 TIGER = System(TigerConfig, tiger_model.assemble, tiger_training.stages)
@@ -59,13 +60,12 @@ SEQUENTIAL = System(
 )
 
 SYSTEMS: dict[str, System] = {
-    "onemall": System(
-        OneMallConfig, onemall_model.assemble, onemall_stages.stages, onemall_stages.recommender, onemall_stages.measure
-    ),
+    "onemall": System(OneMallConfig, onemall_model.assemble, onemall_stages.stages, onemall_stages.recommender),
     "onesearch": System(
         OneSearchConfig, onesearch_model.assemble, onesearch_training.stages, onesearch_model.recommender
     ),
     "rankgr": System(RankGRRunConfig, rankgr_model.assemble_trained, rankgr_training.stages),
+    CASCADE: System(CascadeConfig, cascade.assemble, cascade.stages, cascade.recommender),
     "tiger": TIGER,
     "forge": TIGER,
 } | dict.fromkeys(NAMES, SEQUENTIAL)
@@ -94,17 +94,60 @@ def train(run: Run, config: RunConfig, *, until: str = "", only: str = "") -> No
     if trained is None:
         console.print(f"the stage {until or only} is trained; the same command without it goes on", markup=False)
         return
-    run.phase(
-        "evaluation",
-        fingerprint(trained, config.evaluation_inputs()),
-        lambda folder: _evaluate(run, config, folder),
-    )
+    beside = config.evaluation.beside
+    others = [read_json(path / Run(path).training / "fingerprint.json") for path in check_beside(run, beside)]
+
+    def make(folder: Path) -> None:
+        model = load_recommender(run)
+        compare(run, model, config.evaluation, folder, load_beside(model, config.system, beside))
+
+    run.phase("evaluation", fingerprint(trained, config.evaluation_inputs(), *others), make)
     present(run)
 
 
-def _evaluate(run: Run, config: RunConfig, folder: Path) -> None:
-    model, measure = load_recommender(run), SYSTEMS[config.system].measure
-    compare(run, model, config.evaluation, folder, None if measure is None else partial(measure, run, config, model))
+def check_beside(run: Run, paths: Sequence[Path]) -> Sequence[Path]:
+    """The paths of runs whose models can be measured on the cases of this one: of the same items, users and behaviors.
+
+    Raises:
+      UserError: one is not finished, or of other tables.
+    """
+    for path in paths:
+        other, _ = Run.load(path)
+        other.check_trained()
+        columns = {"items": "item_id", "users": "user_id"}
+        same = all(
+            pq.read_table(run.tables / f"{table}.parquet", columns=[column])
+            .equals(pq.read_table(other.tables / f"{table}.parquet", columns=[column]))
+            for table, column in columns.items()
+        )  # fmt: skip
+        behaviors = [read_json(each.tables / "statistics.json")["behaviors"] for each in (run, other)]
+        if not same or behaviors[0] != behaviors[1]:
+            raise UserError(
+                f"configuration key 'evaluation.beside': {path} is of other items, users or behaviors than {run.path}; "
+                "train both on the same data"
+            )
+    return paths
+
+
+def load_beside(model: TrainedRecommender, system: str, paths: Sequence[Path]) -> dict[str, Recommender]:
+    """The trained models of other runs by the names of their rows, each with its variants.
+
+    Raises:
+      UserError: one answers with texts where `model`, of `system`, answers with items, or it needs what was typed.
+    """
+    found: dict[str, Recommender] = {}
+    mine = {system, *getattr(model, "variants", ())}
+    for path in paths:
+        run, values = Run.load(path)
+        other = load_recommender(run)
+        kinds = [each.space.kind if hasattr(each, "space") else "items" for each in (model, other)]
+        needed = getattr(other, "required_text", None)
+        if kinds[0] != kinds[1] or needed not in (None, getattr(model, "required_text", None)):
+            needs = f"needs a {needed}" if kinds[0] == kinds[1] else f"answers with {kinds[1]}"
+            raise UserError(f"configuration key 'evaluation.beside': the model of {path} {needs}; leave it out")
+        for name, each in {str(values["system"]): other, **getattr(other, "variants", {})}.items():
+            found[f"{name} of {Path(path).name}" if name in {*found, *mine} else name] = each
+    return found
 
 
 def load_recommender(run: Run) -> TrainedRecommender:

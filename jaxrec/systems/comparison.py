@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +42,9 @@ class TrainedRecommender(Recommender, Protocol):
 
     A generative one also has `space`, its target space, and `diagnose(cases)`; without, answers are items. An assembly
     whose targets are not the items of later sessions has `cases(split)`: cases whose targets are answers of its space.
+
+    A model that is measured in other forms too has `variants`: recommenders by the names of their rows. One that judges
+    more than rankings has `further_rows(split, folder)`: rows of its own subsets; `folder` is that of the evaluation.
     """
 
     assembly: Any
@@ -66,6 +69,9 @@ class EvaluationConfig:
     """measure popularity, Markov and the others too"""
     shown_users: int = 8
     """users whose history and recommendations the report shows"""
+    beside: tuple[Path, ...] = ()
+    """of the final evaluation: finished runs on the same log, whose models are measured on the same cases and stand in
+    the same tables"""
 
     def __post_init__(self):
         check_choice(self, "evaluation", "split", ("test", "valid"))
@@ -85,6 +91,8 @@ class EvaluationConfig:
             raise UserError(
                 f"configuration key 'validation.split' is '{self.split}'; by it the best state is chosen: give valid"
             )
+        if self.beside:
+            raise UserError("configuration key 'validation.beside' is of no use while training; set evaluation.beside")
 
 
 def compare(
@@ -92,16 +100,17 @@ def compare(
     model: TrainedRecommender,
     config: EvaluationConfig,
     folder: Path,
-    more: Callable[[Cases], list[Row]] | None = None,
+    beside: Mapping[str, Recommender] | None = None,
 ) -> None:
     """Measures the model and the baselines; writes evaluation.json and examples_shown.json into `folder`.
 
-    more: further rows of the system's own, of the same cases.
+    beside: models of other runs, by the names of their rows.
     """
     name, kind = read_json(run.config_file)["system"], model.space.kind if hasattr(model, "space") else "items"
     records = functools.cache(lambda: list(Records(model.assembly.examples, config.split)))  # of all users, if at all
     cases = draw(cases_of(model.assembly, config.split, records), config)
-    rows = _measured(run, name, model, kind, cases, config, records)
+    ours = {**(beside or {}), name: model, **getattr(model, "variants", {})}
+    rows = _measured(run, ours, model, kind, cases, config, records)
     rows += [
         {
             "model": name,
@@ -113,34 +122,35 @@ def compare(
         }
         for metric, pair in (model.diagnose(cases) if hasattr(model, "diagnose") else {}).items()
     ]
-    rows += [] if more is None else more(cases)
+    if hasattr(model, "further_rows"):
+        rows += model.further_rows(config.split, folder)
     write_json(folder / "evaluation.json", rows)
     write_json(folder / "examples_shown.json", _shown(run, model, cases, config.shown_users))
 
 
 def _measured(
     run: Run,
-    name: str,
+    ours: Mapping[str, Recommender],
     model: TrainedRecommender,
     kind: str,
     cases: Cases,
     config: EvaluationConfig,
     records: Callable[[], Sequence[Record]],
 ) -> list[Row]:
-    """The rows of the model and of the baselines that fit the cases and the kind of answers."""
+    """The rows of `ours`, among them the model, and of the baselines that fit the cases and the kind of answers."""
     assembly, measured = model.assembly, {"split": config.split, "cutoffs": config.cutoffs}
     if kind == "items" and are_searches(cases):
         baselines = fit_search_baselines(run, assembly) if config.baselines else {}
-        return evaluate_searches(run, {**baselines, name: model}, cases, assembly.behaviors, **measured)
+        return evaluate_searches(run, {**baselines, **ours}, cases, assembly.behaviors, **measured)
     if kind == "texts" and are_suggestions(cases):
         baselines = fit_suggestion_baselines(run, model.space) if config.baselines else {}
-        return evaluate_suggestions(run, {**baselines, name: model}, cases, model.space, **measured)
+        return evaluate_suggestions(run, {**baselines, **ours}, cases, model.space, **measured)
     if not config.baselines:
-        return evaluate({name: model}, cases, **measured)
+        return evaluate(ours, cases, **measured)
     if kind == "texts":
-        return evaluate({**text_baselines(model.space), name: model}, cases, **measured)
+        return evaluate({**text_baselines(model.space), **ours}, cases, **measured)
     items, targets = pq.read_metadata(run.tables / "items.parquet").num_rows, assembly.target_behaviors
-    rows = evaluate({**fit_baselines(records(), items, targets), name: model}, cases, **measured)
+    rows = evaluate({**fit_baselines(records(), items, targets), **ours}, cases, **measured)
     return rows + evaluate_ties_shuffled(records(), items, targets, seed=config.seed, **measured)
 
 

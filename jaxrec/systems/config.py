@@ -10,7 +10,7 @@ from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.validation import check_training
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
-from jaxrec.text.finetune import FinetuneConfig, SearchFinetuneConfig
+from jaxrec.text.finetune import FinetuneConfig, SearchFinetuneConfig, SuggestionFinetuneConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 from jaxrec.training.sharding import MeshConfig
@@ -32,9 +32,11 @@ class RunConfig:
     """Cleaning, splits and pair statistics."""
     text: EncoderConfig = field(default_factory=EncoderConfig)
     """Text encoder."""
-    align: AlignConfig | FinetuneConfig | SearchFinetuneConfig = field(default_factory=AlignConfig)
+    align: AlignConfig | FinetuneConfig | SearchFinetuneConfig | SuggestionFinetuneConfig = field(
+        default_factory=AlignConfig
+    )
     """Contrastive alignment of the embeddings: by a projection and a free vector an item, or of the text encoder, on
-    pairs of items alone or on searches too."""
+    pairs of items alone, on searches too, or on suggestions without items."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser."""
     training: LoopConfig = field(default_factory=LoopConfig)

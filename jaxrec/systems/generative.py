@@ -37,8 +37,8 @@ from jaxrec.training.step import Loss
 
 
 @dataclass(frozen=True)
-class GenerativeRunConfig(RunConfig):
-    """What decides a run of any of these systems; each adds `features`, `model` and `objective`."""
+class SemanticIdRunConfig(RunConfig):
+    """What decides a run whose items have semantic IDs."""
 
     scenarios: TowersConfig | None = None
     """Embeddings by scenario: a video's product beside it, live streams by an item tower; None: by the texts alone."""
@@ -48,14 +48,21 @@ class GenerativeRunConfig(RunConfig):
     """Quantizers."""
     collisions: CollisionConfig = field(default_factory=CollisionConfig)
     """What is done about items that share a semantic ID."""
+
+    of_phases: ClassVar[tuple[str, ...]] = (*RunConfig.of_phases, "scenarios", "keywords", "semantic_ids", "collisions")
+    query_ids: ClassVar[bool] = False
+    """Whether the system's model reads semantic IDs of queries, which the tokenize phase then makes."""
+
+
+@dataclass(frozen=True)
+class GenerativeRunConfig(SemanticIdRunConfig):
+    """What decides a run of any of these systems; each adds `features`, `model` and `objective`."""
+
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     """Beam search of the trained model; another one needs no new training."""
     validation_decoding: DecodingConfig | None = None
     """Beam search of the validation while training; None: a copy of `decoding` as the configuration file gives it."""
 
-    of_phases: ClassVar[tuple[str, ...]] = (*RunConfig.of_phases, "scenarios", "keywords", "semantic_ids", "collisions")
-    query_ids: ClassVar[bool] = False
-    """Whether the system's model reads semantic IDs of queries, which the tokenize phase then makes."""
     of_validation: ClassVar[tuple[str, ...]] = (*RunConfig.of_validation, "validation_decoding")
     of_evaluation: ClassVar[tuple[str, ...]] = (*RunConfig.of_evaluation, "decoding")
 
@@ -80,7 +87,7 @@ class TrainedItems(NamedTuple):
     """bool [behaviors]: the target behaviors"""
 
 
-def read_items(run: Run, config: GenerativeRunConfig) -> TrainedItems:
+def read_items(run: Run, config: SemanticIdRunConfig) -> TrainedItems:
     """Reads the items of a run and their semantic IDs.
 
     Raises:

@@ -13,14 +13,18 @@ from jaxrec.data.examples import write_examples
 from jaxrec.data.prepare import prepare, tells_answer_time
 from jaxrec.run import Run, stage_path
 from jaxrec.semantic_ids.embeddings import finetune_items
+from jaxrec.semantic_ids.related_writing import write_related
 from jaxrec.semantic_ids.table.versions import check_replaceable, replacing
 from jaxrec.semantic_ids.tokenize import embed, tokenize
 from jaxrec.text.encoder import EncoderConfig, load_encoder
-from jaxrec.text.finetune import FinetuneConfig
+from jaxrec.text.finetune import FinetuneConfig, SuggestionFinetuneConfig
+from jaxrec.text.suggestions import finetune_suggestions
 from jaxrec.training.stages import Stage, Task
 
 ALIGNMENT = "alignment"
 """The stage that fine-tunes the text encoder."""
+RELATED = "related"
+"""The phase, and the folder, of the related queries of prefixes."""
 
 
 def alignment(run: Run, config: Any, with_ids: bool) -> tuple[Stage, ...]:
@@ -31,14 +35,18 @@ def alignment(run: Run, config: Any, with_ids: bool) -> tuple[Stage, ...]:
     if not isinstance(config.align, FinetuneConfig):
         return ()
 
+    on_suggestions = isinstance(config.align, SuggestionFinetuneConfig)
+
     def data() -> tuple[Any, ...]:
-        tables, encoder = prepare_tables(run, config), _encoder(run, config.text)
+        tables = prepare_tables(run, config)
+        encoder = _inputs_of(config.text) if on_suggestions else _encoder(run, config.text)
         if with_ids:
             check_replaceable(run.semantic_ids, _id_inputs(config, tables, encoder))
         return tables, *encoder
 
     def train(task: Task) -> None:
-        finetune_items(run.tables, task.folder, config.text, config.align, config.seed, task.metrics_path)
+        finetune = finetune_suggestions if on_suggestions else finetune_items
+        finetune(run.tables, task.folder, config.text, config.align, config.seed, task.metrics_path)
 
     return (Stage(ALIGNMENT, (config.align, config.seed), data, train),)
 
@@ -89,6 +97,21 @@ def prepare_with_embeddings(run: Run, config: Any) -> tuple[str, str]:
     return embeddings, prepare_examples(run, config, tables)
 
 
+def prepare_related(run: Run, config: Any) -> str:
+    """Makes the related queries of prefixes (`jaxrec.semantic_ids.related_queries`); their fingerprint.
+
+    config: with the fields data, prepare, text, align, related and seed. Where it fine-tunes the text encoder, the
+    stage `alignment` comes before; otherwise the encoder is used as it came. No items are needed.
+    """
+    tuned = _tuned(run) if isinstance(config.align, FinetuneConfig) else None
+    inputs = (prepare_tables(run, config), *_inputs_of(config.text), tuned and config.align, config.related)
+    return run.phase(
+        RELATED,
+        fingerprint(*inputs, config.seed),
+        lambda folder: write_related(run.tables, folder, config.text, config.related, config.seed, tuned),
+    )
+
+
 def check_items(config: Any) -> None:
     """UserError where the log has no items and no events, as a log of queries alone."""
     if not config.data.target_behaviors:
@@ -133,5 +156,10 @@ def _encoder(run: Run, text: EncoderConfig) -> tuple:
     """What the vectors of the items' texts depend on; nothing, where the items bring embeddings of their own."""
     if "embedding" in pq.read_schema(run.tables / "items.parquet").names:
         return ()
+    return _inputs_of(text)
+
+
+def _inputs_of(text: EncoderConfig) -> tuple:
+    """What vectors of a text encoder depend on."""
     # Not by its name alone: a folder may hold another encoder by now.
     return text.model, load_encoder(text.model).fingerprint, text.max_tokens

@@ -17,6 +17,8 @@ from jaxrec.text.finetune import FinetuneConfig
 from jaxrec.training.loop import TrainState
 
 CUTOFFS = (5, 10)
+MONITORED = tuple(f"{name}@{cutoff}" for name in METRICS for cutoff in CUTOFFS)
+"""What is measured of rankings while training."""
 
 
 def make_validation(
@@ -61,16 +63,17 @@ def measured_cases(cases: Cases, config: EvaluationConfig) -> Cases:
     return cases
 
 
-def check_training(config: Any, alignment: bool = True) -> None:
+def check_training(config: Any, alignment: bool = True, metrics: Sequence[str] = MONITORED) -> None:
     """What only the whole configuration of a system shows of its trainings, before any work is done.
 
-    config: with the fields optim, training, align, validation and evaluation; `alignment`: whether `align` is used.
+    config: with the fields optim, training, align, validation and evaluation; `alignment`: whether `align` is used;
+    metrics: what is measured while training.
 
     Raises:
       UserError: parts of it contradict one another.
     """
     config.optim.check_steps(config.training.steps)
-    config.training.check_monitor(f"{name}@{cutoff}" for name in METRICS for cutoff in CUTOFFS)
+    config.training.check_monitor(metrics)
     if alignment and isinstance(config.align, FinetuneConfig):
         config.align.optim.check_steps(config.align.training.steps, "align.optim")
     if config.evaluation.exclude_history:

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError, fingerprint
-from jaxrec.data.query_pairs import QueryPairConfig
+from jaxrec.data.query_pairs import AskedPairConfig, QueryPairConfig
 from jaxrec.files import read_json, writing
 from jaxrec.losses.contrastive import margin_rank, pair_loss, relevance_regression
 from jaxrec.nn.finite import check_finite
@@ -56,6 +56,7 @@ from jaxrec.text.pair_batches import (
     similar,
     split,
 )
+from jaxrec.text.prefixes import PrefixConfig
 from jaxrec.training.loop import LoopConfig, Metrics, TrainState, fit
 from jaxrec.training.optim import OptimConfig, make_optimizer
 
@@ -102,6 +103,22 @@ class SearchFinetuneConfig(FinetuneConfig):
 
     queries: QueryPairConfig = field(default_factory=QueryPairConfig)
     """The pairs of q2q, i2i, q2i and rank that are made of the log's searches; those of `kinds` are in i2i too."""
+
+
+@dataclass(frozen=True)
+class SuggestionFinetuneConfig(FinetuneConfig):
+    """Alignment of the text encoder on suggestions (OneSug Eq. 1): p2q, and q2q of related queries; without items."""
+
+    kinds: tuple[str, ...] = ()
+    """None: items play no part."""
+    prefixes: PrefixConfig = field(default_factory=PrefixConfig)
+    """The completions of a prefix that are its pairs of p2q; `weight` plays no part."""
+    queries: AskedPairConfig = field(default_factory=AskedPairConfig)
+    """The pairs of q2q: queries that were asked together. Which of them are near enough, terms.q2q.min_cosine says."""
+
+    def __post_init__(self):
+        if self.kinds:
+            raise UserError("configuration key 'align.kinds' names pairs of items: on suggestions there are none")
 
 
 class Tuned(NamedTuple):

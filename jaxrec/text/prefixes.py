@@ -6,14 +6,15 @@ gives the pairs on which the encoder is aligned before that (Eq. 1): the term `p
 
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jaxrec.config import UserError
 from jaxrec.text.pair_batches import TextPairs
+
+ROWS_AT_ONCE = 4096
+"""Prefixes whose queries' vectors are held at once."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,30 @@ class CoOccurrence:
         """Texts (prefixes, then queries) and pairs over them for the term `p2q`: prefix as trigger, query as target."""
         row, place = np.nonzero(self.table >= 0)
         return self.prefixes + self.queries, TextPairs(row, len(self.prefixes) + self.table[row, place])
+
+
+def most_frequent(
+    table: np.ndarray, count: np.ndarray, queries: int, min_count: int = 1, without: np.ndarray | None = None
+) -> np.ndarray:
+    """The most frequent completions of prefixes, int32 [P, queries], rows of queries padded with -1.
+
+    Args:
+      table: int [P, k], a prefix's completions in the order of a `CoOccurrence`, padded with -1.
+      count: int [P, k], their counts.
+      queries: how many; with `without` exact if k is larger than that.
+      min_count: least count.
+      without: int [P], the completion of each prefix that is counted once less, -1 for none: the query of an example
+        that the log holds.
+    """
+    count = np.where(table >= 0, count, 0)
+    if without is not None:
+        count = count - ((table == without[:, None]) & (without >= 0)[:, None])
+    # Ties in the order of the rows, as in `co_occurrence`.
+    order = np.lexsort((table, -count), axis=1)[:, :queries]
+    table, count = np.take_along_axis(table, order, axis=1), np.take_along_axis(count, order, axis=1)
+    found = np.full((len(table), queries), -1, np.int32)
+    found[:, : table.shape[1]] = np.where(count >= max(min_count, 1), table, -1)
+    return found
 
 
 def co_occurrence(log: pa.Table, config: PrefixConfig = PrefixConfig()) -> CoOccurrence:
@@ -90,7 +115,7 @@ def co_occurrence(log: pa.Table, config: PrefixConfig = PrefixConfig()) -> CoOcc
     return CoOccurrence(prefixes, queries, table, counts)
 
 
-def augment(prefixes: jax.Array, queries: jax.Array, table: jax.Array, weight: float = 0.5) -> jax.Array:
+def augment(prefixes: np.ndarray, queries: np.ndarray, table: np.ndarray, weight: float = 0.5) -> np.ndarray:
     """Prefix embeddings mixed with the mean of their queries', f32 [P, D] (OneSug Eq. 2).
 
         e* = (1 - w) e_p + w mean of the queries' e_q;   e* = e_p for a prefix without queries
@@ -108,7 +133,12 @@ def augment(prefixes: jax.Array, queries: jax.Array, table: jax.Array, weight: f
     """
     if not 0 < weight < 1:
         raise UserError(f"prefixes.weight={weight} must be above 0 and below 1, such as 0.5")
-    where = (table >= 0)[..., None]
-    count = where.sum(1)
-    mean = jnp.where(where, queries[jnp.maximum(table, 0)], 0.0).sum(1) / jnp.maximum(count, 1)
-    return jnp.where(count > 0, (1 - weight) * prefixes + weight * mean, prefixes)
+    mixed = np.array(prefixes, np.float32)
+    for start in range(0, len(mixed), ROWS_AT_ONCE):
+        some = table[start : start + ROWS_AT_ONCE]
+        where = (some >= 0)[..., None]
+        count = where.sum(1)
+        mean = np.where(where, queries[some], 0).sum(1) / np.maximum(count, 1)
+        own = mixed[start : start + ROWS_AT_ONCE]
+        own[:] = np.where(count > 0, (1 - weight) * own + weight * mean, own)
+    return mixed

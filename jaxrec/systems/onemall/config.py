@@ -12,6 +12,7 @@ from jaxrec.data.features import FeatureConfig
 from jaxrec.data.popularity import PopularityConfig
 from jaxrec.models.cross_decoder import CrossDecoderConfig
 from jaxrec.systems.generative import GenerativeRunConfig
+from jaxrec.systems.ranking.config import RankingStageConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
 
@@ -22,6 +23,10 @@ class OneMallObjective:
 
     contrastive_weight: float = 0.1
     """Weight of the in-batch contrastive task beside next-token prediction."""
+
+
+EGPM = {"egpm": ("ctcvr", "price")}
+"""What a term is the product of."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class RewardWeights:
         """The weights that are not 0, by the name of the term."""
         return {name: weight for name, weight in asdict(self).items() if weight}
 
+    def needed(self) -> tuple[str, ...]:
+        """What must be predicted for these terms."""
+        names = dict.fromkeys(name for each in self.given() for name in EGPM.get(each, (each,)))
+        return tuple(names)
+
 
 @dataclass(frozen=True)
 class ReinforcementConfig:
@@ -50,8 +60,9 @@ class ReinforcementConfig:
 
     loss: Literal["grpo", "dpo"] = "grpo"
     """grpo: all drawn candidates by their advantages (Eq. 10); dpo: the best against the worst (Eq. 9)."""
-    reward: Literal["environment", "spend"] = "environment"
-    """environment: the true rates of a source that knows them; spend: the price of what the shopper did buy next."""
+    reward: Literal["model", "environment", "spend"] = "model"
+    """model: the ranking model of the stage before; environment: the true rates of a source that knows them; spend: the
+    price of what the shopper did buy next."""
     weights: RewardWeights = field(default_factory=RewardWeights)
     """Weights of the reward that the policy learns from."""
     truth: RewardWeights = field(default_factory=RewardWeights)
@@ -140,10 +151,12 @@ class OneMallConfig(GenerativeRunConfig):
     """Sizes and parts of the model."""
     objective: OneMallObjective = field(default_factory=OneMallObjective)
     """Losses."""
+    ranking: RankingStageConfig | None = None
+    """The ranking model that rewards; None: none, or for `reinforcement.reward` model that of the defaults."""
     reinforcement: ReinforcementConfig | None = None
     """Reinforcement learning behind the supervised stage; None: none."""
 
-    of_later: ClassVar[tuple[str, ...]] = ("reinforcement",)
+    of_later: ClassVar[tuple[str, ...]] = ("ranking", "reinforcement")
     """Fields that the supervised stage does not depend on."""
 
     def check(self) -> None:
@@ -153,7 +166,14 @@ class OneMallConfig(GenerativeRunConfig):
           UserError: as there, or it has not.
         """
         super().check()
-        own = self.reinforcement
+        own, rewards = self.reinforcement, self.reward_model
+        if rewards is not None:
+            rewards.check(tuple(self.data.behaviors))
+            if missing := [name for name in own.weights.needed() if name not in rewards.predicted]:
+                raise UserError(
+                    f"configuration key 'ranking.towers' is {rewards.towers}, but the reward has a weight for "
+                    f"{missing[0]}; add that tower, or set the weight in reinforcement.weights to 0"
+                )
         if own is None:
             return
         own.optim.check_steps(own.training.steps, "reinforcement.optim")
@@ -162,3 +182,10 @@ class OneMallConfig(GenerativeRunConfig):
                 f"configuration key 'reinforcement.reward' is 'environment', but {type(self.data).__name__} does not "
                 "know the true rates of its items; give another reward"
             )
+
+    @property
+    def reward_model(self) -> RankingStageConfig | None:
+        """The ranking model that is trained as a stage; None where nothing is learned from one."""
+        if self.reinforcement is None or self.reinforcement.reward != "model":
+            return None
+        return self.ranking or RankingStageConfig()

@@ -12,6 +12,7 @@ candidates' log-likelihoods under the sampler, the denominator of the ratios: Eq
 is measured, and weighs in the loss where it is asked to.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,7 +36,7 @@ from jaxrec.systems.onemall.model import OneMallAssembly, assemble
 from jaxrec.systems.onemall.reward_measure import RewardMeasure
 from jaxrec.systems.onemall.rewards import Reward, fuse, make_reward
 from jaxrec.systems.onemall.training import balanced, losses, training_batches
-from jaxrec.systems.phases import prepare_with_ids
+from jaxrec.systems.ranking.config import RANKING
 from jaxrec.systems.recommender import Served
 from jaxrec.training.loop import Metrics, TrainState
 from jaxrec.training.optim import path_name
@@ -81,18 +82,21 @@ class Candidates:
         )
 
 
-def reinforcement_stage(run: Run, config: OneMallConfig) -> Stage:
-    """The stage behind the supervised one, which it starts from and which is its frozen reference."""
+def reinforcement_stage(run: Run, config: OneMallConfig, data: Callable[[], Sequence[Any]]) -> Stage:
+    """The stage behind the supervised one, which it starts from and which is its frozen reference.
+
+    data: as of `Stage`.
+    """
     later = behind(config)
 
     def train(task: Task) -> None:
         assembly = assemble(run, later)
         check_reference(task, assembly)
-        reward = make_reward(run, later, later.reinforcement.reward)
+        reward = make_reward(run, later, task.frozen.get(RANKING))
         fit(assembly, later, reward, RewardMeasure(run, assembly, later, reward), task)
 
-    data = partial(prepare_with_ids, run, config)
-    return Stage(REINFORCEMENT, later.training_inputs(), data, train, start=TRAINING, frozen=(TRAINING,))
+    frozen = (TRAINING,) if config.reward_model is None else (TRAINING, RANKING)
+    return Stage(REINFORCEMENT, later.training_inputs(), data, train, start=TRAINING, frozen=frozen)
 
 
 def behind(config: OneMallConfig) -> OneMallConfig:

@@ -29,7 +29,7 @@ from jaxrec.run import Run
 from jaxrec.systems.comparison import cases_of
 from jaxrec.systems.onemall.config import OneMallConfig, RewardWeights
 from jaxrec.systems.onemall.model import OneMallAssembly
-from jaxrec.systems.onemall.rewards import EnvironmentReward, Reward, environment, fuse, is_environment, prices
+from jaxrec.systems.onemall.rewards import EnvironmentReward, Reward, environment, fuse, is_environment, known_prices
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.systems.validation import measured_cases
 from jaxrec.training.loop import TrainState
@@ -58,7 +58,7 @@ class RewardMeasure:
         self.reward, self.truth = reward, None
         if is_environment(config.data):
             self.truth = EnvironmentReward(environment(run, config))
-        self.prices = prices(run) if self.truth is not None or self.own.reward == "spend" else None
+        self.prices = None if run is None else known_prices(run)
         self.model = GenerativeRecommender(assembly, {}, config.features, decoding or config.validation_decoding)
         self.trie = assembly.space.build_trie()
         self._start: dict[str, float] | None = None

@@ -1,4 +1,4 @@
-"""Where the rewards of candidates come from: a source that knows the true rates, or what shoppers did buy next.
+"""Where the rewards of candidates come from: a ranking model, the true rates of a source, what shoppers did buy next.
 
 A reward reads of each context what it needs (`read`, NumPy) and predicts the terms of OneMall Eq. 8 for its candidates
 (`terms`, jitted): ctr, cvr, ctcvr and price float32 [B, L]. `fuse` makes one number of them.
@@ -18,8 +18,11 @@ from jaxrec.data.features import asked_at
 from jaxrec.data.padding import padded
 from jaxrec.data.popularity import DAY
 from jaxrec.losses.rewards import predicted_reward
-from jaxrec.run import Run
+from jaxrec.run import Run, stage_path
 from jaxrec.systems.onemall.config import OneMallConfig, RewardWeights
+from jaxrec.systems.ranking.config import RANKING
+from jaxrec.systems.ranking.model import Ranker, assemble_ranker
+from jaxrec.training.stages import best_variables
 
 Terms = dict[str, jax.Array]
 
@@ -37,6 +40,25 @@ class Reward(Protocol):
     def terms(self, state: Any, arrays: dict[str, jax.Array], items: jax.Array) -> Terms:
         """{"ctr", "cvr", "ctcvr", "price"} float32 [B, L] of items int32 [B, L], some of them or all."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class ModelReward:
+    """The predictions of a ranking model."""
+
+    ranker: Ranker
+    state: Any
+    """{"params", "items"} of the ranking model"""
+
+    def read(self, record: Record, session: int, answer: np.ndarray) -> dict[str, np.ndarray]:
+        """What the ranking model reads, padded to its longest history: a batch has one shape."""
+        later = (record["session"] >= session).any()
+        history = self.ranker.before_session(record, session) if later else record
+        return self.ranker.read(history, self.ranker.features.buckets[-1])
+
+    def terms(self, state: Any, arrays: dict[str, jax.Array], items: jax.Array) -> Terms:
+        """As `Reward`."""
+        return self.ranker.rewards(state["params"], arrays, items, state["items"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +98,21 @@ class SpendReward:
         return {"ctr": rate, "cvr": rate, "ctcvr": rate, "price": jnp.where(bought, state[items], 0.0)}
 
 
-def make_reward(run: Run, config: OneMallConfig, kind: str) -> Reward:
-    """The reward of a run, "environment" or "spend".
+def make_reward(run: Run, config: OneMallConfig, ranking: dict | None = None) -> Reward:
+    """The reward that a run's policy learns from.
+
+    ranking: the variables of the stage `ranking`; None: as they are in the run directory, if they are needed.
 
     Raises:
-      UserError: the source is no environment, or the items have no prices.
+      UserError: the ranking model is of another catalogue, or the items have no prices.
     """
+    kind = config.reinforcement.reward
     if kind == "environment":
         return EnvironmentReward(environment(run, config))
+    if kind == "model":
+        ranker = assemble_ranker(run, config, config.reward_model)
+        variables = best_variables(run.path / stage_path(RANKING)) if ranking is None else ranking
+        return ModelReward(ranker, {"params": variables["params"], "items": ranker.items})
     return SpendReward(jnp.asarray(prices(run), jnp.float32), _longest(run))
 
 
@@ -105,19 +134,27 @@ def environment(run: Run, config: OneMallConfig) -> Any:
     return config.data.environment(users, items)
 
 
+def known_prices(run: Run) -> np.ndarray | None:
+    """float64 [I], NaN for items without a price; None where the table of items has no prices."""
+    path = run.tables / "items.parquet"
+    if "price" not in pq.read_schema(path).names:
+        return None
+    return pq.read_table(path, columns=["price"])["price"].cast("float64").to_numpy(zero_copy_only=False)
+
+
 def prices(run: Run) -> np.ndarray:
-    """float64 [I], NaN for items without a price.
+    """As `known_prices`.
 
     Raises:
       UserError: the table of items has no prices.
     """
-    path = run.tables / "items.parquet"
-    if "price" not in pq.read_schema(path).names:
+    found = known_prices(run)
+    if found is None:
         raise UserError(
-            f"configuration key 'reinforcement.reward' is 'spend', but {path} has no column 'price'; give the items "
-            "prices, or another reward"
+            f"configuration key 'reinforcement.reward' is 'spend', but {run.tables / 'items.parquet'} has no column "
+            "'price'; give the items prices, or another reward"
         )
-    return pq.read_table(path, columns=["price"])["price"].to_numpy().astype(np.float64)
+    return found
 
 
 def fuse(terms: Terms, weights: RewardWeights) -> jax.Array:
