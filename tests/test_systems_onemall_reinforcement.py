@@ -20,7 +20,7 @@ from jaxrec.evaluation.proxies import courses, has_split
 from jaxrec.run import TRAINING
 from jaxrec.systems.onemall import reinforcement
 from jaxrec.systems.onemall.config import OneMallConfig, OneMallObjective, ReinforcementConfig, RewardWeights
-from jaxrec.systems.onemall.reinforcement import Candidates, Known, mean_loss, policy_loss, refreshed, selected
+from jaxrec.systems.onemall.reinforcement import DrawnCandidates, Known, mean_loss, policy_loss, refreshed, selected
 from jaxrec.systems.onemall.reward_measure import RewardMeasure
 from jaxrec.systems.onemall.rewards import SpendReward, fuse
 from jaxrec.systems.onemall.training import mean_loss as supervised_loss
@@ -192,7 +192,7 @@ def test_equal_rewards_teach_nothing_and_bad_ones_are_left_out_and_counted(tiny)
     assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-GROUP = Candidates(
+GROUP = DrawnCandidates(
     codes=jnp.zeros((2, 3, 1), jnp.int32),
     items=jnp.zeros((2, 3), jnp.int32),
     where=jnp.array([[True, True, True], [True, True, False]]),

@@ -5,7 +5,7 @@ pass over the same contexts that the supervised losses read, and minimises
 
     weight * L_RL + L_NTP + L_contrastive        (OneMall §3.3, below Eq. 10)
 
-Candidates come from the *sampler*, a copy of the policy in the training state that is refreshed every n steps. They are
+DrawnCandidates come from the *sampler*, a copy of the policy in the training state that is refreshed every n steps. They are
 a function of the seed, the step and the sampler, so a resumed training draws the same ones. The search also gives the
 candidates' log-likelihoods under the sampler, the denominator of the ratios: Eq. 10's reference, which is
 "synchronized from the policy model periodically". The supervised stage is the frozen reference: the divergence from it
@@ -59,7 +59,7 @@ class Known:
 
 
 @struct.dataclass
-class Candidates:
+class DrawnCandidates:
     """n candidates of each of R contexts, with their rewards; no gradient passes through them."""
 
     codes: jax.Array
@@ -75,7 +75,7 @@ class Candidates:
     advantage: jax.Array
     """float32 [R, n], of all n together"""
 
-    def take(self, index: jax.Array) -> "Candidates":
+    def take(self, index: jax.Array) -> "DrawnCandidates":
         """Some of the candidates: index int32 [R, m]."""
         return jax.tree.map(
             lambda x: jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1), self
@@ -159,7 +159,7 @@ def joint_loss(
     assembly: OneMallAssembly,
     config: OneMallConfig,
     catalogue: CatalogueArrays,
-    group: Candidates,
+    group: DrawnCandidates,
     reference: jax.Array | None,
     params: Any,
     extra: dict,
@@ -184,7 +184,7 @@ def joint_loss(
 
 
 def policy_loss(
-    own: ReinforcementConfig, policy: jax.Array, group: Candidates, reference: jax.Array | None
+    own: ReinforcementConfig, policy: jax.Array, group: DrawnCandidates, reference: jax.Array | None
 ) -> tuple[jax.Array, Metrics]:
     """(the weighted loss of the policy and its divergence, their metrics), over contexts with rewards that differ.
 
@@ -216,7 +216,7 @@ def draw(
     sampler: dict,
     few: dict[str, jax.Array],
     key: jax.Array,
-) -> Candidates:
+) -> DrawnCandidates:
     """n candidates of the contexts `few` [R, ...] and their rewards; sampler: variables of the policy that draws."""
     context = read_contexts(assembly, known.catalogue, sampler, few)
     extend, batch = partial(assembly.extend, Served(variables=sampler), context), len(few["where"])
@@ -230,7 +230,7 @@ def draw(
     items = jnp.where(where, known.trie.items[first], 0)
     rewards = fuse(reward.terms(known.reward, few, items), own.weights)
     return jax.lax.stop_gradient(
-        Candidates(
+        DrawnCandidates(
             codes=jnp.maximum(found.codes, 0),
             items=items,
             where=where,
@@ -241,7 +241,7 @@ def draw(
     )
 
 
-def selected(own: ReinforcementConfig, drawn: Candidates, key: jax.Array) -> jax.Array:
+def selected(own: ReinforcementConfig, drawn: DrawnCandidates, key: jax.Array) -> jax.Array:
     """The candidates that the loss is computed of, int32 [R, m]: m of n drawn evenly, or the best and the worst."""
     if own.loss == "dpo":
         where = drawn.where & jnp.isfinite(drawn.reward)
@@ -251,7 +251,7 @@ def selected(own: ReinforcementConfig, drawn: Candidates, key: jax.Array) -> jax
     return jnp.argsort(turn, axis=-1)[:, : own.drawn]
 
 
-def of_rewards(drawn: Candidates, real: jax.Array) -> Metrics:
+def of_rewards(drawn: DrawnCandidates, real: jax.Array) -> Metrics:
     """The mean reward of the candidates, the share of groups without a difference and of rewards left out.
 
     real bool [R]: the contexts that exist.
@@ -272,7 +272,7 @@ def read_contexts(
     return assembly.model.apply(variables, assembly.inputs(catalogue, few, where=few["where"]), method="prefill")
 
 
-def likelihoods(assembly: OneMallAssembly, variables: dict, context: CrossContext, group: Candidates) -> jax.Array:
+def likelihoods(assembly: OneMallAssembly, variables: dict, context: CrossContext, group: DrawnCandidates) -> jax.Array:
     """log pi(o | q) float32 [R, m] of the candidates, in one packed pass."""
     scored = assembly.model.apply(variables, context, group.codes, group.where, method="score")
     return log_likelihood(scored.log_probs, group.where)
