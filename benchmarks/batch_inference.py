@@ -138,7 +138,7 @@ def time_parts(retriever: Retriever, path: Path, count: int) -> dict[str, float]
     history = timed(lambda: found.extend(retriever.history(request)[0] for request in requests))
     known = [each for each in found if len(each["item"])]
     batches: list = []
-    features = timed(lambda: batches.extend(model._batches(known)))
+    features = timed(lambda: batches.extend(model.batches(known)))
     depth = retriever.depth(Request.model_fields["k"].default)
 
     def search() -> None:

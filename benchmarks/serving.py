@@ -112,7 +112,7 @@ def make_search(retriever: Retriever, user: str) -> Callable[[], object]:
     model, served = retriever.recommender, retriever.catalogue.current.served
     history, _ = retriever.history(Request(user_id=user))
     depth = retriever.depth(10)
-    ((_, arrays),) = model._batches([history], (1,))
+    ((_, arrays),) = model.batches([history], (1,))
     return lambda: jax.device_get(model._search(served, arrays, None, model.width(depth), depth))
 
 

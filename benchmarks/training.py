@@ -88,7 +88,7 @@ class Case:
         params = jax.tree.map(jnp.array, self.params)
         self.state = params, self.optimizer.init(params), jax.random.key(0)
         self.compiled = jax.jit(self._step, donate_argnums=0)
-        self.device_arrays = {name: jnp.asarray(value, jnp.int32) for name, value in self.arrays.items()}
+        self.device_arrays = {name: jnp.asarray(as_type(value, 32)) for name, value in self.arrays.items()}
 
     def __call__(self) -> jax.Array:
         self.state, loss, self.gradients = self.compiled(self.state, self.device_arrays)
@@ -106,6 +106,11 @@ class Case:
     def flops(self) -> float:
         """Model FLOPs of a step."""
         return 3 * matmul_flops(self.loss, self.params, self.arrays, jax.random.key(0))
+
+
+def as_type(values: np.ndarray, bits: int) -> np.ndarray:
+    """Integers of so many bits, as tokens are; float32 for all else."""
+    return values.astype(f"int{bits}" if np.issubdtype(values.dtype, np.integer) else np.float32)
 
 
 def draw_lengths(batch: int, shares: dict[int, float], bucket: int | None = None) -> np.ndarray:
@@ -233,7 +238,7 @@ class Peers:
         folder.mkdir(exist_ok=True)
         case.save(folder)
         for name, array in case.arrays.items():
-            np.save(folder / f"{name}.npy", array.astype(np.int64))
+            np.save(folder / f"{name}.npy", as_type(array, 64))
         (folder / "case.json").write_text(json.dumps(case.peer | {"update": case.update}))
 
     def step(self, case: Case, fresh: bool = False) -> dict:

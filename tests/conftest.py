@@ -25,6 +25,7 @@ os.environ["JAXREC_CACHE"] = str(ROOT / ".cache" / "texts")
 
 
 SLOW = (
+    "runs_reinforcement", "systems_onemall_reinforcement",
     "systems_onemall", "systems_tiger", "systems_rankgr", "models_rankgr", "semantic_ids_shapes",
     "semantic_ids_sharded", "serving_batch", "toy_system", "systems_recommender", "models_encoder_decoder",
     "semantic_ids_embeddings", "sharding_onemall", "semantic_ids_streaming", "semantic_ids_opq", "export",

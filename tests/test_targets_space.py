@@ -93,7 +93,7 @@ def test_truths_and_tokens_have_the_stated_shapes(case):
 def test_the_whole_search_is_a_function_of_arrays(case):
     """Nothing that grows with the list of answers is a constant of the compiled function."""
     model, histories, _ = case
-    ((_, arrays), *_) = model._batches(histories[:1], (1,))
+    ((_, arrays), *_) = model.batches(histories[:1], (1,))
     search = Partial(functools.partial(model.retrieve, allowed=None, width=4, k=3))
     found = jax.eval_shape(search, model.served, arrays)
     assert isinstance(found, Found) and found.scores.shape == found.answers.shape and found.nan.shape == (1,)
@@ -102,7 +102,7 @@ def test_the_whole_search_is_a_function_of_arrays(case):
 
 def test_an_export_says_what_its_outputs_are(case, tmp_path):
     model, histories, _ = case
-    ((_, arrays), *_) = model._batches(histories[:1], (1,))
+    ((_, arrays), *_) = model.batches(histories[:1], (1,))
     outputs = jax.eval_shape(lambda: model.space.outputs(model.retrieve(model.served, arrays, None, 4, 3)))
     assert set(outputs) <= set(model.space.meanings)
     item_ids = [str(item) for item in range(ITEMS)]

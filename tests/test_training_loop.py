@@ -230,6 +230,35 @@ def test_without_patience_it_trains_to_the_end_and_keeps_the_best(tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints" / checkpoint.BEST) == [21]
 
 
+def test_the_first_state_may_be_the_best_one(tmp_path):
+    """Evaluated as that of step 0, once, also where the training is begun again before its first checkpoint."""
+
+    def judge(state) -> dict[str, float]:
+        return {"value": 1.0 if int(state.step) == 0 else 0.5}
+
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 0, "valid/value": 3.0}\n')
+    config = dataclasses.replace(PATIENT, patience=0, steps=7)
+    state = train(tmp_path, config, evaluate=judge, evaluates_start=True)
+    assert [line["step"] for line in lines(tmp_path) if "valid/value" in line] == [0, 3, 6, 7]
+    assert checkpoint.steps(tmp_path / "checkpoints" / checkpoint.BEST) == [0]
+    best = checkpoint.load_best(tmp_path / "checkpoints", "params")["params"]
+    jax.tree.map(np.testing.assert_array_equal, best, new_state().params)
+    before = lines(tmp_path)
+    assert_same(train(tmp_path, config, evaluate=judge, evaluates_start=True), state)
+    assert lines(tmp_path) == before
+
+
+def test_an_evaluation_may_end_the_training(tmp_path, capsys):
+    def ends(values) -> str:
+        return "the value is 0.4" if values["value"] == 0.4 else ""
+
+    last = train(tmp_path, PATIENT, evaluate=judge, ends=ends)
+    assert int(last.step) == 9 and checkpoint.steps(tmp_path / "checkpoints")[-1] == 9
+    assert "pretrain: stopped after step 9: the value is 0.4" in capsys.readouterr().out
+    assert checkpoint.steps(tmp_path / "checkpoints" / checkpoint.BEST) == [6]
+    assert_same(train(tmp_path, PATIENT, Counter(end=0), evaluate=judge, ends=ends), last)
+
+
 def test_killed_while_it_waits_it_stops_at_the_same_step_with_the_same_best(tmp_path):
     program = PROGRAM.replace("evaluate=evaluate, **EVALUATE", "config=PATIENT, evaluate=judge")
     for name, points in (("whole", ()), ("killed", ("step:7", "step:13", "step:15"))):

@@ -59,14 +59,25 @@ class Steps:
         return {"input_ids": self.arrays["contexts"], **padded}
 
     def preference(self) -> torch.Tensor:
-        """-log of the first target's share among the L targets of a prompt, each scored behind a copy of the prompt."""
+        """-log of the first target's share among the L targets of a prompt."""
+        return -self.likelihoods().log_softmax(-1)[:, 0].mean()
+
+    def grpo(self) -> torch.Tensor:
+        """GRPO of L candidates of a prompt where they were drawn: the value is the mean of A log pi."""
+        policy, advantage = self.likelihoods(), self.arrays["advantage"]
+        ratio = (policy - policy.detach()).exp()
+        least = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        return (-least + (policy * advantage).detach()).mean()
+
+    def likelihoods(self) -> torch.Tensor:
+        """log-likelihoods [B, L] of the L targets of a prompt, each scored behind a copy of the prompt."""
         prompts, targets = self.arrays["contexts"], self.arrays["targets"]
         batch, count, length = targets.shape
         rows = torch.cat([prompts.repeat_interleave(count, 0), targets.reshape(batch * count, length)], dim=1)
         # Only the logits that predict a target's tokens are made.
         logits = self.model(input_ids=rows[:, :-1], use_cache=False, logits_to_keep=length).logits
         found = logits.log_softmax(-1).gather(-1, rows[:, -length:, None])[..., 0].sum(-1)
-        return -found.reshape(batch, count).log_softmax(-1)[:, 0].mean()
+        return found.reshape(batch, count)
 
 
 def main() -> None:

@@ -74,12 +74,16 @@ def targets(record: dict, session: int, config: FeatureConfig, *, wanted: np.nda
 
     Of more than L, a random subset of L is taken.
     """
-    start, stop = np.searchsorted(record["session"], [session, session + config.target_sessions])
-    taken = record["item"][start:stop][wanted[record["behavior"][start:stop]]]
-    items = np.unique(taken)
+    items = following(record, session, config, wanted=wanted)
     if len(items) > config.targets:
         items = rng.permutation(items)[: config.targets]
     return {"target": padded(items, config.targets), "target_where": np.arange(config.targets) < len(items)}
+
+
+def following(record: dict, session: int, config: FeatureConfig, *, wanted: np.ndarray) -> np.ndarray:
+    """The distinct target items int32 [n] of the session(s) from `session` on, in rising order."""
+    start, stop = np.searchsorted(record["session"], [session, session + config.target_sessions])
+    return np.unique(record["item"][start:stop][wanted[record["behavior"][start:stop]]])
 
 
 def bucket_of(record: dict, session: int, config: FeatureConfig) -> int:

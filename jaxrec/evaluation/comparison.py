@@ -18,6 +18,7 @@ from jaxrec.evaluation.suggestion_subsets import GROUPS
 
 SEMANTIC_IDS = "semantic_ids"  # the subset of what is measured of a model's IDs: accuracy per level, validity
 TEXTS = "texts"  # the same of a model's texts: accuracy of their tokens, validity
+REWARDS = "rewards"  # the subset of what a policy is worth, by the learned and the true reward
 SUGGESTIONS = "suggestions"  # the subset of what is shown for prefixes, whatever the truth
 TEACHER_FORCED = {"items": SEMANTIC_IDS, "texts": TEXTS}
 """The subset of what is measured of targets, by the kind of their space."""
@@ -149,6 +150,23 @@ SHOWN = (
 )
 LOWER_IS_BETTER = ("log_loss", "ece")
 
+SHOWN_OF_REWARDS = (
+    "true_reward@10",
+    "true_reward@100",
+    "reward@10",
+    "reward@100",
+    "spent@10",
+    "hr@50",
+    "recall@10",
+    "distinct@10",
+    "validity",
+)
+
+
+def shown_metrics(subset: str, metrics: Sequence[str]) -> Sequence[str]:
+    """The metrics that tables of a subset show; `metrics` for most."""
+    return SHOWN_OF_REWARDS if subset == REWARDS else metrics
+
 
 def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> list[Table]:
     """One rich table a split and subset, one row a model, the best of every column bold; one a group of subsets."""
@@ -157,7 +175,8 @@ def comparison_tables(rows: Iterable[Row], metrics: Sequence[str] = SHOWN) -> li
     for (split, subset), group in groupby(sorted(others, key=_split_and_subset), key=_split_and_subset):
         group = list(group)
         values, counts = pivot(group)
-        shown = [metric for metric in metrics if any(metric in row for row in values.values())]
+        columns = shown_metrics(subset, metrics)
+        shown = [metric for metric in columns if any(metric in row for row in values.values())]
         best = {metric: best_of(metric, values) for metric in shown}
         unit = unit_of(group, subset in TEACHER_FORCED.values())
         title = f"{split}, {subset.replace('_', ' ')} ({max(counts.values()):,.0f} {unit})"

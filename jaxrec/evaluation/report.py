@@ -25,6 +25,7 @@ from jaxrec.evaluation.comparison import (
     CALIBRATION,
     IMPRESSIONS,
     LOWER_IS_BETTER,
+    REWARDS,
     SEMANTIC_IDS,
     SHOWN,
     SUGGESTIONS,
@@ -36,11 +37,13 @@ from jaxrec.evaluation.comparison import (
     grouped,
     is_system,
     pivot,
+    shown_metrics,
     standings,
     unit_of,
     verdict,
 )
 from jaxrec.evaluation.judgments import JUDGED, JUDGED_ONLY
+from jaxrec.evaluation.proxies import courses
 from jaxrec.files import read_json
 from jaxrec.page import Section, calibration_curve, curve, number, score_table, tiles, write
 from jaxrec.run import EVALUATION, Run
@@ -53,6 +56,7 @@ SUBSET_TITLES = {
     "new": "Looking for something new",
     SEMANTIC_IDS: "Semantic IDs, code by code",
     TEXTS: "Texts, token by token",
+    REWARDS: "What the policy is worth",
     "new_in_full_ranking": "New items inside the full ranking",
     SUGGESTIONS: "What is shown for a prefix",
     JUDGED: "Judged pairs",
@@ -66,6 +70,8 @@ SUBSET_NOTES = {
     "validity: the share of existing IDs among ten beams without the trie",
     TEXTS: "how often the likeliest token is the true one, the tokens before it being known; "
     "validity: the share of listed texts among ten beams without the trie",
+    REWARDS: "means over the first items by the true and by the learned reward; spent: by the held-out basket on the "
+    "first ten; distinct: share of the catalogue in all first tens",
     "all": "full ranking, repeat purchases count",
     "new": "what the user already had is taken out of every ranking, and only new targets count",
     "new_in_full_ranking": "the full ranking against new targets only",
@@ -135,6 +141,7 @@ def _headline(run: Run, system: str) -> str:
         ]
     shown += [(f"{each.value:.4f}", f"{each.what}, {each.difference} against {each.baseline}") for each in found]
     first = f'<p class="verdict">{escape(verdict(found, system))}.</p>' if found else ""
+    first += "".join(f'<p class="verdict">{escape(str(course))}.</p>' for course in courses(run.metrics_file))
     return first + (tiles(shown) if shown else "")
 
 
@@ -147,7 +154,9 @@ def _comparison(run: Run, system: str) -> Section | None:
     for (split, subset), group in groupby(others, key=lambda row: (row["split"], row["subset"])):
         group = list(group)
         values, counts = pivot(group)
-        metrics = [metric for metric in SHOWN_METRICS if any(metric in row for row in values.values())]
+        metrics = [
+            metric for metric in shown_metrics(subset, SHOWN_METRICS) if any(metric in row for row in values.values())
+        ]
         unit = unit_of(group, subset in TEACHER_FORCED.values())
         title, told = WORDS.get(unit, {}).get(subset, (SUBSET_TITLES.get(subset, subset), SUBSET_NOTES.get(subset, "")))
         note = f"{split}, {max(counts.values()):,.0f} {unit}; {told}".rstrip("; ")

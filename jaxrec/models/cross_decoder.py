@@ -147,6 +147,11 @@ class CrossContext:
     period: jax.Array
     prior: Prior | None
 
+    def first(self, count: int) -> "CrossContext":
+        """The first `count` of the contexts."""
+        cut = jax.tree.map(lambda x: x[:count], self.replace(prior=None))
+        return cut.replace(prior=self.prior)
+
 
 class ItemTower(nn.Module):
     """f_item = MLP(Flatten(QFormer(features of the item))) (OneMall Eq. 4): [..., S, D] -> [..., D]."""

@@ -21,7 +21,7 @@ from jaxrec.systems import generative
 from jaxrec.systems.comparison import TrainedRecommender, compare, present
 from jaxrec.systems.config import RunConfig
 from jaxrec.systems.onemall import model as onemall_model
-from jaxrec.systems.onemall import training as onemall_training
+from jaxrec.systems.onemall import stages as onemall_stages
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.onesearch import model as onesearch_model
 from jaxrec.systems.onesearch import reader as onesearch_reader
@@ -68,7 +68,7 @@ SEQUENTIAL = System(
 )
 
 SYSTEMS: dict[str, System] = {
-    "onemall": System(OneMallConfig, onemall_model.assemble, onemall_training.stages),
+    "onemall": System(OneMallConfig, onemall_model.assemble, onemall_stages.stages, onemall_stages.recommender),
     "onesearch": System(
         OneSearchConfig,
         onesearch_model.assemble,

@@ -28,6 +28,7 @@ from jaxrec.evaluation import (
 )
 from jaxrec.evaluation.comparison import TEACHER_FORCED, Row
 from jaxrec.evaluation.metrics import CUTOFFS, mean
+from jaxrec.evaluation.proxies import courses
 from jaxrec.evaluation.report import write_report
 from jaxrec.files import read_json, write_json
 from jaxrec.run import Run
@@ -164,6 +165,8 @@ def present(run: Run) -> None:
         tables.append(standing_table(found, system))
     for table in tables:
         console.print(table)
+    for course in courses(run.metrics_file):
+        console.print(str(course), markup=False)
     console.print(f"report: {report}", markup=False)
 
 

@@ -102,11 +102,16 @@ def read_items(run: Run, config: SemanticIdRunConfig) -> TrainedItems:
 
 
 def supervised(
-    run: Run, config: GenerativeRunConfig, train: Callable[[Task], Any], weights: Callable[[], Sequence[Any]] = tuple
+    run: Run,
+    config: GenerativeRunConfig,
+    train: Callable[[Task], Any],
+    weights: Callable[[], Sequence[Any]] = tuple,
+    without: Sequence[str] = (),
 ) -> tuple[Stage, ...]:
     """The stages of a system that is trained once on the targets of its contexts, behind that of the text encoder.
 
-    weights: returns digests of the pretrained weights that `train` reads.
+    weights: returns digests of the pretrained weights that `train` reads. without: fields that decide later stages
+    alone.
     """
     before = alignment(run, config, with_ids=True)
 
@@ -114,7 +119,7 @@ def supervised(
         return *weights(), *prepare_with_ids(run, config)
 
     needs = (ALIGNMENT,) if before else ()
-    return *before, Stage(TRAINING, config.training_inputs(), data, train, needs=needs)
+    return *before, Stage(TRAINING, config.training_inputs(*without), data, train, needs=needs)
 
 
 def train_model(

@@ -256,7 +256,7 @@ class GenerativeRecommender:
         width = self.width(k)
 
         def searches():
-            for rows, arrays in self._batches(histories, sizes):
+            for rows, arrays in self.batches(histories, sizes):
                 few = None if allowed is None else _stack([allowed[row] for row in rows], _batch_size(arrays))
                 self._note(arrays, few, width, k)
                 yield rows, self._search(served, arrays, few, width, k)
@@ -275,7 +275,7 @@ class GenerativeRecommender:
             answers[rows], scores[rows] = of_batch[: len(rows)], of_scores[: len(rows)]
         return answers, scores
 
-    def diagnose(self, cases: Cases) -> dict[str, tuple[float, float]]:
+    def diagnose(self, cases: Cases, served: Served | None = None) -> dict[str, tuple[float, float]]:
         """As (sum, count): teacher-forced accuracy of the targets' tokens, and `validity`.
 
         The accuracy is one a level (OneMall Table 1), or of all tokens together where targets have no levels. Validity
@@ -283,14 +283,15 @@ class GenerativeRecommender:
         for 10 answers; it is left out where nothing is listed.
         """
         sums: dict[str, tuple[float, float]] = {}
-        for rows, arrays in self._batches(cases.histories):
+        served = self.served if served is None else served
+        for rows, arrays in self.batches(cases.histories):
             target = np.zeros((self.config.batch_size, cases.targets.shape[1]), np.int32)
             where = np.zeros_like(target, bool)
             target[: len(rows)] = np.where(cases.where[rows], cases.targets[rows], 0)
             where[: len(rows)] = cases.where[rows]
             real = np.arange(self.config.batch_size) < len(rows)
             tokens, real_tokens = self.space.tokens(target)
-            measured = self._measure(self.served, arrays, tokens, real_tokens & where[..., None], where, real)
+            measured = self._measure(served, arrays, tokens, real_tokens & where[..., None], where, real)
             sums = add(sums, jax.device_get(measured))
         return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
 
@@ -330,7 +331,7 @@ class GenerativeRecommender:
         """The arrays of what texts have to begin with; none where they need not."""
         return self.space.begin(typed(typed_text(history))) if self.config.completing else {}
 
-    def _batches(self, histories: list[History], sizes: Sequence[int] | None = None):
+    def batches(self, histories: list[History], sizes: Sequence[int] | None = None):
         """Yields (rows, stacked features): histories of one length bucket, padded to the smallest of `sizes`.
 
         Where there are more than the largest, all batches have that size.

@@ -126,7 +126,7 @@ class Log:
 
 
 def _drop_lines(path: Path, stage: str, begun: int) -> None:
-    """Removes the lines of a stage after step `begun`, and an incomplete last line."""
+    """Removes the lines of a stage after step `begun`, all of them if it is 0, and an incomplete last line."""
     if not path.exists():
         return
     kept = []
@@ -135,7 +135,7 @@ def _drop_lines(path: Path, stage: str, begun: int) -> None:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        if line.get("stage") != stage or line.get("step", 0) <= begun:
+        if line.get("stage") != stage or (begun and line.get("step", 0) <= begun):
             kept.append(text)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(f"{text}\n" for text in kept))

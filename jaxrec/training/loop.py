@@ -109,6 +109,8 @@ class Watch:
     """The step of the best value."""
     stale: int = 0
     """Evaluations since the best value."""
+    ended: str = ""
+    """Why an evaluation ended the training; empty if none did."""
 
     def add(self, value: float, step: int) -> "Watch":
         """The state after one more evaluation; NaN is no improvement.
@@ -131,6 +133,8 @@ def fit(
     mesh: Mesh | None = None,
     flops_per_step: float | Callable[[Any], float | Flops] | None = None,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    evaluates_start: bool = False,
+    ends: Callable[[dict[str, float]], str] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Any:
     """Trains up to `config.steps`, from the newest checkpoint in `folder` if any.
@@ -148,6 +152,8 @@ def fit(
       evaluate: called with the state every `config.evaluation_steps` and at the end; its values, `config.monitor` among
         them, are logged under "valid/", after a line of the training so far. An empty dict (no validation cases) is
         ignored.
+      evaluates_start: evaluate the first state too, as that of step 0, which may then be the best one.
+      ends: called with the values of an evaluation; what it returns, if not empty, is why training stops there.
       on_log: called with every logged line.
 
     Returns:
@@ -175,6 +181,20 @@ def fit(
     with use_mesh(mesh) if mesh else nullcontext(), _stop_signals() as stop, batches, bars, log:
         task = bars.add_task(stage, total=config.steps, completed=begun, loss="-", rate="-", share="-")
         in_flight = None
+
+        def assess(step: int) -> Watch:
+            if not (values := evaluate(state)):
+                return watch
+            log.write({"step": step, **{f"valid/{name}": value for name, value in values.items()}})
+            found = watch.add(_monitored(values, config), step)
+            if found.step == step:
+                best = {"params": state.params, "extra": state.extra}
+                checkpoint.save(folder / checkpoint.BEST, step, best, {"best": found.best}, keep=1)
+            return dataclasses.replace(found, ended=ends(values) if ends else "")
+
+        if evaluate and every and evaluates_start and not begun:
+            with meter.paused():
+                watch = assess(0)
         for step in range(begun + 1, config.steps + 1):
             batch = batches.get(step)
             totals = totals or place(_zeros(jax.eval_shape(one_step, step_fn, state, batch)[1]), mesh)
@@ -194,12 +214,8 @@ def fit(
                 bars.update(task, **_shown(line))
             bars.update(task, completed=step)
             with meter.paused():
-                if evaluates and (values := evaluate(state)):
-                    log.write({"step": step, **{f"valid/{name}": value for name, value in values.items()}})
-                    watch = watch.add(_monitored(values, config), step)
-                    if watch.step == step:
-                        best = {"params": state.params, "extra": state.extra}
-                        checkpoint.save(folder / checkpoint.BEST, step, best, {"best": watch.best}, keep=1)
+                if evaluates:
+                    watch = assess(step)
                     last = last or _gave_up(watch, config)
                 if step % config.checkpoint_every == 0 or last or stopping:
                     totals_so_far = _fetch(totals, stage, folder)
@@ -214,10 +230,8 @@ def fit(
             if last:
                 break
     if _gave_up(watch, config) and step < config.steps:
-        message = (
-            f"stopped after step {step}: nothing better than {config.monitor} {watch.best:.4f} of step {watch.step}"
-        )
-        console.print(f"{stage}: {message}", markup=False)
+        why = watch.ended or f"nothing better than {config.monitor} {watch.best:.4f} of step {watch.step}"
+        console.print(f"{stage}: stopped after step {step}: {why}", markup=False)
     return state
 
 
@@ -233,7 +247,7 @@ def _resume(folder: Path, state: Any, iterator: BatchIterator) -> tuple[Any, Met
 
 
 def _gave_up(watch: Watch, config: LoopConfig) -> bool:
-    return 0 < config.patience <= watch.stale
+    return bool(watch.ended) or 0 < config.patience <= watch.stale
 
 
 def _monitored(values: dict[str, float], config: LoopConfig) -> float:

@@ -140,6 +140,8 @@ def minimise(
     task: Task,
     *,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluates_start: bool = False,
+    ends: Callable[[dict[str, float]], str] | None = None,
     counted: Loss | None = None,
 ) -> TrainState:
     """Trains a stage to the end, or until validation stops improving, from its newest checkpoint if any.
@@ -148,7 +150,7 @@ def minimise(
       loss: loss(params, extra, batch, key); where the task has frozen stages, loss(frozen, params, extra, batch, key)
         with their variables by name. They are arguments of the compiled step, not constants in it.
       init: fresh variables from a seed, laid out over the mesh if there is one.
-      evaluate: as for `jaxrec.training.loop.fit`.
+      evaluate, evaluates_start, ends: as for `jaxrec.training.loop.fit`.
       counted: the loss whose FLOPs are logged, if `loss` also computes values that the model does not need.
 
     Raises:
@@ -173,6 +175,8 @@ def minimise(
         mesh=mesh,
         flops_per_step=step_flops(counted or loss, variables),
         evaluate=evaluate,
+        evaluates_start=evaluates_start,
+        ends=ends,
     )
 
 

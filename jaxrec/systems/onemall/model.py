@@ -8,6 +8,7 @@ for every item, theirs is the mean.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -66,6 +67,8 @@ class OneMallAssembly:
     """bool [behaviors]: the target behaviors"""
     attributes_of: Callable[[pa.Table], np.ndarray] | None = None
     """the attributes int32 [n, A] of items that come later; None: all missing"""
+    folder: Path | None = None
+    """the run directory"""
 
     @property
     def behaviors(self) -> tuple[str, ...]:
@@ -208,7 +211,7 @@ def assemble(run: Run, config: OneMallConfig) -> OneMallAssembly:
     )
     model = CrossDecoder(config.model, behaviors, space.codebook_sizes, sizes, len(items), AGES)
     later = functools.partial(later_attribute_indices, items.select(list(config.attributes)), config.attributes)
-    return OneMallAssembly(model, catalogue, space, lately, run.examples, wanted, later)
+    return OneMallAssembly(model, catalogue, space, lately, run.examples, wanted, later, run.path)
 
 
 # The model is its sizes; an assembly, with its arrays, would be kept alive by the compiled function.

@@ -1,7 +1,7 @@
 """Training OneMall's model (Eq. 7): next-token prediction and contrastive task, all targets of a context at once."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -22,15 +22,15 @@ from jaxrec.training.stages import Stage, Task
 from jaxrec.training.step import Loss
 
 
-def stages(run: Run, config: OneMallConfig) -> tuple[Stage, ...]:
-    """One supervised stage."""
+def supervised_stages(run: Run, config: OneMallConfig) -> tuple[Stage, ...]:
+    """One supervised stage, behind that of the text encoder where it is fine-tuned."""
 
     def train(task: Task) -> None:
         assembly = assemble(run, config)
         batches, counted = training_batches(assembly, config), exact_loss(assembly, config)
         train_model(assembly, config, mean_loss, batches, task, counted=counted)
 
-    return supervised(run, config, train)
+    return supervised(run, config, train, without=config.of_later)
 
 
 def mean_loss(
@@ -43,12 +43,10 @@ def mean_loss(
     key: jax.Array,
 ):
     """As `jaxrec.training.step.Loss`; `extra` holds the biases of the routers, a batch is of `training_batches`."""
-    sums, count, loads = losses(assembly, config, catalogue, {"params": params, **extra}, batch, key)
+    sums, count, loads, _ = losses(assembly, config, catalogue, {"params": params, **extra}, batch, key)
     total = sums["next_token"] + config.objective.contrastive_weight * sums["contrastive"]
-    if all(loads):
-        extra = {"balance": move_biases(extra["balance"], loads, config.model.balance_rate)}
     metrics = {name: (value, count) for name, value in (sums | {"loss": total}).items()}
-    return total / jnp.maximum(count, 1), (metrics, extra)
+    return total / jnp.maximum(count, 1), (metrics, balanced(extra, loads, config))
 
 
 def exact_loss(assembly: OneMallAssembly, config: OneMallConfig) -> Loss:
@@ -65,7 +63,7 @@ def losses(
     batch: dict,
     key: jax.Array,
 ):
-    """Sums over the batch's targets of each loss of Eq. 7, the number of targets, and the experts' loads.
+    """Sums over the batch's targets of each loss of Eq. 7, the number of targets, the experts' loads, the contexts.
 
     The loads are those of BOS and of the targets' tokens, in two trees; padding is in neither.
     The items of a session are L targets of one context: targets int32 [B, L] with mask [B, L].
@@ -78,7 +76,7 @@ def losses(
     sums = {"next_token": next_token(scored.log_probs, where).sum(), "contrastive": jnp.float32(0)}
     if config.objective.contrastive_weight:
         sums["contrastive"] = contrastive(assembly, catalogue, variables, scored.end, target, where).sum()
-    return sums, where.sum(), tuple(each.get("balance", {}) for each in (of_bos, of_targets))
+    return sums, where.sum(), tuple(each.get("balance", {}) for each in (of_bos, of_targets)), context
 
 
 def contrastive(
@@ -97,6 +95,13 @@ def contrastive(
     return in_batch_softmax(scores, positive=jnp.arange(len(items)), candidates=others, log_q=log_q)
 
 
+def balanced(extra: dict, loads: tuple[dict, ...], config: OneMallConfig) -> dict:
+    """`extra` after a step with these loads of the experts; unchanged for a model without experts."""
+    if not all(loads):
+        return extra
+    return {**extra, "balance": move_biases(extra["balance"], loads, config.model.balance_rate)}
+
+
 def move_biases(biases: dict, loads: Iterable[dict], rate: float) -> dict:
     """The routers' biases after a step (loss-free balancing), given the loads that the layers sowed in each pass."""
 
@@ -107,14 +112,20 @@ def move_biases(biases: dict, loads: Iterable[dict], rate: float) -> dict:
     return {layer: {"moe": {"bias": moved(layer)}} for layer in biases}
 
 
-def training_batches(assembly: OneMallAssembly, config: OneMallConfig):
-    """Batches of contexts with their targets, without end, in an order that the seed decides."""
+def training_batches(
+    assembly: OneMallAssembly, config: OneMallConfig, more: Callable[[dict, int], dict] | None = None
+) -> Iterator[dict]:
+    """Batches of contexts with their targets, without end, in an order that the seed decides.
+
+    more: (record, session) -> further arrays of a context.
+    """
     records, cuts = training_cuts(assembly, min_history=config.min_history)
 
     def example(record: dict, session: int, rng: np.random.Generator) -> dict:
         context = features.cut(
             record, session, config.features, behaviors=len(assembly.behaviors), wanted=assembly.wanted
         )
-        return context | features.targets(record, session, config.features, wanted=assembly.wanted, rng=rng)
+        context |= features.targets(record, session, config.features, wanted=assembly.wanted, rng=rng)
+        return context if more is None else context | more(record, session)
 
     return context_batches(records, cuts, example, config)
