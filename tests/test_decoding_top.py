@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrec.decoding import top as module
-from jaxrec.decoding.top import capped, top, top_capped
+from jaxrec.decoding.top import capped, top, top_capped, top_of_rows
 
 
 @pytest.mark.parametrize(("n", "k"), [(20_000, 1), (20_001, 7), (70_000, 64), (300_000, 16), (100, 100)])
@@ -31,6 +31,36 @@ def test_the_block_path_is_taken_and_may_nest(monkeypatch):
     for k in (1, 3):
         for ours, expected in zip(top(jnp.asarray(scores), k), jax.lax.top_k(scores, k), strict=True):
             np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "places", "k"), [(32, 4000, 32), (5, 4001, 3), (1, 20_000, 7), (64, 1031, 16), (4, 9, 20), (2000, 11, 5)]
+)
+@pytest.mark.parametrize("kind", ["normal", "ties", "few candidates"])
+def test_rows_with_something_added_are_ranked_as_one_row(width, places, k, kind):
+    generator = np.random.default_rng(places)
+    values = generator.normal(size=(2, width, places)).astype(np.float32)
+    added = generator.normal(size=(2, width)).astype(np.float32)
+    if kind == "ties":
+        values, added = np.round(values), np.round(added)
+    if kind == "few candidates":
+        added[:, 1:] = -np.inf
+        added[1] = -np.inf
+        values[..., 2:] = -np.inf
+    scores, index = top_of_rows(jnp.asarray(values), jnp.asarray(added), k)
+    expected, place = jax.lax.top_k((values + added[..., None]).reshape(2, -1), k)
+    np.testing.assert_array_equal(scores, expected)
+    real = expected > -np.inf
+    np.testing.assert_array_equal(index[real], place[real])
+    assert (index < width * places).all() and real.any() and (kind != "few candidates" or not real.all())
+
+
+@pytest.mark.parametrize("places", [7, 4001])
+def test_a_row_without_a_candidate_may_hold_anything(places):
+    values, added = np.zeros((1, 20, places), np.float32), np.zeros((1, 20), np.float32)
+    values[0, 4, 2], values[0, 5, 3], added[0, 4:6] = np.nan, np.inf, -np.inf
+    scores, index = top_of_rows(jnp.asarray(values), jnp.asarray(added), 8)
+    assert (scores == 0).all() and not np.isin(np.asarray(index) // places, (4, 5)).any()
 
 
 def capped_oracle(scores, groups, cap):

@@ -9,6 +9,7 @@ log-probability, and the beams are the best of these by its scores.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -30,7 +31,7 @@ from jaxrec.decoding.step import (
     grown,
     reorder,
     root,
-    summed,
+    top_free,
 )
 from jaxrec.decoding.top import capped, top, top_capped
 from jaxrec.decoding.trie import Trie
@@ -216,9 +217,8 @@ def _choose_freely(
     log_probs: jax.Array, beams: Beams, trie: Trie, level: int, width: int, *, in_order: bool
 ) -> tuple[Beams, jax.Array]:
     """As `choose` among all codes, in the catalogue or not; a filter is applied to the finished IDs."""
-    grid = free_grid(log_probs, beams, trie, level)
-    scores = summed(grid, beams)
-    best, index = top(scores, min(width, scores.shape[1]))
+    best, index, bad = top_free(log_probs, beams, width)
+    grid = replace(free_grid(log_probs, beams, trie, level), bad=bad)
     return grown(beams, trie, level, grid, best, index, in_order=in_order)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxrec.config import UserError
 from jaxrec.decoding.filters import ItemFilter, build_filter
-from jaxrec.decoding.top import top
+from jaxrec.decoding.top import top, top_of_rows
 from jaxrec.decoding.trie import WORD, Trie
 
 ROUNDING = 0.1
@@ -183,6 +183,15 @@ def free_grid(log_probs: jax.Array, beams: Beams, trie: Trie | None, level: int)
         return parents, find_child(trie, level, nodes, tokens), tokens
 
     return Grid(jnp.where(alive & sound, log_probs, -jnp.inf), None, locate, (alive & ~sound).any((1, 2)))
+
+
+def top_free(log_probs: jax.Array, beams: Beams, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `width` best of all codes after the beams, as places of a `free_grid`: (summed log-probabilities [B, m],
+    index int32 [B, m], bad bool [B]: the model gave NaN or +inf)."""
+    best, index = top_of_rows(log_probs, beams.log_probs, min(width, log_probs.shape[1] * log_probs.shape[2]))
+    # A sum is NaN where any of it is; a maximum need not be.
+    bad = ((beams.log_probs > -jnp.inf) & ~(log_probs.sum(-1) < jnp.inf)).any(1)
+    return jnp.where(bad[:, None], -jnp.inf, best), index, bad
 
 
 def choose(

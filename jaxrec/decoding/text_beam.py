@@ -9,7 +9,7 @@ The search stops early once no prefix can change the results: a log-probability 
 all texts that begin with one of the beams. The steps behind that are skipped, each by a condition of its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ from jaxrec.decoding.step import (
     reorder,
     root,
     summed,
+    top_free,
 )
 from jaxrec.decoding.top import top
 from jaxrec.decoding.trie import Trie
@@ -155,24 +156,43 @@ class _Search:
         size = None if trie is None else trie.codebook_sizes[0]
         log_probs, cache = extended(self.extend, beams, state.cache, level, size)
         if trie is not None and self.constrained:
-            grid = children_grid(log_probs, beams, trie, level, self.item_filter)
-            is_end = grid.tokens == self.eos
+            grid, end, best, index = self._of_trie(log_probs, beams, state.written, level)
         else:
-            grid = free_grid(log_probs, beams, known, level)
-            is_end = jnp.arange(log_probs.shape[2]) == self.eos
-        if self.typed is not None:
-            grid = grid.where(self.typed.may_follow(state.written, grid.tokens))
-        beams = beams.replace(bad=beams.bad | grid.bad)
-        ends = _ends(beams, grid, is_end, known, level, self.eos, self.item_filter, self.constrained)
+            grid, end, best, index = self._of_all(log_probs, beams, state.written, known, level)
+        ends = _ends(beams, end, known, level, self.eos, self.item_filter, self.constrained)
         if level == self.max_length - 1:
-            return _State(beams, None, None), ends
-        going_on = summed(grid.where(~is_end), beams)
-        best, index = top(going_on, min(self.beam_width, going_on.shape[1]))
+            return _State(beams.replace(bad=beams.bad | grid.bad), None, None), ends
         beams, parents = grown(beams, known, level, grid, best, index, in_order=True)
         written = state.written
         if self.typed is not None:
             written = self.typed.after(jnp.take_along_axis(written, parents, axis=1), beams.tokens)
         return _State(beams, reorder(cache, parents), written), ends
+
+    def _of_trie(
+        self, log_probs: jax.Array, beams: Beams, written: jax.Array | None, level: int
+    ) -> tuple[Grid, jax.Array, jax.Array, jax.Array]:
+        """The children of the beams, the log-probability [B, W] of the end after each, and the best of the others."""
+        grid = children_grid(log_probs, beams, self.trie, level, self.item_filter)
+        if self.typed is not None:
+            grid = grid.where(self.typed.may_follow(written, grid.tokens))
+        is_end = grid.tokens == self.eos
+        end = jnp.where(is_end, grid.log_probs, -jnp.inf).max(-1)  # at most one child of a beam is the end token
+        going_on = summed(grid.where(~is_end), beams)
+        return grid, end, *top(going_on, min(self.beam_width, going_on.shape[1]))
+
+    def _of_all(
+        self, log_probs: jax.Array, beams: Beams, written: jax.Array | None, trie: Trie | None, level: int
+    ) -> tuple[Grid, jax.Array, jax.Array, jax.Array]:
+        """The same of all tokens."""
+        if self.typed is not None:
+            log_probs = jnp.where(self.typed.may_follow(written, None), log_probs, -jnp.inf)
+        end = log_probs[..., self.eos]
+        going_on = jnp.where(jnp.arange(log_probs.shape[2]) == self.eos, -jnp.inf, log_probs)
+        best, index, bad = top_free(going_on, beams, self.beam_width)
+        sound = end < jnp.inf
+        bad |= ((beams.log_probs > -jnp.inf) & ~sound).any(1)
+        grid = replace(free_grid(log_probs, beams, trie, level), bad=bad)
+        return grid, jnp.where(sound, end, -jnp.inf), best, index
 
     def step_unless_done(
         self, state: _State, level: int, best: jax.Array, penalty: np.ndarray
@@ -203,16 +223,14 @@ class _Ended:
 
 def _ends(
     beams: Beams,
-    grid: Grid,
-    is_end: jax.Array,
+    end: jax.Array,
     trie: Trie | None,
     level: int,
     eos: int,
     item_filter: ItemFilter | None,
     constrained: bool,
 ) -> _Ended:
-    """Each beam extended by the end token."""
-    end = jnp.where(is_end, grid.log_probs, -jnp.inf).max(-1)  # at most one candidate of a beam is the end token
+    """Each beam extended by the end token, whose log-probability is `end` float32 [B, W]."""
     total = beams.log_probs + end
     valid = total > -jnp.inf
     leaf = jnp.full(total.shape, -1, jnp.int32)

@@ -23,6 +23,35 @@ def top(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return best, jnp.take_along_axis(index, place, axis=1)
 
 
+def top_of_rows(values: jax.Array, added: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """As `top` of values [B, W, n] + added [B, W] in one row; a row where `added` is -inf has no candidate.
+
+    Only to the blocks' maxima and to the members of the best blocks is anything added, so that the values are read once
+    and nothing of their size is written.
+    """
+    batch, width, places = values.shape
+    block = _block_in_rows(width, places, k)
+    if places % block:
+        values = jnp.pad(values, ((0, 0), (0, 0), (0, -places % block)), constant_values=-jnp.inf)
+    blocks = values.reshape(batch, width, -1, block)
+    there = (added > -jnp.inf)[..., None]
+    maxima = jnp.where(there, blocks.max(-1), -jnp.inf)
+    scores = (maxima + jnp.where(there, added[..., None], 0.0)).reshape(batch, -1)
+    if block == 1:
+        return jax.lax.top_k(scores, k)
+    _, chosen = top(scores, k)
+    chosen = jnp.sort(chosen, axis=1)
+    row, place = chosen // blocks.shape[2], chosen % blocks.shape[2]
+    found = jnp.take_along_axis(blocks.reshape(batch, -1, block), chosen[..., None], axis=1, mode="promise_in_bounds")
+    found = jnp.where(jnp.take_along_axis(there[..., 0], row, axis=1)[..., None], found, -jnp.inf)
+    found += jnp.take_along_axis(added, row, axis=1)[..., None]
+    index = (row * places + place * block)[..., None] + jnp.arange(block, dtype=jnp.int32)
+    best, at = jax.lax.top_k(found.reshape(batch, -1), k)
+    # Where there is no candidate any more, padding can be chosen.
+    index = jnp.minimum(index, width * places - 1).reshape(batch, -1)
+    return best, jnp.take_along_axis(index, at, axis=1)
+
+
 def top_capped(scores: jax.Array, groups: jax.Array, cap: int, k: int) -> tuple[jax.Array, jax.Array]:
     """As `top` of scores [B, W, n] in one row, at most `cap` of each group int32 [B, W]; padded with -inf.
 
@@ -53,6 +82,14 @@ def _block_size(n: int, k: int) -> int:
     if n <= SHORT or n < 256 * k:
         return 1
     return 2 ** max(1, (n // k).bit_length() // 2)
+
+
+def _block_in_rows(width: int, places: int, k: int) -> int:
+    """As `_block_size` of all rows together; if there is one near it, a size that divides a row."""
+    wanted = _block_size(width * places, k)
+    if wanted == 1 or places < 2 * wanted:
+        return 1
+    return next((size for size in range(2 * wanted, wanted // 2, -1) if places % size == 0), wanted)
 
 
 def _blocks(scores: jax.Array, block: int) -> jax.Array:
