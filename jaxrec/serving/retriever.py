@@ -27,6 +27,7 @@ from jaxrec.catalogue.live import LiveCatalogue
 from jaxrec.catalogue.version import Predicate, Version
 from jaxrec.config import UserError
 from jaxrec.console import track
+from jaxrec.data.words import normalised
 from jaxrec.decoding.filters import LISTED, Allowed
 from jaxrec.evaluation.baselines import Recommender
 from jaxrec.evaluation.cases import History
@@ -39,8 +40,8 @@ from jaxrec.semantic_ids.table.version_files import BOOKS, read_version
 from jaxrec.semantic_ids.table.versions import CODES, trained_version
 from jaxrec.serving.answers import ANSWERS, Answers
 from jaxrec.serving.histories import InlineHistories, moment_of
-from jaxrec.serving.schema import MAX_K, Answer, Request
-from jaxrec.serving.searches import UserSearches
+from jaxrec.serving.schema import MAX_K, Answer, GeneratedText, Request
+from jaxrec.serving.searches import UserSearches, own_searches
 from jaxrec.targets import changed
 
 LOG = logging.getLogger(__name__)
@@ -233,10 +234,15 @@ class Retriever:
         answers: list[Answer | UserError | None] = [None] * len(requests)
         known: list[tuple[int, History]] = []
         ignored: dict[int, list[str]] = {}
+        searched: dict[int, set[str]] = {}
         allowed: dict[int, Allowed | None] = {}
         for row, request in enumerate(requests):
             try:
                 history, ignored[row] = self.history(request, version)
+                searched[row] = {normalised(text) for text in history.get("search_query", ())}
+                if request.mode == "own":
+                    answers[row] = self._own(history, request, version)
+                    continue
                 allowed[row] = self._allowed(request, None if within is None else within[row], history, version)
             except UserError as error:
                 answers[row] = error
@@ -268,7 +274,23 @@ class Retriever:
                 ranked = self._recommend(version, list(histories), depth, filters)
                 for row, best, scores in zip(rows, *ranked, strict=True):
                     answers[row] = self._answer(version, best[: requests[row].k], scores, "model", ignored[row])
+        for row, mine in searched.items():
+            for text in getattr(answers[row], "texts", None) or ():
+                text.own = normalised(text.text) in mine
         return answers
+
+    def _own(self, history: History, request: Request, version: Version) -> Answer:
+        """The user's own searches that begin with the prefix; none that is blocked."""
+        if version.texts is None:
+            raise UserError("mode own gives searches, but this run answers with items; leave it out")
+        space = version.texts
+        found = own_searches(history, request.prefix or "", len(history.get("search_query", ())))
+        texts = [
+            GeneratedText(text=text, score=count, vetted=space.lists(text), own=True)
+            for text, count in found
+            if not space.blocked.holds(text)
+        ]
+        return Answer(texts=texts[: request.k], source="own")
 
     def depth(self, k: int) -> int:
         """The depth of a ranking for k items: the largest of the DEPTHS that need the same beams, to share a
@@ -391,5 +413,5 @@ class Retriever:
 
 def _is_known(history: History) -> bool:
     """Whether a history says anything to the model: an event, a search, or what was typed."""
-    typed = "query" in history or "prefix" in history
+    typed = "query" in history or bool(history.get("prefix", "").strip())
     return typed or len(history["item"]) > 0 or len(history.get("search_query", ())) > 0
