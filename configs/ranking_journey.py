@@ -2,8 +2,8 @@
 
     python train.py configs/ranking_journey.py --run runs/ranking
 
-Time:    TIME.
-Figures: FIGURES; docs/ranking.md has the table.
+Time:    not measured.
+Figures: not measured.
 
 There are no clicks: what is predicted is the purchase of a product that was promoted in the store, or drawn from the
 catalogue, since most purchases are of products that were not promoted.

@@ -2,8 +2,9 @@
 
     python train.py configs/ranking_mall.py --run runs/ranking_mall
 
-Time:    TIME.
-Figures: FIGURES; docs/ranking.md has the table.
+Time:    not measured.
+Figures: recall@10 / mrr@10 .508 / .308 with labels of impressions alone, .611 / .414 with 16 sampled items a context;
+         one seed. docs/ranking.md has the table.
 
 Every session shows items, of which some are clicked and some bought: impressions with what followed are the labels.
 """
