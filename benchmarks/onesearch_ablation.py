@@ -11,17 +11,15 @@ to benchmarks/results/onesearch.json with seed, seconds, command, commit and dev
 --quick: few steps and searches, only to see that everything works; not kept.
 """
 
-import dataclasses
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from shared import results
+from shared.ablation import parse_variants, table_of, with_files
 from shared.timing import parse_seeds, parser
 
 from jaxrec.config import UserError, load_config
@@ -87,7 +85,7 @@ def main() -> None:
         "--runs", type=Path, default=Path("runs/onesearch_ablation"), help="where run folders are kept"
     )
     args = command.parse_args()
-    variants, seeds = parse_variants(args.variants), parse_seeds(args.seeds)
+    variants, seeds = parse_variants(args.variants, VARIANTS), parse_seeds(args.seeds)
     base = with_data(load_config(args.config), args.data, args.quick)
     keep_compiled_programs()
     entries = []
@@ -99,27 +97,14 @@ def main() -> None:
             entries.append({"model": name, "seed": seed, "data": args.config.stem, **entry})
             if not args.quick:
                 results.append("onesearch", entries[-1:])
-    console.print(table_of(entries))
-
-
-def parse_variants(text: str) -> list[str]:
-    """Names of `VARIANTS`. Raises UserError where one is unknown."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in VARIANTS]:
-        raise UserError(f"--variants: there is no {unknown[0]!r}; give some of {', '.join(VARIANTS)}")
-    return names or ["whole"]
+    console.print(table_of(entries, base.system, SHOWN))
 
 
 def with_data(config: Any, pairs: list[str], quick: bool) -> OneSearchConfig:
     """The configuration with the given files, and with few steps and searches where it shall be quick."""
     if not isinstance(config, OneSearchConfig):
         raise UserError(f"--config: this is a configuration of {config.system}; give one of onesearch")
-    known = {each.name for each in dataclasses.fields(config.data)}
-    given = dict(pair.partition("=")[::2] for pair in pairs)
-    for name, value in given.items():
-        if name not in known or not value:
-            raise UserError(f"--data {name}={value}: give FIELD=FILE, with one of {', '.join(sorted(known))}")
-    config = replace(config, data=replace(config.data, **{name: Path(value) for name, value in given.items()}))
+    config = with_files(config, pairs)
     if not quick:
         return config
     steps = {"steps": QUICK_STEPS, "checkpoint_every": QUICK_STEPS, "evaluate_every": 0, "log_every": 1}
@@ -145,23 +130,6 @@ def measured(folder: Path, config: OneSearchConfig) -> dict[str, Any]:
         validation.mkdir(exist_ok=True)
         compare(run, load_recommender(run), replace(config.evaluation, split="valid", baselines=False), validation)
     return {"seconds": seconds, "rows": rows + read_json(validation / "evaluation.json")}
-
-
-def table_of(entries: list[dict[str, Any]]) -> Table:
-    """Test rows: mean and deviation over seeds of every variant, and of the best baselines."""
-    found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
-    for entry in entries:
-        for row in entry["rows"]:
-            if row["split"] == "test" and (row["subset"], row["metric"]) in SHOWN:
-                own = row["model"] == "onesearch"
-                name = entry["model"] if own else row["model"]
-                if own or entry["model"] == "whole":
-                    found[name][row["subset"], row["metric"]].append(row["value"])
-    table = Table("", *(f"{metric}, {subset.replace('_', ' ')}" for subset, metric in SHOWN), title="test")
-    for name, values in found.items():
-        cells = [results.moments(values[each]) if values[each] else None for each in SHOWN]
-        table.add_row(name, *("" if cell is None else f"{cell[0]:.4f} ± {cell[1]:.4f}" for cell in cells))
-    return table
 
 
 if __name__ == "__main__":
