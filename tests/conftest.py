@@ -29,7 +29,7 @@ SLOW = (
     "systems_onemall", "systems_tiger", "systems_rankgr", "models_rankgr", "semantic_ids_shapes",
     "semantic_ids_sharded", "serving_batch", "toy_system", "systems_recommender", "models_encoder_decoder",
     "semantic_ids_embeddings", "sharding_onemall", "semantic_ids_streaming", "semantic_ids_opq", "export",
-    "serving_live", "systems_sequential", "systems_onesearch", "models_personal_search",
+    "serving_live", "systems_sequential", "systems_onesearch", "systems_onesug", "models_personal_search",
     "text_finetune", "models_dropout", "models_causal", "semantic_ids_balanced", "benchmarks_sequential",
     "text_prefixes", "nn_attention", "models_cross_decoder",
 )  # fmt: skip

@@ -73,7 +73,8 @@ def test_the_most_popular_come_first_with_their_shares(tables):
     np.testing.assert_array_equal(found.recent, found.share)
     assert named(known, known.top("", 2)) == ["red shoes", "bread"]  # bread and red socks are equal
     nothing = known.top("x", 3)
-    assert [len(part) for part in nothing[:3]] == [0, 0, 0] and (found.sessions, nothing.sessions) == (3, 0)
+    assert [len(part) for part in nothing[:3]] == [0, 0, 0] and (found.sessions, found.texts) == (3, 2)
+    assert (nothing.sessions, nothing.texts) == (0, 0)
 
 
 def test_shares_of_late_are_of_the_periods_before_the_day(tables):
@@ -100,7 +101,7 @@ def test_a_query_left_out_is_counted_in_one_session_less(tables):
     assert named(known, found) == ["red shoes"] and found.share.tolist() == [1]
     assert named(known, known.top("red so", 5, 0, [socks])) == []
     both = known.top("red", 5, 0, [shoes, socks])
-    assert named(known, both) == ["red shoes"] and both.sessions == 1
+    assert named(known, both) == ["red shoes"] and (both.sessions, both.texts) == (1, 1)
     assert named(known, known.top("b", 5, 0, [socks])) == ["bread"]  # no completion: nothing is taken from it
 
 

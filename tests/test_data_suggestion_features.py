@@ -27,7 +27,7 @@ class Queries:
 
 
 def asked(**more):
-    top = Top(np.array([5, 2, 7, 6]), np.array([0.5, 0.25, 0.15, 0.1], np.float32), np.full(4, 0.25, np.float32), 20)
+    top = Top(np.array([5, 2, 7, 6]), np.array([0.5, 0.25, 0.15, 0.1], np.float32), np.full(4, 0.25, np.float32), 20, 6)
     own = Own(np.array([2, 3, 2]), np.array([0, 10, 20]) * DAY, np.array([0, 1, 3]), 5, 9)
     history = {
         "typed_tokens": [1, 2],
@@ -96,7 +96,7 @@ def test_candidates_begin_in_the_order_of_the_own_history_then_popularity():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         share = np.sort(rng.dirichlet(np.ones(20)))[::-1].astype(np.float32)
-        top = Top(rng.permutation(40)[:20], share, share, 50)
+        top = Top(rng.permutation(40)[:20], share, share, 50, 20)
         query = np.sort(rng.integers(0, 40, rng.integers(0, 12)))
         own = Own(query, np.arange(len(query)), np.arange(len(query)), len(query), len(query))
         config = SuggestionFeatureConfig(own=12, popular=20, length=4)

@@ -60,6 +60,8 @@ class Top(NamedTuple):
     """float32 [n], the same of late; 0 where no completion was searched for"""
     sessions: int
     """with any completion of the prefix"""
+    texts: int
+    """distinct completions of the prefix"""
 
 
 class _Best(NamedTuple):
@@ -117,6 +119,7 @@ class Completions:
         span = self.of(prefix)
         period = 0 if day is None else int(self.recent.period(np.int64(day)))
         without = [row for row in without if span.start <= row < span.stop]
+        texts = span.stop - span.start - int((self.count[without] == 1).sum())
         rows, weight, total, total_weight = self._best(span, period, late, k + len(without))
         count = self.count[rows]
         if without:
@@ -128,7 +131,7 @@ class Completions:
             rows, count, weight = rows[order], count[order], weight[order]
         share = (count[:k] / max(total, 1)).astype(np.float32)
         recent = weight[:k] / np.float32(total_weight) if period and total_weight else np.zeros_like(share)
-        return Top(rows[:k], share, recent if period else share, total)
+        return Top(rows[:k], share, recent if period else share, total, texts)
 
     def _best(self, span: slice, period: int, late: bool, k: int) -> _Best:
         """More than k of the completions in a slice, or all."""

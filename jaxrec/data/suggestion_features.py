@@ -199,5 +199,5 @@ class SuggestionFeatureConfig:
             np.minimum(typed / np.maximum(record["texts"].lengths(numbers), 1), 1.0),
             np.log(record["texts"].near(numbers) + 0.01),
         ]
-        user = [own.searches, len(own.query), len(distinct), stop - start, top.sessions, typed]
+        user = [own.searches, len(own.query), len(distinct), top.texts, top.sessions, typed]
         return numbers, np.stack(columns, axis=1).astype(np.float32), np.log1p(np.array(user, np.float32))

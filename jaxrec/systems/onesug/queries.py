@@ -115,7 +115,7 @@ class QueriesOfUser:
         """How near they are to what this user searched for, float32 [n]; 0 for not at all."""
         if self.known.neighbours is None:
             return np.zeros(len(numbers), np.float32)
-        found = self.known.neighbours.scores(numbers, self.past, self.past, self.ahead)
+        (found,) = self.known.neighbours.scores(numbers, [self.past], self.past, self.ahead)
         return found / max(len(self.past), 1) ** 0.5
 
 

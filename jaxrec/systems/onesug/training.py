@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxrec.config import fingerprint
+from jaxrec.console import console
 from jaxrec.data.completions import training_queries
 from jaxrec.data.examples import Record
 from jaxrec.data.item_neighbours import item_neighbours
@@ -103,6 +104,10 @@ def make_targets(run: Run, config: OneSugConfig, folder: Path) -> None:
     else:
         tokenizer = train_tokenizer([*texts, *profiles], config.tokenizer)
     short = [at for at, row in enumerate(tokenizer.encode(vetted.texts)) if len(row) < config.texts.max_length]
+    if len(short) < len(vetted.texts):
+        count = f"{len(vetted.texts) - len(short):,} of {len(vetted.texts):,} queries"
+        longest = f"texts.max_length, {config.texts.max_length}"
+        console.print(f"{count} have more tokens than {longest}: they are not listed", markup=False)
     listed = [vetted.texts[at] for at in short]
     text_space(tokenizer, listed, vetted.counts[short], config.texts, vocabulary).save(folder)
 

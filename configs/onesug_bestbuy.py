@@ -1,0 +1,49 @@
+"""OneSug on clicks of Best Buy's search (Xbox games, 2011): typed queries, prefixes cut at random.
+
+    python train.py configs/onesug_bestbuy.py --run runs/suggest_bestbuy --data.path FILE
+
+Time:    not measured.
+Figures: not measured.
+
+FILE: `clicks.tsv` with the columns user, query_time, click_time, sku and query, packed or not. Nine users of ten have
+one search, so that the past plays hardly any part. Misspelt queries that training lacks are written freely.
+"""
+
+from pathlib import Path
+
+from jaxrec.data.prefix_cuts import PrefixCutConfig
+from jaxrec.data.prepare import PrepareConfig
+from jaxrec.data.sources import ClickLog
+from jaxrec.data.suggestion_features import SuggestionFeatureConfig
+from jaxrec.models.encoder_decoder import EncoderDecoderConfig
+from jaxrec.systems.comparison import EvaluationConfig
+from jaxrec.systems.onesug.config import LikelihoodObjective, OneSugConfig, PreferenceConfig
+from jaxrec.systems.recommender import DecodingConfig
+from jaxrec.targets import TextSpaceConfig
+from jaxrec.text.tokenizer import TokenizerConfig
+from jaxrec.training.loop import LoopConfig
+from jaxrec.training.optim import OptimConfig
+
+config = OneSugConfig(
+    data=ClickLog(Path("clicks.tsv"), time="query_time", event_time="click_time", item="sku"),
+    prepare=PrepareConfig(suggestions=PrefixCutConfig()),
+    batch_size=128,
+    tokenizer=TokenizerConfig(vocabulary=1000),
+    texts=TextSpaceConfig(max_length=14),
+    features=SuggestionFeatureConfig((16, 32), related=0, earlier=2, words=8, own=4, popular=32),
+    model=EncoderDecoderConfig(
+        width=128, heads=4, head_dim=32, hidden=256, encoder_layers=2, layers=2, dropout=0.1, scale_head=False
+    ),
+    objective=LikelihoodObjective(recut=0.5),
+    optim=OptimConfig(learning_rate=2e-3, warmup=50),
+    training=LoopConfig(steps=1000, log_every=50, checkpoint_every=250, evaluate_every=250, monitor="mrr@10"),
+    preference=PreferenceConfig(
+        rejected=7,
+        optim=OptimConfig(learning_rate=2e-4, warmup=20),
+        training=LoopConfig(steps=200, log_every=20, checkpoint_every=100, evaluate_every=50, monitor="mrr@10"),
+    ),
+    decoding=DecodingConfig(beam_width=32, batch_size=64, completing=True, constrained="mixed"),
+    validation_decoding=DecodingConfig(beam_width=16, batch_size=64, completing=True),
+    validation=EvaluationConfig(split="valid", max_users=1000),
+    evaluation=EvaluationConfig(cutoffs=(1, 10, 16)),
+)
