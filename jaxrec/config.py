@@ -45,16 +45,17 @@ def check_least(config: Any, place: str, **least: float) -> None:
             raise UserError(f"configuration key '{_key(place, name)}' is {given}; give {value} or more")
 
 
-def check_shares(config: Any, place: str, *names: str) -> None:
-    """Checks that numbers of a dataclass, such as dropout rates, are in [0, 1); None passes.
+def check_shares(config: Any, place: str, *names: str, all_allowed: bool = False) -> None:
+    """Checks that numbers of a dataclass, such as dropout rates, are in [0, 1); None passes, and 1 if `all_allowed`.
 
     Raises:
       UserError: one is not.
     """
     for name in names:
         given = getattr(config, name)
-        if given is not None and not 0 <= given < 1:
-            raise UserError(f"configuration key '{_key(place, name)}' is {given}; give 0 or more, below 1")
+        if given is not None and not (0 <= given < 1 or (all_allowed and given == 1)):
+            bounds = "0 to 1" if all_allowed else "0 or more, below 1"
+            raise UserError(f"configuration key '{_key(place, name)}' is {given}; give {bounds}")
 
 
 def check_choice(config: Any, place: str, name: str, choices: Sequence[str]) -> None:

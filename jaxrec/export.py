@@ -15,6 +15,7 @@ CUDA and TPU:
       items.jsonl               line i (from 0) is item i: {"item_id": ...}
       texts.jsonl, text_space.json                       of a run that answers with texts
       tokenizer.model or .json, text_tokenizer.json      of a run that reads or answers with texts
+      reader/                   what reads a query, of a system that can save it
 
 Only arrays that the function reads are written. docs/export.md describes the inputs and has the code that answers with
 jax and safetensors alone; `load` needs jaxrec.
@@ -32,6 +33,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 from jax import export as jax_export
@@ -46,12 +48,15 @@ from jaxrec.data.features import AGES, FeatureConfig
 from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.data.leveled_sessions import LeveledSessionConfig
 from jaxrec.data.search_features import SearchFeatureConfig
+from jaxrec.data.suggestion_features import SuggestionFeatureConfig
 from jaxrec.data.token_sequences import TokenSequenceConfig
 from jaxrec.data.words import normalised, typed
 from jaxrec.evaluation.cases import History
 from jaxrec.files import read_json, sync, write_json, writing
 from jaxrec.run import Run
 from jaxrec.semantic_ids.table.versions import trained_version
+from jaxrec.serving.histories import InlineHistories, moment_of
+from jaxrec.serving.schema import Request, parse_request
 from jaxrec.systems import SYSTEMS, load_recommender
 from jaxrec.systems.generative import GenerativeRunConfig
 from jaxrec.systems.recommender import typed_text
@@ -65,9 +70,20 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 FILES = {"variables": "model.safetensors", "trie": "trie.safetensors"}
 """The file of an array of `GenerativeRecommender.served`, by its first key; others are in that of the catalogue."""
 CATALOGUE = "catalogue.safetensors"
+READER = "reader"
+"""The folder of what reads the texts of a history."""
+ANSWERED = {"history", "query", "prefix", "profile", "k", "now"}
+"""Fields of the requests that an artefact answers."""
 READERS = {
     reader.__name__: reader
-    for reader in (FeatureConfig, ItemSequenceConfig, LeveledSessionConfig, SearchFeatureConfig, TokenSequenceConfig)
+    for reader in (
+        FeatureConfig,
+        ItemSequenceConfig,
+        LeveledSessionConfig,
+        SearchFeatureConfig,
+        SuggestionFeatureConfig,
+        TokenSequenceConfig,
+    )
 }
 """What makes the inputs of histories, by the name in the manifest."""
 
@@ -117,7 +133,7 @@ def export_run(run_path: Path, to: Path, config: ExportConfig | None = None) -> 
     item_ids = pq.read_table(run.tables / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
     # Items appended or published since are not in the artefact.
     version = trained_version(run.semantic_ids)
-    about = {"system": system, "run": fingerprint(values), "catalogue_version": version}
+    about = {"system": system, "run": fingerprint(values), "catalogue_version": version, **_time(run)}
     return write_artefact(recommender, item_ids, to, config, about)
 
 
@@ -152,9 +168,12 @@ def write_artefact(
             recommender.space.save(partial)
             if (tokenizer := getattr(recommender.assembly, "tokenizer", None)) is not None:
                 save_tokenizer(tokenizer, partial)
-            manifest["files"] = {path.name: _file_record(path) for path in sorted(partial.iterdir())}
+            if (reader := getattr(recommender.assembly, "reader", None)) is not None:
+                reader.save(partial / READER)
+            files = {path.relative_to(partial).as_posix(): path for path in partial.rglob("*") if path.is_file()}
+            manifest["files"] = {name: _file_record(files[name]) for name in sorted(files)}
             write_json(partial / MANIFEST, manifest | {"fingerprint": fingerprint(manifest)})
-            for path in [*partial.iterdir(), partial]:
+            for path in [*partial.rglob("*"), partial]:
                 sync(path)
             partial.rename(to)
             sync(to.parent)
@@ -163,6 +182,17 @@ def write_artefact(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def _time(run: Run) -> dict[str, Any]:
+    """The end of the log, which is the time of requests that tell none, and whether models see the time at all."""
+    ends = [0]
+    for name in ("events", "searches"):
+        if (path := run.tables / f"{name}.parquet").is_file():
+            ends.append(pc.max(pq.read_table(path, columns=["timestamp"])["timestamp"]).as_py() or 0)
+    path = run.tables / "statistics.json"
+    statistics = read_json(path) if path.is_file() else {}
+    return {"latest": int(max(ends)), "answer_time": bool(statistics.get("answer_time", True))}
 
 
 def export_modules(recommender: Any, config: ExportConfig) -> tuple[dict[str, jax.Array], dict[int, Any]]:
@@ -258,6 +288,8 @@ def _describe(recommender: Any, item_ids: Sequence[str], config: ExportConfig, w
         "reader": type(recommender.feature_config).__name__,
         "features": to_json(recommender.feature_config),
         "text_fields": _text_fields(assembly),
+        "required_text": getattr(assembly, "required_text", None),
+        "profile": list(getattr(assembly, "profile_columns", ())),
         "behaviors": list(assembly.behaviors),
         "target_behaviors": [assembly.behaviors[index] for index in assembly.target_behaviors],
         "ages": AGES,
@@ -317,15 +349,76 @@ class Artefact:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.manifest = manifest
         self.item_ids = [json.loads(line)["item_id"] for line in (folder / ITEMS).open(encoding="utf-8")]
+        self._rows = {item: row for row, item in enumerate(self.item_ids)}
         files = {array["file"] for array in manifest["weights"].values()}
         self.weights = jax.device_put({k: v for file in sorted(files) for k, v in load_file(folder / file).items()})
         self.features = from_json(READERS[manifest["reader"]], manifest["features"])
         self.tokenizer: TextTokenizer | None = load_tokenizer(folder) if (folder / TOKENIZER).exists() else None
+        self.reader = self._load_reader(folder)
         self._texts = load_text_space(folder) if "texts" in manifest["catalogue"] else None
         self._calls = {}
         for module in manifest["modules"]:
             exported = jax_export.deserialize(bytearray((folder / module["file"]).read_bytes()))
             self._calls[module["length"]] = jax.jit(exported.call)
+
+    def _load_reader(self, folder: Path) -> Any | None:
+        """What reads the texts of histories, where it is part of the artefact."""
+        load = getattr(SYSTEMS.get(self.manifest.get("system")), "load_reader", None)
+        there = load is not None and (folder / READER).is_dir()
+        return load(folder / READER, self.features, self.tokenizer) if there else None
+
+    def answer(self, requests: Sequence[dict[str, Any]]) -> list[list[tuple[str, float]]]:
+        """The answers to requests as `serve.py` takes them, best first: (item id or text, score).
+
+        A request brings its history, since the artefact knows no users: {"history": [], "query": "rain boots"}. It may
+        say `now`, `k` up to that of the artefact, and the `profile` of its user where the model reads one.
+
+        Raises:
+          UserError: a request is refused, or the artefact lacks what reads its texts.
+        """
+        if self.manifest["text_fields"] and self.reader is None:
+            raise UserError(
+                "this artefact holds nothing that reads texts: make its inputs from the run, with "
+                "load_recommender(Run.load(RUN)[0]).assembly.read_texts, prepare and retrieve"
+            )
+        asked = [self._request(number, request) for number, request in enumerate(requests)]
+        if not asked:
+            return []
+        outputs = self.retrieve(self.prepare([self._history(request) for request in asked]))
+        return [row[: request.k] for row, request in zip(self.show(outputs), asked, strict=True)]
+
+    def _request(self, number: int, given: dict[str, Any]) -> Request:
+        """A request that the artefact can answer."""
+        try:
+            request = parse_request(json.dumps(given))
+            if refused := sorted(request.model_fields_set - ANSWERED):
+                raise UserError(f"an artefact takes no {refused[0]}; give {', '.join(sorted(ANSWERED))}")
+            if request.k > self.manifest["k"]:
+                if "k" in request.model_fields_set:
+                    raise UserError(f"k is {request.k}, but the artefact has {self.manifest['k']} answers; export more")
+                request.k = self.manifest["k"]
+            if request.has_query and self.reader is None:
+                raise UserError("the run that was exported reads no queries; leave them out")
+            wanted = self.manifest["required_text"]
+            if wanted is not None and getattr(request, wanted) is None:
+                raise UserError(f"the field {wanted} is missing, without which the run answers nothing")
+            for name in sorted(set(request.profile or ()) - set(self.manifest["profile"])):
+                raise UserError(f"the run that was exported reads no {name} of a profile; leave it out")
+        except (UserError, TypeError) as error:
+            raise UserError(f"request {number}: {error}") from error
+        return request
+
+    def _history(self, request: Request) -> History:
+        """As `jaxrec.serving.retriever.Retriever.history`; unknown items are left out."""
+        behaviors, latest = self.manifest["behaviors"], self.manifest.get("latest", 0)
+        targets = [behaviors.index(name) for name in self.manifest["target_behaviors"]]
+        inline = InlineHistories(self._rows.get, behaviors, targets, latest, searches=self.reader is not None)
+        history, _ = inline.history(request.history)
+        told = {"query": request.query, "prefix": request.prefix, "profile": request.profile}
+        history |= {name: value for name, value in told.items() if value is not None}
+        if self.manifest.get("answer_time", True):
+            history["now"] = np.int64(moment_of(history, latest, request.now))
+        return history if self.reader is None else self.reader.read_texts(history)
 
     def prepare(self, histories: Sequence[History]) -> dict[str, np.ndarray]:
         """The inputs of histories (jaxrec/evaluation/cases.py), padded to the bucket of the longest.

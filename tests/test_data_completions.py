@@ -60,6 +60,7 @@ def test_completions_of_a_prefix_are_a_slice_of_the_texts(tables):
     assert known.texts[known.of("RED  s")] == ("red shoes", "red socks")
     assert known.texts[known.of("")] == known.texts and known.texts[known.of("  ")] == known.texts
     assert known.texts[known.of("bread")] == ("bread",)
+    assert known.texts[known.of("Red ")] == ("red shoes", "red socks") and known.of("bread ") == slice(1, 1)
     assert all(known.texts[known.of(absent)] == () for absent in ("breads", "a", "z", "red shoes 2"))
     assert known.rows(["Bread", "red wine", "red  SOCKS"]).tolist() == [0, UNKNOWN, 2]
 
@@ -71,7 +72,8 @@ def test_the_most_popular_come_first_with_their_shares(tables):
     np.testing.assert_allclose(found.share, [2 / 3, 1 / 3], rtol=1e-6)
     np.testing.assert_array_equal(found.recent, found.share)
     assert named(known, known.top("", 2)) == ["red shoes", "bread"]  # bread and red socks are equal
-    assert [len(part) for part in known.top("x", 3)] == [0, 0, 0]
+    nothing = known.top("x", 3)
+    assert [len(part) for part in nothing[:3]] == [0, 0, 0] and (found.sessions, nothing.sessions) == (3, 0)
 
 
 def test_shares_of_late_are_of_the_periods_before_the_day(tables):
@@ -90,14 +92,16 @@ def test_shares_of_late_are_of_the_periods_before_the_day(tables):
 def test_a_query_left_out_is_counted_in_one_session_less(tables):
     known = completions(tables)
     shoes, socks = known.rows(["red shoes", "red socks"])
-    found = known.top("red", 5, 0, shoes)
+    found = known.top("red", 5, 0, [shoes])
     assert named(known, found) == ["red shoes", "red socks"]  # equal now, in alphabetical order
     np.testing.assert_allclose(found.share, [0.5, 0.5])
     np.testing.assert_allclose(found.recent, [0.5, 0.5])
-    found = known.top("red", 5, 0, socks)
+    found = known.top("red", 5, 0, [socks])
     assert named(known, found) == ["red shoes"] and found.share.tolist() == [1]
-    assert named(known, known.top("red so", 5, 0, socks)) == []
-    assert named(known, known.top("b", 5, 0, socks)) == ["bread"]  # no completion: nothing is taken from it
+    assert named(known, known.top("red so", 5, 0, [socks])) == []
+    both = known.top("red", 5, 0, [shoes, socks])
+    assert named(known, both) == ["red shoes"] and both.sessions == 1
+    assert named(known, known.top("b", 5, 0, [socks])) == ["bread"]  # no completion: nothing is taken from it
 
 
 def test_without_searches_chosen_suggestions_count(tmp_path):
@@ -141,7 +145,7 @@ def oracle(texts, query, timestamp, prefix, k, day, without, late):
     counts, weights = {}, {}
     for row, text in enumerate(texts):
         if text.startswith(prefix):
-            counts[row] = int((query == row).sum()) - (row == without)
+            counts[row] = int((query == row).sum()) - (row in without)
             before = (query == row) & ((days - first) // 7 < period)
             age = first + 7 * period - timestamp[before] / DAY
             weights[row] = np.exp(-age / 20).sum()
@@ -162,20 +166,22 @@ def test_against_a_plain_count():
         prefix = texts[rng.integers(len(texts))][: rng.integers(0, 4)].strip()
         k, day = int(rng.choice([1, 5, 16, DEPTH, 200])), [None, *range(0, 50, 6)][rng.integers(10)]
         likely = known.top(prefix, k + 3).rows
-        without = int(rng.choice(likely)) if rng.random() < 0.7 else UNKNOWN
+        without = [UNKNOWN, *rng.permutation(likely)[: rng.integers(4)].tolist()]
         late = bool(rng.integers(2))
         found = known.top(prefix, k, day, without, late=late)
         rows, share, recent = oracle(texts, query, timestamp, prefix, k, day, without, late)
         assert found.rows.tolist() == rows, (prefix, k, day, without, late)
         np.testing.assert_allclose(found.share, share, rtol=1e-5)
         np.testing.assert_allclose(found.recent, recent, rtol=1e-4, atol=1e-7)
+        of_prefix = np.array([text.startswith(prefix) for text in texts])
+        assert found.sessions == np.bincount(query)[of_prefix].sum() - sum(of_prefix[row] for row in without[1:])
         assert found.rows.dtype == np.int64 and found.share.dtype == found.recent.dtype == np.float32
 
 
 def test_what_is_kept_is_never_changed_by_a_reader(tables):
     known = completions(tables)
-    before = [part.copy() for part in known.top("red", 5, 14)]
-    known.top("red", 5, 14, known.rows(["red shoes"])[0])
+    before = [np.copy(part) for part in known.top("red", 5, 14)]
+    known.top("red", 5, 14, known.rows(["red shoes"]))
     for part, again in zip(before, known.top("red", 5, 14), strict=True):
         np.testing.assert_array_equal(part, again)
     with pytest.raises(ValueError, match="read-only"):

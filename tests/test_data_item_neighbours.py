@@ -26,9 +26,9 @@ def test_scores_are_sums_of_cosines():
     users, items = events(0)
     made = item_neighbours(users, items, ITEMS, NeighbourConfig(ITEMS))
     wanted, past = np.array([3, 0, 7]), np.array([1, 3, 5])
-    np.testing.assert_allclose(made.scores(wanted, past), plain(users, items, wanted, past), rtol=1e-5)
-    assert made.scores(np.array([0, ITEMS + 5]), np.array([1, ITEMS + 5]))[1] == 0
-    assert not made.scores(wanted, np.zeros(0, int)).any()
+    np.testing.assert_allclose(made.scores(wanted, [past])[0], plain(users, items, wanted, past), rtol=1e-5)
+    assert made.scores(np.array([0, ITEMS + 5]), [np.array([1, ITEMS + 5])])[0, 1] == 0
+    assert not made.scores(wanted, [np.zeros(0, int)]).any()
 
 
 def test_only_the_nearest_are_kept():
@@ -49,13 +49,13 @@ def test_items_ahead_are_scored_as_by_a_log_that_ends_before_them(seed):
     before = ~mine | np.isin(items, past)
     shorter = item_neighbours(users[before], items[before], ITEMS, NeighbourConfig(ITEMS))
     wanted = np.arange(ITEMS)
-    expected = shorter.scores(wanted, past)
-    np.testing.assert_allclose(made.scores(wanted, past, past, ahead), expected, rtol=1e-5, atol=1e-6)
+    expected = shorter.scores(wanted, [past])[0]
+    np.testing.assert_allclose(made.scores(wanted, [past], past, ahead)[0], expected, rtol=1e-5, atol=1e-6)
     # Looked at: some of it is taken later, some never. What was taken before may be taken again.
     seen = np.arange(1, ITEMS, 2)
-    expected = shorter.scores(wanted, seen)
+    expected = shorter.scores(wanted, [seen])[0]
     again = np.concatenate([ahead, past])
-    np.testing.assert_allclose(made.scores(wanted, seen, past, again), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(made.scores(wanted, [seen], past, again)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_user_alone_brings_nothing_among_the_nearest():
@@ -70,8 +70,8 @@ def test_a_user_alone_brings_nothing_among_the_nearest():
         made = item_neighbours(users, items, 30, NeighbourConfig(4))
         before = ~mine | np.isin(items, past)
         shorter = item_neighbours(users[before], items[before], 30, NeighbourConfig(4))
-        found += made.scores(ahead, past, past, ahead).tolist()
-        expected += shorter.scores(ahead, past).tolist()
+        found += made.scores(ahead, [past], past, ahead)[0].tolist()
+        expected += shorter.scores(ahead, [past])[0].tolist()
     assert len(found) > 50
     assert np.mean(expected) > 0
     assert np.mean(found) <= np.mean(expected) + 1e-6

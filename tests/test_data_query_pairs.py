@@ -10,7 +10,7 @@ import pytest
 from jaxrec.config import UserError
 from jaxrec.data.pairs import PairConfig
 from jaxrec.data.prepare import PrepareConfig, prepare
-from jaxrec.data.query_pairs import QueryPairConfig, judgments, query_pairs, searched_items
+from jaxrec.data.query_pairs import QueryPairConfig, query_pairs, relevance, searched_items
 from jaxrec.data.sources import SyntheticMall
 
 LIMITS = PairConfig(itemcf_within="user", min_common=1)
@@ -78,17 +78,17 @@ def test_the_mall_against_a_loop(mall):
 
 def test_judgments(tmp_path):
     path = tmp_path / "judgments.parquet"
-    assert [len(part) for part in judgments(path)] == [0, 0, 0]
+    assert [len(part) for part in relevance(tmp_path)] == [0, 0, 0]
     table = {"query_index": [0, 0, 1], "item": [4, 5, 4], "grade": [1.0, 2.0, 3.0], "split": ["train", "train", "test"]}
     pq.write_table(pa.table(table), path)
-    query, item, value = judgments(path)
+    query, item, value = relevance(tmp_path)
     assert query.tolist() == [0, 0] and item.tolist() == [4, 5] and value.tolist() == [0.0, 0.5]
     pq.write_table(pa.table(table | {"grade": [1.0, None, 2.0]}), path)
     with pytest.raises(UserError, match="row 1 has no grade"):
-        judgments(path)
+        relevance(tmp_path)
     pq.write_table(pa.table(table | {"grade": [2, 2, 2]}), path)
     with pytest.raises(UserError, match="all grades are 2"):
-        judgments(path)
+        relevance(tmp_path)
 
 
 def test_a_log_without_searches_is_refused(tmp_path):

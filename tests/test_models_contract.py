@@ -29,6 +29,7 @@ from jaxrec.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, 
 from jaxrec.models.personal_search import PersonalSearch, PromptConfig, SearchInputs, SearchVocabulary
 from jaxrec.models.prior import popularity_prior
 from jaxrec.models.rankgr import RankGR
+from jaxrec.models.suggestion import SuggestionInputs, SuggestionModel, SuggestionVocabulary
 from jaxrec.models.vocabulary import ContextTokens
 
 SIZES = (4, 3, 2)
@@ -57,6 +58,8 @@ class Case:
     others: str = "$."
     """parameters that no loss over `Scored` trains: a regular expression"""
     sums_to_one: bool = True
+    sizes: tuple[int, ...] = SIZES
+    """tokens of every level, of models whose targets have levels"""
 
     def apply(self, params: dict, *args, method: str, **options):
         return self.model.apply({**self.variables, "params": params}, *args, method=method, **options)
@@ -162,6 +165,29 @@ def personal_search(positions: str = "items", make: Callable = EncoderDecoderCon
     return Case(model, {"params": params}, arrays, build, masks, targets, r"\['habit_out'\]\['bias'\]")
 
 
+def suggestion(make: Callable = EncoderDecoderConfig, copying: bool = True, **changes) -> Case:
+    sizes = {"width": 8, "heads": 2, "head_dim": 4, "hidden": 6, "layers": 1}
+    sizes |= {} if make is CausalConfig else {"encoder_layers": 1}
+    vocabulary, rng = SuggestionVocabulary(texts=6), np.random.default_rng(3)
+    model = SuggestionModel(vocabulary.fit(make(**sizes | changes), M), vocabulary, copying)
+    arrays = {"tokens": rng.integers(0, 10, (B, S)), "candidates": rng.integers(0, 6, (B, 4, M))}
+    arrays = {name: value.astype(np.int32) for name, value in arrays.items()}
+    arrays |= {"habits": rng.normal(size=(B, 4, 3)).astype(np.float32), "user": np.eye(2, dtype=np.float32)}
+    masks = {"tokens": "mask", "candidates": "candidates_mask", "habits": "candidates_mask"}
+    arrays |= {mask: np.arange(arrays[name].shape[1]) < [[9], [2]] for name, mask in masks.items()}
+    targets = TARGETS.copy()
+    targets[:, 0] = arrays["candidates"][:, 0]  # for the candidates' weights to learn from
+    arrays["candidates"][:, 1, 2:] = -1  # a shorter query
+
+    def build(arrays: dict) -> SuggestionInputs:
+        candidates = jnp.where(arrays["candidates_mask"][..., None], arrays["candidates"], -1)
+        tokens = jnp.where(arrays["mask"], arrays["tokens"], -1)
+        return SuggestionInputs(tokens, candidates, arrays["habits"], arrays["user"])
+
+    params, others = random_params(model, build(arrays), rng), r"\['habit_out'\]\['bias'\]|logits_bias"
+    return Case(model, {"params": params}, arrays, build, masks, targets, others, sizes=(6,) * M)
+
+
 CASES = {
     "causal": lambda: causal(prior=True),
     "encoder_decoder": lambda: encoder_decoder(tied=False),
@@ -170,6 +196,7 @@ CASES = {
     "cross_decoder": cross_decoder,
     "rankgr": lambda: rankgr(pointer=True, prior=True),
     "personal_search": personal_search,
+    "suggestion": suggestion,
 }
 VARIANTS = CASES | {
     "causal, whole vocabulary": lambda: causal(sums_to_one=False, restrict=False, groups=4, tied=False),
@@ -186,9 +213,12 @@ VARIANTS = CASES | {
     "personal_search, BART": lambda: personal_search(make=bart_config),
     "personal_search, Qwen2": lambda: personal_search(make=CausalConfig),
     "personal_search, Qwen3, codes": lambda: personal_search("codes", CausalConfig, bias=False, head_norm=True),
+    "suggestion, BART": lambda: suggestion(bart_config),
+    "suggestion, Qwen2": lambda: suggestion(CausalConfig),
+    "suggestion, Qwen3 without copying": lambda: suggestion(CausalConfig, False, bias=False, head_norm=True),
     "rankgr, codes": lambda: rankgr(context="codes", behaviors=False, gaps=False),
 }
-MODELS = (Causal, EncoderDecoder, CrossDecoder, RankGR, PersonalSearch)
+MODELS = (Causal, EncoderDecoder, CrossDecoder, RankGR, PersonalSearch, SuggestionModel)
 VIEWS = ("causal", "encoder_decoder, prefixes", "bart, prefixes", "rankgr")
 UNCUT = ("encoder_decoder", "bart")
 """their contexts have views with `model.causal` alone"""
@@ -307,7 +337,7 @@ def test_score_is_the_chain_of_extend(name):
     assert scored.states.shape[:3] == (B, L, M)
     chosen = [np.take_along_axis(p, case.targets[..., m, None], -1)[..., 0] for m, p in enumerate(steps)]
     np.testing.assert_allclose(scored.log_probs, np.stack(chosen, -1), atol=2e-5)
-    sizes = SIZES if getattr(case.model.config, "levels", LEVELS) else (case.model.config.vocabulary,) * M
+    sizes = case.sizes if getattr(case.model.config, "levels", LEVELS) else (case.model.config.vocabulary,) * M
     assert tuple(p.shape[-1] for p in steps) == sizes
     total = np.concatenate([np.exp(p).sum(-1) for p in steps])
     if case.sums_to_one:
@@ -317,7 +347,7 @@ def test_score_is_the_chain_of_extend(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in VARIANTS if name not in ("cross_decoder", "rankgr") and "search" not in name]
+    "name", [name for name in VARIANTS if not re.match("cross_decoder|rankgr|personal_search|suggestion", name)]
 )
 def test_the_mean_is_that_of_the_levels_log_probabilities(name):
     """In models that mix nothing in."""

@@ -24,6 +24,7 @@ from jaxrec.models.sequential import (
     SequentialModel,
 )
 from jaxrec.models.vocabulary import ContextTokens
+from jaxrec.nn.layers import Dropout
 
 RATE = 0.9
 ADDED = re.compile(r"/((out|down|out_\d+)/(weight|bias)|moe/down|norm_\d+_1/scale)$")
@@ -122,7 +123,7 @@ def test_blocks_that_add_nothing_leave_dropout_nothing_to_take(make, inputs, blo
         found = []
 
         def look(call, args, kwargs, context):
-            if isinstance(context.module, nn.Dropout):
+            if isinstance(context.module, Dropout):
                 found.append(args[0].any())
             return call(*args, **kwargs)
 
@@ -135,6 +136,29 @@ def test_blocks_that_add_nothing_leave_dropout_nothing_to_take(make, inputs, blo
 
     assert taken_from(adding_nothing(variables)).sum() == inputs
     assert taken_from(variables).tolist() == [True] * (inputs + blocks)
+
+
+@pytest.mark.parametrize("width", [64, 7])
+def test_a_share_is_zeroed_and_the_others_are_scaled_up(width):
+    x, drop = np.full((2000, width), 3.0, np.float32), Dropout(0.2)
+
+    def run(seed):
+        return np.asarray(drop.apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(seed)}))
+
+    found = run(0)
+    kept = found > 0
+    deviation = (0.2 * 0.8 / found.size) ** 0.5
+    assert abs((~kept).mean() - 0.2) < 4 * deviation
+    np.testing.assert_allclose(found[kept], 3 / 0.8, rtol=1e-4)
+    # No two columns, nor rows, nor seeds are drawn together.
+    assert abs(np.corrcoef(kept.T)[~np.eye(width, dtype=bool)]).max() < 5 / 2000**0.5
+    assert abs((kept[1:] & kept[:-1]).mean() - 0.64) < 0.01
+    np.testing.assert_array_equal(found, run(0))
+    assert (found != run(1)).any()
+    np.testing.assert_array_equal(drop.apply({}, x, deterministic=True), x)
+    np.testing.assert_array_equal(Dropout(0.0).apply({}, x, deterministic=False), x)
+    gradient = jax.grad(lambda x: drop.apply({}, x, False, rngs={"dropout": jax.random.key(0)}).sum())(x)
+    np.testing.assert_allclose(gradient, np.where(kept, 1 / 0.8, 0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.9])

@@ -24,7 +24,8 @@ from jaxrec.semantic_ids import __main__ as command
 from jaxrec.semantic_ids.commands import read_ids, read_items
 from jaxrec.semantic_ids.quantizers import codebooks, rows
 from jaxrec.semantic_ids.table.changes import append
-from jaxrec.semantic_ids.table.versions import publish, read_version
+from jaxrec.semantic_ids.table.version_files import read_version
+from jaxrec.semantic_ids.table.versions import publish
 
 KEY = jax.random.key(0)
 QUICK = KMeansConfig(iterations=5)

@@ -19,7 +19,7 @@ from jaxrec.config import UserError, from_json, to_json
 from jaxrec.files import read_json
 from jaxrec.semantic_ids import CollisionConfig, FsqConfig, ResidualConfig, SemanticIdConfig, commands
 from jaxrec.semantic_ids.embeddings import ALIGNMENT, aligned, embed_new, finetune_items, read_pairs
-from jaxrec.semantic_ids.table.versions import read_version
+from jaxrec.semantic_ids.table.version_files import read_version
 from jaxrec.semantic_ids.tokenize import tokenize
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.text.align import AlignConfig

@@ -29,8 +29,8 @@ RQVAE = RqVaeConfig(
 CONFIG = RelatedQueriesConfig(
     SemanticIdConfig(RQVAE, None), PrefixConfig(queries=3), related=4, min_cosine=-1.0, max_cosine=0.999
 )
-EMPTY = ("", "  \t", "\u200b" * 0)
-ODD = ("靴を探す", "مرحبا", "running \U0001f45f", "\ud83d", "\x00", "a" * 10_000, "shoe " * 2_000)
+EMPTY = ("", "  \t", "\x00")
+ODD = ("靴を探す", "مرحبا", "running \U0001f45f", "\ud83d", "a" * 10_000, "shoe " * 2_000)
 
 
 def write_tables(folder, suggestions, searches=()):
@@ -194,7 +194,7 @@ def test_the_answer_of_an_example_is_not_told_by_its_own_session(tmp_path, text)
     rows, answers = np.array([made._prefix_rows["ru"], made._prefix_rows["run"]]), np.array([2, 2])
     found, same = made._completions(rows, answers)
     assert found.tolist() == [[0, -1, -1], [-1, -1, -1]] and same.tolist() == [False, False]
-    _, enhanced = made._quantized(["ru", "run"], rows, found)
+    _, enhanced = made._quantized(["ru", "run"], rows, found, same)
     np.testing.assert_allclose(enhanced, [(own[0] + vectors[0]) / 2, own[1]], atol=1e-6)
     found, same = made._completions(rows, np.array([0, 1]))
     assert found.tolist() == [[0, 2, -1], [2, -1, -1]] and same.tolist() == [True, True]

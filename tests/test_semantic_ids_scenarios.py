@@ -23,7 +23,8 @@ from jaxrec.semantic_ids.embeddings import with_products
 from jaxrec.semantic_ids.files.vectors import read_own
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table import changes as catalogue
-from jaxrec.semantic_ids.table.versions import publish, read_version
+from jaxrec.semantic_ids.table.version_files import read_version
+from jaxrec.semantic_ids.table.versions import publish
 from jaxrec.semantic_ids.tokenize import tokenize
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.onemall.model import assemble

@@ -26,7 +26,7 @@ from jaxrec.semantic_ids.__main__ import fit as fit_command
 from jaxrec.semantic_ids.files.items import open_items
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.drift import drift
-from jaxrec.semantic_ids.table.versions import read_version
+from jaxrec.semantic_ids.table.version_files import read_version
 
 KEY = jax.random.key(3)
 X = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)

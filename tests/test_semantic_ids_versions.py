@@ -26,16 +26,8 @@ from jaxrec.semantic_ids.quantizers.residual import Residual
 from jaxrec.semantic_ids.table.changes import append, reencode, remove
 from jaxrec.semantic_ids.table.collisions import CollisionConfig, resolve
 from jaxrec.semantic_ids.table.drift import drift
-from jaxrec.semantic_ids.table.versions import (
-    IdChanges,
-    _stack,
-    begin,
-    list_versions,
-    locked,
-    publish,
-    read_version,
-    roll_back,
-)
+from jaxrec.semantic_ids.table.version_files import IdChanges, _stack, list_versions, locked, read_version
+from jaxrec.semantic_ids.table.versions import begin, publish, roll_back
 from jaxrec.systems import phases, train
 from jaxrec.text.scenarios import TowersConfig
 

@@ -68,7 +68,7 @@ def test_filters_over_http(client):
          "of its history"),
         ('{"user_id": "u1", "event": 3}', 422,
          "unknown field event; known are user_id, history, query, prefix, profile, k, exclude_history, filter, "
-         "blocked, allowed, now"),
+         "blocked, allowed, now, searches, mode"),
         ('{"user_id": "u1", "profile": {"age": "40"}}', 422,
          "the system 'none' of this run reads no age of a user's profile; leave it out of the field profile"),
         ('{"user_id": "u1", "filter": {"price": {"min": 3, "max": 1}}}', 422,

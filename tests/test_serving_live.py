@@ -28,7 +28,8 @@ from jaxrec.semantic_ids.quantizers.residual import Residual
 from jaxrec.semantic_ids.table import later
 from jaxrec.semantic_ids.table.changes import append
 from jaxrec.semantic_ids.table.later import read_later
-from jaxrec.semantic_ids.table.versions import current_number, publish, trained_space
+from jaxrec.semantic_ids.table.version_files import current_number
+from jaxrec.semantic_ids.table.versions import publish, trained_space
 from jaxrec.serving.retriever import NOTHING_ALLOWED, Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender

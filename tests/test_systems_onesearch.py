@@ -1,6 +1,9 @@
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from exported import without_the_library
+from exported import ROOT, without_the_library
 from flax import linen as nn
 from mall_onesearch import config as CONFIG
 
@@ -31,10 +34,10 @@ from jaxrec.models.huggingface import load, save_bart, save_qwen2
 from jaxrec.models.personal_search import PersonalSearch, PromptConfig, SearchVocabulary, TaskInputs
 from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.run import Run
-from jaxrec.semantic_ids.table.versions import BOOKS
+from jaxrec.semantic_ids.table.version_files import BOOKS
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
-from jaxrec.systems import load_recommender, train
+from jaxrec.systems import load_recommender, pretrained, train
 from jaxrec.systems.onesearch import queries as onesearch_queries
 from jaxrec.systems.onesearch import training as onesearch_training
 from jaxrec.systems.onesearch.config import (
@@ -45,16 +48,8 @@ from jaxrec.systems.onesearch.config import (
     ContentConfig,
     CoOccurrenceConfig,
     OneSearchConfig,
-    weights_of,
 )
 from jaxrec.systems.onesearch.model import assemble, fitted, level_centroids, recommender, run_centroids
-from jaxrec.systems.onesearch.pretrained import (
-    backbone_of,
-    digests,
-    read_tokenizer,
-    with_pretrained,
-    write_pretrained,
-)
 from jaxrec.systems.onesearch.queries import make_tokenizer, trained_queries
 from jaxrec.systems.onesearch.tasks import MOST_ROWS, SearchPairs, TaskTables, item_texts, read_tasks, task_rows
 from jaxrec.systems.onesearch.training import (
@@ -64,6 +59,13 @@ from jaxrec.systems.onesearch.training import (
     stages,
     training_batches,
     training_searches_of,
+)
+from jaxrec.systems.pretrained import (
+    backbone_of,
+    digests,
+    read_tokenizer,
+    with_pretrained,
+    write_pretrained,
 )
 from jaxrec.text.tokenizer import load_tokenizer
 from jaxrec.training import checkpoint, loop
@@ -145,7 +147,7 @@ def test_the_loss_of_every_task_is_logged(path):
     for stage, of_stage in ((CONTENT, CONFIG.content), (CO_OCCURRENCE, CONFIG.co_occurrence)):
         last = [line for line in lines if line["stage"] == stage][-1]
         first = next(line for line in lines if line["stage"] == stage)
-        assert {f"loss_{name}" for name in weights_of(of_stage)} <= set(last)
+        assert {f"loss_{name}" for name in of_stage.weights} <= set(last)
         assert last["loss_item_to_id" if stage == CONTENT else "loss_query_id_to_item_id"] < first["loss"]
     assert "loss_query_to_id" in (path / "report.html").read_text()
 
@@ -218,7 +220,7 @@ def test_the_profile_of_the_log_or_of_the_request_stands_in_the_prompt(path, mod
         users = users.append_column(name, [np.resize(np.array(values, object), len(users)).tolist()])
     pq.write_table(users, run.tables / "users.parquet")
     assembly = assemble(run, config)
-    assert assembly.profile_columns == ("city", "age") and assembly.profiles.texts == ("ulm -", "ulm old")
+    assert assembly.profile_columns == ("city", "age") and assembly.reader.profiles.texts == ("ulm -", "ulm old")
     of = [assembly.read_texts(EMPTY | {"query": "zzz"} | who)["profile_tokens"].tolist() for who in (
         {"user": np.int32(0)}, {"user": np.int32(1)}, {"user": np.int32(2)}, {}, {"profile": {"city": "Ulm"}},
     )]  # fmt: skip
@@ -263,22 +265,26 @@ def statistics_of(assembly, pairs, config):
     return search_statistics(assembly.queries.texts, numbers, *columns, config)
 
 
+def with_statistics(assembly, statistics):
+    return dataclasses.replace(assembly, reader=dataclasses.replace(assembly.reader, statistics=statistics))
+
+
 def test_a_training_example_is_what_a_server_sees_whose_log_lacks_the_search(path, assembly, records):
     config = fitted(
         dataclasses.replace(CONFIG, objective=dataclasses.replace(CONFIG.objective, window=0)), assembly.space
     )
     pairs = training_searches(path / "tables", CONFIG.data.target_behaviors)
     daily = SearchStatisticsConfig(PopularityConfig(1, 20.0, 0.0))
-    assembly = dataclasses.replace(assembly, statistics=statistics_of(assembly, pairs, daily))
+    assembly = with_statistics(assembly, statistics_of(assembly, pairs, daily))
     searches = pq.read_table(path / "tables" / "searches.parquet")
     cuts, periods = training_searches_of(records, assembly.wanted), set()
     for at, place in cuts[:: len(cuts) // 12]:
         record = records[at]
-        periods.add(int(assembly.statistics.recent.period(record["search_timestamp"][place] // DAY)))
+        periods.add(int(assembly.reader.statistics.recent.period(record["search_timestamp"][place] // DAY)))
         found = example(assembly, config, record, place, np.random.default_rng(0))
         row = np.flatnonzero(searches["user"].to_numpy() == record["user"])[place]
         others = pairs.filter(pa.array(pairs["search"].to_numpy() != row))
-        served = dataclasses.replace(assembly, statistics=statistics_of(assembly, others, daily))
+        served = with_statistics(assembly, statistics_of(assembly, others, daily))
         now = int(record["search_timestamp"][place])
         typed = assembly.rows[record["search_query"][place]].upper() + " "
         history = before_search(record, place) | {"query": typed, "now": now, "user": record["user"]}
@@ -374,7 +380,7 @@ def test_no_task_and_no_tokenizer_is_trained_on_queries_of_validation_and_test(t
 
 def test_a_stage_without_tasks_is_left_out(path, monkeypatch, tmp_path):
     none = [
-        dataclasses.replace(of_stage, **dict.fromkeys(weights_of(of_stage), 0.0))
+        dataclasses.replace(of_stage, **dict.fromkeys(of_stage.weights, 0.0))
         for of_stage in (CONFIG.content, CONFIG.co_occurrence)
     ]
     second, first, neither = (
@@ -390,7 +396,7 @@ def test_a_stage_without_tasks_is_left_out(path, monkeypatch, tmp_path):
     # What is the first stage then begins with pretrained parameters, where there are some.
     made = []
     monkeypatch.setattr(onesearch_training, "train_model", lambda *_, init: made.append(init(0, None)))
-    monkeypatch.setattr(onesearch_training, "with_pretrained", lambda variables, folder, seed: folder)
+    monkeypatch.setattr(pretrained, "with_pretrained", lambda variables, folder, seed: folder)
     (last,) = stages(Run(path), dataclasses.replace(neither, pretrained="bart"))
     monkeypatch.setattr(onesearch_training, "fitted", lambda config, space: config)
     monkeypatch.setattr(onesearch_training, "training_batches", lambda *_: None)
@@ -438,7 +444,7 @@ def test_a_server_answers_any_query(path, model, assembly, query):
     answers = retriever.answer(asked)
     assert all(len(answer.items) == 5 for answer in answers)
     if assembly.queries.texts[0] in query:
-        led = assembly.statistics.led_to(0, 0).item
+        led = assembly.reader.statistics.led_to(0, 0).item
         ids = np.array(pq.read_table(path / "tables" / "items.parquet")["item_id"].to_pylist())
         assert len(set(ids[led]) & {item.item_id for item in answers[1].items}) >= 3
 
@@ -450,7 +456,7 @@ def test_texts_outside_the_log_are_compared_normalised_and_long_ones_forgotten(a
     assert read["same"].tolist() == [True]
     assert assembly.read_texts(history | {"query": "zzz"})["same"].tolist() == [False]
     assembly.read_texts(EMPTY | {"query": "zzz " * 2000})
-    kept = [text for _, text in assembly.queries.others] + list(assembly.statistics.kept)
+    kept = [text for _, text in assembly.queries.others] + list(assembly.reader.statistics.kept)
     assert max(len(text) for text in kept if isinstance(text, str)) <= 200
 
 
@@ -460,7 +466,7 @@ def test_without_a_query_everything_is_relevant(model, assembly):
     for each in read:
         assert each["tokens"].size == 0 and (each["query_codes"] == -1).all()
         np.testing.assert_array_equal(
-            each["led_to"].item, assembly.statistics.led_to(len(assembly.queries.texts), 0).item
+            each["led_to"].item, assembly.reader.statistics.led_to(len(assembly.queries.texts), 0).item
         )
     items, _ = model.recommend([EMPTY, EMPTY | {"query": ""}], 5)
     assert (items >= 0).all()
@@ -482,6 +488,56 @@ def test_an_export_answers_the_same(path, model, assembly, tmp_path):
     ):
         np.testing.assert_array_equal(found["items"], items)
         np.testing.assert_allclose(found["scores"], scores, atol=1e-5)
+
+
+FRESH = """
+import json, sys
+from pathlib import Path
+from jaxrec.export import load
+requests = json.load(sys.stdin)
+print(json.dumps(load(Path(sys.argv[1])).answer(requests)))
+"""
+
+
+def test_an_export_answers_queries_by_itself_in_a_fresh_process(path, model, assembly, tmp_path):
+    """The folder alone: typed queries, unseen ones too, histories with searches, a time."""
+    shutil.copytree(path, tmp_path / "run")
+    export.export_run(tmp_path / "run", tmp_path / "out", export.ExportConfig(k=5, platforms=("cpu",)))
+    shutil.rmtree(tmp_path / "run")
+    ids = pq.read_table(path / "tables" / "items.parquet")["item_id"].to_pylist()
+    known = assembly.queries.texts[3]
+    past = [{"item_id": ids[4]}, {"query": "zzz"}, {"item_id": ids[9], "query": known, "behavior": "click"}]
+    timed = [{"item_id": ids[7], "timestamp": 1_700_000_000}, {"query": "qqq", "timestamp": 1_700_000_100}]
+    requests = [
+        {"history": [], "query": f" {known.upper()} "},
+        {"history": past, "query": "кроссовки 跑步鞋 👟"},
+        {"history": timed, "query": f"{known} zzz", "now": 1_700_000_200, "k": 3},
+        {"history": [{"item_id": "no such item"}], "query": "x" * 10_000},
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path / "out")],
+        input=json.dumps(requests), capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = Retriever(path, model).answer([Request(**request) for request in requests])
+    for found, answer, request in zip(json.loads(done.stdout.splitlines()[-1]), expected, requests, strict=True):
+        wanted = answer.items[: request.get("k", 5)]
+        assert [item for item, _ in found] == [item.item_id for item in wanted]
+        np.testing.assert_allclose([score for _, score in found], [item.score for item in wanted], atol=1e-5)
+    artefact = export.load(tmp_path / "out")
+    for request, message in (
+        ({"user_id": "u1", "query": "x"}, "request 0: an artefact takes no user_id; give history, k, now"),
+        ({"history": [], "query": "x", "k": 6}, "request 0: k is 6, but the artefact has 5 answers"),
+        ({"history": []}, "request 0: the field query is missing"),
+        ({"history": [], "query": "x", "profile": {"age": "3"}}, "reads no age of a profile"),
+        ({"history": [{"item_id": ids[0], "behavior": "glance"}], "query": "x"}, "unknown behavior 'glance'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            artefact.answer([request])
+    (tmp_path / "out" / "reader" / "statistics.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"statistics\.safetensors is damaged"):
+        export.load(tmp_path / "out")
 
 
 def test_parts_can_be_left_out_and_what_contradicts_itself_is_refused():

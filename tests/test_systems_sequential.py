@@ -28,7 +28,7 @@ from jaxrec.systems.sequential.training import (
     at_once,
     bound_loss,
     hidden_places,
-    loss,
+    losses,
     next_places,
     unseen_items,
 )
@@ -145,20 +145,20 @@ def test_other_parameters_compile_nothing_and_nothing_keeps_an_assembly_alive():
 @pytest.mark.parametrize("objective", [FullSoftmax(rows=2), FullSoftmax(rows=0), SampledSoftmax(64), Binary(2)])
 def test_losses_count_targets_and_leave_out_rows_that_fill_up(objective):
     batch = batch_of([4, 2, 6], 6)
-    value, count = loss(ASSEMBLY, objective, ASSEMBLY.facts, PARAMS, batch, jax.random.key(0))
+    value, count = losses(ASSEMBLY, objective, ASSEMBLY.facts, {"params": PARAMS}, batch, jax.random.key(0))
     assert count == 3 + 1 + 5 and value > 0
     filled = {**batch, "where": np.array([True, True, False])}
-    less, fewer = loss(ASSEMBLY, objective, ASSEMBLY.facts, PARAMS, filled, jax.random.key(0))
+    less, fewer = losses(ASSEMBLY, objective, ASSEMBLY.facts, {"params": PARAMS}, filled, jax.random.key(0))
     assert fewer == 4 and 0 < less < value
-    gradient = jax.grad(lambda params: loss(ASSEMBLY, objective, ASSEMBLY.facts, params, batch, jax.random.key(0))[0])(
-        PARAMS
-    )
+    gradient = jax.grad(
+        lambda params: losses(ASSEMBLY, objective, ASSEMBLY.facts, {"params": params}, batch, jax.random.key(0))[0]
+    )(PARAMS)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_the_full_softmax_of_a_batch_is_that_of_every_prefix():
     batch = batch_of([4, 2, 6], 6)
-    value, _ = loss(ASSEMBLY, FullSoftmax(rows=4), ASSEMBLY.facts, PARAMS, batch, jax.random.key(0))
+    value, _ = losses(ASSEMBLY, FullSoftmax(rows=4), ASSEMBLY.facts, {"params": PARAMS}, batch, jax.random.key(0))
     expected = 0.0
     for row, length in enumerate(batch["length"]):
         for seen in range(1, length):
@@ -184,10 +184,10 @@ def test_flops_of_the_full_softmax_are_counted_with_all_targets_at_once():
 
 def test_with_many_draws_the_sampled_softmax_is_the_full_one():
     batch = batch_of([6, 6, 6], 6)
-    full, count = loss(ASSEMBLY, FullSoftmax(), ASSEMBLY.facts, PARAMS, batch, jax.random.key(0))
+    full, count = losses(ASSEMBLY, FullSoftmax(), ASSEMBLY.facts, {"params": PARAMS}, batch, jax.random.key(0))
     for power in (0.0, 1.0):
         objective = SampledSoftmax(negatives=20_000, power=power)
-        sampled, _ = loss(ASSEMBLY, objective, ASSEMBLY.facts, PARAMS, batch, jax.random.key(1))
+        sampled, _ = losses(ASSEMBLY, objective, ASSEMBLY.facts, {"params": PARAMS}, batch, jax.random.key(1))
         assert abs(sampled - full) / count < 0.02
 
 

@@ -26,9 +26,9 @@ from jaxrec.serving.http import create_app
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems.comparison import EvaluationConfig, compare, present
-from jaxrec.systems.recommender import GenerativeRecommender
+from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
 from jaxrec.systems.validation import make_validation
-from jaxrec.targets import normalised
+from jaxrec.targets import normalised, text_space
 from jaxrec.text.tokenizer import TokenizerConfig, train_tokenizer
 
 LIST, POPULARITY = ["ab", "B a", "bb", "a"], [1, 7, 3, 2]
@@ -43,7 +43,7 @@ def build(listed: bool):
     space = (
         make_space(LIST, POPULARITY, TOKENIZER, max_length=4)
         if listed
-        else make_space(tokenizer=TOKENIZER, max_length=3)
+        else make_space(tokenizer=TOKENIZER, max_length=3, spellings=60)  # most are bytes, which are no text
     )
     return make_text_model(space, beam_width=16)
 
@@ -71,12 +71,13 @@ def test_requests_are_answered_with_texts(model, retriever):
     assert [each.text for each in answer.texts] == texts
     np.testing.assert_allclose([each.score for each in answer.texts], scores, atol=1e-5)
     assert list(json.loads(answer.to_json())) == ["texts", "source"]
-    assert list(json.loads(answer.to_json())["texts"][0]) == ["text", "score"]
+    assert list(json.loads(answer.to_json())["texts"][0]) == ["text", "score", "vetted", "own"]
 
 
 def test_who_is_unknown_gets_the_most_popular_texts(model, retriever):
     (answer,) = retriever.answer([Request(user_id="nobody", k=2)])
     listed = [{"text": "B a", "score": 7.0}, {"text": "bb", "score": 3.0}] if len(model.space) else []
+    listed = [each | {"vetted": True, "own": False} for each in listed]
     assert json.loads(answer.to_json()) == {"texts": listed, "source": "popular"}
 
 
@@ -175,6 +176,95 @@ def test_the_list_changes_while_it_is_served(tmp_path):
     assert texts() == lists[1] and version.texts is retriever.catalogue.current.texts
     expected = make_text_model(version.texts, beam_width=16).recommend([make_history([1, 2])], 9)[0][0]
     assert lists[1] == version.texts.show(expected[expected >= 0])
+
+
+class ReadingAssembly(TextAssembly):
+    """It may be asked with a prefix, which its model does not read."""
+
+    def read_texts(self, history: dict) -> dict:
+        return history
+
+
+@pytest.fixture(scope="module")
+def suggesting(tmp_path_factory) -> Retriever:
+    space = text_space(TOKENIZER, LIST, POPULARITY, make_space(max_length=4).config, TOKENIZER.size + 5, BLOCKED)
+    listed = make_text_model(space)
+    decoding = DecodingConfig(batch_size=4, beam_width=16, constrained="mixed", completing=True)
+    model = GenerativeRecommender(ReadingAssembly(listed.assembly.model, space), listed.variables, FEATURES, decoding)
+    return Retriever(write_run(tmp_path_factory.mktemp("suggesting") / "run"), model)
+
+
+BLOCKED = Blocked(texts=("bbb",), words=("aa",))
+SEARCHED = ["B  A", "zz", "b a", "bbb", "ba", "AB"]
+
+
+def test_suggestions_say_whether_they_are_vetted_and_the_users_own(suggesting):
+    request = Request.model_validate({"searches": SEARCHED, "prefix": "b", "k": 4})
+    (answer,) = suggesting.answer([request])
+    assert answer.source == "model" and len(answer.texts) >= 2
+    assert [each.vetted for each in answer.texts[:2]] == [True, True]
+    for each in answer.texts:
+        assert normalised(each.text).startswith("b") and not BLOCKED.holds(each.text)
+        assert each.vetted == (each.text in ("B a", "bb")) and each.own == (normalised(each.text) in ("b a", "ba"))
+
+
+@pytest.mark.parametrize(
+    "prefix, own",
+    [
+        ("", ["b a", "ab", "ba", "zz"]),
+        ("B", ["b a", "ba"]),
+        ("b ", ["b a"]),
+        ("x", []),
+        (" \t", ["b a", "ab", "ba", "zz"]),
+    ],
+)
+def test_own_searches_come_without_the_model_most_frequent_and_late_first(suggesting, prefix, own):
+    asked = {"searches": SEARCHED, "prefix": prefix, "mode": "own"}
+    answers = suggesting.answer([Request.model_validate(asked | {"k": k}) for k in (9, 1)])
+    assert [each.text for each in answers[0].texts] == own and [each.text for each in answers[1].texts] == own[:1]
+    assert {answer.source for answer in answers} == {"own"}
+    assert all(each.own and each.vetted == (each.text in ("b a", "ab")) for each in answers[0].texts)
+    assert not own or own[0] != "b a" or answers[0].texts[0].score == 2
+
+
+def test_a_keystroke_is_one_request(suggesting, tmp_path):
+    with TestClient(create_app(suggesting)) as client:
+        told = client.get("/suggest", params={"prefix": "B", "k": 2}).json()
+        assert {each["text"] for each in told["texts"]} == {"B a", "bb"} and told["source"] == "model"
+        assert set(told["texts"][0]) == {"text", "score", "vetted", "own"}
+        unknown = client.get("/suggest", params={"user_id": "nobody"}).json()
+        assert [each["text"] for each in unknown["texts"]][:2] == ["B a", "bb"] and unknown["source"] == "popular"
+        assert client.get("/suggest", params={"user_id": "u1", "prefix": "b", "mode": "own"}).json()["texts"] == []
+        for prefix in (" ", "👟", "حذاء", "b" * 10_000, "\u200f", "%"):
+            assert client.get("/suggest", params={"prefix": prefix}).status_code == 200, prefix[:9]
+        assert client.get("/suggest?prefix=%ED%A0%80").status_code == 200, "half a character is read as U+FFFD"
+        for params, part in (
+            ({"prefix": "b" * 10_001}, "prefix"), ({"k": "0"}, "k "), ({"k": "501"}, "k "), ({"k": "x"}, "k "),
+            ({"k": "9" * 5000}, "k "), ({"mode": "any"}, "mode "),
+        ):  # fmt: skip
+            refused = client.get("/suggest", params=params)
+            assert refused.status_code == 422 and part in refused.json()["error"], params
+        refused = client.post("/search", json={"history": [], "query": "b"})
+        assert refused.status_code == 422 and refused.json()["error"].endswith("not with items; ask /suggest")
+    (tmp_path / "in.jsonl").write_text(
+        '{"searches": ["b a"], "prefix": "b", "mode": "own"}\n{"user_id": "u1", "prefix": "a"}\n'
+    )
+    assert answer_file(suggesting, tmp_path / "in.jsonl", tmp_path / "out.jsonl").answered == 2
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first["source"] == "own" and second["texts"][0]["text"] in ("ab", "a")
+
+
+def test_a_run_that_answers_with_items_suggests_nothing(tmp_path):
+    class Items:
+        def recommend(self, histories, k, exclude_history=False):
+            return np.zeros((len(histories), k), np.int32), np.zeros((len(histories), k), np.float32)
+
+    with TestClient(create_app(Retriever(write_run(tmp_path / "run"), Items()))) as client:
+        refused = client.get("/suggest", params={"prefix": "b"})
+        assert refused.status_code == 422
+        assert refused.json()["error"] == "this run answers with items, not with texts; ask /recommend or /search"
+        refused = client.post("/recommend", json={"user_id": "u1", "mode": "own"})
+        assert refused.status_code == 422 and "mode own gives searches" in refused.json()["error"]
 
 
 def test_more_texts_than_there_is_room_for_compile_before_they_are_served(tmp_path):

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from jaxrec.config import UserError
 from jaxrec.data.popularity import PopularityByPeriod, PopularityConfig, popularity_by_period
 from jaxrec.data.tables import CHOSEN
-from jaxrec.data.words import distinct, normalised
+from jaxrec.data.words import distinct, normalised, typed
 
 UNKNOWN = -1
 """The number of a text that nobody searched for in training."""
@@ -58,6 +58,8 @@ class Top(NamedTuple):
     """float32 [n], of the sessions with any completion of the prefix"""
     recent: np.ndarray
     """float32 [n], the same of late; 0 where no completion was searched for"""
+    sessions: int
+    """with any completion of the prefix"""
 
 
 class _Best(NamedTuple):
@@ -94,34 +96,39 @@ class Completions:
         return np.array([self.numbers.get(normalised(text), UNKNOWN) for text in texts], np.int64)
 
     def of(self, prefix: str) -> slice:
-        """The numbers of the completions of a prefix in any writing; all for an empty one."""
-        typed = normalised(prefix)
-        size = len(typed)
-        start = bisect_left(self.texts, typed)
-        return slice(start, bisect_right(self.texts, typed, start, key=lambda text: text[:size]))
+        """The numbers of the completions of a prefix in any writing; all for an empty one.
 
-    def top(self, prefix: str, k: int, day: int | None = None, without: int = UNKNOWN, *, late: bool = False) -> Top:
+        A space at its end counts: "red " is completed by "red shoes", not by "redwood".
+        """
+        begins = typed(prefix)
+        start = bisect_left(self.texts, begins)
+        return slice(start, bisect_right(self.texts, begins, start, key=lambda text: text[: len(begins)]))
+
+    def top(
+        self, prefix: str, k: int, day: int | None = None, without: Sequence[int] = (), *, late: bool = False
+    ) -> Top:
         """The most popular k completions of a prefix, fewer if there are no more; equal ones in alphabetical order.
 
         Args:
           day: days since 1970, for the shares of late; None: they are the shares of all time.
-          without: a query that is counted in one session less; it is not there if that was its only one.
+          without: distinct queries that are counted in one session less; one is not there if that was its only one.
           late: the most popular of late come first, equal ones by their popularity.
         """
         span = self.of(prefix)
         period = 0 if day is None else int(self.recent.period(np.int64(day)))
-        rows, weight, total, total_weight = self._best(span, period, late, k)
+        without = [row for row in without if span.start <= row < span.stop]
+        rows, weight, total, total_weight = self._best(span, period, late, k + len(without))
         count = self.count[rows]
-        if span.start <= without < span.stop:
-            total -= 1
-            count = count - (rows == without)
+        if without:
+            total -= len(without)
+            count = count - np.isin(rows, without)
             # The list is longer than k: a query that falls from it or to its end is none of the best k.
             order = np.lexsort((rows, -count, -weight if late and period else np.zeros(len(rows))))
             order = order[count[order] > 0]
             rows, count, weight = rows[order], count[order], weight[order]
         share = (count[:k] / max(total, 1)).astype(np.float32)
         recent = weight[:k] / np.float32(total_weight) if period and total_weight else np.zeros_like(share)
-        return Top(rows[:k], share, recent if period else share)
+        return Top(rows[:k], share, recent if period else share, total)
 
     def _best(self, span: slice, period: int, late: bool, k: int) -> _Best:
         """More than k of the completions in a slice, or all."""

@@ -1,14 +1,15 @@
 """Which items the same users take: what a user's past says of items that the user never took (NumPy; no model here).
 
     neighbours = item_neighbours(users, items, num_items, NeighbourConfig())
-    neighbours.scores(candidates, past)      # float32 [n]: sums of cosines of the user sets (Deshpande & Karypis 2004)
+    neighbours.scores(candidates, [past])    # float32 [1, n]: sums of cosines of user sets (Deshpande & Karypis 2004)
 
 The counts of a log hold the future of a training example's own user, which no server knows. `ahead` names the items
 that the user takes only later: the user is left out of their counts, alone and with others, as if the log ended before.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,31 +50,54 @@ class ItemNeighbours:
     """int32 [I]: that item"""
 
     def scores(
-        self, items: np.ndarray, past: np.ndarray, taken: Sequence[int] = (), ahead: Sequence[int] = ()
+        self,
+        items: np.ndarray,
+        pasts: Sequence[np.ndarray],
+        taken: Sequence[int] = (),
+        ahead: Sequence[int] = (),
     ) -> np.ndarray:
-        """The sum over distinct items of the past of the cosine with each of some distinct items: float32 [n].
+        """The sum over distinct items of each past of the cosine with each of some distinct items: float32 [pasts, n].
 
         Items that came after the log have none. An item is not compared with itself.
 
         Args:
-          past: may hold items that the user only looked at.
+          pasts: may hold items that the user only looked at.
           ahead: items that the user of a training example takes later, of which those that it had `taken` before count.
         """
         known = items < len(self.users)
         rows = np.where(known, items, 0)
-        had, later = self._flags(taken), self._flags(ahead)
-        later &= ~had
-        other, ends = self.other[rows], had | later  # what the user has taken when the log ends
-        # Of the users who took both the user is one if the log ends so, but was none if one of the two came later.
-        less = ends[rows][:, None] & ends[other] & (later[rows][:, None] | later[other])
-        both = self.count[rows] - less
-        alone, of_other = (np.maximum(self.users[at] - later[at], 1) for at in (rows, other))
-        near = both / np.sqrt(of_other)
+        inside, neighbours = [self._flags(past) for past in pasts], self.other[rows]
+        # The neighbours that are of a past are few of the many: pairs (place, other) of these alone.
+        place, column = np.nonzero(np.logical_or.reduce(inside)[neighbours])
+        other, count = neighbours[place, column], self.count[rows][place, column]
+        near, alone = count / self._roots[other], self.users[rows]
+        if len(ahead):
+            had, later = self._flags(taken), self._flags(ahead)
+            later &= ~had
+            some = np.flatnonzero(later[rows][place] | later[other])
+            near[some] = self._before(rows[place[some]], other[some], count[some], had | later, later)
+            alone = alone - later[rows]
+        sums = [np.bincount(place, near * flags[other], len(rows)) for flags in inside]
+        return np.where(known, sums / np.sqrt(np.maximum(alone, 1)), 0.0).astype(np.float32)
+
+    def _before(
+        self, item: np.ndarray, other: np.ndarray, count: np.ndarray, ends: np.ndarray, later: np.ndarray
+    ) -> np.ndarray:
+        """How near pairs are, of which one is `later`, by a log that ends before: float64 [n].
+
+        ends, later: bool [I + 1], what the user has taken when the log ends, and what of it came later.
+        """
+        # Of the users who took both the user is one if the log ends so, but was none before one of the two came.
+        less = ends[item] & ends[other]
+        near = (count - less) / np.sqrt(np.maximum(self.users[other] - later[other], 1))
         # One user may be what brought an item among the nearest: without that user another one is there.
-        edge, edge_item = self.edge[rows][:, None], self.edge_item[rows][:, None]
-        kept = ~less | (near > edge) | ((near == edge) & (other < edge_item))
-        weight = self._flags(past)[other] * kept * near
-        return np.where(known, weight.sum(1) / np.sqrt(alone), 0.0).astype(np.float32)
+        kept = ~less | (near > self.edge[item]) | ((near == self.edge[item]) & (other < self.edge_item[item]))
+        return near * kept
+
+    @cached_property
+    def _roots(self) -> np.ndarray:
+        """float64 [I]: square roots of the numbers of users."""
+        return np.sqrt(np.maximum(self.users, 1))
 
     def _flags(self, items: Sequence[int]) -> np.ndarray:
         """bool [I + 1]; the last one is that of no neighbour."""
@@ -83,7 +107,7 @@ class ItemNeighbours:
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
-        save_file({name: np.ascontiguousarray(array) for name, array in vars(self).items()}, path)
+        save_file({each.name: np.ascontiguousarray(getattr(self, each.name)) for each in fields(self)}, path)
 
 
 def load_neighbours(path: Path) -> ItemNeighbours:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError, check_least
+from jaxrec.data.judgments import FILE, graded_pairs
 from jaxrec.data.pairs import PairConfig, build_pairs
 from jaxrec.data.tables import connect, store
 from jaxrec.files import read_json
@@ -130,7 +131,7 @@ def query_pairs(tables: Path, config: QueryPairConfig = QueryPairConfig()) -> di
         "q2i": (clicks["query"].to_numpy(), clicks["item"].to_numpy()),
         "rank": _levels(pairs),
     }
-    return found | {"relevance": judgments(Path(tables) / "judgments.parquet")}
+    return found | {"relevance": relevance(Path(tables))}
 
 
 def related(
@@ -159,26 +160,23 @@ def _pairs(log: pa.Table, kinds: tuple[str, ...], limits: PairConfig) -> tuple[n
     return pairs["item"].to_numpy(), pairs["other"].to_numpy()
 
 
-def judgments(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The judged pairs of the train split: query, item, and the grade scaled to [0, 1]; none without the file.
+def relevance(tables: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The judged pairs of the train split: query, item, and the grade scaled to [0, 1]; none where there are none.
 
-    The least and the greatest grade of the file are 0 and 1.
+    The lowest and the highest grade of all splits are 0 and 1.
 
     Raises:
       UserError: a grade is missing or no number, or all grades are equal.
     """
-    if not path.is_file():
+    judged = graded_pairs(tables, "train")
+    if judged is None:
         return np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
-    table = pq.read_table(path, columns=["query_index", "item", "grade", "split"])
-    grades = table["grade"].cast(pa.float64()).fill_null(np.nan).to_numpy()
-    for row in np.flatnonzero(~np.isfinite(grades))[:1]:
-        raise UserError(f"{path}: row {row} has no grade: give every judged pair a number")
-    if len(grades) and grades.min() == grades.max():
-        raise UserError(f"{path}: all grades are {grades[0]:g}: relevance needs at least two different grades")
-    train = np.asarray(pc.equal(table["split"], "train"))
-    scaled = (grades - grades.min()) / np.ptp(grades) if len(grades) else grades
-    scaled = scaled.astype(np.float32)
-    return table["query_index"].to_numpy()[train], table["item"].to_numpy()[train], scaled[train]
+    if judged.lowest == judged.highest:
+        raise UserError(
+            f"{tables / FILE}: all grades are {judged.lowest:g}: relevance needs at least two different grades"
+        )
+    scaled = (judged.grade - judged.lowest) / (judged.highest - judged.lowest)
+    return judged.query, judged.item, scaled.astype(np.float32)
 
 
 def _levels(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrec.config import UserError, check_least
+from jaxrec.data.habits import habits_of, places_among
 from jaxrec.data.item_sequences import user_of
 from jaxrec.data.padding import bucket, check_buckets, padded
-from jaxrec.data.popularity import DAY
 from jaxrec.data.search_statistics import LedTo
 
 NONE = -1
@@ -35,7 +35,6 @@ clicks; logs of how near the item is to the user's past, and to the search-relev
 USER = 4
 """numbers told of the user: logs of events, of search-relevant events and items, of the query's searches"""
 NOTHING = LedTo(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32), 0.0)
-MONTH = 30 * DAY
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ class SearchFeatureConfig:
         ordered = wanted[behavior] if len(item) else np.zeros(0, bool)
         clicked = ordered if self.weakest is None else behavior >= self.weakest
         found = record.get("led_to", NOTHING)
-        related = clicked & (np.isin(item, found.item) | record.get("same", np.zeros(len(item), bool))[order])
+        led = np.isin(item, found.item, kind="table")
+        related = clicked & (led | record.get("same", np.zeros(len(item), bool))[order])
         now = int(record.get("now", times[-1] if len(times) else 0))
         clicks, orders = item[clicked], item[ordered]
         short = _last(clicks, record.get("shown", len(clicks)))
@@ -102,7 +102,7 @@ class SearchFeatureConfig:
         )
         if "neighbours" in record:
             near = candidate[candidate >= 0]
-            habits[: len(near), 12:] = _nearness(record, near, np.unique(orders), np.unique(item[related]))
+            habits[: len(near), 12:] = _nearness(record, near, orders, item[related])
         codes = record.get("recent_codes", np.zeros((0, self.levels), np.int32))
         user = [len(orders), *known, found.searches]
         return {
@@ -139,9 +139,10 @@ class SearchFeatureConfig:
         distinct, inverse = np.unique(item, return_inverse=True)
         told = np.zeros((len(distinct), 6), np.float32)
         if len(distinct):
-            told = _habits(inverse, len(distinct), ordered, times, sessions, now)
+            session = np.unique(sessions, return_inverse=True)[1]
+            told = habits_of(inverse, len(distinct), ordered, times, now, session, session.max() + 1)
         taken = found.item
-        mine = _place(distinct, taken)
+        mine = places_among(distinct, taken)
         share, recent = np.zeros((2, len(distinct)), np.float32)
         share[mine[mine >= 0]], recent[mine[mine >= 0]] = found.share[mine >= 0], found.recent[mine >= 0]
         others = np.flatnonzero(mine < 0)[: self.popular]
@@ -169,44 +170,12 @@ class SearchFeatureConfig:
         return padded(both, self.candidates, NONE), habits, (len(item), len(distinct))
 
 
-def _nearness(record: dict, items: np.ndarray, *parts: np.ndarray) -> np.ndarray:
-    """float32 [n, 2]: logs of how near items are to what was taken and to the relevant past, distinct items each."""
-    near, ahead = record["neighbours"], record.get("ahead", ())
+def _nearness(record: dict, items: np.ndarray, orders: np.ndarray, related: np.ndarray) -> np.ndarray:
+    """float32 [n, 2]: logs of how near items are to what was taken and to the relevant past."""
     # Of both parts: an item that was looked at and is taken later is ahead, though it is of the past.
-    whole, relevant = (near.scores(items, part, parts[0], ahead) for part in parts)
-    return np.log(np.stack([whole / max(len(parts[0]), 1) ** 0.5, relevant], axis=1) + 0.01)
-
-
-def _habits(
-    inverse: np.ndarray, size: int, ordered: np.ndarray, times: np.ndarray, sessions: np.ndarray, now: int
-) -> np.ndarray:
-    """Of each distinct item float32 [n, 6]: times taken, log days since, log searches since, rate, log count of late,
-    times clicked. Events in order of time."""
-    count = np.bincount(inverse, ordered, size)
-    clicks = np.bincount(inverse, ~ordered, size)
-    occasion = np.unique(sessions, return_inverse=True)[1]
-    last, first = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    last[inverse] = np.arange(len(inverse))  # of several assignments the last one stays
-    first[inverse[::-1]] = np.arange(len(inverse))[::-1]
-    occasions = occasion.max() + 1
-    lately = np.bincount(inverse, ordered * np.exp(-np.maximum(now - times, 0) / MONTH), size)
-    columns = [
-        count,
-        np.log1p(np.maximum(now - times[last], 0) / DAY),
-        np.log1p(occasions - 1 - occasion[last]),
-        count / (occasions - occasion[first]),
-        np.log1p(lately),
-        clicks,
-    ]
-    return np.stack(columns, axis=1).astype(np.float32)
-
-
-def _place(sorted_items: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The place of each wanted item among sorted distinct ones, -1 where it is not."""
-    if not len(sorted_items):
-        return np.full(len(wanted), -1)
-    place = np.minimum(np.searchsorted(sorted_items, wanted), len(sorted_items) - 1)
-    return np.where(sorted_items[place] == wanted, place, -1)
+    whole, relevant = record["neighbours"].scores(items, (orders, related), orders, record.get("ahead", ()))
+    distinct = np.count_nonzero(np.bincount(orders))
+    return np.log(np.stack([whole / max(distinct, 1) ** 0.5, relevant], axis=1) + 0.01)
 
 
 def _last(values: np.ndarray, count: int) -> np.ndarray:

@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from jaxrec.config import UserError, check_least
 from jaxrec.data.popularity import PopularityByPeriod, PopularityConfig, popularity_by_period
@@ -116,6 +118,12 @@ class SearchStatistics:
         order = np.argsort(-sums[0], kind="stable")
         return _shares(items[order].astype(np.int32), *(each[order] for each in sums), searches)
 
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file; texts and configuration are the caller's to keep."""
+        arrays = {"first": self.first, "item": self.item, "count": self.count, "searches": self.searches}
+        arrays |= {"weights": self.recent.weights, "period": np.array([self.recent.first_day, self.recent.days])}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
     def _entries(self, query: int, day: int, without: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Items with their counts and shares of late; an item that only the search left out led to is not there."""
         if query < 0:
@@ -125,7 +133,7 @@ class SearchStatistics:
         period = int(self.recent.period(np.int64(day)))
         recent = self.recent.weights[period, rows]
         if len(without):
-            count = count - np.isin(item, without)
+            count = count - np.isin(item, without, kind="table")
             order = np.lexsort((item, -count))
             order = order[count[order] > 0]
             item, count, recent = item[order], count[order], recent[order]
@@ -199,11 +207,36 @@ def search_statistics(
         count=count[order].astype(np.int32),
         recent=recent,
         words=_holders(texts, np.unique(query)),
-        word_count=np.array([len(set(words(text))) for text in texts], np.int64),
+        word_count=_word_count(texts),
         searches=np.append(np.bincount(of_search, minlength=len(texts)), len(of_search)),
         texts=tuple(texts),
         config=config,
     )
+
+
+def load_statistics(path: Path, texts: Sequence[str], config: SearchStatisticsConfig) -> SearchStatistics:
+    """What `SearchStatistics.save` wrote, of these texts.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    try:
+        found = load_file(path)
+        weights, (first_day, days) = found.pop("weights"), found.pop("period").tolist()
+        return SearchStatistics(
+            **found,
+            recent=PopularityByPeriod(weights, first_day, days),
+            words=_holders(texts, np.flatnonzero(np.diff(found["first"])[:-1])),
+            word_count=_word_count(texts),
+            texts=tuple(texts),
+            config=config,
+        )
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise UserError(f"{path} holds no statistics of searches ({error}); copy the folder again") from error
+
+
+def _word_count(texts: Sequence[str]) -> np.ndarray:
+    return np.array([len(set(words(text))) for text in texts], np.int64)
 
 
 def _holders(texts: Sequence[str], numbers: np.ndarray) -> dict[str, np.ndarray]:

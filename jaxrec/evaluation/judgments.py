@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxrec.console import progress
+from jaxrec.data.judgments import graded_pairs
 from jaxrec.evaluation.baselines import Recommender
 from jaxrec.evaluation.cases import History
 from jaxrec.evaluation.metrics import CUTOFFS, condensed, graded_ndcg_at
 
 JUDGED, JUDGED_ONLY = "judged", "judged_only"
-FILE = "judgments.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,19 +66,18 @@ class Judgments:
 
 
 def read_judgments(tables: Path, split: str) -> Judgments | None:
-    """The judgments of a split of a run's tables; None where there are none."""
-    if not (tables / FILE).is_file():
+    """The judgments of a split of a run's tables; None where there are none.
+
+    Raises:
+      UserError: a judged pair has no grade.
+    """
+    judged = graded_pairs(tables, split)
+    if judged is None:
         return None
-    table = pq.read_table(tables / FILE)
-    grades = table["grade"].to_numpy().astype(np.float32)
-    lowest, highest = grades.min(initial=np.inf), grades.max(initial=-np.inf)
-    gains = grades - lowest if lowest < highest else np.ones_like(grades)
-    of_split = pc.equal(table["split"], split).to_numpy(zero_copy_only=False)
-    table, gains = table.filter(pa.array(of_split)), gains[of_split]
+    gains = judged.grade - judged.lowest if judged.lowest < judged.highest else np.ones_like(judged.grade)
     queries = pq.read_table(tables / "queries.parquet", columns=["query"])["query"].to_pylist()
-    rows, items = table["query_index"].to_numpy(), table["item"].to_numpy()
     now = pc.max(pq.read_table(tables / "events.parquet", columns=["timestamp"])["timestamp"]).as_py() or 0
-    found = Judgments.of(queries, rows, items, gains, int(now))
+    found = Judgments.of(queries, judged.query, judged.item, gains.astype(np.float32), int(now))
     return found if len(found) else None
 
 

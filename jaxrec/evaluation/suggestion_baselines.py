@@ -22,7 +22,7 @@ from scipy import sparse
 
 from jaxrec.data.completions import UNKNOWN, Completions
 from jaxrec.data.popularity import DAY
-from jaxrec.data.words import normalised
+from jaxrec.data.words import normalised, typed
 from jaxrec.evaluation.baselines import Recommender, count_matrix
 from jaxrec.evaluation.cases import History
 from jaxrec.targets import TextSpace
@@ -76,11 +76,11 @@ class Completing:
         """As `Recommender.recommend`; n answers have the scores n, n - 1, ... 1."""
         answers, scores = np.full((len(histories), k), -1, np.int32), np.full((len(histories), k), -np.inf, np.float32)
         for row, history in enumerate(histories):
-            typed = normalised(history.get("prefix", ""))
-            best = list(self.first(history, typed)) if self.first else []
-            own = {text for text in self.texts.searched(history) if text.startswith(typed)} if exclude_history else ()
+            begins = typed(history.get("prefix", ""))
+            best = list(self.first(history, begins)) if self.first else []
+            own = {text for text in self.texts.searched(history) if text.startswith(begins)} if exclude_history else ()
             held = {self.texts.number(text) for text in own}
-            more = self.texts.known.top(typed, k + len(best) + len(held), day_of(history), late=self.late)
+            more = self.texts.known.top(begins, k + len(best) + len(held), day_of(history), late=self.late)
             best = dict.fromkeys([*best, *self.texts.numbers[more.rows].tolist()])
             kept = [number for number in best if number not in held][:k]
             answers[row, : len(kept)], scores[row, : len(kept)] = kept, np.arange(len(kept), 0, -1)
@@ -93,8 +93,8 @@ class OwnSearches:
 
     texts: NumberedCompletions
 
-    def __call__(self, history: History, typed: str) -> list[int]:
-        own = [text for text in self.texts.searched(history) if text and text.startswith(typed)]
+    def __call__(self, history: History, begins: str) -> list[int]:
+        own = [text for text in self.texts.searched(history) if text and text.startswith(begins)]
         counts, last = Counter(own), {text: place for place, text in enumerate(own)}
         return [self.texts.number(text) for text in sorted(last, key=lambda text: (-counts[text], -last[text]))]
 
@@ -123,9 +123,9 @@ class Followers:
         following.sort_indices()
         return cls(texts, following)
 
-    def __call__(self, history: History, typed: str) -> list[int]:
+    def __call__(self, history: History, begins: str) -> list[int]:
         known = self.texts.known
-        span, own = known.of(typed), known.rows(self._last(history))
+        span, own = known.of(begins), known.rows(self._last(history))
         found: Counter[int] = Counter()
         for row in own[own != UNKNOWN].tolist():
             start, stop = self.following.indptr[row : row + 2]

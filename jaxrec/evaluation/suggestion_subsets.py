@@ -2,8 +2,8 @@
 
     unseen_completions            chosen queries that nobody searched for or chose in training
     unseen_prefixes               prefixes for which training has no suggestion; they are part of the long tail
-    typed_1, typed_2_3,           by the number of characters typed, white space at the ends left out; typed_0 is of
-      typed_4_6, typed_7_up         empty prefixes
+    typed_1, typed_2_3,           by the number of characters typed (`jaxrec.data.words.typed`); typed_0 is of empty
+      typed_4_6, typed_7_up         prefixes
     top_, middle_,                prefixes by their number of training suggestions, each a third of all of them (the
       long_tail_prefixes            three kinds of OneSug Table 6)
     clicks, orders                chosen queries that were clicked, or led to an item that was; that led to an order
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxrec.data.tables import FEEDBACK
-from jaxrec.data.words import normalised
+from jaxrec.data.words import normalised, typed
 from jaxrec.evaluation.cases import Cases
 from jaxrec.evaluation.subsets import Subset, text_counts, thirds
 from jaxrec.targets import TextSpace
@@ -44,10 +44,10 @@ def suggestion_subsets(
       queries: normalised texts that training knows, as `known_queries`.
       prefixes: training suggestions by normalised text, as `prefix_counts`.
     """
-    typed = [normalised(history["prefix"]) for history in cases.histories]
+    given = [history["prefix"] for history in cases.histories]
     return tuple(
         subset
-        for subset in (*_of_prefixes(cases, typed, prefixes), *_of_truths(cases, space, queries))
+        for subset in (*_of_prefixes(cases, given, prefixes), *_of_truths(cases, space, queries))
         if subset.where.any()
     )
 
@@ -63,10 +63,10 @@ def prefix_counts(tables: Path) -> dict[str, int]:
     return text_counts(tables / "prefixes.parquet", "prefix")
 
 
-def _of_prefixes(cases: Cases, typed: list[str], counts: Mapping[str, int]) -> list[Subset]:
-    length = np.searchsorted([*BY_LENGTH.values()], [len(text) for text in typed], side="right") - 1
+def _of_prefixes(cases: Cases, prefixes: list[str], counts: Mapping[str, int]) -> list[Subset]:
+    length = np.searchsorted([*BY_LENGTH.values()], [len(typed(prefix)) for prefix in prefixes], side="right") - 1
     masks = {name: length == place for place, name in enumerate(BY_LENGTH)}
-    of_case = np.array([counts.get(text, 0) for text in typed], np.int64)
+    of_case = np.array([counts.get(normalised(prefix), 0) for prefix in prefixes], np.int64)
     third = thirds(of_case, counts)
     masks |= {name: third == place for place, name in enumerate(BY_POPULARITY)} | {UNSEEN_PREFIXES: of_case == 0}
     return [Subset(name, cases.where & mask[:, None]) for name, mask in masks.items()]

@@ -32,7 +32,7 @@ from jaxrec.models.vocabulary import (
     token_log_probs,
 )
 from jaxrec.nn.attention import KeyValue
-from jaxrec.nn.layers import DTYPES, Embedding, RMSNorm
+from jaxrec.nn.layers import DTYPES, Dropout, Embedding, RMSNorm
 from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention, dropped
 
 
@@ -153,15 +153,15 @@ class CausalLayer(nn.Module):
         attended, own = self.attention.targets(x, context=context, context_mask=mask, past=past, positions=positions)
         return self._feed_forward(x, attended, self.target_drop, train), own
 
-    def _feed_forward(self, x: jax.Array, attended: jax.Array, drop: nn.Dropout, train: bool) -> jax.Array:
+    def _feed_forward(self, x: jax.Array, attended: jax.Array, drop: Dropout, train: bool) -> jax.Array:
         x = dropped(x, attended, drop, train)
         return dropped(x, self.feed_forward(x), drop, train)
 
 
-def dropouts(config: CausalConfig) -> tuple[nn.Dropout, nn.Dropout]:
+def dropouts(config: CausalConfig) -> tuple[Dropout, Dropout]:
     """Of the context and of the targets."""
     rate = config.target_dropout
-    return nn.Dropout(config.dropout), nn.Dropout(config.dropout if rate is None else rate)
+    return Dropout(config.dropout), Dropout(config.dropout if rate is None else rate)
 
 
 class Causal(nn.Module):

@@ -10,6 +10,9 @@ each level's probability follows by the chain rule, so that training, scoring an
     mixed   = copied.mix(log_probs, codes of the level)
     copied  = copied.after(tokens, codes of the level, log-probabilities of the tokens)
 
+`extend_mixture` is these last three lines for a model's `extend`. Targets may be of unequal length: codes of items and
+targets are then tokens with an end, and what stands behind the end of a target means nothing.
+
 `PointerHead` (RankGR) weights the items of a history from the decoder's states; `HabitHead` (OneMall) weights the
 distinct items of the past by how often and how long ago each was taken as well. `CandidateHead` weights items that need
 not be of the past, such as those that a query led others to.
@@ -21,11 +24,11 @@ from flax import linen as nn
 from flax import struct
 
 from jaxrec.config import UserError
-from jaxrec.models.contract import Scored
+from jaxrec.models.contract import Scored, pick
 from jaxrec.nn.attention import masked_softmax
 from jaxrec.nn.layers import Projection, RMSNorm
 
-TINY = 1e-30
+TINY, NOTHING = 1e-37, -1e30
 
 
 def check_labels(copies: bool, key: str, smoothing: float) -> None:
@@ -91,9 +94,30 @@ class Copied:
         return Copied(self.share, self.generated + log_probs, begins)
 
 
+def extend_mixture(
+    points: Points,
+    codes: jax.Array,
+    log_probs: jax.Array,
+    tokens: jax.Array | None,
+    cache: dict | None,
+    level: int,
+) -> tuple[jax.Array, dict]:
+    """The mixture's log-probabilities [B, W, K] of one more code for every beam, and what the next level needs.
+
+    codes int32 [B, S, M] of the items, -1 for none; log_probs float32 [B, W, K]: the decoder's own; tokens int32 [B, W]
+    of level - 1 and cache as for `jaxrec.models.contract.TargetModel.extend`.
+    """
+    copied = points.begin()
+    if level:
+        copied = cache["copied"].after(tokens, codes[..., level - 1], pick(cache["log_probs"], tokens))
+    return copied.mix(log_probs, codes[..., level]), {"copied": copied, "log_probs": log_probs}
+
+
 def _mixture(share: jax.Array, generated: jax.Array, copied: jax.Array) -> jax.Array:
     """log((1 - share) * exp(generated) + share * copied)."""
-    return jnp.logaddexp(jnp.log1p(-share) + generated, jnp.log(share * copied + TINY))
+    # What is not copied adds nothing at all: a long text can be far less likely than the smallest float.
+    of_copied = jnp.where(copied > 0, jnp.log(jnp.maximum(share * copied, TINY)), NOTHING)
+    return jnp.logaddexp(jnp.log1p(-share) + generated, of_copied)
 
 
 class PointerHead(nn.Module):

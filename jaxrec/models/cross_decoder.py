@@ -23,7 +23,7 @@ from jaxrec.models.contract import Scored, score_targets
 from jaxrec.models.copying import HabitHead, Points
 from jaxrec.models.prior import Prior
 from jaxrec.nn.attention import KeyValue, TargetAttention
-from jaxrec.nn.layers import Embedding, FeedForward, Projection, RMSNorm
+from jaxrec.nn.layers import Dropout, Embedding, FeedForward, Projection, RMSNorm
 from jaxrec.nn.moe import Dispatch, MixtureOfExperts
 from jaxrec.nn.qformer import QFormer
 from jaxrec.nn.transformer import dropped
@@ -182,7 +182,7 @@ class CrossDecoderLayer(nn.Module):
         self.cross = TargetAttention(cfg.heads, cfg.width // cfg.heads, dtype)
         self.self_attention = TargetAttention(cfg.heads, cfg.width // cfg.heads, dtype)
         self.norm = RMSNorm()
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop = Dropout(cfg.dropout)
         if cfg.experts > 1:
             self.moe = MixtureOfExperts(cfg.experts, cfg.experts_per_token, cfg.hidden, cfg.dispatch, dtype)
         else:
@@ -247,7 +247,7 @@ class CrossDecoder(nn.Module):
         self.habit = HabitHead(cfg.width) if cfg.habit else None
         self.item_tower = ItemTower(cfg)
         self.match = Projection(cfg.width, ("embed", "mlp"))
-        self.context_drop = nn.Dropout(cfg.context_dropout)
+        self.context_drop = Dropout(cfg.context_dropout)
 
     # ---- the context -------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from jaxrec.models.contract import Scored, score_targets
 from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import ContextTokens, Levels, check_levels, level_log_probs, level_logits, to_tokens
 from jaxrec.nn.attention import KeyValue
-from jaxrec.nn.layers import DTYPES, Embedding, LayerNorm, RMSNorm, partitioned
+from jaxrec.nn.layers import DTYPES, Dropout, Embedding, LayerNorm, RMSNorm, partitioned
 from jaxrec.nn.post_norm import Keep, LearnedPositions, PostNormDecoderLayer, PostNormEncoderLayer
 from jaxrec.nn.transformer import Activation, CrossAttention, FeedForwardBlock, RelativeBias, SelfAttention, dropped
 
@@ -239,8 +239,8 @@ class EncoderDecoder(nn.Module):
             self.encoder_bias = RelativeBias(cfg.heads, cfg.buckets, cfg.max_distance, both_sides=True)
             self.decoder_bias = RelativeBias(cfg.heads, cfg.buckets, cfg.max_distance, both_sides=False)
             self.encoder_norm, self.decoder_norm = RMSNorm(cfg.epsilon), RMSNorm(cfg.epsilon)
-        self.drop = nn.Dropout(cfg.dropout)
-        self.decoder_drop = nn.Dropout(cfg.dropout if cfg.decoder_dropout is None else cfg.decoder_dropout)
+        self.drop = Dropout(cfg.dropout)
+        self.decoder_drop = Dropout(cfg.dropout if cfg.decoder_dropout is None else cfg.decoder_dropout)
 
     def prefill(self, inputs: ContextTokens, train: bool = False) -> EncodedContext:
         """Encode B contexts once; padding may stand anywhere."""

@@ -14,7 +14,7 @@ tokens as every level's slice.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from flax import struct
 
 from jaxrec.config import check_choice, check_least
 from jaxrec.models.backbone import BackboneConfig, ReadContext, make_backbone, with_vocabulary
-from jaxrec.models.contract import Scored, pick
-from jaxrec.models.copying import CandidateHead, Points
+from jaxrec.models.contract import Scored
+from jaxrec.models.copying import CandidateHead, Points, extend_mixture
 from jaxrec.models.prior import Prior
 from jaxrec.models.vocabulary import ContextTokens, Levels
 from jaxrec.nn.layers import Projection, RMSNorm, partitioned
@@ -199,9 +199,10 @@ class PersonalSearch(nn.Module):
         if not self.prompt.copying or inputs.candidates is None:
             return SearchContext(own)
         codes = inputs.candidates
-        found = self.vocabulary.codes(codes)
-        vectors = jnp.where(found[..., None] >= 0, self.backbone.embed(jnp.maximum(found, 0)), 0.0).sum(2)
         where = codes[..., 0] >= 0
+        # Level by level: the embeddings [B, C, M, D] of all codes are never made. In the padding there is any ID.
+        tokens = jnp.maximum(self.vocabulary.codes(codes), 0)
+        vectors = sum(self.backbone.embed(tokens[..., level]) for level in range(tokens.shape[-1]))
         points = self.copy(vectors, inputs.habits, where, own.state[:, 0], inputs.user)
         return SearchContext(own, points, codes)
 
@@ -279,12 +280,8 @@ class PersonalSearch(nn.Module):
         log_probs, own = self.backbone.extend(context.own, tokens, before.get("backbone"), level)
         if context.points is None:
             return log_probs, {"backbone": own}
-        copied: Any = context.points.begin()
-        if level:
-            chosen = pick(before["log_probs"], tokens)
-            copied = before["copied"].after(tokens, context.codes[..., level - 1], chosen)
-        mixed = copied.mix(log_probs, context.codes[..., level])
-        return mixed, {"backbone": own, "copied": copied, "log_probs": log_probs}
+        mixed, copied = extend_mixture(context.points, context.codes, log_probs, tokens, before.get("mixture"), level)
+        return mixed, {"backbone": own, "mixture": copied}
 
     def __call__(self, inputs: SearchInputs, targets: jax.Array) -> jax.Array:
         """Touches every part once; for `init`."""

@@ -20,7 +20,7 @@ from flax.linen import initializers as init
 from jaxrec.config import check_heads, check_least, check_shares
 from jaxrec.nn.attention import masked_softmax
 from jaxrec.nn.geometry import unit
-from jaxrec.nn.layers import Embedding, Projection, RMSNorm, partitioned
+from jaxrec.nn.layers import Dropout, Embedding, Projection, RMSNorm, partitioned
 from jaxrec.nn.transformer import FeedForwardBlock, SelfAttention
 
 
@@ -180,7 +180,7 @@ class SequentialModel(nn.Module):
         scale = Embedding.scale
         self.text = Projection(self.config.width, (None, "embed"), gain=scale) if self.config.embeddings else None
         self.encoder = ENCODERS[type(self.config)](self.config, self.max_length)
-        self.drop = nn.Dropout(self.config.dropout)
+        self.drop = Dropout(self.config.dropout)
 
     def __call__(
         self,
@@ -250,7 +250,7 @@ class YouTubeDnn(nn.Module):
         x = prefix_mean(x)
         for index, width in enumerate(self.config.hidden):
             x = nn.relu(Projection(width, ("embed", "mlp"), bias=True, name=f"hidden_{index}")(x))
-            x = nn.Dropout(self.config.dropout)(x, deterministic=not train)
+            x = Dropout(self.config.dropout)(x, deterministic=not train)
         return Projection(self.config.width, ("mlp", "embed"), bias=True, name="out")(x)
 
 
@@ -263,7 +263,7 @@ class AttentionBlocks(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         """x [B, S, D] of which each place looks at what mask bool [B, S, S] keeps -> [B, S, D]."""
-        cfg, drop = self.config, nn.Dropout(self.config.dropout)
+        cfg, drop = self.config, Dropout(self.config.dropout)
         position = self.param("position", partitioned(init.normal(0.02), None, "embed"), (self.places, cfg.width))
         x = x * cfg.width**0.5 + position[: x.shape[1]]
         for index in range(cfg.layers):
@@ -320,7 +320,7 @@ class Caser(nn.Module):
             found.append(nn.relu(read(slices)).max(2))
         weights = self.param("vertical", partitioned(init.lecun_normal(), None, "mlp"), (cfg.window, cfg.vertical))
         found.append(jnp.einsum("BSWD,WF->BSFD", window, weights).reshape(*x.shape[:2], -1))
-        joined = nn.Dropout(cfg.dropout)(jnp.concatenate(found, axis=-1), deterministic=not train)
+        joined = Dropout(cfg.dropout)(jnp.concatenate(found, axis=-1), deterministic=not train)
         return nn.relu(Projection(cfg.width, ("mlp", "embed"), bias=True, name="out")(joined))
 
 
@@ -332,7 +332,7 @@ class NextItNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask, times, asked, train):
-        cfg, drop = self.config, nn.Dropout(self.config.dropout)
+        cfg, drop = self.config, Dropout(self.config.dropout)
         x = x * cfg.width**0.5
         for index, dilation in enumerate(cfg.dilations):
             y = x
@@ -370,7 +370,7 @@ class Hstu(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask, times, asked, train):
-        cfg, drop, size = self.config, nn.Dropout(self.config.dropout), x.shape[1]
+        cfg, drop, size = self.config, Dropout(self.config.dropout), x.shape[1]
         heads, looked = (cfg.heads, cfg.width // cfg.heads), causal(mask)
         apart = jnp.arange(size)[:, None] - jnp.arange(size)  # of a place and an earlier one
         seconds = jnp.maximum(asked[:, :, None] - times[:, None, :], 1).astype(jnp.float32)

@@ -45,9 +45,12 @@ class ContextTokens:
 
     def vectors(self, embed: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """[B, Q + S, D] of all positions; `embed` gives the embeddings of tokens."""
-        x = embed(jnp.maximum(self.tokens, 0))
-        if self.tokens.ndim == 3:
-            x = jnp.where(self.tokens[..., None] >= 0, x, 0.0).sum(2)
+        tokens = self.tokens
+        if tokens.ndim == 2:
+            x = embed(jnp.maximum(tokens, 0))
+        else:  # one after the other: the embeddings [B, S, M, D] of all tokens are never made
+            each = (tokens[..., place] for place in range(tokens.shape[-1]))
+            x = sum(jnp.where(token[..., None] >= 0, embed(jnp.maximum(token, 0)), 0.0) for token in each)
         return x if self.soft is None else jnp.concatenate([self.soft.astype(x.dtype), x], axis=1)
 
 

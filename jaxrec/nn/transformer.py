@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax.linen import initializers as init
 
 from jaxrec.nn.attention import KeyValue, packed_attention
-from jaxrec.nn.layers import Projection, RMSNorm, partitioned
+from jaxrec.nn.layers import Dropout, Projection, RMSNorm, partitioned
 
 Activation = Literal["relu", "gelu", "gelu_erf", "silu"]
 # nn.gelu is the tanh approximation.
@@ -226,6 +226,6 @@ class FeedForwardBlock(nn.Module):
         return x + down(hidden)
 
 
-def dropped(before: jax.Array, after: jax.Array, drop: nn.Dropout, train: bool) -> jax.Array:
+def dropped(before: jax.Array, after: jax.Array, drop: Dropout, train: bool) -> jax.Array:
     """`after`, with dropout of a block's residual `after - before`."""
     return before + drop(after - before, deterministic=False) if train and drop.rate else after

@@ -22,7 +22,7 @@ from jaxrec.semantic_ids.files import items as files
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS
 from jaxrec.semantic_ids.keyword_embeddings import load_keywords
 from jaxrec.semantic_ids.table import changes as catalogue
-from jaxrec.semantic_ids.table import versions
+from jaxrec.semantic_ids.table import version_files, versions
 from jaxrec.semantic_ids.table.drift import drift, drift_table
 from jaxrec.semantic_ids.table.later import count_untitled, is_text, items_of_run, read_rows
 
@@ -93,12 +93,12 @@ def rollback(folder: Positional[Path], version: Positional[int], publish: bool =
 
 def show_versions(folder: Positional[Path], as_json: bool = False) -> None:
     """Prints the versions, or their records as one JSON list."""
-    records = versions.list_versions(folder)
+    records = version_files.list_versions(folder)
     if as_json:
         print(json.dumps(records))
         return
     if not records:
-        console.print(f"{versions.versions(folder)} holds no versions yet; append makes the first.", markup=False)
+        console.print(f"{version_files.versions(folder)} holds no versions yet; append makes the first.", markup=False)
         return
     title = f"Versions of {escape(str(folder))}; * counts"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -194,7 +194,7 @@ def _publish(folder: Path) -> None:
             "train on them, tokenize into a new run.",
             markup=False,
         )
-    elif (folder / EMBEDDINGS).exists() and versions.current_number(folder) > 1:
+    elif (folder / EMBEDDINGS).exists() and version_files.current_number(folder) > 1:
         console.print(
             f"{EMBEDDINGS} stays as it was tokenized: a model of this run would see it beside the new IDs; tokenize "
             "into a new run to train on them.",

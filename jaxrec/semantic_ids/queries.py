@@ -13,6 +13,7 @@ Other queries are encoded when they are asked for. Queries may share an ID with 
 about collisions of items does not apply, so an extra level of theirs is not among the M.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,12 +23,12 @@ import pyarrow.parquet as pq
 
 from jaxrec.config import UserError
 from jaxrec.data.words import normalised
-from jaxrec.semantic_ids.embeddings import embed_new, encodes_texts, with_products
-from jaxrec.semantic_ids.files.vectors import read_embeddings, write_embeddings
-from jaxrec.semantic_ids.keyword_embeddings import KeywordEmbeddings, load_keywords
+from jaxrec.semantic_ids.embeddings import ALIGNMENT, ENCODER, TEXT, embed_new, encodes_texts, with_products
+from jaxrec.semantic_ids.files.vectors import OWN, read_embeddings, write_embeddings
+from jaxrec.semantic_ids.keyword_embeddings import KEYWORDS, KeywordEmbeddings, load_keywords
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.quantizers.codebooks import Codebooks
-from jaxrec.semantic_ids.table.versions import BOOKS
+from jaxrec.semantic_ids.table.version_files import BOOKS
 from jaxrec.semantic_ids.text_embedder import TextEmbedder, by_block
 from jaxrec.text.encoder import EncoderConfig
 
@@ -67,6 +68,18 @@ class QueryIds:
     def embeddings(self, texts: Sequence[str]) -> np.ndarray:
         """The embeddings that are quantized (Eq. 2), f32 [n, D]; zeros for an empty text."""
         return self._look_up(texts)[1]
+
+    def copy_to(self, folder: Path) -> None:
+        """Copies what gives queries their IDs into a new folder, of which `load_query_ids` reads them without the run.
+
+        An encoder that is named in text.json, a package or a folder of the user's, stays where it is.
+        """
+        folder.mkdir()
+        for name in (TEXT, ALIGNMENT, BOOKS, KEYWORDS, OWN, QUERY_CODES, QUERY_EMBEDDINGS):
+            if (self._folder / name).is_file():
+                shutil.copy(self._folder / name, folder / name)
+        if (self._folder / ENCODER).is_dir():
+            shutil.copytree(self._folder / ENCODER, folder / ENCODER)
 
     def _look_up(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         asked = [normalised(text) for text in texts]

@@ -46,6 +46,10 @@ CONFIG, BOOKS = "related.json", "codebooks.safetensors"
 QUERIES, QUERY_VECTORS = "related_queries.parquet", "query_embeddings.safetensors"
 PREFIXES, PREFIX_VECTORS = "prefixes.parquet", "prefix_embeddings.safetensors"
 MEND = "make the run's phase `related` again"
+ROWS_AT_ONCE = 1 << 14
+"""Prefixes whose embeddings are held at once."""
+QUANTIZED_AT_ONCE = 8
+"""Prefixes that are quantized at once: a request mostly has one."""
 WARM_TOKENS = 32
 """Length of the longest text that `warm_up` compiles for; what is typed is rarely longer."""
 LONGEST_REMEMBERED = 200
@@ -104,12 +108,13 @@ class RelatedQueries:
         self.sessions: np.ndarray = queries["sessions"].to_numpy()
         """int64 [Q], the sessions of training that searched or chose a query."""
         vectors = read_embeddings(folder / QUERY_VECTORS, self.texts)
-        codes = np.stack([queries[f"c{level + 1}"].to_numpy() for level in range(len(self.codebooks.sizes))], axis=1)
-        self.index: QueryIndex = build_index(vectors, codes, self.codebooks.sizes, self.sessions)
+        sizes = self.codebooks.sizes
+        self.index: QueryIndex = build_index(vectors, _codes(queries, len(sizes)), sizes, self.sessions)
         self._query_rows = {text: row for row, text in enumerate(self.texts)}
         known = prefixes["prefix"].to_pylist()
         self._prefix_rows = {text: row for row, text in enumerate(known)}
         self._prefix_vectors = read_embeddings(folder / PREFIX_VECTORS, known)
+        self._prefix_codes = _codes(prefixes, len(sizes))
         self._completed, self._counts = (_matrix(prefixes[name]) for name in ("completions", "counts"))
         self._remembered: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = Lock()
@@ -138,10 +143,11 @@ class RelatedQueries:
         place = np.array([first.setdefault(key, at) for at, key in enumerate(zip(asked, own.tolist()))], np.int64)
         found = np.full((len(asked), self.config.related), -1, np.int32)
         missing = [at for (text, _), at in first.items() if text and not self._recall(text, own[at], found[at])]
-        if missing:
-            codes, vectors = self._quantized([asked[at] for at in missing], rows[missing], completions[missing])
-            found[missing] = self.index.search(codes, vectors, self._screen, hidden[missing])
-            self._remember((asked[at], found[at]) for at in missing if own[at] < 0)
+        for start in range(0, len(missing), ROWS_AT_ONCE):
+            some = missing[start : start + ROWS_AT_ONCE]
+            codes, vectors = self._quantized([asked[at] for at in some], rows[some], completions[some], same[some])
+            found[some] = self.index.search(codes, vectors, self._screen, hidden[some])
+        self._remember((asked[at], found[at]) for at in missing if own[at] < 0)
         return found[place]
 
     def codes(self, prefixes: Sequence[str]) -> np.ndarray:
@@ -156,12 +162,12 @@ class RelatedQueries:
         """Compiles what a prefix never seen before needs, for texts of up to WARM_TOKENS tokens."""
         lengths = [length for length in LENGTHS if length <= WARM_TOKENS]
         vectors = self._embedder([" ".join(["a"] * (length - 2)) for length in lengths])
-        by_block(partial(codebooks.encode, self.codebooks), vectors)
+        quantize(self.codebooks, vectors)
 
     def _asked(self, prefixes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         asked = [normalised(prefix) for prefix in prefixes]
         rows = np.array([self._prefix_rows.get(text, -1) for text in asked], np.int64)
-        codes, vectors = self._quantized(asked, rows, self._completions(rows, np.full(len(rows), -1))[0])
+        codes, vectors = self._quantized(asked, rows, *self._completions(rows, np.full(len(rows), -1)))
         empty = np.array([not text for text in asked], bool)
         codes[empty], vectors[empty] = 0, 0
         return codes, vectors
@@ -177,13 +183,18 @@ class RelatedQueries:
         same[known] = (np.sort(found[known], axis=1) == np.sort(usual, axis=1)).all(1)
         return found, same
 
-    def _quantized(self, texts: list[str], rows: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The IDs int32 [P, M] and embeddings f32 [P, D] of normalised prefixes, given their completions [P, k]."""
+    def _quantized(
+        self, texts: list[str], rows: np.ndarray, completions: np.ndarray, same: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The IDs int32 [P, M] and embeddings f32 [P, D] of normalised prefixes, as `_completions` of `rows`."""
         vectors = self._prefix_vectors[rows]
         if len(unknown := np.flatnonzero(rows < 0)):
             vectors[unknown] = self._embedder([texts[at] for at in unknown])
         vectors = augment(vectors, self.index.vectors, completions, self.config.prefixes.weight)
-        return by_block(partial(codebooks.encode, self.codebooks), vectors), vectors
+        codes = self._prefix_codes[rows]
+        if len(other := np.flatnonzero((rows < 0) | ~same)):
+            codes[other] = quantize(self.codebooks, vectors[other])
+        return codes, vectors
 
     def _recall(self, text: str, own: int, into: np.ndarray) -> bool:
         """Copies remembered related queries of a prefix, if there are any."""
@@ -216,11 +227,20 @@ def load_related(folder: Path, text_config: EncoderConfig | None = None) -> Rela
     return RelatedQueries(folder, text_config)
 
 
+def quantize(books: Codebooks, vectors: np.ndarray) -> np.ndarray:
+    """The IDs of prefixes from their embeddings f32 [P, D], int32 [P, M], alike for one prefix and for many."""
+    return by_block(partial(codebooks.encode, books), vectors, QUANTIZED_AT_ONCE)
+
+
 def _read(path: Path) -> pa.Table:
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path} cannot be read ({error}): {MEND}") from error
+
+
+def _codes(table: pa.Table, levels: int) -> np.ndarray:
+    return np.stack([table[f"c{level + 1}"].to_numpy() for level in range(levels)], axis=1)
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:

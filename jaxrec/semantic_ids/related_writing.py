@@ -33,10 +33,10 @@ from jaxrec.semantic_ids.related_queries import (
     QUERY_VECTORS,
     RelatedQueries,
     RelatedQueriesConfig,
+    quantize,
 )
 from jaxrec.semantic_ids.table.quality import quality
 from jaxrec.semantic_ids.table.space import SemanticIds
-from jaxrec.semantic_ids.text_embedder import by_block
 from jaxrec.text.align import evenly
 from jaxrec.text.encoder import EncoderConfig
 from jaxrec.text.prefixes import augment, co_occurrence, most_frequent
@@ -91,8 +91,7 @@ def write_related(
         jax.random.key(seed), np.concatenate([prefixes[log.trained], queries[near]]), config.semantic_ids
     )
     query_codes = codebooks.encode(books, queries)
-    # As they are quantized later, by blocks of few rows.
-    prefix_codes = by_block(partial(codebooks.encode, books), prefixes)
+    prefix_codes = quantize(books, prefixes)
     write_json(folder / CONFIG, to_json(config))
     codebooks.save(books, folder / BOOKS)
     columns = {"query": pa.array(log.queries, pa.string()), "sessions": log.sessions}

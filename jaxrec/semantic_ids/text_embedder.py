@@ -35,19 +35,19 @@ class TextEmbedder:
         """The embeddings of texts, f32 [n, D]."""
         vectors = np.zeros((len(texts), self._encoder.config.hidden_size), np.float32)
         max_tokens = longest(self._encoder, self._text_config)
-        for rows, encoded in encode_batches(self._encoder, texts, max_tokens, self._batch_tokens):
+        for rows, encoded in encode_batches(self._encoder, texts, max_tokens, self._batch_tokens, progress=False):
             vectors[rows] = encoded
         if self._alignment is None:
             return vectors
         return by_block(lambda rows: np.asarray(_project(self._alignment, rows)), vectors)
 
 
-def by_block(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
-    """`function` of rows [BLOCK_ROWS, D] over all rows of x [n, D], the last block padded with zeros."""
+def by_block(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, rows: int = BLOCK_ROWS) -> np.ndarray:
+    """`function` of blocks [rows, D] over all rows of x [n, D], the last block padded with zeros."""
     parts = []
-    for rows in (x[start : start + BLOCK_ROWS] for start in range(0, max(len(x), 1), BLOCK_ROWS)):
-        padded = np.pad(rows, ((0, BLOCK_ROWS - len(rows)), (0, 0)))
-        parts.append(function(padded)[: len(rows)])
+    for some in (x[start : start + rows] for start in range(0, max(len(x), 1), rows)):
+        padded = np.pad(some, ((0, rows - len(some)), (0, 0)))
+        parts.append(function(padded)[: len(some)])
     return np.concatenate(parts)
 
 

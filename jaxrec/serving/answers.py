@@ -109,7 +109,13 @@ class TextAnswers:
     def listed(self, version: Version, answers: Sequence[int], scores: Sequence[float]) -> dict[str, list]:
         """The texts."""
         shown = version.texts.show(answers)
-        return {"texts": [GeneratedText(text=text, score=score) for text, score in zip(shown, scores, strict=True)]}
+        vetted = [answer < len(version.texts) for answer in answers]
+        return {
+            "texts": [
+                GeneratedText(text=text, score=score, vetted=known)
+                for text, score, known in zip(shown, scores, vetted, strict=True)
+            ]
+        }
 
 
 ANSWERS = {"items": ItemAnswers, "texts": TextAnswers}

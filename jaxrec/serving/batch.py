@@ -173,7 +173,8 @@ def _answer_window(retriever: Retriever, window: Window) -> tuple[bytes, dict[st
             lines.append(json.dumps({"line": number, "error": str(answer)}, ensure_ascii=False))
         else:
             lines.append(answer.to_json())
-        counts["bad" if isinstance(answer, UserError) else answer.source] += 1
+        source = "bad" if isinstance(answer, UserError) else answer.source
+        counts["model" if source == "own" else source] += 1
     lines.append("")
     return "\n".join(lines).encode(), counts
 

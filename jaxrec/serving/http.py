@@ -6,6 +6,7 @@ and answer them, so that /healthz never waits for the model.
 
 import asyncio
 import ipaddress
+import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +113,9 @@ def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
         with arriving.place():
             text = await read_body(http, limits)
         with queue.place():
-            return await asyncio.get_running_loop().run_in_executor(threads, answer_body, retriever, text, kind)
+            wanted = "items" if kind is SearchRequest else None
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(threads, answer_body, retriever, text, kind, wanted)
 
     @app.post("/recommend", response_model=Answer, responses=problems, openapi_extra=_body_of(Request))
     async def recommend(http: HttpRequest) -> Response:
@@ -123,6 +126,18 @@ def create_app(retriever: Retriever, limits: Limits | None = None) -> FastAPI:
     async def search(http: HttpRequest) -> Response:
         """Items for a query, and for the user who asks, best first; of a run whose model reads queries."""
         return await answered(http, SearchRequest)
+
+    @app.get("/suggest", response_model=Answer, responses=problems)
+    async def suggest(prefix: str = "", user_id: str | None = None, k: str = "10", mode: str | None = None) -> Response:
+        """Whole queries for what was typed so far, best first; of a run that answers with texts."""
+        given = {"prefix": prefix, "k": int(k) if k.isdecimal() and len(k) < 10 else k}
+        given |= {"history": []} if user_id is None else {"user_id": user_id}
+        given |= {} if mode is None else {"mode": mode}
+        queue.check()
+        with queue.place():
+            body = json.dumps(given).encode()
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(threads, answer_body, retriever, body, Request, "texts")
 
     @app.get("/healthz")
     async def healthz() -> Health:
@@ -198,9 +213,18 @@ async def read_body(http: HttpRequest, limits: Limits) -> bytes:
     return b"".join(chunks)
 
 
-def answer_body(retriever: Retriever, body: bytes, kind: type[Request] = Request) -> Response:
-    """The response to a body that is a request of this kind: an answer or an error."""
+def answer_body(
+    retriever: Retriever, body: bytes, kind: type[Request] = Request, wanted: str | None = None
+) -> Response:
+    """The response to a body that is a request of this kind: an answer or an error.
+
+    wanted: "items" or "texts", where only a run that answers with these is asked.
+    """
     try:
+        given = "items" if retriever.catalogue.current.texts is None else "texts"
+        if wanted not in (None, given):
+            place = "/recommend or /search" if given == "items" else "/suggest"
+            raise UserError(f"this run answers with {given}, not with {wanted}; ask {place}")
         if not body:
             raise UserError("the request has no body")
         (answer,) = retriever.answer([parse_request(body, kind)])

@@ -27,6 +27,7 @@ from jaxrec.catalogue.live import LiveCatalogue
 from jaxrec.catalogue.version import Predicate, Version
 from jaxrec.config import UserError
 from jaxrec.console import track
+from jaxrec.data.words import normalised
 from jaxrec.decoding.filters import LISTED, Allowed
 from jaxrec.evaluation.baselines import Recommender
 from jaxrec.evaluation.cases import History
@@ -35,10 +36,12 @@ from jaxrec.run import Run
 from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.later import check_known, read_later
 from jaxrec.semantic_ids.table.space import read_codes, rows_in
-from jaxrec.semantic_ids.table.versions import BOOKS, CODES, read_version, trained_version
+from jaxrec.semantic_ids.table.version_files import BOOKS, read_version
+from jaxrec.semantic_ids.table.versions import CODES, trained_version
 from jaxrec.serving.answers import ANSWERS, Answers
-from jaxrec.serving.schema import MAX_K, Answer, Event, Request
-from jaxrec.serving.searches import UserSearches, inline_searches
+from jaxrec.serving.histories import InlineHistories, moment_of
+from jaxrec.serving.schema import MAX_K, Answer, GeneratedText, Request
+from jaxrec.serving.searches import UserSearches, own_searches
 from jaxrec.targets import changed
 
 LOG = logging.getLogger(__name__)
@@ -50,8 +53,6 @@ NO_TEXT = "answers what was typed; give the field {}, which this request lacks"
 NOTHING_ALLOWED = "the filters of this request allow no item of the catalogue"
 DEPTHS = (10, 50, 100, MAX_K)
 """The depths of rankings; at most one program is compiled for each."""
-NO_ITEM = -1
-"""The item of a search in a history."""
 AT_ONCE = 64
 """Requests in one call of the model; few, since a call may rank the whole catalogue for each of them."""
 LIST_SIZES = tuple(LISTED**power + 1 for power in range(1, 20))
@@ -233,10 +234,15 @@ class Retriever:
         answers: list[Answer | UserError | None] = [None] * len(requests)
         known: list[tuple[int, History]] = []
         ignored: dict[int, list[str]] = {}
+        searched: dict[int, set[str]] = {}
         allowed: dict[int, Allowed | None] = {}
         for row, request in enumerate(requests):
             try:
                 history, ignored[row] = self.history(request, version)
+                searched[row] = {normalised(text) for text in history.get("search_query", ())}
+                if request.mode == "own":
+                    answers[row] = self._own(history, request, version)
+                    continue
                 allowed[row] = self._allowed(request, None if within is None else within[row], history, version)
             except UserError as error:
                 answers[row] = error
@@ -268,7 +274,23 @@ class Retriever:
                 ranked = self._recommend(version, list(histories), depth, filters)
                 for row, best, scores in zip(rows, *ranked, strict=True):
                     answers[row] = self._answer(version, best[: requests[row].k], scores, "model", ignored[row])
+        for row, mine in searched.items():
+            for text in getattr(answers[row], "texts", None) or ():
+                text.own = normalised(text.text) in mine
         return answers
+
+    def _own(self, history: History, request: Request, version: Version) -> Answer:
+        """The user's own searches that begin with the prefix; none that is blocked."""
+        if version.texts is None:
+            raise UserError("mode own gives searches, but this run answers with items; leave it out")
+        space = version.texts
+        found = own_searches(history, request.prefix or "", len(history.get("search_query", ())))
+        texts = [
+            GeneratedText(text=text, score=count, vetted=space.lists(text), own=True)
+            for text, count in found
+            if not space.blocked.holds(text)
+        ]
+        return Answer(texts=texts[: request.k], source="own")
 
     def depth(self, k: int) -> int:
         """The depth of a ranking for k items: the largest of the DEPTHS that need the same beams, to share a
@@ -306,20 +328,15 @@ class Retriever:
             if self.searches is not None:
                 history |= self.searches.of_user(user, rows)
         else:
-            named = {entry.item_id for entry in request.history} - {None}
-            unknown = {item for item in named if version.row(item) is None}
-            there = [event for event in request.history if event.item_id not in unknown]
-            ignored = [event.item_id for event in request.history if event.item_id in unknown] + ignored
-            history = self._inline(there, version)
+            history, unknown = self._inline(version).history(request.history)
+            ignored = unknown + ignored
         typed = {"query": request.query, "prefix": request.prefix}
         history |= {name: text for name, text in typed.items() if text is not None}
         if request.profile is not None:
             history["profile"] = request.profile
         if not self.answer_time:
             return history, ignored
-        latest = max(history[name].max(initial=0) for name in ("timestamp", "search_timestamp") if name in history)
-        now = max(self.latest, latest) if request.now is None else request.now
-        return {**history, "now": np.int64(now)}, ignored
+        return {**history, "now": np.int64(moment_of(history, self.latest, request.now))}, ignored
 
     def _allowed(
         self, request: Request, within: Predicate | np.ndarray | None, history: History, version: Version
@@ -327,33 +344,9 @@ class Retriever:
         """The answers that the request may get; None = all."""
         return self.answers.allowed(request, within, history, version)
 
-    def _inline(self, entries: list[Event], version: Version) -> History:
-        """A history given in the request, in order of time. Without times, each entry is a session at the current
-        time."""
-        times = [self.latest if entry.timestamp is None else entry.timestamp for entry in entries]
-        order = np.argsort(times, kind="stable")
-        timestamp = np.array(times, np.int64)[order]
-        starts = np.diff(timestamp) > 0 if any(entry.timestamp is not None for entry in entries) else 1
-        session = np.zeros(len(entries), np.int32)
-        session[1:] = np.cumsum(np.broadcast_to(starts, max(len(entries) - 1, 0)))
-        rows = [NO_ITEM if entry.item_id is None else version.row(entry.item_id) for entry in entries]
-        columns = {
-            "item": np.array(rows, np.int32)[order],
-            "behavior": np.array([self._behavior(entry.behavior) for entry in entries], np.int8)[order],
-            "timestamp": timestamp,
-            "session": session,
-        }
-        history = {name: column[columns["item"] != NO_ITEM] for name, column in columns.items()}
-        if not self.reads_queries:
-            return history
-        return history | inline_searches([entries[row] for row in order], timestamp, session)
-
-    def _behavior(self, name: str | None) -> int:
-        if name is None:
-            return min(self.target_behaviors)
-        if name not in self.behaviors:
-            raise UserError(f"unknown behavior {name!r} in the history; known are {', '.join(self.behaviors)}")
-        return self.behaviors.index(name)
+    def _inline(self, version: Version) -> InlineHistories:
+        """What makes histories of the events of a request."""
+        return InlineHistories(version.row, self.behaviors, self.target_behaviors, self.latest, self.reads_queries)
 
     def _recommend(
         self, version: Version, histories: list[History], depth: int, allowed: list[Allowed] | None
@@ -420,5 +413,5 @@ class Retriever:
 
 def _is_known(history: History) -> bool:
     """Whether a history says anything to the model: an event, a search, or what was typed."""
-    typed = "query" in history or "prefix" in history
+    typed = "query" in history or bool(history.get("prefix", "").strip())
     return typed or len(history["item"]) > 0 or len(history.get("search_query", ())) > 0

@@ -46,6 +46,7 @@ def _not_blank(text: str) -> str:
 # The length makes pydantic read the text as Unicode; without it a lone surrogate would pass.
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Query = Annotated[str, StringConstraints(max_length=MAX_QUERY), AfterValidator(_not_blank)]
+Prefix = Annotated[str, StringConstraints(max_length=MAX_QUERY)]
 Seconds = Annotated[int, Field(ge=0, lt=MILLISECONDS, strict=True)]
 
 
@@ -92,7 +93,9 @@ class Request(BaseModel):
     user_id: Text | None = Field(None, description="A user of the run; one that it does not know gets popular items.")
     history: Annotated[list[Event], Field(max_length=MAX_HISTORY)] | None = None
     query: Query | None = Field(None, description="The query that items are wanted for, as typed.")
-    prefix: Query | None = Field(None, description="The typed prefix that queries are wanted for, as typed.")
+    prefix: Prefix | None = Field(
+        None, description="The typed prefix that queries are wanted for, as typed; empty: what the user may look for."
+    )
     profile: dict[Text, Text | None] | None = Field(
         None, description="What is known of the user, by column, of a run whose model reads it; default: of the log."
     )
@@ -118,6 +121,13 @@ class Request(BaseModel):
         None, description="When the user asks, in seconds since 1970. Default: the end of the log."
     )
 
+    searches: Annotated[list[Query], Field(max_length=MAX_HISTORY)] | None = Field(
+        None, description="The user's searches, oldest first, in place of user_id and history."
+    )
+    mode: Literal["own"] | None = Field(
+        None, description="own: the user's own searches that begin with the prefix, without the model."
+    )
+
     @field_validator("filter")
     @classmethod
     def _a_filter(cls, conditions: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -127,7 +137,11 @@ class Request(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> "Request":
-        if (self.user_id is None) == (self.history is None):
+        if self.searches is not None and self.user_id is None and self.history is None:
+            self.history, self.searches = [Event(query=query) for query in self.searches], None
+        elif self.searches is not None:
+            raise ValueError("searches stand in place of user_id and history; leave these out")
+        elif (self.user_id is None) == (self.history is None):
             raise ValueError("give either user_id or history")
         if self.query is not None and self.prefix is not None:
             raise ValueError("give either query or prefix")
@@ -161,7 +175,7 @@ class SearchRequest(Request):
     )
 
     query: Query = Field(description="The query that items are wanted for, as typed.")
-    prefix: SkipJsonSchema[Query | None] = None
+    prefix: SkipJsonSchema[Prefix | None] = None
 
 
 def _check_search(place: int, event: Event) -> None:
@@ -184,7 +198,11 @@ class GeneratedText(BaseModel):
     """One generated text."""
 
     text: str
-    score: float = Field(description="The model's log-probability of the text; for popular texts, their count.")
+    score: float = Field(
+        description="The model's log-probability of the text; for popular texts and own searches, their count."
+    )
+    vetted: bool = Field(False, description="It is one of the list.")
+    own: bool = Field(False, description="The user searched for it before.")
 
 
 class Answer(BaseModel):
@@ -192,7 +210,9 @@ class Answer(BaseModel):
 
     items: list[Item] | None = Field(None, description="Of a run that answers with items.")
     texts: list[GeneratedText] | None = Field(None, description="Of a run that answers with texts.")
-    source: Literal["model", "popular"] = Field(description="popular: nothing is known about this user.")
+    source: Literal["model", "popular", "own"] = Field(
+        description="popular: nothing is known about this user; own: the user's own searches were asked for."
+    )
     ignored: list[str] | None = Field(None, description="Item ids of the request that the catalogue does not know.")
     note: str | None = Field(None, description="Why there are no answers.")
 

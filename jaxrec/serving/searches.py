@@ -1,5 +1,6 @@
 """The searches of a request's user as texts, for models that read them: a known user's, and those given inline."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxrec.data.searches import NO_QUERY
-from jaxrec.data.words import normalised
+from jaxrec.data.words import normalised, typed
 from jaxrec.evaluation.cases import History
 from jaxrec.serving.schema import Event
 
@@ -38,6 +39,17 @@ class UserSearches:
             search = np.where(self.search[events] < 0, -1, self.search[events] - mine.start).astype(np.int32)
         fields = {"search_query": self.query, "search_timestamp": self.timestamp, "search_session": self.session}
         return {name: column[mine] for name, column in fields.items()} | {"search": search}
+
+
+def own_searches(history: History, prefix: str, k: int) -> list[tuple[str, int]]:
+    """The k searches of a history that begin with what was typed, normalised, and how often each was searched for.
+
+    The most frequent come first, equal ones by how late they were.
+    """
+    begin = typed(prefix)
+    found = [text for text in map(normalised, history.get("search_query", ())) if text and text.startswith(begin)]
+    counts, last = Counter(found), {text: place for place, text in enumerate(found)}
+    return [(text, counts[text]) for text in sorted(last, key=lambda text: (-counts[text], -last[text]))[:k]]
 
 
 def inline_searches(entries: Sequence[Event], timestamp: np.ndarray, session: np.ndarray) -> History:

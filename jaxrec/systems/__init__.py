@@ -24,8 +24,12 @@ from jaxrec.systems.onemall import model as onemall_model
 from jaxrec.systems.onemall import stages as onemall_stages
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.onesearch import model as onesearch_model
+from jaxrec.systems.onesearch import reader as onesearch_reader
 from jaxrec.systems.onesearch import training as onesearch_training
 from jaxrec.systems.onesearch.config import OneSearchConfig
+from jaxrec.systems.onesug import model as onesug_model
+from jaxrec.systems.onesug import training as onesug_training
+from jaxrec.systems.onesug.config import OneSugConfig
 from jaxrec.systems.rankgr import model as rankgr_model
 from jaxrec.systems.rankgr import training as rankgr_training
 from jaxrec.systems.rankgr.config import RankGRRunConfig
@@ -37,6 +41,7 @@ from jaxrec.systems.sequential.config import NAMES, SequentialConfig
 from jaxrec.systems.tiger import model as tiger_model
 from jaxrec.systems.tiger import training as tiger_training
 from jaxrec.systems.tiger.config import TigerConfig
+from jaxrec.text.tokenizer import TextTokenizer
 from jaxrec.training.stages import Stage, best_variables, check_names, run_stages
 
 
@@ -52,6 +57,9 @@ class System:
     """stages(run, config): its trainings in order; the last one is served."""
     recommender: Callable[[Any, dict, Any], TrainedRecommender] = generative.recommender
     """recommender(assembly, variables, config): the trained model, ready to recommend."""
+    load_reader: Callable[[Path, Any, TextTokenizer], Any] | None = None
+    """load_reader(folder, features, tokenizer): what the `reader` of its assembly saved, whose `read_texts` reads the
+    texts of a history; None: its artefacts answer prepared histories alone."""
 
 
 TIGER = System(TigerConfig, tiger_model.assemble, tiger_training.stages)
@@ -62,8 +70,13 @@ SEQUENTIAL = System(
 SYSTEMS: dict[str, System] = {
     "onemall": System(OneMallConfig, onemall_model.assemble, onemall_stages.stages, onemall_stages.recommender),
     "onesearch": System(
-        OneSearchConfig, onesearch_model.assemble, onesearch_training.stages, onesearch_model.recommender
+        OneSearchConfig,
+        onesearch_model.assemble,
+        onesearch_training.stages,
+        onesearch_model.recommender,
+        onesearch_reader.load_reader,
     ),
+    "onesug": System(OneSugConfig, onesug_model.assemble, onesug_training.stages, onesug_model.recommender),
     "rankgr": System(RankGRRunConfig, rankgr_model.assemble_trained, rankgr_training.stages),
     CASCADE: System(CascadeConfig, cascade.assemble, cascade.stages, cascade.recommender),
     "tiger": TIGER,

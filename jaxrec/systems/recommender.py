@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
 from jaxrec.config import UserError, check_choice, check_least
@@ -51,8 +52,9 @@ class DecodingConfig:
     likelihood_weight: float = 0.0
     """weight of an ID's log-probability that is added to a rank head's score; 0, as published (RankGR Eq. 18): none"""
     constrained: Constrained = "listed"
-    """which texts are answers: those of the list alone (listed), any text (free), or those of the list and, where they
-    are too few, any text below them (mixed). Without a list any text is"""
+    """what the beams may find: listed answers alone (listed), anything (free), or, of texts, those of the list and,
+    where they are too few, any text below them (mixed). Without a list any text is an answer. A free ID that is no
+    item's is dropped at the end, so that there are fewer items than were asked for"""
     completing: bool = False
     """texts begin with what was typed"""
 
@@ -68,10 +70,11 @@ class DecodingConfig:
         Raises:
           UserError: it doesn't.
         """
-        if space.kind != "texts" and (self.completing or self.constrained != "listed"):
+        if space.kind != "texts" and (self.completing or self.constrained == "mixed"):
             name = "completing" if self.completing else "constrained"
             raise UserError(
-                f"configuration key '{key}.{name}' is for texts, but this run generates {space.kind}; leave it out"
+                f"configuration key '{key}.{name}' is {getattr(self, name)}, which is for texts, but this run "
+                f"generates {space.kind}; leave it out"
             )
         if self.constrained == "mixed" and not len(space):
             raise UserError(
@@ -110,7 +113,8 @@ class Assembly(Protocol):
     The assembly of a model that reads texts (a query, a prefix, the searches of a history) also has
     `read_texts(history)`: the history with the arrays that its features cut, such as `tokens`. Histories then hold
     texts (`jaxrec.data.searches.with_texts`). If no request makes sense without what was typed, it has `required_text`,
-    "query" or "prefix"; and `tokenizer`, which is exported too, where its tokens are those of a tokenizer.
+    "query" or "prefix"; and `tokenizer`, which is exported too, where its tokens are those of a tokenizer. With a
+    `reader` it is exported so that texts are read without the run: that has `save(folder)`, its system `load_reader`.
     """
 
     space: TargetSpace
@@ -133,6 +137,10 @@ class Assembly(Protocol):
     @property
     def target_behaviors(self) -> list[int]:
         """Indices of the target behaviors."""
+        ...
+
+    def init(self, seed: int, mesh: Mesh | None = None) -> dict:
+        """Fresh variables {"params", ...}: made on the devices where they stay, if there is a mesh."""
         ...
 
     def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> Served:
@@ -377,7 +385,8 @@ class GenerativeRecommender:
         of it, or None for everything. Scores are log-probabilities, or what a rank head made of them.
         """
         context, config = self.assembly.context(served, arrays), self.config
-        trie = None if config.constrained == "free" else served.trie
+        # Of IDs the trie says which of those that were found are items.
+        trie = None if config.constrained == "free" and self.space.kind == "texts" else served.trie
         begin = TypedText(arrays["typed"], arrays["typed_length"], served.token_lengths) if config.completing else None
         result = self.space.search(
             functools.partial(self.assembly.extend, served, context),

@@ -147,13 +147,16 @@ def longest(encoder: TextEncoder, config: EncoderConfig) -> int:
 
 
 def encode_batches(
-    encoder: TextEncoder, texts: Sequence[str], max_tokens: int, batch_tokens: int
+    encoder: TextEncoder, texts: Sequence[str], max_tokens: int, batch_tokens: int, progress: bool = True
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Encode texts in batches of nearly equal length, yielding (rows [B], unit vectors f32 [B, D])."""
+    """Encode texts in batches of nearly equal length, yielding (rows [B], unit vectors f32 [B, D]).
+
+    progress: whether a bar shows it; a request has none.
+    """
     if not texts:
         return
-    tokens = token_ids(encoder, texts, max_tokens)
-    for rows, padded, mask in track(plan := pad_by_length(tokens, batch_tokens), "Encoding texts", len(plan)):
+    plan = pad_by_length(token_ids(encoder, texts, max_tokens), batch_tokens)
+    for rows, padded, mask in track(plan, "Encoding texts") if progress else plan:
         vectors = _forward(encoder.config, encoder.params, padded, mask)
         yield rows, np.asarray(vectors)[: len(rows)]
 

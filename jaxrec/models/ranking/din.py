@@ -18,7 +18,7 @@ from flax.linen import initializers as init
 
 from jaxrec.config import check_least, check_shares
 from jaxrec.models.ranking.inputs import Inputs
-from jaxrec.nn.layers import Projection, partitioned
+from jaxrec.nn.layers import Dropout, Projection, partitioned
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Network(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         for place, width in enumerate(self.hidden):
             x = nn.gelu(Projection(width, ("embed", "mlp"), bias=True, gain=2**0.5, name=f"hidden_{place}")(x))
-            x = nn.Dropout(self.dropout)(x, deterministic=not train)
+            x = Dropout(self.dropout)(x, deterministic=not train)
         return x
 
 

@@ -17,7 +17,7 @@ from flax import struct
 
 from jaxrec.config import check_least, check_shares
 from jaxrec.nn.geometry import unit
-from jaxrec.nn.layers import Embedding, Projection
+from jaxrec.nn.layers import Dropout, Embedding, Projection
 
 SCALE = 0.1
 """standard deviation of fresh vectors' numbers: far from the size of the other features, so that a rare item's vector
@@ -158,7 +158,7 @@ class RankingInputs(nn.Module):
         self, items: RankedItems, context: RankingContext, candidates: jax.Array, train: bool = False
     ) -> Inputs:
         config, sizes = self.config, self.sizes
-        vectors, drop = ItemVectors(config, sizes, name="items"), nn.Dropout(config.dropout)
+        vectors, drop = ItemVectors(config, sizes, name="items"), Dropout(config.dropout)
         own = drop(vectors(items, candidates), deterministic=not train)
         events = vectors(items, context.item)
         events += Embedding(sizes.behaviors, config.width, scale=SCALE, name="behavior")(context.behavior)

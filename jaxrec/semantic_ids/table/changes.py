@@ -21,7 +21,8 @@ from jaxrec.semantic_ids.quantizers.rows import check_width, complaint, to_matri
 from jaxrec.semantic_ids.table.collisions import Resolved, describe, resolve, squared_errors
 from jaxrec.semantic_ids.table.later import keep_rows
 from jaxrec.semantic_ids.table.space import as_strings
-from jaxrec.semantic_ids.table.versions import BOOKS, IdChanges, IdTable, begin_locked, commit, locked
+from jaxrec.semantic_ids.table.version_files import BOOKS, IdChanges, IdTable, commit, locked
+from jaxrec.semantic_ids.table.versions import begin_locked
 
 
 def append(
@@ -44,7 +45,7 @@ def append(
       `version` (the current one if no item is new), `added`, `returned`, `known`; `collisions` if there are new items.
     Raises:
       UserError: no items, an item listed twice, an embedding of another width or with NaN or infinity, an extra level
-        that is full, or as `versions.read_version`.
+        that is full, or as `version_files.read_version`.
     """
     folder = Path(folder)
     with locked(folder):

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from jaxrec.semantic_ids.table.versions import read_lineage
+from jaxrec.semantic_ids.table.version_files import read_lineage
 
 OUTDATED = 1.5
 """New items are reported as a bad fit from this ratio of their error to that of the items of the fit."""

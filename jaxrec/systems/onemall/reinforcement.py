@@ -5,9 +5,9 @@ pass over the same contexts that the supervised losses read, and minimises
 
     weight * L_RL + L_NTP + L_contrastive        (OneMall §3.3, below Eq. 10)
 
-Candidates come from the *sampler*, a copy of the policy in the training state that is refreshed every n steps. They are
-a function of the seed, the step and the sampler, so a resumed training draws the same ones. The search also gives the
-candidates' log-likelihoods under the sampler, the denominator of the ratios: Eq. 10's reference, which is
+Candidates come from the *sampler*, a copy of the policy in the training state that is refreshed every n steps. They
+are a function of the seed, the step and the sampler, so a resumed training draws the same ones. The search also gives
+the candidates' log-likelihoods under the sampler, the denominator of the ratios: Eq. 10's reference, which is
 "synchronized from the policy model periodically". The supervised stage is the frozen reference: the divergence from it
 is measured, and weighs in the loss where it is asked to.
 """

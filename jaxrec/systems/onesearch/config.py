@@ -9,7 +9,7 @@ state of the one before. A stage whose tasks all have the weight 0 is left out.
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from jaxrec.config import UserError, check_least
+from jaxrec.config import UserError, check_least, check_shares
 from jaxrec.data.item_neighbours import NeighbourConfig
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.search_statistics import SearchStatisticsConfig
@@ -30,11 +30,44 @@ def _loop(steps: int) -> LoopConfig:
 
 
 @dataclass(frozen=True)
-class ContentConfig:
+class TaskStageConfig:
+    """A stage of tasks: their weights, which are the fields that a stage adds, and its training."""
+
+    stage: ClassVar[str]
+    """its name"""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    training: LoopConfig = field(default_factory=lambda: _loop(400))
+    """Length of training; it is not validated, since it doesn't rank."""
+
+    def __post_init__(self):
+        check_least(self, self.stage, **dict.fromkeys(self.weights, 0))
+        if self.training.evaluate_every:
+            raise UserError(
+                f"configuration key '{self.stage}.training.evaluate_every': this stage does not rank items and is not "
+                "validated; give 0"
+            )
+
+    @classmethod
+    def tasks(cls) -> tuple[str, ...]:
+        """The names of all of its tasks."""
+        return tuple(each.name for each in fields(cls) if each.type is float)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By task, those of weight 0 left out; a stage without any is left out itself."""
+        return {name: weight for name in self.tasks() if (weight := getattr(self, name))}
+
+
+@dataclass(frozen=True)
+class ContentConfig(TaskStageConfig):
     """The first stage, semantic content alignment: weights of its tasks, 0 leaves one out; and its training.
 
     Without a task there is no such stage.
     """
+
+    stage: ClassVar[str] = CONTENT
 
     query_to_id: float = 1.0
     """a query's text to its ID"""
@@ -52,21 +85,16 @@ class ContentConfig:
     """a query's ID to that category"""
     item_id_to_category: float = 0.5
     """an item's ID to its category"""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser."""
-    training: LoopConfig = field(default_factory=lambda: _loop(400))
-    """Length of training; it is not validated, since it doesn't rank."""
-
-    def __post_init__(self):
-        _check_weights(self, CONTENT)
 
 
 @dataclass(frozen=True)
-class CoOccurrenceConfig:
+class CoOccurrenceConfig(TaskStageConfig):
     """The second stage, co-occurrence synchronisation, on pairs of a query and an item that it led to.
 
     Without a task there is no such stage.
     """
+
+    stage: ClassVar[str] = CO_OCCURRENCE
 
     query_to_item: float = 0.5
     """a query's text to an item's text"""
@@ -76,30 +104,10 @@ class CoOccurrenceConfig:
     """a query's ID to an item's ID"""
     item_id_to_query_id: float = 1.0
     """an item's ID to a query's ID"""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser."""
-    training: LoopConfig = field(default_factory=lambda: _loop(400))
-    """Length of training; it is not validated, since it doesn't rank."""
-
-    def __post_init__(self):
-        _check_weights(self, CO_OCCURRENCE)
 
 
-def weights_of(of_stage: ContentConfig | CoOccurrenceConfig) -> dict[str, float]:
-    """The weights of a stage's tasks, those of weight 0 left out; a stage without any is left out itself."""
-    weights = {each.name: getattr(of_stage, each.name) for each in fields(of_stage) if each.type is float}
-    return {name: weight for name, weight in weights.items() if weight}
-
-
-def _check_weights(of_stage: ContentConfig | CoOccurrenceConfig, place: str) -> None:
-    check_least(of_stage, place, **dict.fromkeys(weights_of(of_stage), 0))
-
-
-TASKS = tuple(
-    each.name for config in (ContentConfig, CoOccurrenceConfig) for each in fields(config) if each.type is float
-)
+TASKS = (*ContentConfig.tasks(), *CoOccurrenceConfig.tasks())
 """Names of all tasks, in the order of their prompt tokens."""
-CONTENT_TASKS = tuple(each.name for each in fields(ContentConfig) if each.type is float)
 
 
 @dataclass(frozen=True)
@@ -136,9 +144,7 @@ class PersonalisationObjective:
 
     def __post_init__(self):
         check_least(self, "objective", targets=1, window=0)
-        for name in ("smoothing", "windowed", "without_past"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"configuration key 'objective.{name}' is {getattr(self, name)}; give 0 to 1")
+        check_shares(self, "objective", "smoothing", "windowed", "without_past", all_allowed=True)
 
 
 @dataclass(frozen=True)
@@ -196,20 +202,13 @@ class OneSearchConfig(GenerativeRunConfig):
                 "features.popular, or set prompt.copying to False"
             )
         check_labels(self.prompt.copying, "prompt.copying", self.objective.smoothing)
-        for name in (CONTENT, CO_OCCURRENCE):
-            if getattr(self, name).training.evaluate_every:
-                raise UserError(
-                    f"configuration key '{name}.training.evaluate_every': this stage does not rank items and is not "
-                    "validated; give 0"
-                )
 
     def check(self) -> None:
         """As of every system, and of the first two stages."""
         super().check()
-        for name in (CONTENT, CO_OCCURRENCE):
-            of_stage = getattr(self, name)
-            if weights_of(of_stage):
-                of_stage.optim.check_steps(of_stage.training.steps, f"{name}.optim")
+        for of_stage in (self.content, self.co_occurrence):
+            if of_stage.weights:
+                of_stage.optim.check_steps(of_stage.training.steps, f"{of_stage.stage}.optim")
         behaviors, weakest = self.data.behaviors, self.features.weakest
         if weakest is not None and weakest >= len(behaviors):
             raise UserError(

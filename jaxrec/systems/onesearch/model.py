@@ -12,12 +12,10 @@ from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
 from jaxrec.data.examples import Records
-from jaxrec.data.item_neighbours import ItemNeighbours, load_neighbours
-from jaxrec.data.popularity import DAY
+from jaxrec.data.item_neighbours import load_neighbours
 from jaxrec.data.search_features import SearchFeatureConfig
-from jaxrec.data.search_statistics import SearchStatistics, search_statistics, training_searches
+from jaxrec.data.search_statistics import search_statistics, training_searches
 from jaxrec.data.searches import with_texts
-from jaxrec.data.words import normalised
 from jaxrec.evaluation.cases import Cases, History, search_cases
 from jaxrec.models.personal_search import PersonalSearch, SearchContext, SearchInputs, SearchVocabulary, level_sums
 from jaxrec.models.prior import Prior, popularity_prior
@@ -25,12 +23,13 @@ from jaxrec.models.user_ids import hashed_ids, user_ids
 from jaxrec.run import Run
 from jaxrec.semantic_ids.files.vectors import EMBEDDINGS, read_embeddings
 from jaxrec.semantic_ids.quantizers import codebooks
-from jaxrec.semantic_ids.table.versions import BOOKS
+from jaxrec.semantic_ids.table.version_files import BOOKS
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
-from jaxrec.systems.onesearch.pretrained import backbone_of
-from jaxrec.systems.onesearch.profiles import Profiles, load_profiles
 from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, KnownQueries, load_queries, query_texts
+from jaxrec.systems.onesearch.reader import SearchReader
+from jaxrec.systems.pretrained import backbone_of
+from jaxrec.systems.profiles import load_profiles
 from jaxrec.systems.recommender import GenerativeRecommender, Served, filled_up, with_later_prior
 from jaxrec.targets import SemanticIdSpace
 from jaxrec.text.tokenizer import TextTokenizer
@@ -65,20 +64,14 @@ class OneSearchAssembly:
     """names, weakest first"""
     wanted: np.ndarray
     """bool [behaviors]: the target behaviors"""
-    features: SearchFeatureConfig
-    """with the levels of the IDs"""
-    queries: KnownQueries
-    statistics: SearchStatistics
+    reader: SearchReader
+    """what reads the texts of a history"""
     rows: np.ndarray
     """object [rows]: the texts of queries.parquet"""
-    neighbours: ItemNeighbours | None = None
-    """which items the same users take; None: it is not read"""
     centroids: tuple[np.ndarray, ...] = ()
     """float32 [K, E] a level"""
     prior: Prior | None = None
     """the popularity of IDs, if it is added to the decoder's logits"""
-    profiles: Profiles | None = None
-    """what is known of users; None: it is not read"""
     examples: Any = None
     """folder of the example records"""
 
@@ -90,6 +83,16 @@ class OneSearchAssembly:
         return np.flatnonzero(self.wanted).tolist()
 
     @property
+    def features(self) -> SearchFeatureConfig:
+        """With the levels of the IDs."""
+        return self.reader.features
+
+    @property
+    def queries(self) -> KnownQueries:
+        """The queries of the log."""
+        return self.reader.queries
+
+    @property
     def tokenizer(self) -> TextTokenizer:
         """Of what is typed."""
         return self.queries.tokenizer
@@ -97,7 +100,11 @@ class OneSearchAssembly:
     @property
     def profile_columns(self) -> tuple[str, ...]:
         """What a request may tell of its user."""
-        return () if self.profiles is None else self.profiles.columns
+        return self.reader.profile_columns
+
+    def read_texts(self, history: History, without: Sequence[int] = (), ahead: Sequence[int] = ()) -> History:
+        """As `SearchReader.read_texts`."""
+        return self.reader.read_texts(history, without, ahead)
 
     @property
     def catalogue(self) -> OneSearchCatalogue:
@@ -148,54 +155,6 @@ class OneSearchAssembly:
             profile=arrays["profile"] if arrays["profile"].shape[1] else None,
             prior=catalogue.prior,
         )
-
-    # ---- texts -------------------------------------------------------------------------------------------------------
-
-    def read_texts(self, history: History, without: Sequence[int] = (), ahead: Sequence[int] = ()) -> History:
-        """The history with what `SearchFeatureConfig.cut` reads of its texts.
-
-        Queries are texts, or rows of queries.parquet as in a record. Of training examples, `without` are the items of
-        the search itself, which is left out of what the query led to, and `ahead` all that the user takes from then on.
-        """
-        asked, searched = history.get("query", ""), history.get("search_query", np.zeros(0, np.int64))
-        typed = isinstance(asked, str)
-        asked = normalised(asked) if typed else asked
-        number = int(self.queries.numbers([asked] if typed else np.array([asked]))[0]) if asked != "" else -1
-        text = asked if typed else self.queries.texts[number]
-        numbers = self.queries.numbers(searched)
-        same = numbers == number
-        if number < 0:  # of texts outside the log there are those that are the same
-            same = np.array([at < 0 and normalised(each) == asked for at, each in zip(numbers, searched)], bool)
-        last = range(max(len(searched) - self.features.recent_queries, 0), len(searched))
-        codes = [
-            self.queries.code_table[numbers[at]] if numbers[at] >= 0 else self.queries.codes_of(searched[at])
-            for at in last
-        ]
-        empty = np.zeros((0, self.features.levels), np.int32)
-        read = {
-            "tokens": self.queries.tokens_of(text) if text else np.zeros(0, np.int32),
-            "query_codes": self.queries.codes_of(text) if text else np.full(self.features.levels, -1, np.int32),
-            "recent_codes": np.stack(codes) if codes else empty,
-            "same": self._same(history, same) if text else np.ones(len(history["item"]), bool),
-            "led_to": self._led_to(history, number, text, without),
-        }
-        if self.profiles is not None:
-            read["profile_tokens"] = self.profiles.tokens_of(history)
-        if self.neighbours is not None:
-            read |= {"neighbours": self.neighbours, "ahead": np.asarray(ahead, np.int32)}
-        return {**history, **read}
-
-    def _same(self, history: History, same: np.ndarray) -> np.ndarray:
-        """bool [T]: events that searches for the same query led to."""
-        if "search" not in history:
-            return np.zeros(len(history["item"]), bool)
-        return np.append(same, False)[history["search"]]
-
-    def _led_to(self, history: History, number: int, text: str, without: Sequence[int]):
-        times = history["timestamp"]
-        now = int(history.get("now", times.max(initial=0)))
-        query = number if text else self.statistics.everything
-        return self.statistics.led_to(query, now // DAY, without=without, text=text)
 
     # ---- what the recommender asks for -------------------------------------------------------------------------------
 
@@ -278,19 +237,22 @@ def assemble(run: Run, config: OneSearchConfig) -> OneSearchAssembly:
     searched = training_searches(run.tables, config.data.target_behaviors)
     columns = (searched[name].to_numpy() for name in ("search", "item", "timestamp"))
     numbers = queries.of_row[searched["query_index"].to_numpy()]
+    reader = SearchReader(
+        queries=queries,
+        statistics=search_statistics(queries.texts, numbers, *columns, config.statistics),
+        features=fitted(config, space).features,
+        neighbours=load_neighbours(run.place(PROMPTS) / NEIGHBOURS) if config.neighbours.kept else None,
+        profiles=load_profiles(run.tables, config.profile, queries.tokenizer) if config.profile else None,
+    )
     return OneSearchAssembly(
         model=model,
         space=space,
         behaviors=behaviors,
         wanted=wanted,
-        features=fitted(config, space).features,
-        queries=queries,
-        statistics=search_statistics(queries.texts, numbers, *columns, config.statistics),
+        reader=reader,
         rows=rows,
-        neighbours=load_neighbours(run.place(PROMPTS) / NEIGHBOURS) if config.neighbours.kept else None,
         centroids=run_centroids(run, space, item_ids),
         prior=popularity_prior(space.codes, counts, space.codebook_sizes) if config.prior else None,
-        profiles=load_profiles(run.tables, config.profile, queries.tokenizer) if config.profile else None,
         examples=run.examples,
     )
 

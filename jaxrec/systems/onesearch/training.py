@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
-from jax.sharding import Mesh
 
 from jaxrec.config import UserError, fingerprint
 from jaxrec.data.examples import Record, Records
@@ -33,17 +32,15 @@ from jaxrec.systems.onesearch.config import (
     CONTENT,
     PERSONALISATION,
     TASKS,
-    ContentConfig,
-    CoOccurrenceConfig,
     OneSearchConfig,
-    weights_of,
+    TaskStageConfig,
 )
 from jaxrec.systems.onesearch.model import OneSearchAssembly, OneSearchCatalogue, assemble, fitted
-from jaxrec.systems.onesearch.pretrained import digests, with_pretrained, write_pretrained
-from jaxrec.systems.onesearch.profiles import profile_texts
 from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, make_tokenizer
 from jaxrec.systems.onesearch.tasks import item_texts, read_tasks, task_batches, task_rows
 from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_tables, prepare_with_ids
+from jaxrec.systems.pretrained import digests, initial, write_pretrained
+from jaxrec.systems.profiles import profile_texts
 from jaxrec.training.stages import Stage, Task, minimise
 
 
@@ -57,24 +54,25 @@ def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
     needs = (ALIGNMENT,) if before else ()
     data = partial(prepare_searches, run, config)
 
-    def train_tasks(of_stage: ContentConfig | CoOccurrenceConfig, task: Task) -> None:
+    def train_tasks(of_stage: TaskStageConfig, task: Task) -> None:
         assembly = assemble(run, config)
         batches = training_tasks(run, assembly, config, of_stage)
         mine = dataclasses.replace(config, optim=of_stage.optim, training=of_stage.training)
-        loss = partial(task_loss, tuple(weights_of(of_stage)))
-        minimise(bound_loss(loss, assembly, mine), partial(initial, assembly, config, task), batches, mine, task)
+        loss = partial(task_loss, tuple(of_stage.weights))
+        init = partial(initial, assembly, config.pretrained, task)
+        minimise(bound_loss(loss, assembly, mine), init, batches, mine, task)
 
     def train_searches(task: Task) -> None:
         assembly = assemble(run, config)
         mine = fitted(config, assembly.space)
-        init = partial(initial, assembly, config, task)
+        init = partial(initial, assembly, config.pretrained, task)
         train_model(assembly, mine, mean_loss, training_batches(assembly, mine), task, init=init)
 
     last = ("optim", "training", "validation", "objective")
     of_tasks, start = [], ""
     for name, other in ((CONTENT, CO_OCCURRENCE), (CO_OCCURRENCE, CONTENT)):
         of_stage = getattr(config, name)
-        if weights_of(of_stage):
+        if of_stage.weights:
             inputs, train = config.training_inputs(*last, other), partial(train_tasks, of_stage)
             of_tasks.append(Stage(name, inputs, data, train, start=start, needs=needs))
             start = name
@@ -123,22 +121,15 @@ def training_neighbours(run: Run, config: OneSearchConfig) -> ItemNeighbours:
     return item_neighbours(events["user"].to_numpy(), events["item"].to_numpy(), count, config.neighbours)
 
 
-def initial(assembly: OneSearchAssembly, config: OneSearchConfig, task: Task, seed: int, mesh: Mesh | None) -> dict:
-    """The first variables of a stage; pretrained ones where it is the first and there are some."""
-    fresh = assembly.init(seed, mesh)
-    begins = config.pretrained and task.start is None
-    return with_pretrained(fresh, config.pretrained, seed) if begins else fresh
-
-
 # ---- content, co-occurrence ------------------------------------------------------------------------------------------
 
 
 def training_tasks(
-    run: Run, assembly: OneSearchAssembly, config: OneSearchConfig, of_stage: ContentConfig | CoOccurrenceConfig
+    run: Run, assembly: OneSearchAssembly, config: OneSearchConfig, of_stage: TaskStageConfig
 ) -> Iterator[Features]:
     """Batches of a stage's tasks, mixed by its weights."""
     tables, pairs = read_tasks(run.tables, assembly, config)
-    return task_batches(task_rows(weights_of(of_stage), tables, pairs, config.seed), tables, config)
+    return task_batches(task_rows(of_stage.weights, tables, pairs, config.seed), tables, config)
 
 
 def task_loss(

@@ -252,10 +252,12 @@ class Impressions:
 
 
 def predict_impressions(ranker: Ranker, params: Any, some: Sequence[Features]) -> Impressions:
-    """Of batches of `context_batches`; drawn candidates are among them."""
+    """Of batches of `context_batches`; drawn candidates are among them only where the log has no exposures."""
     rows: list[tuple] = []
     for batch in some:
         keep = batch["candidate_where"] & batch["where"][:, None]
+        if ranker.labels.exposure is not None:
+            keep = keep & (batch["candidate_behavior"] >= 0)
         found = ranker.predict(params, batch, batch["candidate"])
         clicked, purchased = outcomes(ranker, batch["candidate_behavior"])
         user = np.broadcast_to(batch["asking_user"][:, None], keep.shape)

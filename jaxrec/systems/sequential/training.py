@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jaxrec.data.pipeline import Features, array_batches, merge_small
 from jaxrec.losses.likelihood import binary, full_softmax, sampled_softmax
 from jaxrec.models.sequential import Bert4RecConfig, ItemFacts
 from jaxrec.run import TRAINING, Run
+from jaxrec.systems.generative import mean_of
 from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_examples, prepare_tables, prepare_with_embeddings
 from jaxrec.systems.sequential.config import FullSoftmax, Objective, SampledSoftmax, SequentialConfig
 from jaxrec.systems.sequential.model import (
@@ -65,25 +65,11 @@ def at_once(objective: Objective) -> Objective:
     return replace(objective, rows=0) if isinstance(objective, FullSoftmax) else objective
 
 
-def mean_loss(
+def losses(
     assembly: SequentialAssembly,
     objective: Objective,
     facts: ItemFacts,
-    params: Any,
-    extra: dict,
-    batch: dict,
-    key: jax.Array,
-):
-    """As `jaxrec.training.step.Loss`; facts: of the assembly; a batch is what `training_batches` yields."""
-    total, count = loss(assembly, objective, facts, params, batch, key)
-    return total / jnp.maximum(count, 1), ({"loss": (total, count)}, extra)
-
-
-def loss(
-    assembly: SequentialAssembly,
-    objective: Objective,
-    facts: ItemFacts,
-    params: Any,
+    variables: dict,
     batch: dict,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -94,7 +80,7 @@ def loss(
     chance, drop, draw = jax.random.split(key, 3)
     prepare = hidden_places if isinstance(assembly.model.config, Bert4RecConfig) else next_places
     inputs, targets, where = prepare(assembly, batch, chance)
-    states, table = assembly.model.apply({"params": params}, facts, *inputs, True, rngs={"dropout": drop})
+    states, table = assembly.model.apply(variables, facts, *inputs, True, rngs={"dropout": drop})
     where &= batch["where"][:, None]
     if isinstance(objective, FullSoftmax):
         values = full_softmax(
@@ -113,6 +99,10 @@ def loss(
         others = jnp.einsum("BSD,BSnD->BSn", states, table[negatives])
         values = binary(positive, others, candidates=candidates, where=where)
     return values.sum(), where.sum()
+
+
+mean_loss = mean_of(losses)
+"""As `jaxrec.training.step.Loss`; facts: of the assembly; a batch is what `training_batches` yields."""
 
 
 def next_places(assembly: SequentialAssembly, batch: dict, chance: jax.Array):

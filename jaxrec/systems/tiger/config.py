@@ -17,7 +17,7 @@ free ID.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxrec.config import UserError, check_least
+from jaxrec.config import UserError, check_least, check_shares
 from jaxrec.data.item_sequences import ItemSequenceConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.semantic_ids.quantizers.codebooks import SemanticIdConfig
@@ -47,9 +47,7 @@ class TigerObjective:
 
     def __post_init__(self):
         check_least(self, "objective", targets=1)
-        for name in ("later_weight", "smoothing", "without_user"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"configuration key 'objective.{name}' is {getattr(self, name)}; give 0 to 1")
+        check_shares(self, "objective", "later_weight", "smoothing", "without_user", all_allowed=True)
 
 
 @dataclass(frozen=True)

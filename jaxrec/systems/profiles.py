@@ -1,4 +1,5 @@
-"""What is known of users beside what they did: columns of users.parquet as a text of the prompt (§3.3, U).
+"""What is known of users beside what they did: columns of users.parquet as a text of the prompt
+(OneSearch §3.3, OneSug §3.3: U).
 
 The text is the values of the columns in their order, "-" for a missing one. Users with the same values share a text.
 """

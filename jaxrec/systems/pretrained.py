@@ -1,7 +1,7 @@
-"""Weights and tokenizer of a pretrained text model, with which OneSearch's first stage begins (§3.3).
+"""Weights and tokenizer of a pretrained text model, with which a system's first stage begins.
 
-The tokens of the prompts and the codes come behind the words of the weights. The phase `prompts` keeps the tokenizer
-and the sizes of the model, so that a trained run needs the folder no more.
+The tokens of the prompts and the codes come behind the words of the weights. A phase of the run keeps the tokenizer and
+the sizes of the model, so that a trained run needs the folder no more.
 """
 
 from dataclasses import replace
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrec.config import UserError, from_json, to_json
 from jaxrec.data.sources.files import digest
@@ -18,7 +19,9 @@ from jaxrec.models.causal import CausalConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.models.huggingface import CONFIG_FILE, load
 from jaxrec.models.vocabulary import grow_vocabulary
+from jaxrec.systems.recommender import Assembly
 from jaxrec.text.tokenizer import HuggingFaceTokenizer, save_tokenizer
+from jaxrec.training.stages import Task
 
 BACKBONE, TOKENIZER = "backbone.json", "tokenizer.json"
 KINDS = {kind.__name__: kind for kind in (EncoderDecoderConfig, CausalConfig)}
@@ -55,8 +58,8 @@ def read_tokenizer(folder: str, kind: type[BackboneConfig]) -> HuggingFaceTokeni
     return HuggingFaceTokenizer(path.read_bytes(), ENDS[kind])
 
 
-def write_pretrained(folder: Path, pretrained: str) -> None:
-    """Keeps the tokenizer and the sizes of the pretrained model in a folder.
+def write_pretrained(folder: Path, pretrained: str) -> tuple[HuggingFaceTokenizer, int]:
+    """Keeps the tokenizer and the sizes of the pretrained model in a folder; the tokenizer and the model's vocabulary.
 
     Raises:
       UserError: as `jaxrec.models.huggingface.load` or `read_tokenizer`, or the two don't belong together.
@@ -70,6 +73,7 @@ def write_pretrained(folder: Path, pretrained: str) -> None:
         )
     save_tokenizer(tokenizer, folder)
     write_json(folder / BACKBONE, {"type": type(config).__name__, **to_json(config)})
+    return tokenizer, config.vocabulary
 
 
 def backbone_of(folder: Path, config: BackboneConfig) -> BackboneConfig:
@@ -94,3 +98,9 @@ def with_pretrained(variables: dict, pretrained: str, seed: int) -> dict:
     _, grown = grow_vocabulary(config, params, more, jax.random.key(seed))
     placed = jax.tree.map(lambda old, new: jax.device_put(np.asarray(new, old.dtype), old.sharding), fresh, grown)
     return {**variables, "params": {**variables["params"], "backbone": placed}}
+
+
+def initial(assembly: Assembly, pretrained: str, task: Task, seed: int, mesh: Mesh | None) -> dict:
+    """The first variables of a stage; pretrained ones where it is the first and there are some."""
+    fresh = assembly.init(seed, mesh)
+    return with_pretrained(fresh, pretrained, seed) if pretrained and task.start is None else fresh

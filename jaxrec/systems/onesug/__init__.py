@@ -1,0 +1,1 @@
+"""OneSug: query suggestion that writes queries for what is typed."""
