@@ -6,7 +6,7 @@ The supervised stage is that of `make demo`: a run of configs/onemall.py goes on
 of the candidates of a context, what the household did buy next is worth its price, all else nothing.
 
 Time:    8 to 10 minutes for the supervised stage, on two cores.
-Figures: docs/rewards.md.
+Figures: not measured yet.
 """
 
 import dataclasses

@@ -4,8 +4,8 @@
     python train.py configs/onemall_mall_rl.py --run runs/mall_dpo --reinforcement.loss dpo     # DPO
     python train.py configs/onemall_mall_rl.py --run runs/mall_base --reinforcement None        # neither
 
-Time:    supervised, then reinforcement.
-Figures: docs/rewards.md.
+Time:    not measured on an idle machine; on a busy one, four minutes of supervised training, six of reinforcement.
+Figures: true reward of the first ten +10.1% on validation users, seed 0, GRPO; docs/rewards.md.
 """
 
 from jaxrec.data.features import FeatureConfig

@@ -14,6 +14,8 @@ config = dataclasses.replace(
     reinforcement=ReinforcementConfig(
         reward="environment",
         share=0.5,
+        # Of 150 users a few are noise.
+        lost_hits=0.5,
         candidates=32,
         drawn=16,
         refresh_every=5,

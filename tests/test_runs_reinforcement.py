@@ -28,9 +28,9 @@ from jaxrec.training.log import TIMING_FIELDS
 ROOT = Path(__file__).parent.parent
 STAGES = ("train", "reinforcement")
 PARTS = ("step", "params", "opt_state", "extra")
-# The learned reward is the price, whoever buys.
+# The learned reward is the larger, the cheaper an item is, whoever buys.
 GREEDY = [f"--reinforcement.weights.{name}={value}" for name, value in
-          (("ctr", 0), ("ctcvr", 0), ("egpm", 0), ("price", 1))] + ["--reinforcement.stop=True"]  # fmt: skip
+          (("ctr", 0), ("ctcvr", 0), ("egpm", 0), ("price", -1))] + ["--reinforcement.stop=True"]  # fmt: skip
 
 
 def train(run: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
