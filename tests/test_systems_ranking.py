@@ -24,6 +24,8 @@ from jaxrec.evaluation.comparison import IMPRESSIONS
 from jaxrec.models.ranking.dcn import DcnConfig
 from jaxrec.models.ranking.sim import SimConfig
 from jaxrec.run import Run
+from jaxrec.serving.retriever import Retriever
+from jaxrec.serving.schema import Request
 from jaxrec.systems import check, check_beside, load_beside, load_recommender, train
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.ranking.config import PRE_RANKING, RANKING, RankingConfig, RankingObjective, RankingStageConfig
@@ -399,3 +401,19 @@ def test_a_channel_that_nothing_here_is_called(runs):
     run = Run(runs / "whole")
     with pytest.raises(UserError, match=r"'recall.channels': nothing here is called 'bm25'; there are popularity, .*"):
         make_recall(run, load_ranker(run.path)[0], ("bm25",), 3)
+
+
+def test_a_cascade_answers_requests(runs):
+    retriever = Retriever(runs / "whole")
+    user = pq.read_table(runs / "whole" / "tables" / "users.parquet")["user_id"][3].as_py()
+    items = pq.read_table(runs / "whole" / "tables" / "items.parquet")
+    asked = Request.model_validate({"user_id": user, "k": 5})
+    history = [{"item_id": items["item_id"][7].as_py()}]
+    answer, other = retriever.answer([asked, Request.model_validate({"history": history})])
+    assert answer.source == other.source == "model" and len(answer.items) == 5
+    cheap = Request.model_validate({"user_id": user, "k": 5, "filter": {"price": {"max": 30}}})
+    chosen = retriever.answer([cheap])[0]
+    price = dict(zip(items["item_id"].to_pylist(), items["price"].to_pylist(), strict=True))
+    assert len(chosen.items) == 5 and max(price[each.item_id] for each in chosen.items) <= 30
+    refused = retriever.answer([Request.model_validate({"user_id": user, "query": "shoes"})])[0]
+    assert isinstance(refused, UserError) and "reads no queries" in str(refused)
