@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from jaxrec.config import UserError, check_choice, check_least
 from jaxrec.data.period_counts import PeriodConfig
 from jaxrec.data.ranking_features import LabelConfig, Labels, RankingFeatureConfig
-from jaxrec.evaluation.ranking_metrics import MONITORED
+from jaxrec.evaluation.impressions import MONITORED
 from jaxrec.models.ranking.dcn import DcnConfig
 from jaxrec.models.ranking.din import DinConfig
 from jaxrec.models.ranking.inputs import InputConfig

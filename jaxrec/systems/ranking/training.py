@@ -18,7 +18,7 @@ from jaxrec.console import console
 from jaxrec.data.examples import Record, Records
 from jaxrec.data.pipeline import Features, batches, cut_index
 from jaxrec.data.tables import SPLITS
-from jaxrec.evaluation.ranking_metrics import calibration, impression_metrics
+from jaxrec.evaluation.impressions import calibration, impression_metrics
 from jaxrec.losses.ranking import binary_cross_entropy, entire_space, log_price_error
 from jaxrec.models.ranking.inputs import RankedItems
 from jaxrec.models.ranking.towers import SEARCH
@@ -282,7 +282,7 @@ def measured_batches(
 
 
 def calibration_curves(found: Impressions) -> dict[str, dict[str, list[float]]]:
-    """By probability, the bins of `jaxrec.evaluation.ranking_metrics.calibration` as lists."""
+    """By probability, the bins of `jaxrec.evaluation.impressions.calibration` as lists."""
     names = [name for name in found.predicted if name != "price"]
     curves = {name: calibration(*found.of(name)[:2]) for name in names}
     return {name: {key: value.tolist() for key, value in vars(curve).items()} for name, curve in curves.items()}

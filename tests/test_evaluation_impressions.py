@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrec.config import UserError
-from jaxrec.evaluation.ranking_metrics import auc, calibration, gauc, log_loss
+from jaxrec.evaluation.impressions import auc, calibration, gauc, log_loss
 
 
 def auc_of_pairs(scores, labels) -> float:
