@@ -148,9 +148,11 @@ class SuggestionFeatureConfig:
         found = {"tokens": padded(prompt, size or bucket(self.buckets, len(prompt)), NONE)}
         if not self.candidates:
             return found
-        candidate, habits, user = np.full((self.candidates, self.length), NONE, np.int32), None, None
+        candidate = np.full((self.candidates, self.length), NONE, np.int32)
         habits = np.zeros((self.candidates, HABITS), np.float32)
-        numbers, columns, user = self._candidates(record)
+        numbers, user = np.zeros(0, np.int64), np.zeros(USER, np.float32)
+        if "top" in record:  # a history whose texts nobody read has no candidates
+            numbers, columns, user = self._candidates(record)
         if len(numbers):
             candidate[: len(numbers)] = record["texts"].tokens(numbers)
             habits[: len(numbers)] = columns
