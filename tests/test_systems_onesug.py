@@ -513,7 +513,8 @@ def test_files_answer_as_python_does(path, model, tmp_path):
 def test_an_export_answers_the_same(path, model, assembly, tmp_path):
     manifest = export_run(path, tmp_path / "out", ExportConfig(k=5, platforms=("cpu",)))
     assert manifest["reader"] == "SuggestionFeatureConfig"
-    assert set(manifest["modules"][0]["inputs"]) == {"tokens", "candidate", "habits", "user"}
+    named = {"tokens", "candidate", "habits", "user", "typed", "typed_length"}
+    assert set(manifest["modules"][0]["inputs"]) == named
     history, artefact = EMPTY | {"prefix": "ga"}, load(tmp_path / "out")
     inputs = artefact.prepare([assembly.read_texts(history)])
     texts, scores = model.recommend([history], 5)
