@@ -156,7 +156,7 @@ def test_the_loads_count_the_tokens_of_real_targets_and_bos_of_real_contexts():
     }
     config = types.SimpleNamespace(objective=types.SimpleNamespace(contrastive_weight=0.0))
     run = functools.partial(losses, assembly, config, assembly.catalogue)
-    _, count, (begun, scored) = jax.jit(run)(variables, batch, jax.random.key(0))
+    _, count, (begun, scored), _ = jax.jit(run)(variables, batch, jax.random.key(0))
     assert count == 3
     for layer in range(MODEL.layers):
         of_bos, of_targets = (each[f"decoder_{layer}"]["moe"]["load"] for each in (begun, scored))

@@ -26,7 +26,7 @@ from jaxrec.models.sequential import (
 from jaxrec.models.vocabulary import ContextTokens
 from jaxrec.nn.layers import Dropout
 
-RATE = 0.9
+RATE = 0.5
 ADDED = re.compile(r"/((out|down|out_\d+)/(weight|bias)|moe/down|norm_\d+_1/scale)$")
 """the parameters without which a block adds nothing"""
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from jaxrec.config import UserError, fingerprint, from_json, parse_cli, to_json
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.run import Run
 from jaxrec.systems import phases, train
-from jaxrec.systems.onemall import stages as onemall
+from jaxrec.systems.onemall import training as onemall
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.text.align import AlignConfig
 from jaxrec.text.encoder import EncoderConfig
