@@ -1,7 +1,7 @@
 """The vetted list of queries: the queries of training that a shop may suggest, cleaned and counted.
 
-    texts, counts = vetted_queries(run.tables, VettedQueriesConfig(answered_only=True, block_list=Path("blocked.txt")))
-    space = text_space(tokenizer, texts, counts)
+    vetted = vetted_queries(run.tables, VettedQueriesConfig(answered_only=True, block_list=Path("blocked.txt")))
+    space = text_space(tokenizer, vetted.texts, vetted.counts, blocked=vetted.blocked)
 
 A query is in its normalised form (`jaxrec.data.words`): case and white space are one, control characters and what can't
 be seen are out. A query whose words hold the words of a blocked line, one after the other, is left out.
@@ -9,17 +9,15 @@ be seen are out. A query whose words hold the words of a blocked line, one after
 
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import ahocorasick
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxrec.config import UserError, check_least, fingerprint
+from jaxrec.data.blocked import NOTHING, Blocked, compared
 from jaxrec.data.sources.files import digest, text_lines
 from jaxrec.data.words import normalised, words
 
@@ -58,6 +56,8 @@ class VettedQueries:
     """int64 [texts], how often each was searched or chosen in training."""
     dropped: dict[str, int]
     """Distinct normalised queries that were left out, by reason."""
+    blocked: Blocked = NOTHING
+    """what must not be shown, listed or not"""
 
 
 def vetted_queries(tables: Path, config: VettedQueriesConfig = VettedQueriesConfig()) -> VettedQueries:
@@ -70,7 +70,7 @@ def vetted_queries(tables: Path, config: VettedQueriesConfig = VettedQueriesConf
     path = Path(tables) / "queries.parquet"
     if not path.is_file():
         raise UserError(f"{path} is missing; use a log with searches or suggestions")
-    blocked = _no_block if config.block_list is None else block_list(Path(config.block_list))
+    blocked = NOTHING if config.block_list is None else block_list(Path(config.block_list))
     table = pq.read_table(path, columns=["query", "count", "chosen"])
     counts = np.where(table["count"].to_numpy() > 0, table["count"].to_numpy(), table["chosen"].to_numpy())
     answered = _answered(Path(tables), table.num_rows) if config.answered_only else np.ones(table.num_rows, bool)
@@ -85,7 +85,7 @@ def vetted_queries(tables: Path, config: VettedQueriesConfig = VettedQueriesConf
         "empty": lambda text: not text,
         "rarer than min_count": lambda text: total[text] < config.min_count,
         "led to no event": lambda text: text not in with_results,
-        "blocked": blocked,
+        "blocked": blocked.holds,
     }
     dropped = dict.fromkeys(reasons, 0)
     kept = []
@@ -99,35 +99,23 @@ def vetted_queries(tables: Path, config: VettedQueriesConfig = VettedQueriesConf
         why = ", ".join(f"{count} {name}" for name, count in dropped.items() if count) or "none was searched"
         raise UserError(f"no query of training is left for the vetted list ({why}); loosen {KEY}, or use more data")
     kept.sort(key=lambda text: (-total[text], text))
-    return VettedQueries(tuple(kept), np.array([total[text] for text in kept], np.int64), dropped)
+    return VettedQueries(tuple(kept), np.array([total[text] for text in kept], np.int64), dropped, blocked)
 
 
-def block_list(path: Path) -> Callable[[str], Any]:
-    """Whether a normalised text is blocked: it equals a line of the file, or holds its words side by side.
+def block_list(path: Path) -> Blocked:
+    """The block list of a file: no text may be one of its lines, or hold the words of one side by side.
 
     Raises:
       UserError: the file is missing, can't be read, or is no UTF-8.
     """
     try:
-        lines = {normalised(line) for _, line in text_lines(path)} - {""}
+        lines = sorted({normalised(line) for _, line in text_lines(path)})
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{KEY}.block_list: {path} can't be read ({error}); give a text file") from error
-    automaton = ahocorasick.Automaton()
-    for line in lines:
-        if parts := words(line):
-            automaton.add_word(f" {' '.join(parts)} ", True)
-    if not len(automaton):
-        return lines.__contains__
-    automaton.make_automaton()
-
-    def blocked(text: str) -> bool:
-        return text in lines or next(automaton.iter(f" {' '.join(words(text))} "), None) is not None
-
-    return blocked
-
-
-def _no_block(text: str) -> bool:
-    return False
+    lines = [line for line in lines if compared(line)]
+    return Blocked(
+        texts=tuple(line for line in lines if not words(line)), words=tuple(line for line in lines if words(line))
+    )
 
 
 def _answered(tables: Path, queries: int) -> np.ndarray:

@@ -109,7 +109,7 @@ def make_targets(run: Run, config: OneSugConfig, folder: Path) -> None:
         longest = f"texts.max_length, {config.texts.max_length}"
         console.print(f"{count} have more tokens than {longest}: they are not listed", markup=False)
     listed = [vetted.texts[at] for at in short]
-    text_space(tokenizer, listed, vetted.counts[short], config.texts, vocabulary).save(folder)
+    text_space(tokenizer, listed, vetted.counts[short], config.texts, vocabulary, vetted.blocked).save(folder)
 
 
 def make_neighbours(run: Run, config: OneSugConfig, folder: Path) -> None:
