@@ -242,7 +242,8 @@ def _read_by(function: Callable, weights: dict, requests: dict) -> list[str]:
 def _requests(recommender: Any, length: int, config: ExportConfig, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the inputs for histories of one bucket."""
     only = replace(recommender.feature_config, buckets=(length,))
-    arrays = _cut(_EMPTY, only, recommender.assembly.behaviors, recommender.assembly.wanted)
+    history = recommender.assembly.read_texts(dict(_EMPTY)) if recommender.reads_queries else _EMPTY
+    arrays = _cut(history, only, recommender.assembly.behaviors, recommender.assembly.wanted)
     if recommender.config.completing:
         arrays |= recommender.space.begin("", room=True)
     shapes = {name: jax.ShapeDtypeStruct((batch, *each.shape), each.dtype) for name, each in arrays.items()}

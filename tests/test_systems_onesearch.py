@@ -19,6 +19,7 @@ import tokenizers
 from exported import ROOT, without_the_library
 from flax import linen as nn
 from mall_onesearch import config as CONFIG
+from stopping import StoppedError, stopping
 
 from jaxrec import export
 from jaxrec.config import UserError, from_json, to_json
@@ -73,21 +74,6 @@ from jaxrec.training.stages import Task
 
 STAGES = (CONTENT, CO_OCCURRENCE, PERSONALISATION)
 EMPTY = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
-
-
-class StoppedError(BaseException):
-    """As if the process were killed."""
-
-
-def stopping(stops):
-    """A fault point that stops each time that it comes to the next of these steps."""
-
-    def fault(point: str) -> None:
-        if stops and point == stops[0]:
-            stops.pop(0)
-            raise StoppedError
-
-    return fault
 
 
 @pytest.fixture(scope="module")
@@ -551,9 +537,8 @@ def test_parts_can_be_left_out_and_what_contradicts_itself_is_refused():
     with pytest.raises(UserError, match=r"'objective\.smoothing' is 0\.1 and 'prompt\.copying' is on"):
         dataclasses.replace(CONFIG, objective=smooth)
     dataclasses.replace(CONFIG, objective=smooth, prompt=plain, prior=False)
-    evaluated = dataclasses.replace(CONFIG.content, training=dataclasses.replace(CONFIG.training, evaluate_every=2))
     with pytest.raises(UserError, match=r"content\.training\.evaluate_every"):
-        OneSearchConfig(data=CONFIG.data, content=evaluated)
+        dataclasses.replace(CONFIG.content, training=dataclasses.replace(CONFIG.training, evaluate_every=2))
 
 
 # ---- pretrained weights ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 from exported import without_the_library
 from mall_onesug import config as CONFIG
 from pydantic import ValidationError
+from stopping import StoppedError, stopping
 
 from jaxrec.config import UserError
 from jaxrec.data.completions import completions_of, training_queries
@@ -20,6 +21,7 @@ from jaxrec.data.examples import Records
 from jaxrec.data.popularity import PopularityConfig
 from jaxrec.data.suggestion_targets import asked_rows, typed_prefix
 from jaxrec.data.tables import CHOSEN, FEEDBACK
+from jaxrec.data.vetted_queries import VettedQueriesConfig
 from jaxrec.data.words import normalised, typed
 from jaxrec.export import ExportConfig, export_run, load
 from jaxrec.files import read_json
@@ -50,27 +52,13 @@ from jaxrec.systems.onesug.preference import (
     stores_reference,
     target_scores,
 )
-from jaxrec.systems.onesug.training import likelihood_batches, losses, recut, stages
+from jaxrec.systems.onesug.training import likelihood_batches, losses, make_targets, recut, stages
+from jaxrec.targets import load_text_space
 from jaxrec.training import checkpoint, loop
 from jaxrec.training.stages import best_variables
 
 STAGES = (LIKELIHOOD, PREFERENCE)
 EMPTY = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
-
-
-class StoppedError(BaseException):
-    """As if the process were killed."""
-
-
-def stopping(stops):
-    """A fault point that stops each time that it comes to the next of these steps."""
-
-    def fault(point: str) -> None:
-        if stops and point == stops[0]:
-            stops.pop(0)
-            raise StoppedError
-
-    return fault
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +279,16 @@ def test_a_prefix_cut_anew_is_a_beginning_of_a_chosen_query():
 
 
 # ---- preferences -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_blocked_is_neither_listed_nor_written(path, model, tmp_path):
+    text = model.space.texts[0]
+    (tmp_path / "blocked.txt").write_text(text)
+    vetted = VettedQueriesConfig(block_list=tmp_path / "blocked.txt")
+    make_targets(Run(path), dataclasses.replace(CONFIG, vetted=vetted), tmp_path / "targets")
+    space = load_text_space(tmp_path / "targets")
+    assert text not in space.texts and space.blocked.holds(text.upper())
+    assert not any(map(space.blocked.holds, space.texts))
 
 
 def test_changed_samples_are_padded_to_the_longest_bucket(assembly):

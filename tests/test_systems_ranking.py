@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from stopping import train_whole_and_killed, untimed_lines
 
 from jaxrec.config import UserError, from_json, load_config, to_json
 from jaxrec.data.examples import Records
@@ -42,27 +40,16 @@ from jaxrec.systems.ranking.training import (
     training_batches,
 )
 from jaxrec.training import checkpoint
-from jaxrec.training.log import TIMING_FIELDS
 
 ROOT = Path(__file__).parent.parent
 CONFIG = load_config(ROOT / "tests" / "mall_cascade.py")
-
-
-def read_lines(path: Path) -> list[dict]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMING_FIELDS} for line in lines]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Two runs of the same configuration: `whole`, and `killed` in its second stage."""
     folder = tmp_path_factory.mktemp("mall")
-    for name, point, status in (("whole", "", 0), ("killed", "step:75", -signal.SIGKILL), ("killed", "", 0)):
-        environment = {**os.environ, "JAXREC_KILL_AT": point}
-        command = [sys.executable, "train.py", "tests/mall_cascade.py", "--run", str(folder / name)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == status, done.stderr + done.stdout
-        (folder / f"{name}.txt").write_text(done.stdout)
+    train_whole_and_killed(folder, "mall_cascade.py", 75)
     return folder
 
 
@@ -98,7 +85,7 @@ def test_the_probabilities_of_what_was_shown_are_judged(runs):
         assert found["auc"]["cascade, ranking"] > 0.6 and found["ece"]["cascade, ranking"] < 0.15
     curves = json.loads((runs / "whole" / "evaluation" / "calibration.json").read_text())["cascade, ranking"]
     assert set(curves) == {"ctr", "cvr", "ctcvr"} and sum(curves["ctr"]["count"]) > sum(curves["cvr"]["count"])
-    lines = read_lines(runs / "whole" / "metrics.jsonl")
+    lines = untimed_lines(runs / "whole" / "metrics.jsonl")
     assert {line["stage"] for line in lines} == {PRE_RANKING, RANKING}
     assert {"valid/auc_ctr", "valid/likelihood_ctcvr", "valid/ece_cvr"} < set().union(*lines)
     assert {"loss_ctr", "loss_ctcvr", "loss_price"} < set().union(*lines)

@@ -3,10 +3,6 @@
 import dataclasses
 import gc
 import json
-import os
-import signal
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -15,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import count_compilations
+from stopping import train_whole_and_killed, untimed_lines
 
 from jaxrec.config import UserError, load_config
 from jaxrec.evaluation.metrics import METRICS
@@ -34,7 +31,6 @@ from jaxrec.systems.sequential.training import (
 )
 from jaxrec.training import checkpoint
 from jaxrec.training.flops import Flops, step_flops
-from jaxrec.training.log import TIMING_FIELDS
 
 ROOT = Path(__file__).parent.parent
 ITEMS = 12
@@ -258,21 +254,11 @@ def test_lengths_must_rise():
         dataclasses.replace(config, lengths=(8, 4))
 
 
-def read_lines(path: Path) -> list[dict]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMING_FIELDS} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Two runs of the same configuration: `whole`, and `killed` after step 45."""
     folder = tmp_path_factory.mktemp("mall")
-    for name, point, status in (("whole", "", 0), ("killed", "step:45", -signal.SIGKILL), ("killed", "", 0)):
-        environment = {**os.environ, "JAXREC_KILL_AT": point}
-        command = [sys.executable, "train.py", "tests/mall_sequential.py", "--run", str(folder / name)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == status, done.stderr + done.stdout
-        (folder / f"{name}.txt").write_text(done.stdout)
+    train_whole_and_killed(folder, "mall_sequential.py", 45)
     return folder
 
 
@@ -281,7 +267,7 @@ def test_a_run_learns_and_stops_early(runs):
     recall = {row["model"]: row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all"}
     assert recall["sasrec_ce"] > 1.5 * recall["popularity"]
     assert {row["metric"] for row in rows} == {f"{name}@{k}" for name in METRICS for k in (5, 10)}
-    lines = read_lines(runs / "whole" / "metrics.jsonl")
+    lines = untimed_lines(runs / "whole" / "metrics.jsonl")
     valid = {line["step"]: line["valid/ndcg@10"] for line in lines if "loss" not in line}
     best = checkpoint.steps(runs / "whole" / "stages" / TRAINING / checkpoint.BEST)
     assert best == [max(valid, key=valid.get)] and valid[best[0]] > 0
@@ -294,7 +280,7 @@ def test_a_run_learns_and_stops_early(runs):
 def test_killed_it_ends_in_the_same_bits(runs):
     whole, killed = (checkpoint.load_best(runs / name / "stages" / TRAINING, "params") for name in ("whole", "killed"))
     jax.tree.map(np.testing.assert_array_equal, whole, killed)
-    whole, killed = (read_lines(runs / name / "metrics.jsonl") for name in ("whole", "killed"))
+    whole, killed = (untimed_lines(runs / name / "metrics.jsonl") for name in ("whole", "killed"))
     assert whole == killed
     assert (runs / "whole" / "evaluation.json").read_bytes() == (runs / "killed" / "evaluation.json").read_bytes()
     assert "going on from step 30" in (runs / "killed.txt").read_text()

@@ -12,12 +12,17 @@ tells nothing of its split. The counts are of training alone: a text whose count
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import ibis
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from ibis import _
 from ibis.backends import BaseBackend
 
+from jaxrec.config import UserError
 from jaxrec.data.tables import CHOSEN, SPLITS, RawTables, count_rows, store
 
 EVENT, SEARCH, SUGGESTION = "event", "search", "suggestion"
@@ -150,6 +155,22 @@ def count_kinds(activity: ibis.Table) -> dict[str, int]:
         return {EVENT: count_rows(activity)}
     rows = activity.group_by("_kind").agg(n=_.count()).order_by("_kind").to_pyarrow().to_pylist()
     return {row["_kind"]: row["n"] for row in rows}
+
+
+def table_texts(tables: Path, name: Literal["queries", "prefixes"]) -> np.ndarray:
+    """The texts of queries.parquet or prefixes.parquet, object [rows].
+
+    Raises:
+      UserError: there is no such table.
+    """
+    path = tables / f"{name}.parquet"
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing: use data with a table of searches or suggestions, or with searches that prefixes are "
+            "cut from (prepare.suggestions)"
+        )
+    column = {"queries": "query", "prefixes": "prefix"}[name]
+    return np.array(pq.read_table(path, columns=[column])[column].to_pylist(), object)
 
 
 def _queries(searches: ibis.Table | None, suggestions: ibis.Table | None) -> pa.Table:

@@ -150,9 +150,7 @@ class SuggestionFeatureConfig:
             return found
         candidate = np.full((self.candidates, self.length), NONE, np.int32)
         habits = np.zeros((self.candidates, HABITS), np.float32)
-        numbers, user = np.zeros(0, np.int64), np.zeros(USER, np.float32)
-        if "top" in record:  # a history whose texts nobody read has no candidates
-            numbers, columns, user = self._candidates(record)
+        numbers, columns, user = self._candidates(record)
         if len(numbers):
             candidate[: len(numbers)] = record["texts"].tokens(numbers)
             habits[: len(numbers)] = columns

@@ -124,7 +124,7 @@ def search_cases(records: Iterable[Record], target_behaviors: Sequence[int], spl
             history = before_search(record, search)
             question = {"query": np.int32(record["search_query"][search])}
             had = history["item"][np.isin(history["behavior"], target_behaviors)]
-            history |= _asked(record, history, record["search_timestamp"][search])
+            history |= question_of(record, history, record["search_timestamp"][search])
             led = truth & (record["search"] == search)
             behavior = np.zeros(len(truths), np.int8)
             np.maximum.at(behavior, np.searchsorted(truths, record["item"][led]), record["behavior"][led])
@@ -155,10 +155,16 @@ def prefix_cases(records: Iterable[Record], split: str = "test") -> Cases:
             np.minimum.at(feedback, row, record["suggestion_feedback"][rows])
             history = before_moment(record, int(moment), int(session))
             new = ~np.isin(truths, history.get("search_query", []))
-            history |= _asked(record, history, int(moment))
+            history |= question_of(record, history, int(moment))
             found.append((history | {"prefix": np.int32(prefix)}, truths, new, feedback))
     feedback, _ = _pad([each[3] for each in found], -1, np.int8)
     return dataclasses.replace(_cases_of([each[:3] for each in found]), feedback=feedback)
+
+
+def cases_with_texts(cases: Cases, queries: np.ndarray, prefixes: np.ndarray | None = None) -> Cases:
+    """Cases with the texts of their histories in place of rows: arguments as of `jaxrec.data.searches.with_texts`."""
+    histories = [with_texts(history, queries, prefixes) for history in cases.histories]
+    return dataclasses.replace(cases, histories=histories)
 
 
 def text_cases(cases: Cases, space: TargetSpace, queries: np.ndarray, prefixes: np.ndarray | None = None) -> Cases:
@@ -170,7 +176,7 @@ def text_cases(cases: Cases, space: TargetSpace, queries: np.ndarray, prefixes: 
     Args:
       queries, prefixes: as for `jaxrec.data.searches.with_texts`.
     """
-    histories = [with_texts(history, queries, prefixes) for history in cases.histories]
+    histories = cases_with_texts(cases, queries, prefixes).histories
     rows = [queries[targets[where]] for targets, where in zip(cases.targets, cases.where, strict=True)]
     targets, where = space.truths(rows)
     new, feedback = np.zeros_like(where), None
@@ -194,8 +200,8 @@ def _cases_of(found: Sequence[tuple[History, np.ndarray, np.ndarray]]) -> Cases:
     return Cases(users, histories, padded, where, _pad(new, False, bool)[0])
 
 
-def _asked(record: Record, history: History, moment: int) -> dict:
-    """The user, and `now`: the moment, or the last time of the history if the moment is hidden."""
+def question_of(record: Record, history: History, moment: int) -> dict:
+    """Of a question about a record: `user`, and `now`: the moment, or the history's last time if that is hidden."""
     if not record.get("answer_time", True):
         times = np.concatenate([history["timestamp"], history.get("search_timestamp", [])])
         moment = times.max(initial=0)

@@ -133,11 +133,8 @@ class TextSpace:
                     f"the listed text {text[:50]!r} has {len(row) + 1} tokens with its end, but "
                     f"texts.max_length is {self.config.max_length}: raise it or leave the text out"
                 )
-        lengths = np.array([len(row) + 1 for row in rows], np.int32)
-        tokens = np.zeros((len(rows), self.config.max_length), np.int32)
-        for row, known in zip(tokens, rows, strict=True):
-            row[: len(known) + 1] = [*known, self.tokenizer.end]
-        return TextRows(tokens, lengths)
+        tokens, lengths = self._ended(rows)
+        return TextRows(tokens, lengths.astype(np.int32))
 
     def search(
         self,
@@ -234,12 +231,16 @@ class TextSpace:
 
         M is `config.max_length`; a longer text is cut, and then has no end.
         """
-        rows = self.tokenizer.encode([normalised(text) for text in texts])
+        tokens, lengths = self._ended(self.tokenizer.encode([normalised(text) for text in texts]))
+        return tokens, np.arange(self.config.max_length) < lengths[:, None]
+
+    def _ended(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int32 [n, M] with the end, cut to M and 0 behind it, and lengths int64 [n]."""
         tokens = np.zeros((len(rows), self.config.max_length), np.int32)
         lengths = np.minimum([len(row) + 1 for row in rows], self.config.max_length).astype(np.int64)
         for row, length, known in zip(tokens, lengths, rows, strict=True):
             row[:length] = [*known, self.tokenizer.end][:length]
-        return tokens, np.arange(self.config.max_length) < lengths[:, None]
+        return tokens, lengths
 
     @functools.cached_property
     def token_bytes(self) -> TokenBytes:

@@ -106,14 +106,14 @@ def behind(config: OneMallConfig) -> OneMallConfig:
 
 
 def fit(
-    assembly: OneMallAssembly, config: OneMallConfig, reward: Reward, measure: "RewardMeasure", task: Task
+    assembly: OneMallAssembly, config: OneMallConfig, reward: Reward, measure: RewardMeasure, task: Task
 ) -> TrainState:
     """Trains the stage, from its newest checkpoint if any; config as of `behind`."""
 
     def read(record: dict, session: int) -> dict:
         return reward.read(record, session, following(record, session, config.features, wanted=assembly.wanted))
 
-    known = Known(assembly.catalogue, assembly.space.build_trie(), reward.state)
+    known = Known(assembly.catalogue, measure.trie, reward.state)
     return minimise(
         Partial(partial(mean_loss, assembly, config, reward), known),
         lambda seed, mesh: with_sampler(assembly.init(seed, mesh)),

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from jaxrec.catalogue.version import Version
 from jaxrec.data.examples import Records
 from jaxrec.data.item_neighbours import load_neighbours
+from jaxrec.data.queries import table_texts
 from jaxrec.data.search_features import SearchFeatureConfig
 from jaxrec.data.search_statistics import search_statistics, training_searches
-from jaxrec.data.searches import with_texts
-from jaxrec.evaluation.cases import Cases, History, search_cases
+from jaxrec.evaluation.cases import Cases, History, cases_with_texts, search_cases
 from jaxrec.models.personal_search import PersonalSearch, SearchContext, SearchInputs, SearchVocabulary, level_sums
 from jaxrec.models.prior import Prior, popularity_prior
 from jaxrec.models.user_ids import hashed_ids, user_ids
@@ -26,7 +26,7 @@ from jaxrec.semantic_ids.quantizers import codebooks
 from jaxrec.semantic_ids.table.version_files import BOOKS
 from jaxrec.systems.generative import read_items
 from jaxrec.systems.onesearch.config import TASKS, OneSearchConfig
-from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, KnownQueries, load_queries, query_texts
+from jaxrec.systems.onesearch.queries import NEIGHBOURS, PROMPTS, KnownQueries, load_queries
 from jaxrec.systems.onesearch.reader import SearchReader
 from jaxrec.systems.pretrained import backbone_of
 from jaxrec.systems.profiles import load_profiles
@@ -161,7 +161,7 @@ class OneSearchAssembly:
     def cases(self, split: str) -> Cases:
         """One case a search of the split that led to target items."""
         cases = search_cases(Records(self.examples, split), self.target_behaviors, split)
-        return replace(cases, histories=[with_texts(history, self.rows) for history in cases.histories])
+        return cases_with_texts(cases, self.rows)
 
     def serve(self, variables: dict, version: Version | None = None, before: Version | None = None) -> OneSearchServed:
         """A new item is its codes, and needs nothing else; no query led to it yet."""
@@ -229,7 +229,7 @@ def assemble(run: Run, config: OneSearchConfig) -> OneSearchAssembly:
       UserError: a file is missing or doesn't fit the items.
     """
     item_ids, counts, space, behaviors, wanted = read_items(run, config)
-    queries, rows = load_queries(run, space.levels), query_texts(run.tables)
+    queries, rows = load_queries(run, space.levels), table_texts(run.tables, "queries")
     backbone = backbone_of(run.place(PROMPTS), config.model)
     words = backbone.vocabulary if config.pretrained else queries.tokenizer.size
     vocabulary = SearchVocabulary(words, len(TASKS), space.codebook_sizes)

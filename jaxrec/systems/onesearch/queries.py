@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from jaxrec.config import UserError
+from jaxrec.data.queries import table_texts
 from jaxrec.data.search_statistics import REMEMBERED, REMEMBERED_LENGTH, UNKNOWN
 from jaxrec.data.words import distinct, normalised
 from jaxrec.evaluation.subsets import query_counts
@@ -96,18 +95,6 @@ class KnownQueries:
         return self.others[kind, text]
 
 
-def query_texts(tables: Path) -> np.ndarray:
-    """The texts of queries.parquet, object [rows].
-
-    Raises:
-      UserError: the tables hold no searches.
-    """
-    path = tables / "queries.parquet"
-    if not path.is_file():
-        raise UserError(f"{tables} holds no queries.parquet: a search system needs data with a table of searches")
-    return np.array(pq.read_table(path, columns=["query"])["query"].to_pylist(), object)
-
-
 def trained_queries(tables: Path) -> list[str]:
     """The distinct normalised queries that were searched for in training, in alphabetical order.
 
@@ -128,4 +115,4 @@ def load_queries(run: Run, levels: int) -> KnownQueries:
       UserError: a file is missing or damaged.
     """
     ids = load_query_ids(run.semantic_ids) if encodes_texts(run.semantic_ids) else None
-    return KnownQueries(*distinct(query_texts(run.tables)), levels, load_tokenizer(run.place(PROMPTS)), ids)
+    return KnownQueries(*distinct(table_texts(run.tables, "queries")), levels, load_tokenizer(run.place(PROMPTS)), ids)

@@ -23,6 +23,7 @@ from jaxrec.data.pipeline import Features
 from jaxrec.data.search_statistics import training_searches
 from jaxrec.data.searches import before_search, led_to
 from jaxrec.data.tables import training_events
+from jaxrec.evaluation.cases import question_of
 from jaxrec.losses.likelihood import next_token
 from jaxrec.models.personal_search import TaskInputs
 from jaxrec.run import Run
@@ -213,12 +214,10 @@ def example(
     """
     objective, wanted = config.objective, assembly.wanted
     items = led_to(record, place, wanted[record["behavior"]])
-    moment = int(record["search_timestamp"][place])
     history = before_search(record, place)
-    history |= {"query": record["search_query"][place], "now": moment, "user": record["user"]}
-    if not record.get("answer_time", True):
-        times = np.concatenate([history["timestamp"], history["search_timestamp"]])
-        history["now"] = int(times.max(initial=0))
+    history |= question_of(record, history, record["search_timestamp"][place]) | {
+        "query": record["search_query"][place]
+    }
     later = record["item"][(record["search_timestamp"][place] <= record["timestamp"]) & wanted[record["behavior"]]]
     read = assembly.read_texts(history, without=items, ahead=later)
     if objective.window and rng.random() < objective.windowed:

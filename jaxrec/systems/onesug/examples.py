@@ -10,6 +10,7 @@ from jaxrec.data.pipeline import Features
 from jaxrec.data.searches import before_moment
 from jaxrec.data.suggestion_targets import TypedPrefix, asked_rows, typed_prefix
 from jaxrec.data.tables import CHOSEN
+from jaxrec.evaluation.cases import question_of
 from jaxrec.systems.onesug.config import OneSugConfig
 from jaxrec.systems.onesug.model import OneSugAssembly
 
@@ -28,11 +29,7 @@ def training_prefixes(assembly: OneSugAssembly, config: OneSugConfig) -> tuple[R
 def history_of(assembly: OneSugAssembly, record: Record, asked: TypedPrefix) -> Record:
     """The history of a typed prefix as at serving, with rows of queries.parquet."""
     history = before_moment(record, asked.moment, asked.session)
-    history |= {"prefix": assembly.prefixes[asked.prefix], "now": asked.moment, "user": record["user"]}
-    if not record.get("answer_time", True):
-        times = [history[name].max(initial=0) for name in ("timestamp", "search_timestamp") if name in history]
-        history["now"] = int(max(times))
-    return history
+    return history | question_of(record, history, asked.moment) | {"prefix": assembly.prefixes[asked.prefix]}
 
 
 def seen_of(assembly: OneSugAssembly, record: Record, asked: TypedPrefix) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from jaxrec.data.completions import UNKNOWN, completions
 from jaxrec.data.examples import Records
 from jaxrec.data.item_neighbours import load_neighbours
 from jaxrec.data.popularity import DAY
+from jaxrec.data.queries import table_texts
 from jaxrec.data.suggestion_features import NOBODY, Own, SuggestionFeatureConfig
 from jaxrec.data.token_sequences import NO_TOKENS
 from jaxrec.data.words import normalised, typed
@@ -21,7 +22,7 @@ from jaxrec.evaluation.cases import Cases, History, prefix_cases, text_cases
 from jaxrec.models.suggestion import SuggestionContext, SuggestionInputs, SuggestionModel, SuggestionVocabulary
 from jaxrec.run import Run
 from jaxrec.systems.onesug.config import OneSugConfig
-from jaxrec.systems.onesug.queries import NEIGHBOURS, KnownTexts, QueriesOfUser, query_rows, query_texts
+from jaxrec.systems.onesug.queries import NEIGHBOURS, KnownTexts, QueriesOfUser, query_rows
 from jaxrec.systems.pretrained import backbone_of
 from jaxrec.systems.profiles import Profiles, load_profiles
 from jaxrec.systems.recommender import GenerativeRecommender, Served, typed_text
@@ -195,8 +196,8 @@ def assemble(run: Run, config: OneSugConfig) -> OneSugAssembly:
         wanted=np.isin(config.data.behaviors, config.data.target_behaviors),
         features=replace(config.features, length=length, specials=vocabulary.special(0)),
         known=texts,
-        queries=query_texts(run.tables, "queries", "query"),
-        prefixes=query_texts(run.tables, "prefixes", "prefix"),
+        queries=table_texts(run.tables, "queries"),
+        prefixes=table_texts(run.tables, "prefixes"),
         profiles=load_profiles(run.tables, config.profile, space.tokenizer) if config.profile else None,
         examples=run.examples,
     )

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from jaxrec.config import UserError
 from jaxrec.data.completions import UNKNOWN, Completions
 from jaxrec.data.item_neighbours import ItemNeighbours
 from jaxrec.data.padding import padded
+from jaxrec.data.queries import table_texts
 from jaxrec.data.suggestion_features import NONE
 from jaxrec.data.words import normalised
 from jaxrec.text.tokenizer import TextTokenizer
@@ -121,19 +120,4 @@ class QueriesOfUser:
 
 def query_rows(tables: Path, completions: Completions) -> np.ndarray:
     """int64: the number of every row of queries.parquet, UNKNOWN for those not in training."""
-    return completions.rows(query_texts(tables, "queries", "query"))
-
-
-def query_texts(tables: Path, name: str, column: str) -> np.ndarray:
-    """The texts of queries.parquet or prefixes.parquet, object [rows].
-
-    Raises:
-      UserError: there is no such table.
-    """
-    path = tables / f"{name}.parquet"
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing: suggestion needs data with a table of suggestions, or of searches that prefixes are "
-            "cut from (prepare.suggestions)"
-        )
-    return np.array(pq.read_table(path, columns=[column])[column].to_pylist(), object)
+    return completions.rows(table_texts(tables, "queries"))

@@ -10,22 +10,22 @@ without the last two.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxrec.data.examples import Records
-from jaxrec.data.searches import with_texts
+from jaxrec.data.queries import table_texts
 from jaxrec.evaluation.baselines import Recommender
-from jaxrec.evaluation.cases import Cases, History, make_cases, search_cases
+from jaxrec.evaluation.cases import Cases, History, cases_with_texts, make_cases, search_cases
 from jaxrec.evaluation.comparison import CALIBRATION, IMPRESSIONS, SHOWN_TO_USERS, Row
 from jaxrec.files import write_json
 from jaxrec.run import Run, stage_path
 from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_with_ids
 from jaxrec.systems.ranking.config import CASCADE, PRE_RANKING, RANKING, CascadeConfig, RankingConfig, RecallConfig
-from jaxrec.systems.ranking.model import Ranker, assemble_ranker, query_texts, stack
+from jaxrec.systems.ranking.model import Ranker, assemble_ranker, stack
 from jaxrec.systems.ranking.recall import make_recall
 from jaxrec.systems.ranking.training import (
     calibration_curves,
@@ -97,8 +97,7 @@ class CascadeAssembly:
         records = Records(self.examples, split)
         if self.rows is None:
             return make_cases(records, self.target_behaviors, split)
-        cases = search_cases(records, self.target_behaviors, split)
-        return replace(cases, histories=[with_texts(history, self.rows) for history in cases.histories])
+        return cases_with_texts(search_cases(records, self.target_behaviors, split), self.rows)
 
 
 class CascadeRecommender:
@@ -209,7 +208,7 @@ def assemble(run: Run, config: CascadeConfig) -> CascadeAssembly:
     if config.pre_ranking is not None:
         params = best_variables(run.place(stage_path(PRE_RANKING)))["params"]
         first = RankingPart(config.pre_ranking, assemble_ranker(run, config, config.pre_ranking), params)
-    rows = np.array(query_texts(run.tables), object) if config.query_ids else None
+    rows = table_texts(run.tables, "queries") if config.query_ids else None
     return CascadeAssembly(ranker, recall, config.recall, first, rows)
 
 

@@ -27,13 +27,14 @@ from jaxrec.config import UserError, fingerprint, from_json
 from jaxrec.data.attributes import attribute_indices
 from jaxrec.data.examples import Record
 from jaxrec.data.period_counts import Periods, item_features
+from jaxrec.data.queries import table_texts
 from jaxrec.data.query_items import QueryItems, query_items
 from jaxrec.data.ranking_features import AGES, Labels, RankingFeatureConfig
 from jaxrec.data.search_statistics import training_searches
 from jaxrec.data.searches import before_search, before_session
 from jaxrec.data.tables import training_events
 from jaxrec.data.words import distinct, normalised
-from jaxrec.evaluation.cases import History
+from jaxrec.evaluation.cases import History, question_of
 from jaxrec.models.ranking.inputs import ItemSizes, RankedItems, RankingContext
 from jaxrec.models.ranking.towers import RankingModel, probabilities
 from jaxrec.run import Run, stage_path
@@ -124,12 +125,13 @@ class Ranker:
     def before_session(self, record: Record, session: int) -> History:
         """What was known when a session of a record began, with `now` and `user`."""
         moment = int(record["timestamp"][record["session"] == session].min())
-        return _asked(record, before_session(record, session, moment), moment)
+        history = before_session(record, session, moment)
+        return history | question_of(record, history, moment)
 
     def before_search(self, record: Record, search: int) -> History:
         """What was known at a search (its place in the record), with `now`, `user` and the query."""
         history = before_search(record, search) | {"query": record["search_query"][search]}
-        return _asked(record, history, int(record["search_timestamp"][search]))
+        return history | question_of(record, history, record["search_timestamp"][search])
 
     def context(self, arrays: Arrays) -> RankingContext:
         """The model's input from stacked arrays of `read`."""
@@ -258,18 +260,13 @@ def _read_queries(
     run: Run, config: SemanticIdRunConfig, ranking: RankingConfig, embeddings: np.ndarray
 ) -> RankedQueries:
     searched = training_searches(run.tables, config.data.target_behaviors)
-    texts, of_row = distinct(query_texts(run.tables))
+    texts, of_row = distinct(table_texts(run.tables, "queries"))
     columns = (searched[name].to_numpy() for name in ("item", "timestamp"))
     known = query_items(texts, of_row[searched["query_index"].to_numpy()], *columns, ranking.counts)
     if encodes_texts(run.semantic_ids):
         ids = load_query_ids(run.semantic_ids, config.text)
         return RankedQueries(of_row, known, ids.embeddings(list(texts)), ids)
     return RankedQueries(of_row, known, np.zeros((len(texts), embeddings.shape[1]), np.float32), None)
-
-
-def query_texts(tables: Path) -> list[str]:
-    """The texts of queries.parquet."""
-    return pq.read_table(tables / "queries.parquet", columns=["query"])["query"].to_pylist()
 
 
 def _log_prices(items: pa.Table) -> tuple[np.ndarray, tuple[float, float]]:
@@ -282,14 +279,6 @@ def _log_prices(items: pa.Table) -> tuple[np.ndarray, tuple[float, float]]:
     if not known.any():
         return found, (0.0, 1.0)
     return found, (float(found[known].mean()), max(float(found[known].std()), 1e-3))
-
-
-def _asked(record: Record, history: History, moment: int) -> History:
-    """With the time of the question, which is the last one of the history where the record hides it."""
-    now = moment
-    if not record.get("answer_time", True):
-        now = max(int(history[name].max(initial=0)) for name in ("timestamp", "search_timestamp") if name in history)
-    return history | {"now": now, "user": np.int32(record["user"])}
 
 
 def _own(arrays: Arrays) -> Arrays:

@@ -4,7 +4,7 @@ ranking_stage(run, config, config.ranking, data)      a stage of any system with
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -26,9 +26,7 @@ from jaxrec.run import Run
 from jaxrec.systems.generative import SemanticIdRunConfig
 from jaxrec.systems.ranking.config import RANKING, RankingConfig, RankingObjective, RankingStageConfig
 from jaxrec.systems.ranking.model import Ranker, assemble_ranker
-from jaxrec.training.loop import LoopConfig, TrainState
-from jaxrec.training.optim import OptimConfig
-from jaxrec.training.sharding import MeshConfig
+from jaxrec.training.loop import TrainState
 from jaxrec.training.stages import Stage, Task, minimise
 from jaxrec.training.step import Loss
 
@@ -53,24 +51,14 @@ def ranking_stage(
 
     def train(task: Task) -> None:
         ranker = assemble_ranker(run, config, of_stage)
-        fields = _Training(config.seed, of_stage.optim, of_stage.training, config.mesh)
+        mine = replace(config, optim=of_stage.optim, training=of_stage.training)
         evaluate = None
         if of_stage.training.evaluate_every:
             evaluate = make_validation(ranker, of_stage, config.validation.max_users, config.validation.seed)
         batches = training_batches(ranker, of_stage, config.seed)
-        minimise(bound_loss(ranker, of_stage.objective), ranker.init, batches, fields, task, evaluate=evaluate)
+        minimise(bound_loss(ranker, of_stage.objective), ranker.init, batches, mine, task, evaluate=evaluate)
 
     return Stage(name, settings, data, train, needs=needs)
-
-
-@dataclass(frozen=True)
-class _Training:
-    """`jaxrec.training.stages.TrainingFields` of a stage."""
-
-    seed: int
-    optim: OptimConfig
-    training: LoopConfig
-    mesh: MeshConfig
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
