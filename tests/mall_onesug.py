@@ -22,7 +22,7 @@ config = OneSugConfig(
     related=RelatedQueriesConfig(SemanticIdConfig(ResidualConfig((4, 4)), None), related=4, min_cosine=0.2),
     model=EncoderDecoderConfig(width=32, heads=2, head_dim=16, hidden=64, encoder_layers=1, layers=1, scale_head=False),
     optim=OptimConfig(learning_rate=8e-3, warmup=8),
-    training=LoopConfig(steps=48, log_every=12, checkpoint_every=24, evaluate_every=0),
+    training=LoopConfig(steps=48, log_every=12, checkpoint_every=24, evaluate_every=24, monitor="mrr@10"),
     preference=PreferenceConfig(
         rejected=6,
         optim=OptimConfig(learning_rate=1e-3, warmup=4),

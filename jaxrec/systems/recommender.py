@@ -197,10 +197,24 @@ class GenerativeRecommender:
     @functools.cached_property
     def served(self) -> Served:
         """The arrays of the trained catalogue, and the trie of the listed answers."""
-        served = self.assembly.serve(self._variables)
-        if self.config.completing:
-            served = served.replace(token_lengths=jnp.asarray(self.space.token_bytes.lengths))
-        return served.replace(trie=self.space.build_trie())
+        return self.served_with(self._variables)
+
+    def served_with(self, variables: dict) -> Served:
+        """As `served`, of other variables of the same model, as while it is trained."""
+        return self.assembly.serve(variables).replace(trie=self.trie, token_lengths=self._token_lengths)
+
+    @functools.cached_property
+    def trie(self) -> Trie | None:
+        """The listed answers.
+
+        Raises:
+          UserError: no trie can be built of them.
+        """
+        return self.space.build_trie()
+
+    @functools.cached_property
+    def _token_lengths(self) -> jax.Array | None:
+        return jnp.asarray(self.space.token_bytes.lengths) if self.config.completing else None
 
     @property
     def space(self) -> TargetSpace:
@@ -414,7 +428,7 @@ class GenerativeRecommender:
             return before.served.replace(trie=trie)
         grown = before is None or version.capacity != before.capacity
         served = self.assembly.serve(self._variables, version, None if grown else before)
-        return served.replace(trie=trie, token_lengths=self.served.token_lengths)
+        return served.replace(trie=trie, token_lengths=self._token_lengths)
 
     def _text_trie(self, version: Version, before: Version | None) -> Trie | None:
         """The trie of a version's list of texts, in the shapes of the one before if they have room for it."""

@@ -36,14 +36,15 @@ def make_validation(
       UserError: `decoding` does not fit the targets, or no trie can be built of them.
     """
     decoding.check(assembly.space, "validation_decoding")
-    model, trie = GenerativeRecommender(assembly, {}, features, decoding), assembly.space.build_trie()
+    model = GenerativeRecommender(assembly, {}, features, decoding)
+    _ = model.trie  # before the first step, if it can't be built
     drawn = cache(lambda: measured_cases(cases_of(assembly, config.split), config))
 
     def measure(state: TrainState) -> dict[str, float]:
         cases = drawn()
         if not len(cases):
             return {}
-        served = assembly.serve({"params": state.params, **state.extra}).replace(trie=trie)
+        served = model.served_with({"params": state.params, **state.extra})
         ranked, _ = model.recommend(cases.histories, max(CUTOFFS), config.exclude_history, served=served)
         return validation_metrics(ranked, cases, config)
 

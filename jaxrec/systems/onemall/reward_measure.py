@@ -60,7 +60,7 @@ class RewardMeasure:
             self.truth = EnvironmentReward(environment(run, config))
         self.prices = None if run is None else known_prices(run)
         self.model = GenerativeRecommender(assembly, {}, config.features, decoding or config.validation_decoding)
-        self.trie = assembly.space.build_trie()
+        self.trie = self.model.trie
         self._start: dict[str, float] | None = None
         self._named = False
         self._kl = jax.jit(self._divergences)
@@ -94,7 +94,7 @@ class RewardMeasure:
 
     def measure(self, variables: dict, reference: dict, cases: Cases) -> dict[str, float]:
         """All values of the policy with these variables."""
-        served = self.assembly.serve(variables).replace(trie=self.trie)
+        served = self.model.served_with(variables)
         ranked, _ = self.model.recommend(cases.histories, max(CUTOFFS), served=served)
         ranking = ranking_metrics(ranked, cases.targets, cases.where, (5, *CUTOFFS))
         values = {name: mean(pair) for name, pair in ranking.items()}
