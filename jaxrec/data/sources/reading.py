@@ -8,32 +8,40 @@ from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
 from jaxrec.console import console
-from jaxrec.data.sources.formats import Wanted, read_file
+from jaxrec.data.sources.column_names import flag_of
+from jaxrec.data.sources.formats import Wanted, header_of, read_file
 from jaxrec.data.tables import count_rows
 
 
-def read_table(engine: BaseBackend, path: Path, wanted: Wanted) -> ibis.Table:
+def read_table(engine: BaseBackend, path: Path, wanted: Wanted, table_name: str = "") -> ibis.Table:
     """A file as a table with a column `_row`, numbered from 1; prints the type read for each column.
+
+    table_name: the table that it is of a folder, whose columns `--data.columns` can name; empty: of no folder.
 
     Raises:
       UserError: the file is missing, is empty, lacks a column, or is refused by `read_file`.
     """
     table, unused = read_file(engine, path, wanted)
-    names = [column for column in table.columns if column != "_row"] + unused
-    for column in wanted.required:
-        if column not in table.columns:
-            near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-            hint = f"rename {near[0]!r}" if near else f"it has {', '.join(names)}"
-            raise UserError(f"{path}: the column {column!r} is missing; {hint}")
+    names = header_of(path, wanted)
+    missing = [column for column in wanted.required if column not in table.columns]
+    if missing:
+        listed = ", ".join(map(repr, missing))
+        what = f"the column {listed} is missing" if len(missing) == 1 else f"the columns {listed} are missing"
+        near = difflib.get_close_matches(missing[0], names, n=1, cutoff=0.8)
+        mend = f"rename {near[0]!r}" if near else f"it has {', '.join(names)}"
+        mend = flag_of(missing, names, wanted.renamed) if table_name else mend
+        raise UserError(f"{path}: {what}; {mend}")
     if count_rows(table) == 0:
         raise UserError(f"{path} has no rows; it needs at least one")
-    console.print(f"{path.name}: {_described(table, wanted, unused)}", markup=False)
+    of = f" ({table_name})" if table_name and table_name != path.stem else ""
+    console.print(f"{path.name}{of}: {_described(table, wanted, unused)}", markup=False)
     return table
 
 
 def _described(table: ibis.Table, wanted: Wanted, unused: list[str]) -> str:
     """The types read for the columns of a file, in one line."""
     groups: dict[str, list[str]] = {}
+    renamed = {ours: theirs for ours, theirs in wanted.renamed if theirs.strip().lower() != ours}
     for name in (name for name in table.columns if name != "_row"):
         kind = table[name].type()
         if kind.is_array() or name == "product_ids":
@@ -44,6 +52,6 @@ def _described(table: ibis.Table, wanted: Wanted, unused: list[str]) -> str:
             what = "numbers"
         else:
             what = "true or false" if kind.is_boolean() else "text"
-        groups.setdefault(what, []).append(name)
+        groups.setdefault(what, []).append(f"{name} ({renamed[name]})" if name in renamed else name)
     groups |= {"not used": [name or "a column without a name" for name in unused]} if unused else {}
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items())
