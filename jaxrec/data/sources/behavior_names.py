@@ -37,7 +37,7 @@ def parse_behaviors(entries: Sequence[str], words: Sequence[str]) -> tuple[tuple
         return tuple(entries), tuple(words)
     pairs: dict[str, str] = {}
     for entry in entries:
-        word, mark, name = entry.rpartition("=") if "=" in entry else (entry, "=", entry)
+        word, _, name = entry.rpartition("=") if "=" in entry else (entry, "=", entry)
         word, name = word.strip(), name.strip()
         if not word:
             raise UserError(f"{FLAG} {shlex.quote(entry)}: write WORD=BEHAVIOR, such as view=click")
@@ -76,9 +76,11 @@ def check_known(path: Path, table: ibis.Table, behaviors: Sequence[str], words: 
     more = ", and more" if len(found) > LISTED else ""
     given = list(map(shlex.quote, words))
     asked = [f"{shlex.quote(each['word'])}=..." for each in found[:LISTED]]
+    flag = f"{FLAG} {' '.join(given + asked)}"
     raise UserError(
-        f"{path}, column 'behavior', row {first['row']}: {first['word']!r} is none of {', '.join(known)}; say what each "
-        f"word means, or leave its events out by a word with nothing behind its =: {FLAG} {' '.join(given + asked)} "
+        f"{path}, column 'behavior', row {first['row']}: "
+        f"{first['word']!r} is none of {', '.join(known)}; say "
+        f"what each word means, or leave its events out by a word with nothing behind its =: {flag} "
         f"(the log has {shown}{more}; behaviors are {', '.join(BEHAVIORS)}, or your own)"
     )
 

@@ -130,7 +130,10 @@ class TimeForm:
     """Whether the source has the flags of these two, which messages then name."""
 
 
-def as_seconds(table: ibis.Table, column: str, written_as: TimeForm = TimeForm()) -> Typed:
+AS_IT_STANDS = TimeForm()
+
+
+def as_seconds(table: ibis.Table, column: str, written_as: TimeForm = AS_IT_STANDS) -> Typed:
     """A column of Unix times, or of timestamps (UTC where no zone is given), as int64 seconds."""
     value, unit = table[column], UNITS[written_as.unit]
     if written_as.form:
@@ -149,10 +152,12 @@ def as_seconds(table: ibis.Table, column: str, written_as: TimeForm = TimeForm()
         whole = digits.try_cast("int64")
         seconds = (whole if unit == 1 else whole // unit).coalesce(zoned.epoch_seconds().cast("int64"))
         compact = [Check(column, _are_dates(table, digits), _DATE_DIGITS)] if unit == 1 else []
-    form = ", or give their form, such as --data.time-format '%d.%m.%Y %H:%M'" if written_as.flags else ""
+    mend = "is no time; write whole Unix seconds, or a time as 2024-05-31 18:00:00"
+    if written_as.flags:
+        mend += ", or give their form, such as --data.time-format '%d.%m.%Y %H:%M'"
     return Typed(seconds, [
         *compact,
-        Check(column, seconds.isnull(), f"is no time; write whole Unix seconds, or a time as 2024-05-31 18:00:00{form}"),
+        Check(column, seconds.isnull(), mend),
         *_large(column, seconds, written, written_as),
         Check(column, seconds < 0, "is before 1970; write Unix seconds, or a time as 2024-05-31 18:00:00"),
     ])  # fmt: skip

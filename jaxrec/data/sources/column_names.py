@@ -55,7 +55,7 @@ def parse_columns(pairs: Sequence[str], known: Mapping[str, Sequence[str]]) -> d
     everything = dict.fromkeys(name for names in known.values() for name in names)
     for pair in pairs:
         ours, mark, theirs = pair.partition("=")
-        table, dot, name = ours.strip().rpartition(".")
+        table, _, name = ours.strip().rpartition(".")
         table, name = (table, name) if table in known else ("", ours.strip())
         if not mark or not name:
             raise UserError(f'{FLAG} {shlex.quote(pair)}: write OURS=THEIRS, such as item_id="Product ID"')

@@ -1,8 +1,8 @@
 """The records of a CSV file: its separator, its header, and a sentence for the first record that is malformed.
 
 Fields are quoted by `"`, which is doubled inside quotes; there are no comments and no escapes. What separates fields is
-stated, or the header decides between commas, tabs, semicolons and bars. A log may have no header, or no quotes: then `"` is a character like
-any other, and no field holds a separator or a line end.
+stated, or the header decides between commas, tabs, semicolons and bars. A log may have no header, or no quotes: then
+`"` is a character like any other, and no field holds a separator or a line end.
 """
 
 import csv

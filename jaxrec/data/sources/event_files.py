@@ -12,7 +12,16 @@ from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
 from jaxrec.data.sources.behavior_names import check_known, translated
-from jaxrec.data.sources.checks import TimeForm, as_number, as_seconds, as_text, check_words, choice, refuse
+from jaxrec.data.sources.checks import (
+    AS_IT_STANDS,
+    TimeForm,
+    as_number,
+    as_seconds,
+    as_text,
+    check_words,
+    choice,
+    refuse,
+)
 from jaxrec.data.sources.column_names import FLAG
 from jaxrec.data.sources.formats import Wanted
 from jaxrec.data.sources.item_files import SCENARIOS
@@ -37,7 +46,7 @@ class EventForm:
     """All behaviors, from weak to strong; without a column `behavior` all events are of the strongest."""
     words: tuple[str, ...] = ()
     """WORD=BEHAVIOR of every word of the column; empty: its words are the behaviors."""
-    times: TimeForm = TimeForm()
+    times: TimeForm = AS_IT_STANDS
     """How times are written."""
     least_rating: float | None = None
     """Events with a lower rating are left out; None: none."""

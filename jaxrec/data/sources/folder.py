@@ -67,8 +67,8 @@ class Folder:
     them; rows that say nothing of a user and an item are counted."""
 
     path: Path
-    """The folder with items.*, events.* and, optionally, searches.*, suggestions.*, judgments.* and users.*; or one file
-    of events."""
+    """The folder with items.*, events.* and, optionally, searches.*, suggestions.*, judgments.* and users.*; or one
+    file of events."""
     behaviors: tuple[str, ...] = BEHAVIORS
     """All behaviors in the log, from weak to strong; or what its words for them mean, as in view=click buy=purchase."""
     target_behaviors: tuple[str, ...] = ("purchase",)

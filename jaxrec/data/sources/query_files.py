@@ -17,7 +17,17 @@ from ibis import _
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
-from jaxrec.data.sources.checks import Check, TimeForm, as_seconds, as_text, check_words, choice, not_null, refuse
+from jaxrec.data.sources.checks import (
+    AS_IT_STANDS,
+    Check,
+    TimeForm,
+    as_seconds,
+    as_text,
+    check_words,
+    choice,
+    not_null,
+    refuse,
+)
 from jaxrec.data.sources.formats import Wanted
 from jaxrec.data.tables import FEEDBACK, count_rows, store
 
@@ -46,7 +56,7 @@ class Linked:
     unknown: int = 0
 
 
-def typed_searches(engine: BaseBackend, path: Path, table: ibis.Table, times: TimeForm = TimeForm()) -> ibis.Table:
+def typed_searches(engine: BaseBackend, path: Path, table: ibis.Table, times: TimeForm = AS_IT_STANDS) -> ibis.Table:
     """The checked searches: search_id, user_id, timestamp, query, session_id or null, _row, _made.
 
     A search without a search_id gets one that no other search has; `_made` marks these.
@@ -77,7 +87,7 @@ def typed_searches(engine: BaseBackend, path: Path, table: ibis.Table, times: Ti
     )
 
 
-def typed_suggestions(engine: BaseBackend, path: Path, table: ibis.Table, times: TimeForm = TimeForm()) -> ibis.Table:
+def typed_suggestions(engine: BaseBackend, path: Path, table: ibis.Table, times: TimeForm = AS_IT_STANDS) -> ibis.Table:
     """The checked suggestions: user_id, timestamp, prefix, query, feedback, session_id or null, _row."""
     check_words(path, table, ("prefix", "query", "feedback"), SUGGESTIONS.ids)
     seconds = as_seconds(table, "timestamp", times)
