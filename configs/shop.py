@@ -54,5 +54,7 @@ def complete(config: OneMallConfig) -> OneMallConfig:
             context_dropout=sizes.context_dropout,
         ),
         optim=OptimConfig(warmup=sizes.warmup),
-        training=LoopConfig(steps=sizes.steps, log_every=max(1, sizes.steps // 20), checkpoint_every=sizes.steps),
+        training=LoopConfig(
+            steps=sizes.steps, log_every=max(1, sizes.steps // 20), checkpoint_every=max(1, sizes.steps // 5)
+        ),
     )
