@@ -1,7 +1,7 @@
 """OneMall on a shop's own export, with sizes that its data decide: docs/own_data.md.
 
-    python train.py configs/shop.py --data.path EXPORT --check        # what the columns are, what is dropped, how long
-    python train.py configs/shop.py --data.path EXPORT --run runs/shop
+    python train.py configs/shop.py --check --data.path EXPORT        # what the columns are, what is dropped, how long
+    python train.py configs/shop.py --run runs/shop --data.path EXPORT
 
 Time:    --check estimates it; some minutes on two cores for a shop of a few thousand purchases.
 Figures: the table at the end has the baselines beside the model; docs/own_data.md has those of a small shop.

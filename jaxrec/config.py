@@ -191,8 +191,8 @@ def from_json(cls: type[Config], values: dict[str, Any]) -> Config:
     """The inverse of `to_json` for a dataclass `cls`.
 
     Raises:
-      UserError: a key is missing or unknown, as in a config.json of another version. A key whose default is None may be
-        missing, since it may have been added later.
+      UserError: a key is missing or unknown, as in a config.json of another version. A key whose default is None or ()
+        may be missing, since it may have been added later.
     """
     return _restore(cls, values, "")
 
@@ -383,7 +383,7 @@ def _restore_dataclass(members: list[type], value: dict[str, Any], key: str) -> 
     prefix = f"{key}." if key else ""
     if unknown := [each for each in values if each not in names]:
         raise UserError(f"unknown configuration key {prefix + unknown[0]!r}; this version of jaxrec has no such field")
-    values = {f.name: None for f in dataclasses.fields(cls) if f.default is None} | values
+    values = {f.name: f.default for f in dataclasses.fields(cls) if f.default in (None, ())} | values
     if missing := [each for each in names if each not in values]:
         raise UserError(f"configuration key {prefix + missing[0]!r} is missing; another version of jaxrec wrote it")
     return cls(**{each: _restore(hints[each], values[each], prefix + each) for each in names})

@@ -301,3 +301,28 @@ def test_a_log_of_one_file_tells_of_its_items(tmp_path):
                         "price": 9.5}  # fmt: skip
     assert items[1]["text"] == "2" and items[1]["price"] is None
     assert [row["behavior"] for row in rows(source.load().events, "timestamp")] == ["click", "click", "purchase"]
+
+
+def test_a_header_in_another_encoding_names_the_flag(tmp_path):
+    (tmp_path / "waren.csv").write_bytes("Nr;Größe;Titel\n1;ä;b\n".encode("cp1252"))
+    (tmp_path / "events.csv").write_text("user_id,item_id,timestamp,behavior\nu,1,5,purchase\n")
+    assert "waren.csv, column 'header', row 0: the byte 0xf6 is no UTF-8; " in (said := message(tmp_path))
+    assert "--data.encoding cp1252" in said
+    raw = Folder(tmp_path, encoding="cp1252", columns=("item_id=Nr", "title=Titel")).load()
+    assert rows(raw.items, "item_id")[0]["Größe"] == "ä"
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path):
+    cost = pa.array(["1.5", "2.5"]).cast(pa.decimal128(20, 2))
+    table = pa.table({"item_id": ["1", "2"], "title": ["a", "b"], "price": cost, "cost": cost})
+    pq.write_table(table, tmp_path / "items.parquet")
+    (tmp_path / "events.csv").write_text("user_id,item_id,timestamp,behavior\nu,1,5,purchase\n")
+    items = Folder(tmp_path).load().items
+    assert str(items.price.type()) == str(items.cost.type()) == "float64"
+
+
+def test_a_run_of_an_earlier_version_lacks_what_came_later(export):
+    values = to_json(Folder(export))
+    for name in ("columns", "words", "files", "header", "delimiter", "encoding", "time_unit", "least_rating"):
+        del values[name]
+    assert from_json(Folder, values) == Folder(export)

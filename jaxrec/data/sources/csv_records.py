@@ -23,6 +23,10 @@ CHUNK_ROWS = 1 << 14
 _LONGEST_FIELD = 1 << 24
 
 
+class NoTableError(UserError):
+    """A file has no header of several columns."""
+
+
 @dataclass(frozen=True)
 class Dialect:
     """How a file of CSV is written."""
@@ -78,10 +82,10 @@ def dialect_of(
     found = {mark: (sum(name.strip().lower() in names for name in each), len(each)) for mark, each in heads.items()}
     delimiter = max(heads, key=lambda mark: found[mark])
     if not heads[delimiter]:
-        raise UserError(f"{path} is empty; it needs the columns {', '.join(required)}")
+        raise NoTableError(f"{path} is empty; it needs the columns {', '.join(required)}")
     if len(heads[delimiter]) == 1:
         given = f" when {stated!r} separates fields" if stated else ""
-        raise UserError(
+        raise NoTableError(
             f"{path}: the header is one column{given}, {heads[delimiter][0][:80]!r}; separate columns by commas, tabs, "
             "semicolons or bars, or state what does with --data.delimiter"
         )

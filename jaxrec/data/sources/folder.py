@@ -86,18 +86,18 @@ class Folder:
     """The log's own words for behaviors, WORD=BEHAVIOR; `behaviors` in that form sets them."""
     files: tuple[str, ...] = ()
     """The files of tables, where names and columns don't tell, as in items=products.csv; an empty name: no table."""
-    delimiter: str = ""
-    """What separates fields of CSV, of one character or more; empty: what the header is separated by."""
-    encoding: str = "utf-8"
-    """The encoding of CSV, such as cp1252."""
-    decimal: Literal["", ".", ","] = ""
-    """What stands before the decimals of numbers in CSV; empty: what the values of a column allow alone."""
+    delimiter: str | None = None
+    """What separates fields of CSV, of one character or more; None: what the header is separated by."""
+    encoding: str | None = None
+    """The encoding of CSV, such as cp1252; None: UTF-8, or UTF-16 where a mark says so."""
+    decimal: Literal[".", ","] | None = None
+    """What stands before the decimals of numbers in CSV; None: what the values of a column allow alone."""
     header: tuple[str, ...] = ()
     """The columns of a file of events in CSV that has no header, in their order."""
-    time_format: str = ""
-    """The form of times, as strptime's, such as %d.%m.%Y %H:%M; empty: ISO 8601, or whole numbers."""
-    time_unit: TimeUnit = "seconds"
-    """The unit of times that are whole numbers."""
+    time_format: str | None = None
+    """The form of times, as strptime's, such as %d.%m.%Y %H:%M; None: ISO 8601, or whole numbers."""
+    time_unit: TimeUnit | None = None
+    """The unit of times that are whole numbers; None: seconds."""
     least_rating: float | None = None
     """Events with a lower rating, in a column `rating`, are left out; None: none."""
 
@@ -123,7 +123,8 @@ class Folder:
         Raises:
           UserError: as `jaxrec.data.sources.folder_files.find_files`; or no file has a column that was named.
         """
-        check_encoding(self.encoding)
+        if self.encoding is not None:
+            check_encoding(self.encoding)
         path, wanted = Path(self.path), self._wanted()
         if path.is_dir() and (old := next(iter(sorted(path.glob("queries.*"))), None)):
             raise UserError(f"{old} has the earlier name of suggestions{old.suffix}; rename it")
@@ -134,7 +135,7 @@ class Folder:
     def _wanted(self) -> dict[str, Wanted]:
         """What is wanted of every table, and how it is written."""
         columns = parse_columns(self.columns, _KNOWN)
-        writing = Writing(self.delimiter, self.encoding, self.decimal, self.header, columns)
+        writing = Writing(self.delimiter or "", self.encoding or "utf-8", self.decimal or "", self.header, columns)
         wanted = {name: writing.of(name, each) for name, each in TABLES.items()}
         if len(self.behaviors) == 1:
             required = tuple(name for name in EVENTS.required if name != "behavior")
@@ -153,7 +154,12 @@ class Folder:
                 f"change either, as with --data.target-behaviors {self.behaviors[-1]}"
             )
         engine = connect()
-        files = _Files(engine, self.find(), self._wanted(), TimeForm(self.time_format, self.time_unit, flags=True))
+        files = _Files(
+            engine,
+            self.find(),
+            self._wanted(),
+            TimeForm(self.time_format or "", self.time_unit or "seconds", flags=True),
+        )
         if self.time_format:
             check_form(engine, self.time_format)
         path, table = files.read("events")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxrec.config import UserError
 from jaxrec.data.sources.column_names import FLAG, hints
+from jaxrec.data.sources.csv_records import NoTableError
 from jaxrec.data.sources.formats import SUFFIXES, Wanted, header_of, is_table
 
 FILES_FLAG = "--data.files"
@@ -64,7 +65,8 @@ def find_files(path: Path, given: Sequence[str], wanted: Mapping[str, Wanted]) -
         if name not in found and name not in stated and (file := _by_columns(path, name, found, wanted)):
             found[name] = file
     unknown = [name for name in ("events", "items") if name not in found and name not in stated]
-    if unknown and (unknown[0] == "events" or _others(path, found, wanted["items"])):
+    doubtful = bool(_others(path, found, wanted["items"]) or _problems(path, wanted))
+    if unknown and (unknown[0] == "events" or doubtful):
         raise UserError(_none_fits(path, unknown, found, wanted))
     return {name: found[name] for name in wanted if name in found}
 
@@ -154,4 +156,18 @@ def _none_fits(folder: Path, unknown: Sequence[str], found: Mapping[str, Path], 
     flag = " ".join(dict.fromkeys([*given, *known, *asked]))
     none = f"; if there are no items but those of the events, give {FILES_FLAG} items=" if "items" in unknown else ""
     columns = f": say which columns are which with {FLAG} {flag}" if len(hinted) > len(found) else ""
-    return f"{', and '.join(told)}{columns}{none}"
+    return f"{', and '.join(told)}{columns}{none}{''.join(f'; {each}' for each in _problems(folder, wanted))}"
+
+
+def _problems(folder: Path, wanted: Mapping[str, Wanted]) -> list[str]:
+    """Why the headers of tables can't be read; texts that are no tables are passed over."""
+    problems = []
+    for file in sorted(folder.iterdir()):
+        try:
+            if is_table(file):
+                header_of(file, wanted["events"])
+        except NoTableError:
+            continue
+        except UserError as error:
+            problems.append(str(error))
+    return problems

@@ -135,7 +135,10 @@ def header_of(path: Path, wanted: Wanted) -> list[str]:
     if kind == ".jsonl":
         rows = (row for _, row in islice(json_lines(path, as_written), 100))
         return list(dict.fromkeys(chain.from_iterable(rows)))
-    return _dialect(path, _marked(path, wanted)).names
+    wanted = _marked(path, wanted)
+    names = _dialect(path, wanted).names
+    _strings(path, "header", names, [0] * len(names), encoding=wanted.encoding)
+    return names
 
 
 def is_table(path: Path) -> bool:

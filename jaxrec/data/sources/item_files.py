@@ -66,7 +66,9 @@ def typed_items(engine: BaseBackend, path: Path, table: ibis.Table, flags: bool 
     further = [name for name in table.columns if name not in columns and not name.startswith("_")]
     order = ["item_id", "title", "text", "category", "brand", "price"]
     order += [name for name in columns if name not in order]
-    chosen = table.select(**{name: columns[name] for name in order}, **{name: table[name] for name in further})
+    # What filters and attributes compare are numbers, not decimals.
+    more = {name: table[name].cast("float64") if table[name].type().is_decimal() else table[name] for name in further}
+    chosen = table.select(**{name: columns[name] for name in order}, **more)
     return TypedItems(store(engine, chosen), dropped, untitled)
 
 

@@ -34,14 +34,15 @@ def read_table(engine: BaseBackend, path: Path, wanted: Wanted, table_name: str 
     if count_rows(table) == 0:
         raise UserError(f"{path} has no rows; it needs at least one")
     of = f" ({table_name})" if table_name and table_name != path.stem else ""
-    console.print(f"{path.name}{of}: {_described(table, wanted, unused)}", markup=False)
+    console.print(f"{path.name}{of}: {_described(table, wanted, names, unused)}", markup=False)
     return table
 
 
-def _described(table: ibis.Table, wanted: Wanted, unused: list[str]) -> str:
+def _described(table: ibis.Table, wanted: Wanted, names: list[str], unused: list[str]) -> str:
     """The types read for the columns of a file, in one line."""
     groups: dict[str, list[str]] = {}
-    renamed = {ours: theirs for ours, theirs in wanted.renamed if theirs.strip().lower() != ours}
+    here = {name.strip().lower() for name in names}
+    renamed = {ours: theirs for ours, theirs in wanted.renamed if theirs.lower() in here and theirs.lower() != ours}
     for name in (name for name in table.columns if name != "_row"):
         kind = table[name].type()
         if kind.is_array() or name == "product_ids":
