@@ -326,3 +326,25 @@ def test_a_run_of_an_earlier_version_lacks_what_came_later(export):
     for name in ("columns", "words", "files", "header", "delimiter", "encoding", "time_unit", "least_rating"):
         del values[name]
     assert from_json(Folder, values) == Folder(export)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_ids_that_a_tool_wrote_as_floats_are_read_where_one_says_so(tmp_path, suffix):
+    (tmp_path / "items.csv").write_text("item_id,title\n12,a\n")
+    floats = pa.table(
+        {"user_id": [7.0, None], "item_id": ["12"] * 2, "timestamp": [5, 6], "behavior": ["purchase"] * 2}
+    )
+    if suffix == "parquet":
+        pq.write_table(floats, tmp_path / "events.parquet")
+    elif suffix == "jsonl":
+        line = '{"user_id": %s, "item_id": 12.0, "timestamp": 5, "behavior": "purchase"}\n'
+        (tmp_path / "events.jsonl").write_text(line % "7.0" + line % "NaN")
+    else:
+        (tmp_path / "events.csv").write_text(
+            "user_id,item_id,timestamp,behavior\n7.0,12.0,5,purchase\n,12.0,5,purchase\n"
+        )
+    if suffix != "csv":
+        assert "; or give --data.whole-ids True, which reads 12.0 as 12" in message(tmp_path)
+    raw = Folder(tmp_path, whole_ids=True).load()
+    assert [(row["user_id"], row["item_id"]) for row in rows(raw.events, "item_id")] == [("7", "12")]
+    assert raw.dropped["event without a user"] == 1

@@ -14,7 +14,7 @@ from jaxrec.data.prepare_report import print_report
 
 DESCRIBED_A_SECOND = 60.0
 """Texts that the text encoder reads a second on two cores; those of earlier runs are kept."""
-BASE_MEMORY = 1.2e9
+BASE_MEMORY = 1.8e9
 """Bytes of a process before it holds a model: Python, JAX, compiled programs, the text encoder."""
 
 

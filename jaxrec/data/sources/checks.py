@@ -24,6 +24,8 @@ TimeUnit = Literal["seconds", "milliseconds", "microseconds", "nanoseconds"]
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 """Whole numbers of a unit in a second."""
 
+WHOLE_FLOAT = r"^(-?[0-9]+)\.0+$"
+"""A whole number that was written as a floating-point one."""
 FLOAT_ID = "is a floating-point number; write ids as text or whole numbers"
 
 
@@ -71,10 +73,10 @@ def as_text(column: ibis.Value) -> ibis.expr.types.StringValue:
     return column.cast("string").nullif("")
 
 
-def check_words(path: Path, table: ibis.Table, texts: Sequence[str], ids: Sequence[str]) -> None:
+def check_words(path: Path, table: ibis.Table, texts: Sequence[str], ids: Sequence[str], more: str = "") -> None:
     """Texts and ids are of types that have one way of being written; ids are no floating-point numbers.
 
-    12.0 and '12' would be two users, and 123456789012 is 1.23456789012e+11.
+    12.0 and '12' would be two users, and 123456789012 is 1.23456789012e+11. `more` ends the message about them.
 
     Raises:
       UserError: a column is of another type. Columns that the table lacks are skipped.
@@ -85,7 +87,7 @@ def check_words(path: Path, table: ibis.Table, texts: Sequence[str], ids: Sequen
         if name in ids and (inner.is_floating() or (inner.is_decimal() and inner.scale)):
             first = table.filter(table[name].notnull()).order_by("_row").limit(1)
             for row in first.select("_row", value=table[name].cast("string")).to_pyarrow().to_pylist():
-                raise UserError(f"{path}, column {name!r}, row {row['_row']}: {row['value']} {FLOAT_ID}")
+                raise UserError(f"{path}, column {name!r}, row {row['_row']}: {row['value']} {FLOAT_ID}{more}")
         if inner.is_binary() or inner.is_nested():
             raise UserError(f"{path}, column {name!r}: holds {kind}; write it as text")
 
@@ -151,7 +153,8 @@ def as_seconds(table: ibis.Table, column: str, written_as: TimeForm = AS_IT_STAN
         zoned = ibis.ifelse(written, text, None).try_cast(dt.Timestamp(timezone="UTC"))
         whole = digits.try_cast("int64")
         seconds = (whole if unit == 1 else whole // unit).coalesce(zoned.epoch_seconds().cast("int64"))
-        compact = [Check(column, _are_dates(table, digits), _DATE_DIGITS)] if unit == 1 else []
+        dates = f"{_DATE_DIGITS}; or give --data.time-format %Y%m%d" if written_as.flags else _DATE_DIGITS
+        compact = [Check(column, _are_dates(table, digits), dates)] if unit == 1 else []
     mend = "is no time; write whole Unix seconds, or a time as 2024-05-31 18:00:00"
     if written_as.flags:
         mend += ", or give their form, such as --data.time-format '%d.%m.%Y %H:%M'"

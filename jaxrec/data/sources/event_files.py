@@ -74,10 +74,11 @@ def typed_events(engine: BaseBackend, path: Path, table: ibis.Table, form: Event
     check_words(path, table, ("behavior", "scenario", "query", *OF_ITEMS[:-1]), EVENTS.ids)
     table, dropped = _telling(engine, path, table, form)
     seconds = as_seconds(table, "timestamp", form.times)
+    leave = f", or leave the column out with {FLAG} {{}}="
     refuse(path, table, [
         *seconds.checks,
-        *(choice(table, "scenario", SCENARIOS, "use one of these") if "scenario" in table.columns else []),
-        *(as_number(table, "watch_seconds").checks if "watch_seconds" in table.columns else []),
+        *(choice(table, "scenario", SCENARIOS, f"use one of these{leave.format('scenario')}") if "scenario" in table.columns else []),
+        *(as_number(table, "watch_seconds", leave.format("watch_seconds")).checks if "watch_seconds" in table.columns else []),
     ])  # fmt: skip
     table = store(engine, table.mutate(timestamp=seconds.value), instead_of=table)
     columns = {name: as_text(table[name]) for name in ("user_id", "item_id", "behavior")}

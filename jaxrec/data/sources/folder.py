@@ -98,6 +98,8 @@ class Folder:
     """The form of times, as strptime's, such as %d.%m.%Y %H:%M; None: ISO 8601, or whole numbers."""
     time_unit: TimeUnit | None = None
     """The unit of times that are whole numbers; None: seconds."""
+    whole_ids: bool | None = None
+    """Whether ids that a tool wrote as 12.0, beside missing ones, are read as 12; None: they are refused."""
     least_rating: float | None = None
     """Events with a lower rating, in a column `rating`, are left out; None: none."""
 
@@ -135,7 +137,14 @@ class Folder:
     def _wanted(self) -> dict[str, Wanted]:
         """What is wanted of every table, and how it is written."""
         columns = parse_columns(self.columns, _KNOWN)
-        writing = Writing(self.delimiter or "", self.encoding or "utf-8", self.decimal or "", self.header, columns)
+        writing = Writing(
+            self.delimiter or "",
+            self.encoding or "utf-8",
+            self.decimal or "",
+            self.header,
+            bool(self.whole_ids),
+            columns,
+        )
         wanted = {name: writing.of(name, each) for name, each in TABLES.items()}
         if len(self.behaviors) == 1:
             required = tuple(name for name in EVENTS.required if name != "behavior")
@@ -234,7 +243,7 @@ class _Files:
 
 
 _LATER = ("columns", "words", "files", "delimiter", "encoding", "decimal", "header", "time_format", "time_unit",
-          "least_rating")  # fmt: skip
+          "whole_ids", "least_rating")  # fmt: skip
 
 
 def _check_named(

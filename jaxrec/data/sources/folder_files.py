@@ -29,15 +29,17 @@ class Writing:
     """What stands before decimals in CSV; empty: as the values show."""
     header: tuple[str, ...] = ()
     """The columns of a file of events in CSV that has no header."""
+    whole_ids: bool = False
+    """Whether identifiers that are written as 12.0 are read as 12."""
     columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """{table: {ours: theirs}}, "" for all tables."""
 
     def of(self, table: str, wanted: Wanted) -> Wanted:
         """What is wanted of a table's file, with the names of its columns there."""
         names = self.columns.get(table, self.columns.get("", {}))
-        of_file = {"delimiter": self.delimiter, "encoding": self.encoding, "decimal": self.decimal}
+        of_file = {name: getattr(self, name) for name in ("delimiter", "encoding", "decimal", "whole_ids")}
         header = self.header if table == "events" else ()
-        return replace(wanted, **of_file, renamed=tuple(names.items()), columns=header)
+        return replace(wanted, **of_file, of_folder=True, renamed=tuple(names.items()), columns=header)
 
 
 def find_files(path: Path, given: Sequence[str], wanted: Mapping[str, Wanted]) -> dict[str, Path]:

@@ -9,6 +9,7 @@ Identifiers and texts are strings, also where JSON has numbers: `007`, `1.0`, `1
 
 import codecs
 import gzip
+import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
 from jaxrec.data.sources import csv_records
-from jaxrec.data.sources.checks import FLOAT_ID
+from jaxrec.data.sources.checks import FLOAT_ID, WHOLE_FLOAT
 from jaxrec.data.sources.csv_records import chunks, dialect_of
 from jaxrec.data.sources.files import Real, Whole, as_written, json_lines, kind_of, opened, written
 from jaxrec.data.tables import store
@@ -41,6 +42,9 @@ COMMA_NUMBER = r"^-?([0-9]+|[0-9]{1,3}(\.[0-9]{3})+)(,[0-9]+)?$"
 """With a decimal comma, and points between thousands."""
 SURE_COMMA = r",([0-9]{1,2}|[0-9]{4,})$"
 """The decimals of a number that has no other reading; three digits may be thousands."""
+
+WHOLE_IDS = "; or give --data.whole-ids True, which reads 12.0 as 12"
+"""The end of the message about a floating-point identifier, where the source has that flag."""
 
 VECTORS = pa.list_(pa.float64())
 
@@ -59,6 +63,8 @@ class Wanted:
     """Those of them that hold lists of numbers."""
     numbers: tuple[str, ...] = ()
     """Those of them that hold numbers."""
+    whole_ids: bool = False
+    """Whether identifiers that are written as 12.0 are read as 12."""
     further: bool = False
     """Whether other columns are read too. Those whose names begin with `_` never are."""
     encoding: str = "utf-8"
@@ -70,6 +76,8 @@ class Wanted:
     decimal: str = ""
     """What stands before the decimals of numbers in CSV, `.` or `,`; empty: a comma in columns whose values can be read
     in no other way."""
+    of_folder: bool = False
+    """Whether messages may name the flags of a folder."""
     delimiter: str = ""
     """What separates fields of CSV; empty: the header decides."""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -291,7 +299,7 @@ class _JsonColumns:
             numbers = [value and [None if x is None else float(x) for x in value] for value in values]
             return pa.array(numbers, VECTORS)
         if name in self.wanted.ids and not kinds <= {str, Whole}:
-            self._refuse(name, values, rows, _holds_real, FLOAT_ID)
+            self._refuse(name, values, rows, _holds_fraction if self.wanted.whole_ids else _holds_real, FLOAT_ID)
             self._refuse(
                 name, values, rows, lambda value: isinstance(value, dict), "holds an object; write ids as text"
             )
@@ -307,11 +315,17 @@ class _JsonColumns:
         for row, value in zip(rows, values, strict=True):
             if value is not None and bad(value):
                 shown = f"{value if isinstance(value, str) else written(value)} " if message is FLOAT_ID else ""
-                raise UserError(f"{self.path}, column {name!r}, row {row}: {shown}{message}")
+                more = WHOLE_IDS if message is FLOAT_ID and self.wanted.of_folder else ""
+                raise UserError(f"{self.path}, column {name!r}, row {row}: {shown}{message}{more}")
 
 
 def _is_no_vector(value: Any) -> bool:
     return not isinstance(value, list) or not set(map(type, value)) <= {Whole, Real, type(None)}
+
+
+def _holds_fraction(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(each, Real) and not re.fullmatch(WHOLE_FLOAT, each) for each in values)
 
 
 def _holds_real(value: Any) -> bool:

@@ -114,7 +114,8 @@ def _typed_columns(table: ibis.Table, flags: bool) -> tuple[dict[str, ibis.Value
         checks += as_number(table, "price", more).checks
         columns["price"] = as_number(table, "price").value
     if "scenario" in table.columns:
-        checks += choice(table, "scenario", SCENARIOS, "use one of these")
+        more = ", or leave the column out with --data.columns scenario=" if flags else ""
+        checks += choice(table, "scenario", SCENARIOS, f"use one of these{more}")
         columns["scenario"] = as_text(table.scenario)
     return columns, checks
 

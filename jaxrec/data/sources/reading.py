@@ -1,6 +1,7 @@
 """A file with required columns as a table; one line on the screen says what was read of it."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 import ibis
@@ -8,9 +9,10 @@ from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
 from jaxrec.console import console
-from jaxrec.data.sources.column_names import flag_of
-from jaxrec.data.sources.formats import Wanted, header_of, read_file
-from jaxrec.data.tables import count_rows
+from jaxrec.data.sources.checks import WHOLE_FLOAT, check_words
+from jaxrec.data.sources.column_names import FLAG, flag_of, hints
+from jaxrec.data.sources.formats import WHOLE_IDS, Wanted, header_of, read_file
+from jaxrec.data.tables import count_rows, store
 
 
 def read_table(engine: BaseBackend, path: Path, wanted: Wanted, table_name: str = "") -> ibis.Table:
@@ -33,9 +35,40 @@ def read_table(engine: BaseBackend, path: Path, wanted: Wanted, table_name: str 
         raise UserError(f"{path}: {what}; {mend}")
     if count_rows(table) == 0:
         raise UserError(f"{path} has no rows; it needs at least one")
+    ids = [name for name in wanted.ids if name in table.columns and not table[name].type().is_array()]
+    table = _with_whole_ids(engine, table, ids) if wanted.whole_ids else table
+    if table_name:
+        check_words(path, table, (), ids, WHOLE_IDS)
     of = f" ({table_name})" if table_name and table_name != path.stem else ""
     console.print(f"{path.name}{of}: {_described(table, wanted, names, unused)}", markup=False)
+    if table_name:
+        _hint(path, table, wanted, names)
     return table
+
+
+def _with_whole_ids(engine: BaseBackend, table: ibis.Table, ids: Sequence[str]) -> ibis.Table:
+    """Ids that are written as 12.0 as 12; a column with any other number stays as it is."""
+    for name in (name for name in ids if table[name].type().is_floating()):
+        value = ibis.ifelse(table[name].isnan(), None, table[name])
+        if (
+            table.aggregate(odd=((value != value.floor()) | (value.abs() >= 2**53)).any())
+            .to_pyarrow()["odd"][0]
+            .as_py()
+        ):
+            continue
+        table = store(engine, table.mutate(**{name: value.cast("int64")}))
+    texts = {name: table[name].re_replace(WHOLE_FLOAT, r"\1") for name in ids if table[name].type().is_string()}
+    return table.mutate(**texts) if texts else table
+
+
+def _hint(path: Path, table: ibis.Table, wanted: Wanted, names: list[str]) -> None:
+    """Says which columns of a file could be those that jaxrec knows and the file seems to lack."""
+    taken = {theirs.lower() for _, theirs in wanted.renamed} | {name.lower() for name in wanted.names}
+    left_out = {ours for ours, theirs in wanted.renamed if not theirs}
+    lacking = [name for name in wanted.names if name not in table.columns and name not in left_out]
+    known, _ = hints(lacking, [name for name in names if name.strip().lower() not in taken])
+    if known:
+        console.print(f"{path.name}: perhaps {FLAG} {' '.join(known)} too", markup=False)
 
 
 def _described(table: ibis.Table, wanted: Wanted, names: list[str], unused: list[str]) -> str:
