@@ -74,12 +74,13 @@ def typed_events(engine: BaseBackend, path: Path, table: ibis.Table, form: Event
     check_words(path, table, ("behavior", "scenario", "query", *OF_ITEMS[:-1]), EVENTS.ids)
     table, dropped = _telling(engine, path, table, form)
     seconds = as_seconds(table, "timestamp", form.times)
-    leave = f", or leave the column out with {FLAG} {{}}="
-    refuse(path, table, [
-        *seconds.checks,
-        *(choice(table, "scenario", SCENARIOS, f"use one of these{leave.format('scenario')}") if "scenario" in table.columns else []),
-        *(as_number(table, "watch_seconds", leave.format("watch_seconds")).checks if "watch_seconds" in table.columns else []),
-    ])  # fmt: skip
+    checks = list(seconds.checks)
+    leave = f", or leave the column out with {FLAG}"
+    if "scenario" in table.columns:
+        checks += choice(table, "scenario", SCENARIOS, f"use one of these{leave} scenario=")
+    if "watch_seconds" in table.columns:
+        checks += as_number(table, "watch_seconds", f"{leave} watch_seconds=").checks
+    refuse(path, table, checks)
     table = store(engine, table.mutate(timestamp=seconds.value), instead_of=table)
     columns = {name: as_text(table[name]) for name in ("user_id", "item_id", "behavior")}
     columns |= {name: as_text(table[name]) for name in ("scenario",) if name in table.columns}
