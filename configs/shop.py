@@ -4,7 +4,7 @@
     python train.py configs/shop.py --run runs/shop --data.path EXPORT
 
 Time:    --check estimates it; some minutes on two cores for a shop of a few thousand purchases.
-Figures: the table at the end has the baselines beside the model; docs/own_data.md has those of a small shop.
+Figures: none to expect of other people's data; the table at the end has the baselines beside the model.
 
 Any field of the command line holds in place of what the data decide, such as --training.steps 500.
 """
