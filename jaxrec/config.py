@@ -93,7 +93,7 @@ def load_config(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}{_nearest_file(path)}")
     # A real module, so that tyro can read the docstrings of classes defined in the file.
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(_module_name(path), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
@@ -106,8 +106,17 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
+def _module_name(path: Path) -> str:
+    return f"config_{path.stem}"
+
+
+def parse_cli(argv: Sequence[str] | None = None, needs_run: bool = True) -> tuple[Any, Path]:
     """Reads `CONFIG --run DIR [--any.field VALUE ...]`.
+
+    A configuration file may define `complete(config)`, which returns the configuration with values that depend on
+    others, such as sizes that depend on the data. It gets the fields of the command line, and they hold for its result.
+
+    needs_run: whether `--run` must be given; without it the run directory is `Path()`.
 
     Returns:
       The configuration with those fields changed, and the run directory.
@@ -117,22 +126,34 @@ def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
       SystemExit: `--help`, or a value of the wrong type (reported by tyro).
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    usage = "usage: train.py CONFIG --run DIR [--until STAGE | --only STAGE] [--replace] [--FIELD VALUE ...]"
+    usage = "usage: train.py CONFIG --run DIR [--until STAGE | --only STAGE] [--replace] [--check] [--FIELD VALUE ...]"
     usage = f"{usage}, such as train.py configs/NAME.py --run runs/a"
     if not args or args[0] in ("-h", "--help"):
         print(f"{usage}\n\ntrain.py CONFIG --help lists the fields of a configuration.")
         print("--until STAGE: stop when this stage is trained; --only STAGE: train this stage alone.")
         print("--replace: train anew where DIR holds a training of other data or another configuration.")
+        print("--check: say what the data hold and what a run would take, without one; nothing is written.")
         raise SystemExit(0 if args else 2)
     if args[0].startswith("-"):
         raise UserError(f"the configuration file comes first, not {args[0]!r}; {usage}")
     path, wants_help = Path(args[0]), "--help" in args or "-h" in args
     config = load_config(path)
     run, rest = take_option(args[1:], "--run", "a directory, for example --run runs/a")
-    config, rest = choose_types(config, rest)
+    if run is None and needs_run and not wants_help:
+        raise UserError(f"--run is missing; say where the run goes, such as train.py {path} --run runs/{path.stem}")
+    config = _with_flags(config, rest, path, wants_help)
+    complete = getattr(sys.modules[_module_name(path)], "complete", None)
+    if complete is not None:
+        config = _with_flags(complete(config), rest, path, wants_help)
+    return config, Path(run or "")
+
+
+def _with_flags(config: Any, args: list[str], path: Path, wants_help: bool) -> Any:
+    """A configuration with the fields of the command line."""
+    config, rest = choose_types(config, args)
     if not wants_help:
         _check_keys(config, rest)
-    config = tyro.cli(
+    return tyro.cli(
         type(config),
         default=config,
         args=rest,
@@ -141,9 +162,6 @@ def parse_cli(argv: Sequence[str] | None = None) -> tuple[Any, Path]:
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         compact_help=False,
     )
-    if run is None:
-        raise UserError(f"--run is missing; say where the run goes, such as train.py {path} --run runs/{path.stem}")
-    return config, Path(run)
 
 
 def to_json(config: Any) -> Any:
@@ -173,8 +191,8 @@ def from_json(cls: type[Config], values: dict[str, Any]) -> Config:
     """The inverse of `to_json` for a dataclass `cls`.
 
     Raises:
-      UserError: a key is missing or unknown, as in a config.json of another version. A key whose default is None may be
-        missing, since it may have been added later.
+      UserError: a key is missing or unknown, as in a config.json of another version. A key whose default is None or ()
+        may be missing, since it may have been added later.
     """
     return _restore(cls, values, "")
 
@@ -365,7 +383,7 @@ def _restore_dataclass(members: list[type], value: dict[str, Any], key: str) -> 
     prefix = f"{key}." if key else ""
     if unknown := [each for each in values if each not in names]:
         raise UserError(f"unknown configuration key {prefix + unknown[0]!r}; this version of jaxrec has no such field")
-    values = {f.name: None for f in dataclasses.fields(cls) if f.default is None} | values
+    values = {f.name: f.default for f in dataclasses.fields(cls) if f.default in (None, ())} | values
     if missing := [each for each in names if each not in values]:
         raise UserError(f"configuration key {prefix + missing[0]!r} is missing; another version of jaxrec wrote it")
     return cls(**{each: _restore(hints[each], values[each], prefix + each) for each in names})

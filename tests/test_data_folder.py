@@ -153,20 +153,27 @@ def without(rows, column):
 
 
 FAULTS = {
-    "no items file": ("items", None, "no items.parquet, items.csv or items.jsonl"),
-    "no events file": ("events", None, "no events.parquet, events.csv or events.jsonl"),
+    "no events file": (
+        "events",
+        None,
+        "no events.parquet, events.csv or events.jsonl, and no other file with user_id,",
+    ),
     "empty file": ("events", [], "events.jsonl is empty"),
-    "missing column": ("events", without(EVENTS, "behavior"), "events.jsonl: the column 'behavior' is missing; it has"),
-    "misspelt column": ("items", [{"item_id": "p1", "titel": "x"}], "the column 'title' is missing; rename 'titel'"),
+    "missing column": (
+        "events",
+        without(EVENTS, "behavior"),
+        "events.jsonl: the column 'behavior' is missing; say which with --data.columns behavior=...; it has user_id,",
+    ),
+    "misspelt column": (
+        "items",
+        [{"item_id": "p1", "titel": "x"}],
+        "'title' is missing; say which with --data.columns title=titel$",
+    ),
     "unknown behavior": (
         "events",
         changed(EVENTS, 1, behavior="bought"),
         "events.jsonl, column 'behavior', row 2: 'bought' is none of",
     ),
-    "no behavior": ("events", changed(EVENTS, 1, behavior=None), "column 'behavior', row 2"),
-    "no user": ("events", changed(EVENTS, 2, user_id=None), "events.jsonl, column 'user_id', row 3: is empty"),
-    "empty user": ("events", changed(EVENTS, 2, user_id=""), "events.jsonl, column 'user_id', row 3: is empty"),
-    "no item": ("events", changed(EVENTS, 0, item_id=None), "column 'item_id', row 1: is empty"),
     "float ids": (
         "events",
         [{**row, "user_id": 1.5} for row in EVENTS],
@@ -182,7 +189,6 @@ FAULTS = {
         changed(EVENTS, 3, timestamp="yesterday"),
         "column 'timestamp', row 4: .*yesterday.* is no time",
     ),
-    "no time": ("events", changed(EVENTS, 3, timestamp=None), "column 'timestamp', row 4: None is no time"),
     "microseconds": (
         "events",
         changed(EVENTS, 3, timestamp=T * 10**6),
@@ -255,8 +261,16 @@ FAULTS = {
         [{**row, "watch_seconds": "long"} for row in EVENTS],
         "column 'watch_seconds', row 1",
     ),
-    "duplicate item": ("items", [*ITEMS, ITEMS[0]], "items.jsonl, column 'item_id', row 4: 'p1' occurs twice"),
-    "no title": ("items", changed(ITEMS, 1, title=None), "column 'title', row 2: is empty"),
+    "no users at all": (
+        "events",
+        [{**row, "user_id": None} for row in EVENTS],
+        "no event is left; 5 of 5 rows are an event without a user; say which columns hold .* with --data.columns",
+    ),
+    "no ids at all": (
+        "items",
+        [{**row, "item_id": ""} for row in ITEMS],
+        "'item_id': is empty in all rows; fill it in, or say which column has it with --data.columns item_id=",
+    ),
     "price in words": ("items", changed(ITEMS, 1, price="$ 12"), "items.jsonl, column 'price', row 2: .* is no number"),
     "item scenario": ("items", changed(ITEMS, 0, scenario="card"), "items.jsonl, column 'scenario', row 1: 'card'"),
     "unknown product": (

@@ -128,7 +128,7 @@ def test_files_of_other_formats_and_names(tmp_path):
         ("a\t970916105432\tx\n", {"columns": ("user", "time")}, r"columns \['user', 'time'\] lacks 'query'"),
         ('a\t970916105432\t"x\n', {"quoted": True}, r"a quote"),
         ("", {}, r"queries.log is empty"),
-        ("id\tq\na\tb\n", {"columns": ()}, r"the column 'user' is missing"),
+        ("id\tq\na\tb\n", {"columns": ()}, r"the columns 'user', 'time', 'query' are missing; it has id, q"),
     ],
 )
 def test_bad_logs_of_queries_are_refused_in_a_sentence(tmp_path, text, changes, message):

@@ -189,7 +189,10 @@ def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
             '{"history": [{"item_id": "a"}, {"item_id": "b", "timestamp": 1700000000000}]}',
             "history[1].timestamp is 1700000000000, which looks like milliseconds; give seconds since 1970",
         ),
-        ('{"user_id": "1", "now": "17"}', 'now should be a valid integer, not "17"'),
+        (
+            '{"user_id": "1", "now": "17"}',
+            "now is no time; give seconds since 1970, or a time such as 2024-05-31T18:00:00+02:00",
+        ),
         ('{"user_id": "1", "now": true}', "now should be a valid integer, not true"),
         (
             '{"history": [{"item_id": "a", "timestamp": 17.0}]}',

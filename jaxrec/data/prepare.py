@@ -16,6 +16,7 @@ from jaxrec.data.cleaning import KCore, drop_repeats, k_core
 from jaxrec.data.item_texts import texts_from_queries
 from jaxrec.data.pairs import PairConfig, build_pairs
 from jaxrec.data.prefix_cuts import PrefixCutConfig, check_can_cut, cut_prefixes
+from jaxrec.data.prepare_report import print_report
 from jaxrec.data.queries import (
     EVENT,
     count_kinds,
@@ -63,6 +64,8 @@ def tells_answer_time(source: Source, config: PrepareConfig) -> bool:
 def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, Any]:
     """Writes the tables of `source` into an existing folder; see `jaxrec.data.tables` for the files.
 
+    At the end, a table on the screen says what was read, dropped and kept (`jaxrec.data.prepare_report`).
+
     Returns:
       The content of statistics.json.
 
@@ -109,7 +112,39 @@ def prepare(source: Source, config: PrepareConfig, folder: Path) -> dict[str, An
         _write(folder, raw, items=items, users=users, pairs=pairs, events=_sorted_events(events), **files)
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
         bars.update(task, advance=1, description=f"Prepared {items.num_rows:,} items, {users.num_rows:,} users")
+    print_report(statistics)
     return statistics
+
+
+def survey(source: Source, config: PrepareConfig) -> dict[str, Any]:
+    """What `prepare` would count, without its pairs and its files: nothing is written.
+
+    Returns:
+      As statistics.json, and `item_columns`, {column: type} of the items; `train_targets`, `train_sessions`: events of
+      the target behaviors in training, and the sessions that hold them; `attribute_values`: {column: distinct values}
+      of the columns of words.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    raw = source.load()
+    dropped = dict(raw.dropped)
+    events = store(raw.engine, _clean(raw, source, config, dropped), instead_of=raw.events)
+    events, activity = _split(raw, events, source, config, dropped)
+    items = _items(raw, events, source, config)
+    users = _users(raw, events if activity is None else activity)
+    events = store(raw.engine, _index(raw, events, items, users), instead_of=events)
+    statistics = _statistics(
+        source, dict(raw.facts), events, items, users, None, {k: n for k, n in dropped.items() if n}
+    )
+    train = events.filter((_.split == "train") & _.behavior.isin(source.target_behaviors))
+    words = [field.name for field in items.schema if pa.types.is_string(field.type)]
+    return statistics | {
+        "train_targets": count_rows(train),
+        "train_sessions": count_rows(train.select("user", "session").distinct()),
+        "item_columns": {field.name: str(field.type) for field in items.schema},
+        "attribute_values": {name: pc.count_distinct(items[name]).as_py() for name in words},
+    }
 
 
 def _users(raw: RawTables, activity: ibis.Table) -> pa.Table:
@@ -228,7 +263,7 @@ def _statistics(
     events: ibis.Table,
     items: pa.Table,
     users: pa.Table,
-    pairs: pa.Table,
+    pairs: pa.Table | None,
     dropped: dict[str, int],
 ) -> dict[str, Any]:
     def counts(column: str) -> dict[str, int]:
@@ -237,6 +272,11 @@ def _statistics(
 
     targets = events.filter(_.behavior.isin(source.target_behaviors))
     by_behavior, by_split = counts("behavior"), counts("split")
+    kinds = () if pairs is None else ("itemcf", "swing")
+    sessions = targets.group_by("user").agg(n=_.session.nunique())
+    sessions = sessions.group_by("n").agg(users=_.count()).order_by("n").to_pyarrow().to_pylist()
+    with_targets = sum(row["users"] for row in sessions)
+    few = {str(row["n"]): row["users"] for row in sessions if row["n"] < 3}
     return {
         "source": type(source).__name__,
         "behaviors": list(source.behaviors),
@@ -250,7 +290,12 @@ def _statistics(
         "test_users": count_rows(targets.filter(_.split == "test").select("user").distinct()),
         "events_by_behavior": {name: by_behavior.get(name, 0) for name in source.behaviors},
         "events_by_split": {name: by_split.get(name, 0) for name in ("train", "valid", "test")},
-        "pairs_by_kind": {kind: pc.sum(pc.equal(pairs["kind"], kind)).as_py() or 0 for kind in ("itemcf", "swing")},
+        "users_by_target_sessions": {
+            "0": users.num_rows - with_targets,
+            **few,
+            "3 or more": with_targets - sum(few.values()),
+        },
+        "pairs_by_kind": {kind: pc.sum(pc.equal(pairs["kind"], kind)).as_py() or 0 for kind in kinds},
         "dropped": dropped,
         **facts,
     }

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -47,7 +49,23 @@ def _not_blank(text: str) -> str:
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Query = Annotated[str, StringConstraints(max_length=MAX_QUERY), AfterValidator(_not_blank)]
 Prefix = Annotated[str, StringConstraints(max_length=MAX_QUERY)]
-Seconds = Annotated[int, Field(ge=0, lt=MILLISECONDS, strict=True)]
+
+
+def _to_seconds(value: Any) -> Any:
+    """The seconds of a time written as ISO 8601; UTC without a zone. Any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        time = datetime.fromisoformat(value.strip())
+    except ValueError as error:
+        form = "is no time; give seconds since 1970, or a time such as 2024-05-31T18:00:00+02:00"
+        raise PydanticCustomError("no_time", form) from error
+    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() // 1)
+
+
+Seconds = Annotated[
+    int, Field(ge=0, lt=MILLISECONDS, strict=True), BeforeValidator(_to_seconds, json_schema_input_type=int | str)
+]
 
 
 class NoJsonError(UserError):
@@ -62,7 +80,9 @@ class Event(BaseModel):
     item_id: Text | None = Field(None, description="An item of the catalogue that the run was trained on.")
     behavior: Text | None = Field(None, description="Default: the weakest behavior that counts as a target.")
     timestamp: Seconds | None = Field(
-        None, description="Seconds since 1970; events of one timestamp are one session. Give it for all or for none."
+        None,
+        description="Seconds since 1970, or ISO 8601 (UTC without a zone); events of one timestamp are one session. "
+        "Give it for all or for none.",
     )
     query: Query | None = Field(
         None,
@@ -118,7 +138,9 @@ class Request(BaseModel):
         None, description="The only item ids that may come; an empty list allows none."
     )
     now: Seconds | None = Field(
-        None, description="When the user asks, in seconds since 1970. Default: the end of the log."
+        None,
+        description="When the user asks, in seconds since 1970 or as ISO 8601, such as 2024-05-31T18:00:00+02:00 (UTC "
+        "without a zone). Default: the end of the log.",
     )
 
     searches: Annotated[list[Query], Field(max_length=MAX_HISTORY)] | None = Field(
@@ -272,7 +294,7 @@ def _explain(error: dict[str, Any]) -> str:
             return str(error["ctx"]["error"])
         case "string_unicode":
             return f"{where} {HALF}"
-        case "blank":
+        case "blank" | "no_time":
             return f"{where} {error['msg']}"
         case "less_than" if path[-1] in ("timestamp", "now"):
             return f"{where} is {_shown(error['input'])}, which looks like milliseconds; give seconds since 1970"

@@ -18,9 +18,11 @@ from jaxrec.evaluation import Recommender
 from jaxrec.files import read_json
 from jaxrec.run import Run
 from jaxrec.systems import generative
+from jaxrec.systems.check_data import Rehearsal, check_data
 from jaxrec.systems.comparison import TrainedRecommender, compare, present
 from jaxrec.systems.config import RunConfig
 from jaxrec.systems.onemall import model as onemall_model
+from jaxrec.systems.onemall import rehearsal as onemall_rehearsal
 from jaxrec.systems.onemall import stages as onemall_stages
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.onesearch import model as onesearch_model
@@ -57,6 +59,9 @@ class System:
     """stages(run, config): its trainings in order; the last one is served."""
     recommender: Callable[[Any, dict, Any], TrainedRecommender] = generative.recommender
     """recommender(assembly, variables, config): the trained model, ready to recommend."""
+    rehearse: Callable[[Any, dict[str, Any]], Rehearsal] | None = None
+    """rehearse(config, counts): what a training takes on data with these counts, which its model is checked against;
+    None: no estimate."""
     load_reader: Callable[[Path, Any, TextTokenizer], Any] | None = None
     """load_reader(folder, features, tokenizer): what the `reader` of its assembly saved, whose `read_texts` reads the
     texts of a history; None: its artefacts answer prepared histories alone."""
@@ -68,13 +73,19 @@ SEQUENTIAL = System(
 )
 
 SYSTEMS: dict[str, System] = {
-    "onemall": System(OneMallConfig, onemall_model.assemble, onemall_stages.stages, onemall_stages.recommender),
+    "onemall": System(
+        OneMallConfig,
+        onemall_model.assemble,
+        onemall_stages.stages,
+        onemall_stages.recommender,
+        rehearse=onemall_rehearsal.rehearse,
+    ),
     "onesearch": System(
         OneSearchConfig,
         onesearch_model.assemble,
         onesearch_training.stages,
         onesearch_model.recommender,
-        onesearch_reader.load_reader,
+        load_reader=onesearch_reader.load_reader,
     ),
     "onesug": System(OneSugConfig, onesug_model.assemble, onesug_training.stages, onesug_model.recommender),
     "rankgr": System(RankGRRunConfig, rankgr_model.assemble_trained, rankgr_training.stages),
@@ -96,6 +107,15 @@ def check(path: Path, config: RunConfig, until: str = "", only: str = "") -> Non
         raise UserError(f"configuration key 'system': there is no {config.system!r}; it is one of {known}")
     config.check()
     check_names(SYSTEMS[config.system].stages(Run(path), config), until, only)
+
+
+def rehearse(config: RunConfig) -> None:
+    """Prints what a run of a configuration would read, be and take (`train.py --check`); nothing is written.
+
+    Raises:
+      UserError: the data can't be read, or the configuration doesn't fit them.
+    """
+    check_data(config, SYSTEMS[config.system].rehearse)
 
 
 def train(run: Run, config: RunConfig, *, until: str = "", only: str = "") -> None:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import duckdb
 import ibis
 import ibis.expr.datatypes as dt
 
@@ -19,6 +20,12 @@ _NUMBER = r"^\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$"
 _DATE = r"^(19|20)[0-9]{2}(0[1-9]|1[0-2])(0[1-9]|[12][0-9]|3[01])(([01][0-9]|2[0-3])([0-5][0-9]([0-5][0-9])?)?)?$"
 _DATE_DIGITS = "is a date without separators; write it as 2024-05-31 or 2024-05-31 18:00:00, or as Unix seconds"
 
+TimeUnit = Literal["seconds", "milliseconds", "microseconds", "nanoseconds"]
+UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+"""Whole numbers of a unit in a second."""
+
+WHOLE_FLOAT = r"^(-?[0-9]+)\.0+$"
+"""A whole number that was written as a floating-point one."""
 FLOAT_ID = "is a floating-point number; write ids as text or whole numbers"
 
 
@@ -43,6 +50,8 @@ class Typed:
 
 def refuse(path: Path, table: ibis.Table, checks: Sequence[Check]) -> None:
     """Raises UserError for the first check that fails, naming the first bad row (`table` has a column `_row`)."""
+    if not checks:
+        return
     flags = table.aggregate(**{f"bad_{n}": check.bad.fill_null(False).any() for n, check in enumerate(checks)})
     flags = flags.to_pyarrow().to_pylist()[0]
     for n, check in enumerate(checks):
@@ -64,10 +73,10 @@ def as_text(column: ibis.Value) -> ibis.expr.types.StringValue:
     return column.cast("string").nullif("")
 
 
-def check_words(path: Path, table: ibis.Table, texts: Sequence[str], ids: Sequence[str]) -> None:
+def check_words(path: Path, table: ibis.Table, texts: Sequence[str], ids: Sequence[str], more: str = "") -> None:
     """Texts and ids are of types that have one way of being written; ids are no floating-point numbers.
 
-    12.0 and '12' would be two users, and 123456789012 is 1.23456789012e+11.
+    12.0 and '12' would be two users, and 123456789012 is 1.23456789012e+11. `more` ends the message about them.
 
     Raises:
       UserError: a column is of another type. Columns that the table lacks are skipped.
@@ -78,7 +87,7 @@ def check_words(path: Path, table: ibis.Table, texts: Sequence[str], ids: Sequen
         if name in ids and (inner.is_floating() or (inner.is_decimal() and inner.scale)):
             first = table.filter(table[name].notnull()).order_by("_row").limit(1)
             for row in first.select("_row", value=table[name].cast("string")).to_pyarrow().to_pylist():
-                raise UserError(f"{path}, column {name!r}, row {row['_row']}: {row['value']} {FLOAT_ID}")
+                raise UserError(f"{path}, column {name!r}, row {row['_row']}: {row['value']} {FLOAT_ID}{more}")
         if inner.is_binary() or inner.is_nested():
             raise UserError(f"{path}, column {name!r}: holds {kind}; write it as text")
 
@@ -94,8 +103,11 @@ def choice(table: ibis.Table, column: str, allowed: Sequence[str], mend: str) ->
     return [Check(column, bad, f"is none of {', '.join(allowed)}; {mend}")]
 
 
-def as_number(table: ibis.Table, column: str) -> Typed:
-    """A column of finite numbers or nulls as float64; NaN is null, a missing number."""
+def as_number(table: ibis.Table, column: str, flags: str = "") -> Typed:
+    """A column of finite numbers or nulls as float64; NaN is null, a missing number.
+
+    flags: what the message adds, such as the flags of a source that mend it.
+    """
     value = table[column]
     if value.type().is_floating():
         number = ibis.ifelse(value.isnan(), None, value.cast("float64"))
@@ -104,13 +116,30 @@ def as_number(table: ibis.Table, column: str) -> Typed:
         text = as_text(value)
         number = ibis.ifelse(text.re_search(_NUMBER), text, None).try_cast("float64")
         bad = text.notnull() & (number.isnull() | number.isinf())
-    mend = "is no number; write it with a decimal point and without a currency, or leave it empty"
+    mend = f"is no number; write it with a decimal point and without a currency, or leave it empty{flags}"
     return Typed(number, [Check(column, bad, mend)])
 
 
-def as_seconds(table: ibis.Table, column: str) -> Typed:
-    """A column of Unix seconds, or of timestamps (UTC where no zone is given), as int64 seconds."""
-    value = table[column]
+@dataclass(frozen=True)
+class TimeForm:
+    """How a source says that its times are written; as it stands, by the values alone."""
+
+    form: str = ""
+    """As strptime's; empty: whole numbers, or times that begin with the year (ISO 8601)."""
+    unit: TimeUnit = "seconds"
+    """The unit of whole numbers."""
+    flags: bool = False
+    """Whether the source has the flags of these two, which messages then name."""
+
+
+AS_IT_STANDS = TimeForm()
+
+
+def as_seconds(table: ibis.Table, column: str, written_as: TimeForm = AS_IT_STANDS) -> Typed:
+    """A column of Unix times, or of timestamps (UTC where no zone is given), as int64 seconds."""
+    value, unit = table[column], UNITS[written_as.unit]
+    if written_as.form:
+        return _formatted(table, column, written_as)
     compact: list[Check] = []
     if value.type().is_timestamp() or value.type().is_date():
         seconds = value.cast("timestamp").epoch_seconds().cast("int64")
@@ -122,19 +151,61 @@ def as_seconds(table: ibis.Table, column: str) -> Typed:
         # It reads 'epoch' and 'infinity' as times too.
         written = text.re_search(r"^[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}([ T]|$)")
         zoned = ibis.ifelse(written, text, None).try_cast(dt.Timestamp(timezone="UTC"))
-        seconds = digits.try_cast("int64").coalesce(zoned.epoch_seconds().cast("int64"))
-        compact = [Check(column, _are_dates(table, digits), _DATE_DIGITS)]
-    large = ~written & (seconds > _LAST)
-    far = "is after the year 5138, which is no time of an event; leave the row out, or write the time"
+        whole = digits.try_cast("int64")
+        seconds = (whole if unit == 1 else whole // unit).coalesce(zoned.epoch_seconds().cast("int64"))
+        dates = f"{_DATE_DIGITS}; or give --data.time-format %Y%m%d" if written_as.flags else _DATE_DIGITS
+        compact = [Check(column, _are_dates(table, digits), dates)] if unit == 1 else []
+    mend = "is no time; write whole Unix seconds, or a time as 2024-05-31 18:00:00"
+    if written_as.flags:
+        mend += ", or give their form, such as --data.time-format '%d.%m.%Y %H:%M'"
     return Typed(seconds, [
         *compact,
-        Check(column, seconds.isnull(), "is no time; write whole Unix seconds, or a time as 2024-05-31 18:00:00"),
-        *(Check(column, large & (seconds <= _LAST * 10 ** (power + 3)) & (seconds > _LAST * 10**power),
-                f"is in {unit}; divide by {10 ** (power + 3):,}, times are in Unix seconds")
-          for power, unit in ((0, "milliseconds"), (3, "microseconds"))),
-        Check(column, large, "is in nanoseconds; divide by 1,000,000,000, times are in Unix seconds"),
-        Check(column, written & (seconds > _LAST), far),
+        Check(column, seconds.isnull(), mend),
+        *_large(column, seconds, written, written_as),
         Check(column, seconds < 0, "is before 1970; write Unix seconds, or a time as 2024-05-31 18:00:00"),
+    ])  # fmt: skip
+
+
+def _large(
+    column: str, seconds: ibis.expr.types.IntegerValue, written: ibis.expr.types.BooleanValue, written_as: TimeForm
+) -> list[Check]:
+    """Times in a smaller unit than seconds, which would be far away as seconds, and times that are."""
+    large = ~written & (seconds > _LAST)
+    far = "is after the year 5138, which is no time of an event; leave the row out, or write the time"
+
+    def mend(unit: str, times: int) -> str:
+        flag = f", or give --data.time-unit {unit}" if written_as.flags else ""
+        return f"is in {unit}; divide by {times:,}, times are in Unix seconds{flag}"
+
+    return [
+        *(Check(column, large & (seconds <= _LAST * 10 ** (power + 3)) & (seconds > _LAST * 10**power),
+                mend(unit, 10 ** (power + 3)))
+          for power, unit in ((0, "milliseconds"), (3, "microseconds"))),
+        Check(column, large, mend("nanoseconds", 10**9)),
+        Check(column, written & (seconds > _LAST), far),
+    ]  # fmt: skip
+
+
+@ibis.udf.scalar.builtin
+def try_strptime(text: str, form: str) -> dt.timestamp:
+    """DuckDB's: the time that a text writes in a form, null where it does not."""
+
+
+def check_form(engine: Any, form: str) -> None:
+    """UserError unless times can be read in a form."""
+    try:
+        engine.con.execute("SELECT try_strptime('', ?)", [form]).fetchall()
+    except duckdb.Error as error:
+        raise UserError(f"time_format={form!r} can't be read; write one as strptime's, such as %Y%m%d%H%M%S") from error
+
+
+def _formatted(table: ibis.Table, column: str, written_as: TimeForm) -> Typed:
+    """The times of a column in a form, as Unix seconds; UTC without a zone."""
+    form = written_as.form
+    seconds = try_strptime(as_text(table[column]).fill_null(""), form).epoch_seconds().cast("int64")
+    return Typed(seconds, [
+        Check(column, seconds.isnull(), f"is no time of the form {form}; correct it or time_format"),
+        Check(column, seconds < 0, "is before 1970; correct the time, or leave the row out"),
     ])  # fmt: skip
 
 

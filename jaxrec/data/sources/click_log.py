@@ -83,12 +83,12 @@ class ClickLog:
             engine, self.session_gap_seconds, clicks.select(*columns), store(engine, searches), None
         )
         if self.items is None:
-            items, texts = _items_of(engine, events), self.query_texts
+            items, texts, dropped = _items_of(engine, events), self.query_texts, {}
         else:
             wanted = Wanted(**{**vars(ITEMS), "encoding": self.encoding})
-            items = typed_items(engine, Path(self.items), read_table(engine, Path(self.items), wanted))
-            texts = 0
-        return RawTables(engine, items, events, searches, query_texts=texts)
+            typed = typed_items(engine, Path(self.items), read_table(engine, Path(self.items), wanted))
+            items, texts, dropped = typed.table, 0, typed.dropped
+        return RawTables(engine, items, events, searches, query_texts=texts, dropped=dropped)
 
     def _clicks(self, engine: BaseBackend, path: Path) -> ibis.Table:
         """The checked rows: user_id, asked (the time of the search), query, item_id, timestamp, behavior, _row."""

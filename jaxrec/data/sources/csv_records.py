@@ -1,8 +1,8 @@
 """The records of a CSV file: its separator, its header, and a sentence for the first record that is malformed.
 
-Fields are quoted by `"`, which is doubled inside quotes; there are no comments and no escapes. The header decides
-whether commas, tabs or semicolons separate fields. A log may have no header, or no quotes: then `"` is a character like
-any other, and no field holds a separator or a line end.
+Fields are quoted by `"`, which is doubled inside quotes; there are no comments and no escapes. What separates fields is
+stated, or the header decides between commas, tabs, semicolons and bars. A log may have no header, or no quotes: then
+`"` is a character like any other, and no field holds a separator or a line end.
 """
 
 import csv
@@ -17,10 +17,14 @@ from typing import Any
 from jaxrec.config import UserError
 from jaxrec.data.sources.files import opened
 
-DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon"}
+DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 CHUNK_ROWS = 1 << 14
 """Records that are read at once."""
 _LONGEST_FIELD = 1 << 24
+
+
+class NoTableError(UserError):
+    """A file has no header of several columns."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,30 @@ class Dialect:
 
 
 def dialect_of(
-    path: Path, known: Sequence[str], required: Sequence[str], columns: Sequence[str], quoted: bool, encoding: str
+    path: Path,
+    known: Sequence[str],
+    required: Sequence[str],
+    columns: Sequence[str],
+    quoted: bool,
+    encoding: str,
+    stated: str = "",
 ) -> Dialect:
     """The dialect whose header has the most known columns, then the most columns; `columns` stand for a header.
+
+    stated: what separates fields, of one character or more; empty: the header decides.
 
     Raises:
       UserError: the file is empty, has one column, has a first record that is malformed or, without a header, has
         another number of fields than `columns`.
     """
     heads = {}
-    for delimiter in DELIMITERS:
+    for delimiter in [stated] if stated else DELIMITERS:
         try:
             with _records(path, Dialect(delimiter, [], False, quoted, encoding)) as records:
                 heads[delimiter] = next((record for record in records if record), [])
         except csv.Error:
             continue
-    if len(heads) < len(DELIMITERS) and all(len(head) <= 1 for head in heads.values()):
+    if len(heads) < (1 if stated else len(DELIMITERS)) and all(len(head) <= 1 for head in heads.values()):
         raise UserError(f'{path}, line 1: a quote in the header is not closed; write `"` inside quotes twice')
     if columns:
         fitting = [delimiter for delimiter, head in heads.items() if len(head) == len(columns)]
@@ -70,9 +82,13 @@ def dialect_of(
     found = {mark: (sum(name.strip().lower() in names for name in each), len(each)) for mark, each in heads.items()}
     delimiter = max(heads, key=lambda mark: found[mark])
     if not heads[delimiter]:
-        raise UserError(f"{path} is empty; it needs the columns {', '.join(required)}")
+        raise NoTableError(f"{path} is empty; it needs the columns {', '.join(required)}")
     if len(heads[delimiter]) == 1:
-        raise UserError(f"{path}: the header is one column; separate columns by commas, tabs or semicolons")
+        given = f" when {stated!r} separates fields" if stated else ""
+        raise NoTableError(
+            f"{path}: the header is one column{given}, {heads[delimiter][0][:80]!r}; separate columns by commas, tabs, "
+            "semicolons or bars, or state what does with --data.delimiter"
+        )
     return Dialect(delimiter, heads[delimiter], True, quoted, encoding)
 
 
@@ -98,9 +114,27 @@ def _records(path: Path, dialect: Dialect) -> Iterator[Any]:
     try:
         with opened(path) as raw:
             file = io.TextIOWrapper(raw, newline="", encoding=encoding, errors="surrogateescape")
-            yield csv.reader(file, delimiter=dialect.delimiter, strict=True, quoting=quoting)
+            if len(dialect.delimiter) > 1:
+                yield _SplitLines(file, dialect.delimiter)
+            else:
+                yield csv.reader(file, delimiter=dialect.delimiter, strict=True, quoting=quoting)
     finally:
         csv.field_size_limit(longest)
+
+
+class _SplitLines:
+    """The records of lines whose separator has several characters, such as `::`; they have no quotes."""
+
+    def __init__(self, file: io.TextIOWrapper, delimiter: str):
+        self.file, self.delimiter, self.line_num = file, delimiter, 0
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return self
+
+    def __next__(self) -> list[str]:
+        line = next(self.file).rstrip("\r\n")
+        self.line_num += 1
+        return line.split(self.delimiter) if line else []
 
 
 def _chunk(path: Path, records: Iterator[list[str]], dialect: Dialect) -> list[list[str]]:
@@ -112,6 +146,10 @@ def _chunk(path: Path, records: Iterator[list[str]], dialect: Dialect) -> list[l
             if widths - {0, len(dialect.names)}:
                 _explain(path, dialect)
             chunk = [record for record in taken if record] if 0 in widths else taken
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is no {dialect.encoding}; give another --data.encoding, or save it as UTF-8"
+        ) from error
     except csv.Error as error:
         _explain(path, dialect)
         raise UserError(f"{path} can't be read as csv: {error}") from error
@@ -120,7 +158,7 @@ def _chunk(path: Path, records: Iterator[list[str]], dialect: Dialect) -> list[l
 
 def _explain(path: Path, dialect: Dialect) -> None:
     """Raises UserError for the first record that is malformed, or whose fields the header doesn't have."""
-    mark, width = DELIMITERS[dialect.delimiter], len(dialect.names)
+    mark, width = DELIMITERS.get(dialect.delimiter, dialect.delimiter), len(dialect.names)
     with _records(path, dialect) as records:
         row, line = -dialect.headed, 1
         while True:

@@ -12,22 +12,31 @@ Each file is parquet, CSV or JSONL. Columns (a star marks what must be there):
 
 The `search_id` of an event, or else its `query`, names the search that led to it (`jaxrec.data.sources.query_files`).
 In CSV, product_ids are separated by `|`. Ids and texts are taken as they are written (`jaxrec.data.sources.formats`).
+Files and columns may have other names (`folder_files`, `column_names`), and behaviors other words (`behavior_names`). A
+log may be one file of events: then its items are those of the events, with the title, category, brand and price that
+the events tell. Where all events are of one behavior, as in a file of ratings, there needs be no column of it.
 Rows are numbered from 1 in messages, a header not counted; in JSONL the row is the line.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import ibis
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
 from jaxrec.console import console
-from jaxrec.data.sources.checks import Check, as_number, as_seconds, as_text, check_words, choice, not_null, refuse
+from jaxrec.data.sources.behavior_names import BEHAVIORS, parse_behaviors
+from jaxrec.data.sources.checks import Check, TimeForm, TimeUnit, as_text, check_form, check_words, not_null, refuse
+from jaxrec.data.sources.column_names import FLAG, parse_columns
+from jaxrec.data.sources.event_files import EVENTS, OF_ITEMS, EventForm, known_events, typed_events
 from jaxrec.data.sources.files import digest
-from jaxrec.data.sources.formats import SUFFIXES, Wanted
-from jaxrec.data.sources.item_files import ITEMS, SCENARIOS, typed_items
-from jaxrec.data.sources.judgment_files import GradeColumns, read_judgments, refuse_strangers
+from jaxrec.data.sources.folder_files import Writing, find_files
+from jaxrec.data.sources.formats import Wanted, check_encoding, header_of
+from jaxrec.data.sources.item_files import ITEMS, TypedItems, items_of_events, typed_items
+from jaxrec.data.sources.judgment_files import JUDGMENTS, GradeColumns, read_judgments, refuse_strangers
 from jaxrec.data.sources.query_files import (
     SEARCHES,
     SUGGESTIONS,
@@ -39,24 +48,29 @@ from jaxrec.data.sources.query_files import (
 from jaxrec.data.sources.reading import read_table
 from jaxrec.data.tables import RawTables, Split, connect, count_rows, store
 
-FILES = ("items", "events", "searches", "suggestions", "judgments", "users")
-
-EVENTS = Wanted(
-    ("user_id", "item_id", "timestamp", "behavior", "session_id", "scenario", "query", "watch_seconds", "search_id"),
-    required=("user_id", "item_id", "timestamp", "behavior"),
-    ids=("user_id", "item_id", "session_id", "search_id"),
-)
 USERS = Wanted(("user_id",), required=("user_id",), ids=("user_id",), further=True)
+TABLES = {
+    "items": ITEMS,
+    "events": EVENTS,
+    "searches": SEARCHES,
+    "suggestions": SUGGESTIONS,
+    "judgments": JUDGMENTS,
+    "users": USERS,
+}
+"""The columns of every table that a folder may have."""
+_KNOWN = {name: wanted.names for name, wanted in TABLES.items()} | {"events": (*EVENTS.names, *OF_ITEMS)}
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of tables. Faults are refused with file, column and row; events of unknown items are counted."""
+    """A shop's own tables, in a folder or a file. Faults are refused with file, column, row and the flag that mends
+    them; rows that say nothing of a user and an item are counted."""
 
     path: Path
-    """The folder with items.*, events.* and, optionally, searches.*, suggestions.*, judgments.* and users.*."""
-    behaviors: tuple[str, ...] = ("pseudo_exposure", "exposure", "click", "cart", "purchase")
-    """All behaviors in the log, from weak to strong."""
+    """The folder with items.*, events.* and, optionally, searches.*, suggestions.*, judgments.* and users.*; or one
+    file of events."""
+    behaviors: tuple[str, ...] = BEHAVIORS
+    """All behaviors in the log, from weak to strong; or what its words for them mean, as in view=click buy=purchase."""
     target_behaviors: tuple[str, ...] = ("purchase",)
     """The behaviors that are predicted."""
     split: Split = "last_session"
@@ -65,14 +79,77 @@ class Folder:
     """Without session_id, a longer pause begins a new session."""
     grades: tuple[float, float] = (0.0, 4.0)
     """The scale of the grades of judgments.*: the lowest and the highest."""
+    columns: tuple[str, ...] = ()
+    """What the columns are called in the files, as in item_id="Product ID" events.timestamp=created_at. An empty name
+    leaves a column out."""
+    words: tuple[str, ...] = ()
+    """The log's own words for behaviors, WORD=BEHAVIOR; `behaviors` in that form sets them."""
+    files: tuple[str, ...] = ()
+    """The files of tables, where names and columns don't tell, as in items=products.csv; an empty name: no table."""
+    delimiter: str | None = None
+    """What separates fields of CSV, of one character or more; None: what the header is separated by."""
+    encoding: str | None = None
+    """The encoding of CSV, such as cp1252; None: UTF-8, or UTF-16 where a mark says so."""
+    decimal: Literal[".", ","] | None = None
+    """What stands before the decimals of numbers in CSV; None: what the values of a column allow alone."""
+    header: tuple[str, ...] = ()
+    """The columns of a file of events in CSV that has no header, in their order."""
+    time_format: str | None = None
+    """The form of times, as strptime's, such as %d.%m.%Y %H:%M; None: ISO 8601, or whole numbers."""
+    time_unit: TimeUnit | None = None
+    """The unit of times that are whole numbers; None: seconds."""
+    whole_ids: bool | None = None
+    """Whether ids that a tool wrote as 12.0, beside missing ones, are read as 12; None: they are refused."""
+    least_rating: float | None = None
+    """Events with a lower rating, in a column `rating`, are left out; None: none."""
+
+    def __post_init__(self):
+        behaviors, words = parse_behaviors(self.behaviors, self.words)
+        object.__setattr__(self, "behaviors", behaviors)
+        object.__setattr__(self, "words", words)
+        parse_columns(self.columns, _KNOWN)
 
     def fingerprint(self) -> str:
         """Of the files' contents and this configuration, the place of the folder left out."""
-        found = {name: path for name in FILES if (path := _find(Path(self.path), name))}
+        found = self.find()
         files = [digest(path) if name in ("items", "events") else (name, digest(path)) for name, path in found.items()]
         config = (self.behaviors, self.target_behaviors, self.split, self.session_gap_seconds)
         judged = (self.grades,) if "judgments" in found else ()
-        return fingerprint("folder", files, *config, *judged)
+        # Fields that came later count where they say something.
+        told = {name: getattr(self, name) for name in _LATER if getattr(self, name) != getattr(type(self), name)}
+        return fingerprint("folder", files, *config, *judged, *([told] if told else []))
+
+    def find(self) -> dict[str, Path]:
+        """The file of every table that there is.
+
+        Raises:
+          UserError: as `jaxrec.data.sources.folder_files.find_files`; or no file has a column that was named.
+        """
+        if self.encoding is not None:
+            check_encoding(self.encoding)
+        path, wanted = Path(self.path), self._wanted()
+        if path.is_dir() and (old := next(iter(sorted(path.glob("queries.*"))), None)):
+            raise UserError(f"{old} has the earlier name of suggestions{old.suffix}; rename it")
+        found = find_files(path, self.files, wanted)
+        _check_named(parse_columns(self.columns, _KNOWN), found, wanted)
+        return found
+
+    def _wanted(self) -> dict[str, Wanted]:
+        """What is wanted of every table, and how it is written."""
+        columns = parse_columns(self.columns, _KNOWN)
+        writing = Writing(
+            self.delimiter or "",
+            self.encoding or "utf-8",
+            self.decimal or "",
+            self.header,
+            bool(self.whole_ids),
+            columns,
+        )
+        wanted = {name: writing.of(name, each) for name, each in TABLES.items()}
+        if len(self.behaviors) == 1:
+            required = tuple(name for name in EVENTS.required if name != "behavior")
+            wanted["events"] = replace(wanted["events"], required=required)
+        return wanted
 
     def load(self) -> RawTables:
         """Reads and checks the files.
@@ -83,89 +160,105 @@ class Folder:
         if not self.target_behaviors or set(self.target_behaviors) - set(self.behaviors):
             raise UserError(
                 f"target_behaviors {list(self.target_behaviors)} must be some of behaviors {list(self.behaviors)}; "
-                "change either"
+                f"change either, as with --data.target-behaviors {self.behaviors[-1]}"
             )
-        folder, engine = Path(self.path), connect()
-        if not folder.is_dir():
-            raise UserError(
-                f"there is no folder {folder}; give the folder with items.* and events.* as the source's path"
-            )
-        if old := _find(folder, "queries"):
-            raise UserError(f"{old} has the earlier name of suggestions{old.suffix}; rename it")
-        items = typed_items(engine, *_read(engine, folder, "items", ITEMS))
-        searches, suggestions = (
-            typed(engine, *_read(engine, folder, name, wanted)) if _find(folder, name) else None
-            for name, wanted, typed in (
-                ("searches", SEARCHES, typed_searches),
-                ("suggestions", SUGGESTIONS, typed_suggestions),
-            )
+        engine = connect()
+        files = _Files(
+            engine,
+            self.find(),
+            self._wanted(),
+            TimeForm(self.time_format or "", self.time_unit or "seconds", flags=True),
         )
-        path, events, unknown = self._events(engine, folder, items, searches is not None)
-        dropped = {"event of an unknown item": unknown}
+        if self.time_format:
+            check_form(engine, self.time_format)
+        path, table = files.read("events")
+        if "search_id" in table.columns and "searches" not in files.found and "query" not in table.columns:
+            console.print(f"{path.name}: search_id is not used: there is no file of searches", markup=False)
+            table = table.drop("search_id")
+        form = EventForm(self.behaviors, self.words, files.times, self.least_rating)
+        typed = typed_events(engine, path, table, form)
+        items = files.items(typed.told)
+        events, unknown = known_events(engine, path, typed.table, items.table)
+        dropped = {**items.dropped, **typed.dropped, "event of an unknown item": unknown}
+        searches = typed_searches(engine, *files.read("searches"), files.times) if "searches" in files.found else None
+        suggestions = None
+        if "suggestions" in files.found:
+            suggestions = typed_suggestions(engine, *files.read("suggestions"), files.times)
         if "search_id" in events.columns:
             linked = link(engine, path, events, searches, self.session_gap_seconds)
             events, searches, dropped["link to an unknown search"] = linked.events, linked.searches, linked.unknown
         tables = fill_sessions(engine, self.session_gap_seconds, events, searches, suggestions)
-        judgments = self._judgments(engine, folder, items, searches)
-        profiles = _profiles(engine, *_read(engine, folder, "users", USERS)) if _find(folder, "users") else None
-        return RawTables(engine, items, *tables, judgments=judgments, profiles=profiles, dropped=dropped)
+        judgments = self._judgments(files, items.table, searches)
+        profiles = _profiles(engine, *files.read("users")) if "users" in files.found else None
+        facts = {"rows_read": files.rows} | ({"items_without_title": items.untitled} if items.untitled else {})
+        return RawTables(
+            engine, items.table, *tables, judgments=judgments, profiles=profiles, dropped=dropped, facts=facts
+        )
 
-    def _judgments(
-        self, engine: BaseBackend, folder: Path, items: ibis.Table, searches: ibis.Table | None
-    ) -> ibis.Table | None:
+    def _judgments(self, files: "_Files", items: ibis.Table, searches: ibis.Table | None) -> ibis.Table | None:
         """The judgments, where there is a file of them; those of queries that nobody searched for are dropped later."""
-        path = _find(folder, "judgments")
+        path = files.found.get("judgments")
         if path is None:
             return None
         if searches is None:
             message = f"{path} needs searches, since a query has the split of its searches; add a file of searches"
             raise UserError(message)
-        judged = read_judgments(engine, path, GradeColumns(), self.grades)
+        judged = read_judgments(files.engine, path, GradeColumns(), self.grades, files.wanted["judgments"])
         mend = "is no item of the items file; add it there, or leave the row out"
         refuse_strangers(path, judged, items, "item_id", mend)
         return judged.drop("_row")
 
-    def _events(
-        self, engine: BaseBackend, folder: Path, items: ibis.Table, searched: bool
-    ) -> tuple[Path, ibis.Table, int]:
-        """The file, its events of known items with `_row`, and the number of events of unknown items.
 
-        Where an event can name a search, the events have `search_id` and `query`, null where not given.
-        """
-        path, table = _read(engine, folder, "events", EVENTS)
-        check_words(path, table, ("behavior", "scenario", "query"), EVENTS.ids)
-        if "search_id" in table.columns and not searched and "query" not in table.columns:
-            console.print(f"{path.name}: search_id is not used: there is no file of searches", markup=False)
-            table = table.drop("search_id")
-        seconds = as_seconds(table, "timestamp")
-        refuse(path, table, [
-            *not_null(table, "user_id"),
-            *not_null(table, "item_id"),
-            *seconds.checks,
-            *choice(table, "behavior", self.behaviors, "rename it, or list all in the source's `behaviors`"),
-            *(choice(table, "scenario", SCENARIOS, "use one of these") if "scenario" in table.columns else []),
-            *(as_number(table, "watch_seconds").checks if "watch_seconds" in table.columns else []),
-        ])  # fmt: skip
-        columns = {name: as_text(table[name]) for name in ("user_id", "item_id", "behavior")}
-        columns |= {name: as_text(table[name]) for name in ("scenario",) if name in table.columns}
-        names = ("search_id", "query")
-        if any(name in table.columns for name in names):
-            columns |= {name: as_text(table[name]) if name in table.columns else ibis.null("string") for name in names}
-        if "watch_seconds" in table.columns:
-            columns["watch_seconds"] = as_number(table, "watch_seconds").value
-        session = as_text(table.session_id) if "session_id" in table.columns else ibis.null("string")
-        typed = table.select(**columns, timestamp=seconds.value, session_id=session, _row=table._row)
-        typed = store(engine, typed, instead_of=table)
-        strangers = typed.anti_join(items, "item_id")
-        unknown, size = count_rows(strangers), count_rows(typed)
-        if 2 * unknown > size:
-            row = strangers.order_by("_row").limit(1).to_pyarrow().to_pylist()[0]
-            raise UserError(
-                f"{path}, column 'item_id': {unknown} of {size} events are of items that the items file lacks, "
-                f"the first in row {row['_row']} ({row['item_id']!r}); "
-                f"write the ids the same way in both files, or add the items"
-            )
-        return path, typed.semi_join(items, "item_id"), unknown
+@dataclass
+class _Files:
+    """The files of a folder while they are read."""
+
+    engine: BaseBackend
+    found: dict[str, Path]
+    """by table"""
+    wanted: dict[str, Wanted]
+    """by table"""
+    times: TimeForm
+
+    def __post_init__(self):
+        self.rows: dict[str, int] = {}
+        if "items" not in self.found:
+            events = self.wanted["events"]
+            self.wanted["events"] = replace(events, names=(*events.names, *OF_ITEMS))
+
+    def read(self, name: str) -> tuple[Path, ibis.Table]:
+        """The file of a table, and `read_table` of it; its rows are counted in `rows`."""
+        path = self.found[name]
+        table = read_table(self.engine, path, self.wanted[name], name)
+        self.rows[path.name] = count_rows(table)
+        return path, table
+
+    def items(self, told: ibis.Table) -> TypedItems:
+        """The items of their file; without one, those of the events, of which `told` has what events tell of items."""
+        if "items" in self.found:
+            return typed_items(self.engine, *self.read("items"), flags=True)
+        path = self.found["events"]
+        console.print(f"{path.name}: there is no table of items, so they are those of the events", markup=False)
+        return items_of_events(self.engine, path, told)
+
+
+_LATER = ("columns", "words", "files", "delimiter", "encoding", "decimal", "header", "time_format", "time_unit",
+          "whole_ids", "least_rating")  # fmt: skip
+
+
+def _check_named(
+    columns: Mapping[str, Mapping[str, str]], found: Mapping[str, Path], wanted: Mapping[str, Wanted]
+) -> None:
+    """UserError where no file has a column that was named."""
+    headers = {name: header_of(path, wanted[name]) for name, path in found.items()}
+    for table, pairs in columns.items():
+        files = [name for name in headers if name == table or (not table and name not in columns)]
+        there = {each.strip().lower() for name in files for each in headers[name]}
+        for ours, theirs in pairs.items() if files else ():
+            general = columns.get("", {}).get(ours) == theirs and table
+            if theirs and theirs.lower() not in there and not general:
+                listed = "; ".join(f"{found[name].name} has {', '.join(headers[name])}" for name in files)
+                raise UserError(f"{FLAG} {ours}={theirs!r}: there is no column {theirs!r}; {listed}")
 
 
 def _profiles(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.Table:
@@ -177,22 +270,3 @@ def _profiles(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.Table:
     twice = Check("user_id", table._copy > 0, "occurs twice; give every user one row")
     refuse(path, table, [*not_null(table, "user_id"), twice])
     return store(engine, table.select(**{name: as_text(table[name]) for name in ("user_id", *further)}))
-
-
-def _find(folder: Path, name: str) -> Path | None:
-    """The one file that holds the table `name`."""
-    found = [path for suffix in SUFFIXES if (path := folder / f"{name}.{suffix}").is_file()]
-    if len(found) > 1:
-        raise UserError(f"{folder} holds both {found[0].name} and {found[1].name}; keep one of them")
-    return found[0] if found else None
-
-
-def _read(engine: BaseBackend, folder: Path, name: str, wanted: Wanted) -> tuple[Path, ibis.Table]:
-    """The file of the table `name`, and `read_table` of it."""
-    path = _find(folder, name)
-    if path is None:
-        raise UserError(
-            f"{folder} has no {name}.parquet, {name}.csv or {name}.jsonl; "
-            f"add one with the columns {', '.join(wanted.required)}"
-        )
-    return path, read_table(engine, path, wanted)

@@ -1,14 +1,15 @@
 """A file of items: its columns, their checks, and the text of an item that has none of its own."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import ibis
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
-from jaxrec.data.sources.checks import Check, as_number, as_text, check_words, choice, not_null, refuse
+from jaxrec.data.sources.checks import Check, as_number, as_text, check_words, choice, refuse
 from jaxrec.data.sources.formats import Wanted
-from jaxrec.data.tables import store
+from jaxrec.data.tables import count_rows, store
 
 SCENARIOS = ("product_card", "short_video", "live_stream")
 
@@ -17,38 +18,47 @@ ITEMS = Wanted(
     required=("item_id", "title"),
     ids=("item_id", "product_ids"),
     vectors=("embedding",),
+    numbers=("price",),
     further=True,
 )
 
 
-def typed_items(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.Table:
-    """The checked items: item_id, title, text, category, brand, price and the further columns of the file.
+class TypedItems(NamedTuple):
+    """The checked items of a file."""
+
+    table: ibis.Table
+    """item_id, title, text, category, brand, price and the further columns of the file"""
+    dropped: dict[str, int]
+    """rows that are left out, by reason: without an id, or of an item that an earlier row has"""
+    untitled: int
+    """items without a title, whose id stands for it"""
+
+
+def typed_items(engine: BaseBackend, path: Path, table: ibis.Table, flags: bool = False) -> TypedItems:
+    """The checked items of a file.
+
+    Args:
+      engine: where the tables are kept.
+      path: the file, for messages.
+      table: its rows, as `jaxrec.data.sources.reading.read_table` gives them.
+      flags: whether messages may name the flags of a folder (`--data.columns`).
 
     Raises:
-      UserError: a value is missing or mistyped, or an item occurs twice.
+      UserError: a value is mistyped, or no row has an id.
     """
     for name in table.columns:
         if name.lower() in _MADE:
-            raise UserError(f"{path}: the column {name!r} has the name of {_MADE[name.lower()]}; rename it")
+            flag = f" with --data.columns NAME={name}, or leave it out with {name}=" if flags else ""
+            raise UserError(f"{path}: the column {name!r} has the name of {_MADE[name.lower()]}; rename it{flag}")
     check_words(path, table, ("title", "category", "brand", "text", "scenario"), ITEMS.ids)
-    copies = ibis.row_number().over(group_by=as_text(table.item_id), order_by=table._row)
-    table = store(engine, table.mutate(_copy=copies))
-    checks = [*not_null(table, "item_id"), Check("item_id", table._copy > 0, "occurs twice; give every item one row")]
-    checks += not_null(table, "title")
-    columns = {name: as_text(table[name]) for name in ("item_id", "title")}
-    for name in ("category", "brand"):
-        columns[name] = as_text(table[name]).fill_null("") if name in table.columns else ibis.literal("")
-    columns["price"] = ibis.null("float64")
-    if "price" in table.columns:
-        checks += as_number(table, "price").checks
-        columns["price"] = as_number(table, "price").value
-    if "scenario" in table.columns:
-        checks += choice(table, "scenario", SCENARIOS, "use one of these")
-        columns["scenario"] = as_text(table.scenario)
+    table, dropped = _first_rows(engine, path, table, flags)
+    columns, checks = _typed_columns(table, flags)
     refuse(path, table, checks)
     words = [columns[name] for name in ("title", "category", "brand")]
-    joined = ibis.literal(". ").join([word.nullif("") for word in words])
+    joined = ibis.literal(". ").join([word.nullif("") for word in words]).nullif("").coalesce(columns["item_id"])
     columns["text"] = as_text(table.text).coalesce(joined) if "text" in table.columns else joined
+    untitled = count_rows(table.filter(columns["title"].isnull()))
+    columns["title"] = columns["title"].coalesce(columns["item_id"])
     if "product_ids" in table.columns:
         columns["product_ids"] = _product_ids(engine, path, table)
     if "embedding" in table.columns:
@@ -56,9 +66,58 @@ def typed_items(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.Tabl
     further = [name for name in table.columns if name not in columns and not name.startswith("_")]
     order = ["item_id", "title", "text", "category", "brand", "price"]
     order += [name for name in columns if name not in order]
-    return store(
-        engine, table.select(**{name: columns[name] for name in order}, **{name: table[name] for name in further})
-    )
+    # What filters and attributes compare are numbers, not decimals.
+    more = {name: table[name].cast("float64") if table[name].type().is_decimal() else table[name] for name in further}
+    chosen = table.select(**{name: columns[name] for name in order}, **more)
+    return TypedItems(store(engine, chosen), dropped, untitled)
+
+
+def items_of_events(engine: BaseBackend, path: Path, table: ibis.Table) -> TypedItems:
+    """The items of a log without a table of items: what the latest event of each says of it.
+
+    Args:
+      engine: where the tables are kept.
+      path: the file of events, for messages.
+      table: item_id, timestamp int64 seconds, _row, and any of title, text, category, brand, price.
+    """
+    latest = ibis.row_number().over(group_by="item_id", order_by=[ibis.desc("timestamp"), ibis.desc("_row")])
+    table = store(engine, table.mutate(_latest=latest))
+    rows = table.filter(table._latest == 0).drop("_latest", "timestamp")
+    if "title" not in rows.columns:
+        rows = rows.mutate(title=ibis.null("string"))
+    return typed_items(engine, path, store(engine, rows, instead_of=table), flags=True)
+
+
+def _first_rows(engine: BaseBackend, path: Path, table: ibis.Table, flags: bool) -> tuple[ibis.Table, dict[str, int]]:
+    """The first row of every item, and the numbers of the others."""
+    copies = ibis.row_number().over(group_by=as_text(table.item_id), order_by=table._row)
+    table, size = store(engine, table.mutate(_copy=copies)), count_rows(table)
+    named = store(engine, table.filter(as_text(table.item_id).notnull()), instead_of=table)
+    known = count_rows(named)
+    if not known:
+        flag = ", or say which column has it with --data.columns item_id=..." if flags else ""
+        raise UserError(f"{path}, column 'item_id': is empty in all rows; fill it in{flag}")
+    first = store(engine, named.filter(named._copy == 0), instead_of=named)
+    dropped = {"row without an id": size - known, "row of an item that was listed before": known - count_rows(first)}
+    return first, {reason: count for reason, count in dropped.items() if count}
+
+
+def _typed_columns(table: ibis.Table, flags: bool) -> tuple[dict[str, ibis.Value], list[Check]]:
+    """The columns of one value a row, and their checks; a title may be null."""
+    checks: list[Check] = []
+    columns = {name: as_text(table[name]) for name in ("item_id", "title")}
+    for name in ("category", "brand"):
+        columns[name] = as_text(table[name]).fill_null("") if name in table.columns else ibis.literal("")
+    columns["price"] = ibis.null("float64")
+    if "price" in table.columns:
+        more = "; --data.decimal , reads 12,50, and --data.columns price= leaves the column out" if flags else ""
+        checks += as_number(table, "price", more).checks
+        columns["price"] = as_number(table, "price").value
+    if "scenario" in table.columns:
+        more = ", or leave the column out with --data.columns scenario=" if flags else ""
+        checks += choice(table, "scenario", SCENARIOS, f"use one of these{more}")
+        columns["scenario"] = as_text(table.scenario)
+    return columns, checks
 
 
 _MADE = {"count": "a column that preparation makes, the purchases of an item in training"}

@@ -22,7 +22,7 @@ from ibis.backends import BaseBackend
 from jaxrec.config import UserError, fingerprint
 from jaxrec.data.sources.files import digest
 from jaxrec.data.sources.formats import Wanted, check_encoding
-from jaxrec.data.sources.item_files import ITEMS, typed_items
+from jaxrec.data.sources.item_files import ITEMS, TypedItems, typed_items
 from jaxrec.data.sources.judgment_files import GradeColumns, read_judgments, refuse_strangers
 from jaxrec.data.sources.reading import read_table
 from jaxrec.data.tables import SPLITS, RawTables, Split, connect, count_rows, store
@@ -91,7 +91,8 @@ class JudgedPairs:
         """
         self._check()
         engine = connect()
-        items = self._products(engine)
+        typed = self._products(engine)
+        items = typed.table
         judged = self._judged(engine, items)
         size, judged = count_rows(judged), store(engine, judged.semi_join(items, "item_id"))
         rows = judged.order_by(["query", "item_id"]).to_pyarrow()
@@ -117,7 +118,7 @@ class JudgedPairs:
             store(engine, _events(led, split_of)),
             store(engine, _searches(searches)),
             judgments=judged,
-            dropped={"judgment of an unknown item": size - rows.num_rows},
+            dropped={"judgment of an unknown item": size - rows.num_rows, **typed.dropped},
             facts={**facts, "relevant": self.relevant, "grades": list(self.grades)},
         )
 
@@ -127,7 +128,7 @@ class JudgedPairs:
         bucket = int(hashlib.md5(text, usedforsecurity=False).hexdigest(), 16) % self.buckets
         return "test" if bucket in self.test_buckets else "valid" if bucket in self.valid_buckets else "train"
 
-    def _products(self, engine: BaseBackend) -> ibis.Table:
+    def _products(self, engine: BaseBackend) -> TypedItems:
         names = {self.product: "item_id", self.title: "title"}
         known = tuple(name for name in ITEMS.names if name not in names.values())
         ids = (self.product, *(name for name in ITEMS.ids if name != "item_id"))
@@ -143,7 +144,9 @@ class JudgedPairs:
     def _judged(self, engine: BaseBackend, items: ibis.Table) -> ibis.Table:
         """The checked pairs: query, item_id, grade."""
         path, columns = Path(self.pairs), GradeColumns(self.query, self.item, self.grade)
-        judged = read_judgments(engine, path, columns, self.grades, self.encoding)
+        names = (columns.query, columns.item, columns.grade)
+        wanted = Wanted(names, names, (columns.item,), encoding=self.encoding)
+        judged = read_judgments(engine, path, columns, self.grades, wanted)
         if self.unknown_items == "refuse":
             mend = f"is no item of {Path(self.products).name}; add it there, or set unknown_items to drop"
             refuse_strangers(path, judged, items, self.item, mend)

@@ -22,16 +22,21 @@ class GradeColumns:
     grade: str = "grade"
 
 
+JUDGMENTS = Wanted(("query", "item_id", "grade"), ("query", "item_id", "grade"), ("item_id",), numbers=("grade",))
+"""The columns of a folder's file of judged pairs."""
+
+
 def read_judgments(
-    engine: BaseBackend, path: Path, columns: GradeColumns, grades: tuple[float, float], encoding: str = "utf-8"
+    engine: BaseBackend, path: Path, columns: GradeColumns, grades: tuple[float, float], wanted: Wanted
 ) -> ibis.Table:
     """The checked pairs: query, item_id, grade, _row.
+
+    wanted: the three columns, and how the file is written.
 
     Raises:
       UserError: a value is missing, a grade is no number or outside of the scale `grades`, or a pair occurs twice.
     """
-    names = (columns.query, columns.item, columns.grade)
-    table = read_table(engine, path, Wanted(names, names, (columns.item,), encoding=encoding))
+    table = read_table(engine, path, wanted)
     check_words(path, table, (columns.query,), (columns.item,))
     copies = ibis.row_number().over(group_by=[table[columns.query], as_text(table[columns.item])], order_by=table._row)
     table = store(engine, table.mutate(_copy=copies), instead_of=table)

@@ -17,7 +17,17 @@ from ibis import _
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError
-from jaxrec.data.sources.checks import Check, as_seconds, as_text, check_words, choice, not_null, refuse
+from jaxrec.data.sources.checks import (
+    AS_IT_STANDS,
+    Check,
+    TimeForm,
+    as_seconds,
+    as_text,
+    check_words,
+    choice,
+    not_null,
+    refuse,
+)
 from jaxrec.data.sources.formats import Wanted
 from jaxrec.data.tables import FEEDBACK, count_rows, store
 
@@ -46,17 +56,17 @@ class Linked:
     unknown: int = 0
 
 
-def typed_searches(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.Table:
+def typed_searches(engine: BaseBackend, path: Path, table: ibis.Table, times: TimeForm = AS_IT_STANDS) -> ibis.Table:
     """The checked searches: search_id, user_id, timestamp, query, session_id or null, _row, _made.
 
     A search without a search_id gets one that no other search has; `_made` marks these.
     """
     check_words(path, table, ("query",), SEARCHES.ids)
-    seconds = as_seconds(table, "timestamp")
+    seconds = as_seconds(table, "timestamp", times)
     search_id = as_text(table.search_id) if "search_id" in table.columns else ibis.null("string")
     copies = ibis.row_number().over(group_by=search_id, order_by=table._row)
     table = store(engine, table.mutate(_id=search_id, _copy=copies, _seconds=seconds.value), instead_of=table)
-    checks = [*not_null(table, "user_id"), *as_seconds(table, "timestamp").checks, *not_blank(table, "query")]
+    checks = [*not_null(table, "user_id"), *as_seconds(table, "timestamp", times).checks, *not_blank(table, "query")]
     if "search_id" in table.columns:
         twice = table._id.notnull() & (table._copy > 0)
         checks.append(Check("search_id", twice, "occurs twice; give every search an id of its own"))
@@ -77,10 +87,10 @@ def typed_searches(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.T
     )
 
 
-def typed_suggestions(engine: BaseBackend, path: Path, table: ibis.Table) -> ibis.Table:
+def typed_suggestions(engine: BaseBackend, path: Path, table: ibis.Table, times: TimeForm = AS_IT_STANDS) -> ibis.Table:
     """The checked suggestions: user_id, timestamp, prefix, query, feedback, session_id or null, _row."""
     check_words(path, table, ("prefix", "query", "feedback"), SUGGESTIONS.ids)
-    seconds = as_seconds(table, "timestamp")
+    seconds = as_seconds(table, "timestamp", times)
     checks = [*not_null(table, "user_id"), *seconds.checks, *not_blank(table, "prefix"), *not_blank(table, "query")]
     mend = "use one of these, or leave the row out"
     refuse(path, table, [*checks, *choice(table, "feedback", FEEDBACK, mend)])

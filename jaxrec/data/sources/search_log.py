@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import duckdb
 import ibis
-import ibis.expr.datatypes as dt
 import pyarrow as pa
 from ibis import _
 from ibis.backends import BaseBackend
 
 from jaxrec.config import UserError, fingerprint
-from jaxrec.data.sources.checks import Check, Typed, as_seconds, as_text, check_words, not_null, refuse
+from jaxrec.data.sources.checks import TimeForm, as_seconds, as_text, check_form, check_words, not_null, refuse
 from jaxrec.data.sources.files import digest
 from jaxrec.data.sources.formats import Wanted, check_encoding
 from jaxrec.data.sources.query_files import fill_sessions, visible
@@ -76,7 +74,9 @@ class SearchLog:
         queries = count_rows(table)
         if not queries:
             raise UserError(f"{path}, column {self.query!r}: all queries are empty; name the column of the queries")
-        when = as_seconds(table, self.time) if not self.time_format else _formatted(engine, table, self)
+        if self.time_format:
+            check_form(engine, self.time_format)
+        when = as_seconds(table, self.time, TimeForm(self.time_format))
         refuse(path, table, [*not_null(table, self.user), *when.checks])
         searches = table.select(
             user_id=as_text(table[self.user]), timestamp=when.value, query=as_text(table[self.query]), _row=table._row
@@ -101,26 +101,6 @@ class SearchLog:
             raise UserError(
                 f"columns {list(self.columns)} lacks {missing[0]!r}; name the columns of user, time and query in it"
             )
-
-
-@ibis.udf.scalar.builtin
-def try_strptime(text: str, form: str) -> dt.timestamp:
-    """DuckDB's: the time that a text writes in a form, null where it does not."""
-
-
-def _formatted(engine: BaseBackend, table: ibis.Table, source: SearchLog) -> Typed:
-    """The times of a column in the source's form, as Unix seconds; UTC without a zone."""
-    try:
-        engine.con.execute("SELECT try_strptime('', ?)", [source.time_format]).fetchall()
-    except duckdb.Error as error:
-        raise UserError(
-            f"time_format={source.time_format!r} can't be read; write one as strptime's, such as %Y%m%d%H%M%S"
-        ) from error
-    seconds = try_strptime(as_text(table[source.time]).fill_null(""), source.time_format).epoch_seconds().cast("int64")
-    return Typed(seconds, [
-        Check(source.time, seconds.isnull(), f"is no time of the form {source.time_format}; correct it or time_format"),
-        Check(source.time, seconds < 0, "is before 1970; correct the time, or leave the row out"),
-    ])  # fmt: skip
 
 
 def no_items(engine: BaseBackend) -> ibis.Table:

@@ -7,7 +7,7 @@ residual k-means levels and FSQ. The phases of a run are those of `jaxrec.system
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
-from jaxrec.config import UserError, check_least, check_shares
+from jaxrec.config import UserError, check_heads, check_least, check_shares
 from jaxrec.data.features import FeatureConfig
 from jaxrec.data.popularity import PopularityConfig
 from jaxrec.models.cross_decoder import CrossDecoderConfig
@@ -166,6 +166,7 @@ class OneMallConfig(GenerativeRunConfig):
           UserError: as there, or it has not.
         """
         super().check()
+        check_heads(self.model.width, self.model.heads, "model.heads")
         own, rewards = self.reinforcement, self.reward_model
         if rewards is not None:
             rewards.check(tuple(self.data.behaviors))
