@@ -7,17 +7,24 @@ in a sentence of its own; several runs have those that they can answer, and no r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxrec.config import UserError
+from jaxrec.console import console
 from jaxrec.serving.retriever import Prepared, Retriever
 from jaxrec.serving.scheduler import Worker
+from jaxrec.serving.schema import Request
 
 ROUTES = ("recommend", "search", "suggest")
 TOGETHER_ON_CPU = 4
 """Requests in a call on CPU, where padding costs time: each call computes as many."""
+
+PROBED = 64
+"""Users of whom a full call is made, to see whether they get the bits that each gets alone."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,34 @@ class Lane:
         return self.retriever.search(prepared, self.sizes)
 
     def warm_up(self) -> None:
-        """Compiles what the lane can need."""
+        """Compiles what the lane can need, and says so if its answers are not the same bits alone and with others."""
         self.retriever.warm_up(self.sizes)
+        if len(self.sizes) == 1 and self.depends_on_others():
+            console.print(
+                f"{self.name}: scores depend in their last digits on the other requests of a call of {self.sizes[0]}; "
+                "another --batch-size may not have this"
+            )
+
+    def depends_on_others(self) -> bool:
+        """Whether some users of the run get other bits in a full call, in two orders, than each alone."""
+        text = {} if self.retriever.required_text is None else {self.retriever.required_text: "-"}
+        requests = [Request(user_id=user, **text) for user in islice(self.retriever.user_index, PROBED)]
+        kinds: dict[tuple, list[Prepared]] = {}
+        for prepared in map(self.retriever.prepare, requests):
+            if prepared.answer is None:
+                kinds.setdefault(prepared.kind, []).append(prepared)
+        if not kinds:
+            return False
+        some = max(kinds.values(), key=len)[: self.sizes[-1]]
+        alone = [self.search([each])[0] for each in some]
+        together, turned = self.search(some), self.search([*some[1:], some[0]])
+        turned = [turned[-1], *turned[:-1]]
+        return not all(
+            np.array_equal(mine, other)
+            for others in (together, turned)
+            for pair in zip(alone, others, strict=True)
+            for mine, other in zip(*pair, strict=True)
+        )
 
 
 def call_sizes(retriever: Retriever, together: int | None = None, alone: bool = False) -> tuple[int, ...]:

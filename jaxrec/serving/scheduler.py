@@ -144,7 +144,7 @@ class Scheduler:
         """observe: is told of every call that has ended: its tickets, and how long it took, in seconds."""
         self.workers, self.pacing, self.clock, self.observe = workers, pacing or Pacing(), clock, observe
         self.closing = False
-        self._threaded = threaded
+        self.threaded = threaded
         self._thread: threading.Thread | None = None
         self._calling = False
         self._waiting: dict[tuple[str, Hashable], list[Ticket]] = {}
@@ -169,7 +169,7 @@ class Scheduler:
             ticket = Ticket(lane, payload, kind, priority, self.clock(), deadline)
             self._paces.setdefault((lane, kind), Pace()).note(ticket.arrived, self.pacing.window)
             self._waiting.setdefault((lane, kind), []).append(ticket)
-            if self._threaded and self._thread is None:
+            if self.threaded and self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="device", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
@@ -185,7 +185,7 @@ class Scheduler:
         with self._changed:
             self.closing = True
             self._changed.notify_all()
-            if self._threaded:
+            if self.threaded:
                 self._changed.wait_for(lambda: not self._waiting and not self._calling, timeout=seconds)
             left = [ticket for tickets in self._waiting.values() for ticket in tickets]
             self._waiting.clear()
