@@ -81,6 +81,8 @@ class ServingMetrics:
             self.version.labels(lane.name).set_function(lambda lane=lane: lane.retriever.catalogue.current.number)
             self.ready.labels(lane.name).set_function(lambda lane=lane: float(lane.ready))
             self.degraded.labels(lane.name, "popular")
+            self.together.labels(lane.name)
+            self.calls.labels(lane.name)
             for stage in STAGES:
                 self.seconds.labels(lane.name, stage)
             for status in (200, 503, 504):
