@@ -215,6 +215,24 @@ async def test_batch_work_comes_last_over_http(retriever, _):
 
 
 @asyncio_test
+async def test_batch_work_leaves_room_for_others(retriever, _):
+    async with Asking(retriever, Limits(waiting=4)) as asking:
+        asked = []
+        for count in (1, 2):
+            asked.append(asking.post(user_id="u1", priority="batch"))
+            await asking.waits(count)
+        refused = await asking.post(user_id="u1", priority="batch")
+        error = {"error": "3 requests are waiting already, too many for batch work; try later"}
+        assert (refused.status_code, refused.json(), refused.headers["retry-after"]) == (503, error, "1")
+        asked.append(asking.post(user_id="u1"))
+        await asking.waits(3)
+        while not all(each.done() for each in asked):
+            await asking.step()
+            await asyncio.sleep(0.001)
+        assert {(await each).status_code for each in asked} == {200}
+
+
+@asyncio_test
 async def test_the_end_turns_away_what_does_not_finish_in_time(retriever, _):
     retriever.ready = True
     async with Asking(retriever, Limits(drain_seconds=0.0)) as asking:

@@ -8,7 +8,7 @@ never waits for the model.
 import asyncio
 import functools
 import json
-import secrets
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -59,6 +59,8 @@ DRAINED = 4
 SCHEMAS = "#/components/schemas/"
 GONE = 499
 """The status that is counted for a client that left; nobody is told it."""
+NAMES = random.Random()
+"""Of the names of requests, which are no secret; it makes no system call, for which threads would wait."""
 WANTED = {"search": "items", "suggest": "texts"}
 """What a route answers with; /recommend: either."""
 
@@ -167,7 +169,7 @@ class Front:
         """The response to a request of this kind; body: None reads it."""
         if (lane := self.by_route.get(route)) is None:
             raise HTTPException(404, f"no run of this server can {route}; it can {' and '.join(self.by_route)}")
-        passage = Passage(route, lane.name, secrets.token_hex(8))
+        passage = Passage(route, lane.name, f"{NAMES.getrandbits(64):016x}")
         begin = time.monotonic()
         try:
             if self.draining:
@@ -225,13 +227,15 @@ class Front:
         """Waits for the call of a request.
 
         Raises:
-          TooLateError, ShuttingDownError, ClientGoneError: it gets none.
+          TooLateError, QueueFullError, ShuttingDownError, ClientGoneError: it gets none.
         """
         request, seconds = prepared.request, self.limits.answer_seconds
         if request.timeout_ms is not None:
             seconds = min(seconds, request.timeout_ms / 1e3)
         priority = KEYSTROKE if passage.route == "suggest" else PAGE
-        priority = BATCH if request.priority == "batch" else priority
+        if request.priority == "batch":
+            self.places[lane.name].check_half()
+            priority = BATCH
         deadline = begin + seconds
         ticket = self.scheduler.submit(lane.name, prepared, prepared.kind, priority=priority, deadline=deadline)
         try:

@@ -65,6 +65,11 @@ class Places:
         if self.inside >= self.limit:
             raise QueueFullError(f"{self.limit} requests are {self.state} already; try again in a second")
 
+    def check_half(self) -> None:
+        """Raises QueueFullError if more than half of the places are taken: the rest are for more urgent requests."""
+        if self.inside > max(1, self.limit // 2):
+            raise QueueFullError(f"{self.inside} requests are {self.state} already, too many for batch work; try later")
+
     @contextmanager
     def place(self) -> Iterator[None]:
         """Holds a place; raises QueueFullError if there is none."""
@@ -253,7 +258,7 @@ class Scheduler:
             self._waiting[key] = rest
         else:
             del self._waiting[key]
-            self._forget(key)
+            self._drop_old_paces(key)
         taken = [each for each in urgent if each.result.set_running_or_notify_cancel()]
         return taken, late, self._next(now)
 
@@ -267,7 +272,7 @@ class Scheduler:
         times += [each.deadline for tickets in self._waiting.values() for each in tickets if each.deadline is not None]
         return min(times, default=None)
 
-    def _forget(self, key: tuple[str, Hashable]) -> None:
+    def _drop_old_paces(self, key: tuple[str, Hashable]) -> None:
         """Drops the rhythms of kinds that have not been asked for lately, such as those of earlier versions."""
         if len(self._paces) > 1000:
             old = [other for other, pace in self._paces.items() if other != key and other not in self._waiting]
