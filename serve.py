@@ -125,8 +125,8 @@ def answer_http(arguments: Arguments) -> None:
     from jaxrec.serving.watch import log_requests
 
     tokens = read_tokens(arguments.token_file)
-    check_access(arguments.http, tokens)
     bind(*parse_address(arguments.http)).close()  # an address that can't be had is refused before a model loads
+    check_access(arguments.http, tokens)
     log_requests(arguments.log)
     given = {
         "waiting": arguments.max_waiting,
