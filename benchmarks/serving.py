@@ -41,6 +41,7 @@ from jaxrec.config import UserError
 from jaxrec.console import console, report_user_errors
 from jaxrec.programs import keep_compiled_programs
 from jaxrec.serving.http import serve
+from jaxrec.serving.lanes import call_sizes
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 
@@ -79,7 +80,7 @@ def main() -> None:
             if args.run or not args.quick:
                 compare_loads(str(args.run or "a mall"), port, retriever, retriever.sizes, args.quick)
             first, second = (timed(Client(port).ask, users[0], 50) for _ in range(2))
-            alone = compare_one_client(Client(port), users, searches)
+            alone = compare_one_client(Client(port), users, searches, call_sizes(retriever)[-1])
             compare_clients(port, users, alone)
         report("first request of a depth", "k=50, the first of all", first, second, "the second")
         if not args.quick:
@@ -227,12 +228,12 @@ def calls_of(port: int) -> tuple[float, float]:
     return tuple(float(each[1]) for each in found)
 
 
-def compare_one_client(client: Client, users: list[str], searches: list[Callable[[], object]]) -> float:
-    """Requests and searches in turn; returns the median of the searches."""
+def compare_one_client(client: Client, users: list[str], searches: list[Callable[[], object]], size: int) -> float:
+    """Requests, in calls of `size`, and searches in turn; returns the median of the searches."""
     searches[0]()  # compiles
     pairs = [(timed(client.ask, user), timed(search)) for user, search in zip(users, searches, strict=True)]
     ours, alone = np.median(pairs, axis=0)
-    report("request over HTTP", "1 client", ours, alone, "the model alone")
+    report("request over HTTP", f"1 client, calls of {size}", ours, alone, "the model alone")
     return alone
 
 

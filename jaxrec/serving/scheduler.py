@@ -284,16 +284,15 @@ class Scheduler:
         for ticket in tickets:
             ticket.called, ticket.together = start, len(tickets)
         results = self._results(tickets)
-        seconds = self.clock() - start
+        try:
+            self.observe(tickets, self.clock() - start)
+        except Exception:  # the thread has to live
+            LOG.exception("a call was not counted")
         for ticket, result in zip(tickets, results, strict=True):
             if isinstance(result, BaseException):
                 ticket.result.set_exception(result)
             else:
                 ticket.result.set_result(result)
-        try:
-            self.observe(tickets, seconds)
-        except Exception:  # the thread has to live
-            LOG.exception("a call was not counted")
 
     def _results(self, tickets: list[Ticket]) -> list[Any]:
         """The result of each, or its error; what fails together is tried alone, so that one cannot fail the others."""
