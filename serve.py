@@ -48,7 +48,7 @@ class Arguments:
     max_body: float | None = None
     """with --http: MiB that the body of a request may have; default: 16"""
     timeout: float | None = None
-    """with --http: seconds that an answer may take, later ones get status 504; default: 30"""
+    """with --http: seconds that an answer may take, later ones get status 504; default: as each request says"""
     drain: float | None = None
     """with --http: seconds that requests in progress have when the server is ended; default: 10"""
     alone: bool = False

@@ -326,3 +326,13 @@ def test_what_is_not_finished_in_time_is_turned_away(threaded, held):
         waiting[1].result.result(0)
     held.go_on.release()
     assert first.result.result(30) == "answer to 0", "the model was not interrupted"
+
+
+def test_the_thread_of_what_is_closed_ends_at_once(threaded, held):
+    held.go_on.release()
+    (ticket,) = submit(threaded, 0)
+    assert ticket.result.result(30) == "answer to 0"
+    thread = threaded._thread
+    threaded.close(30)
+    threaded.join(30)
+    assert not thread.is_alive() and threaded._thread is None

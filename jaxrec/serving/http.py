@@ -77,8 +77,8 @@ class Limits:
     """bytes of a body; a history of 100,000 events has about 8 MB"""
     body_seconds: float = 30.0
     """for the whole body to arrive"""
-    answer_seconds: float = 30.0
-    """for an answer, of a request without `timeout_ms` or with a longer one; then it gets status 504"""
+    answer_seconds: float | None = None
+    """for an answer, of a request without `timeout_ms` or with a longer one; then it gets status 504. None: no limit"""
     drain_seconds: float = 10.0
     """that requests in progress have when the server is ended; then they get status 503"""
 
@@ -229,14 +229,14 @@ class Front:
         Raises:
           TooLateError, QueueFullError, ShuttingDownError, ClientGoneError: it gets none.
         """
-        request, seconds = prepared.request, self.limits.answer_seconds
-        if request.timeout_ms is not None:
-            seconds = min(seconds, request.timeout_ms / 1e3)
+        request = prepared.request
+        given = [self.limits.answer_seconds, None if request.timeout_ms is None else request.timeout_ms / 1e3]
+        seconds = min((each for each in given if each is not None), default=None)
         priority = KEYSTROKE if passage.route == "suggest" else PAGE
         if request.priority == "batch":
             self.places[lane.name].check_half()
             priority = BATCH
-        deadline = begin + seconds
+        deadline = None if seconds is None else begin + seconds
         ticket = self.scheduler.submit(lane.name, prepared, prepared.kind, priority=priority, deadline=deadline)
         try:
             return await _first(http, ticket, deadline)
@@ -253,11 +253,12 @@ class Front:
         return await asyncio.get_running_loop().run_in_executor(self.threads, functools.partial(function, *arguments))
 
 
-async def _first(http: HttpRequest, ticket: Ticket, deadline: float) -> Any:
+async def _first(http: HttpRequest, ticket: Ticket, deadline: float | None) -> Any:
     """The result of a ticket, unless its deadline passes or its client leaves before; it is then cancelled."""
     result, gone = asyncio.wrap_future(ticket.result), asyncio.ensure_future(_disconnected(http))
     try:
-        await asyncio.wait({result, gone}, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+        left = None if deadline is None else deadline - time.monotonic()
+        await asyncio.wait({result, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if result.done():
             return result.result()
         if gone.done():

@@ -12,10 +12,12 @@ While the model works, further requests gather, so that a busy lane fills its ca
 The scheduler knows neither HTTP nor models: a lane gives it `run`, a function of several payloads of one kind.
 """
 
+import atexit
 import heapq
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -27,6 +29,10 @@ KEYSTROKE, PAGE, BATCH = range(3)
 """Priorities, the most urgent first."""
 REST = 5.0
 """Seconds without work after which the thread ends; the next request starts another one."""
+LAST_CALL = 10.0
+"""Seconds that a call has to end when the process does."""
+LIVING = weakref.WeakSet()
+"""All schedulers."""
 
 
 class QueueFullError(Exception):
@@ -155,6 +161,7 @@ class Scheduler:
         self._waiting: dict[tuple[str, Hashable], list[Ticket]] = {}
         self._paces: dict[tuple[str, Hashable], Pace] = {}
         self._changed = threading.Condition()
+        LIVING.add(self)
 
     # ---- asking ------------------------------------------------------------------------------------------------------
 
@@ -198,6 +205,13 @@ class Scheduler:
             _fail(ticket, ShuttingDownError("the server is shutting down; ask another one"))
         return len(left)
 
+    def join(self, seconds: float) -> None:
+        """Waits for the thread of a closed scheduler, at most so long."""
+        with self._changed:
+            thread = self._thread
+        if thread is not None:
+            thread.join(seconds)
+
     # ---- calling -----------------------------------------------------------------------------------------------------
 
     def step(self) -> int | None:
@@ -222,6 +236,9 @@ class Scheduler:
                 tickets, late, until = self._take(self.clock())
                 if not tickets and not late:
                     self._changed.notify_all()  # `close`, in case what waited was cancelled
+                    if self.closing and until is None:
+                        self._thread = None
+                        return
                     if until is not None:
                         self._changed.wait(max(0.0, until - self.clock()))
                     elif not self._changed.wait(REST) and not self._waiting:
@@ -311,6 +328,14 @@ class Scheduler:
     def _turn_away(self, late: list[Ticket]) -> None:
         for ticket in late:
             _fail(ticket, TooLateError("the deadline passed before the model was free"))
+
+
+@atexit.register
+def _end_all() -> None:
+    """Ends the threads: one that is in the model while the interpreter goes would crash the process."""
+    for scheduler in list(LIVING):
+        scheduler.close(0.0)
+        scheduler.join(LAST_CALL)
 
 
 def _fail(ticket: Ticket, error: Exception) -> None:
