@@ -68,7 +68,7 @@ def test_filters_over_http(client):
          "of its history"),
         ('{"user_id": "u1", "event": 3}', 422,
          "unknown field event; known are user_id, history, query, prefix, profile, k, exclude_history, filter, "
-         "blocked, allowed, now, searches, mode"),
+         "blocked, allowed, now, searches, mode, timeout_ms, priority"),
         ('{"user_id": "u1", "profile": {"age": "40"}}', 422,
          "the system 'none' of this run reads no age of a user's profile; leave it out of the field profile"),
         ('{"user_id": "u1", "filter": {"price": {"min": 3, "max": 1}}}', 422,
@@ -316,11 +316,11 @@ def test_the_port_opens_when_everything_is_compiled(retriever, monkeypatch):
         held.append(bind(*address))
         return held[0]
 
-    def closed():
+    def closed(sizes):
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(held[0].getsockname(), 5)
         assert not said
-        warm_up()
+        warm_up(sizes)
 
     def ask_and_end(note):
         """The server's note comes when it can be asked."""
@@ -388,7 +388,7 @@ def test_a_port_that_is_lost_during_the_warm_up(retriever, monkeypatch):
         held.append(bind(*address))
         return held[0]
 
-    def lose():
+    def lose(_):
         held[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         others.append(socket.create_server(held[0].getsockname()))
 

@@ -64,6 +64,32 @@ def batch_sizes(most: int) -> tuple[int, ...]:
     return (*itertools.takewhile(lambda size: size < most, (1, *(8 * 4**step for step in range(30)))), most)
 
 
+@dataclasses.dataclass
+class Prepared:
+    """A request on its way to the model, or with its answer."""
+
+    request: Request
+    version: Version
+    """of the catalogue, for the whole request"""
+    depth: int
+    """of the ranking"""
+    history: Any = None
+    """as the recommender takes it"""
+    ignored: list[str] = dataclasses.field(default_factory=list)
+    """item ids of the request that the catalogue does not know"""
+    searched: set[str] = dataclasses.field(default_factory=set)
+    """the user's searches, normalised"""
+    allowed: Allowed | None = None
+    """the answers that the request may get; None: all"""
+    answer: Answer | UserError | None = None
+    """where no model is needed"""
+
+    @property
+    def kind(self) -> tuple[bool, int, int, tuple[int, ...]]:
+        """What requests of one call share: filters or none, depth, version, the shape of the history's arrays."""
+        return self.allowed is not None, self.depth, self.version.number, getattr(self.history, "shape", ())
+
+
 class Retriever:
     """Answers batches of requests; thread-safe.
 
@@ -231,53 +257,79 @@ class Retriever:
         function of the items table that returns it (its mask is cached, so pass the same function object).
         """
         version = self.catalogue.current
-        answers: list[Answer | UserError | None] = [None] * len(requests)
-        known: list[tuple[int, History]] = []
-        ignored: dict[int, list[str]] = {}
-        searched: dict[int, set[str]] = {}
-        allowed: dict[int, Allowed | None] = {}
-        for row, request in enumerate(requests):
-            try:
-                history, ignored[row] = self.history(request, version)
-                searched[row] = {normalised(text) for text in history.get("search_query", ())}
-                if request.mode == "own":
-                    answers[row] = self._own(history, request, version)
-                    continue
-                allowed[row] = self._allowed(request, None if within is None else within[row], history, version)
-            except UserError as error:
-                answers[row] = error
-                continue
-            except Exception as error:  # an internal error must not fail the other requests
-                LOG.exception("a request was refused")
-                answers[row] = UserError(f"this request can't be answered: {type(error).__name__}; the log says why")
-                continue
-            if allowed[row] is not None and not allowed[row].count:
-                source = "model" if _is_known(history) else "popular"
-                answers[row] = Answer(items=[], source=source, ignored=ignored[row] or None, note=NOTHING_ALLOWED)
-            elif _is_known(history):
-                known.append((row, history))
-            else:
-                popular = self.answers.popular(version, request.k, allowed[row])
-                answers[row] = self._answer(version, *popular, "popular", ignored[row])
-
-        def call(pair: tuple[int, History]) -> tuple[bool, int]:
-            row = pair[0]
-            return allowed[row] is not None, self.depth(requests[row].k)
-
+        masks = [None] * len(requests) if within is None else within
+        prepared = [self.prepare(*pair, version) for pair in zip(requests, masks, strict=True)]
+        answers = [each.answer for each in prepared]
+        rows = [row for row, answer in enumerate(answers) if answer is None]
         # Requests with and without filters, and of different depths, are different calls of the model.
-        known.sort(key=call)
-        for (filtered, depth), group in groupby(known, key=call):
-            pairs = list(group)
-            for start in range(0, len(pairs), at_once):
-                rows, histories = zip(*pairs[start : start + at_once], strict=True)
-                filters = [allowed[row] for row in rows] if filtered else None
-                ranked = self._recommend(version, list(histories), depth, filters)
-                for row, best, scores in zip(rows, *ranked, strict=True):
-                    answers[row] = self._answer(version, best[: requests[row].k], scores, "model", ignored[row])
-        for row, mine in searched.items():
-            for text in getattr(answers[row], "texts", None) or ():
-                text.own = normalised(text.text) in mine
+        rows.sort(key=lambda row: prepared[row].kind[:2])
+        for _, group in groupby(rows, key=lambda row: prepared[row].kind[:2]):
+            same = list(group)
+            for start in range(0, len(same), at_once):
+                some = same[start : start + at_once]
+                for row, found in zip(some, self.search([prepared[row] for row in some]), strict=True):
+                    answers[row] = self.finish(prepared[row], found)
         return answers
+
+    def prepare(
+        self, request: Request, within: Predicate | np.ndarray | None = None, version: Version | None = None
+    ) -> "Prepared":
+        """What the host does before the model: the history, what is allowed; or the answer, where it needs no model.
+
+        version: of the catalogue; None: the current one. A request that can't be answered has the UserError as answer.
+        """
+        version = version or self.catalogue.current
+        prepared = Prepared(request, version, self.depth(request.k))
+        try:
+            history, prepared.ignored = self.history(request, version)
+            prepared.searched = {normalised(text) for text in history.get("search_query", ())}
+            if request.mode == "own":
+                prepared.answer = self._own(history, request, version)
+                return prepared
+            prepared.allowed = self._allowed(request, within, history, version)
+        except UserError as error:
+            prepared.answer = error
+        except Exception as error:  # an internal error must not fail the other requests
+            LOG.exception("a request was refused")
+            prepared.answer = UserError(f"this request can't be answered: {type(error).__name__}; the log says why")
+        if prepared.answer is not None:
+            return prepared
+        if prepared.allowed is not None and not prepared.allowed.count:
+            source = "model" if _is_known(history) else "popular"
+            prepared.answer = Answer(items=[], source=source, ignored=prepared.ignored or None, note=NOTHING_ALLOWED)
+        elif not _is_known(history):
+            popular = self.answers.popular(version, request.k, prepared.allowed)
+            prepared.answer = self._marked(prepared, self._answer(version, *popular, "popular", prepared.ignored))
+        else:
+            # Read here, where several threads are, and not where requests wait for one another.
+            prepared.history = self.recommender.read(history) if hasattr(self.recommender, "read") else history
+        return prepared
+
+    def search(
+        self, prepared: Sequence["Prepared"], sizes: Sequence[int] | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Calls the model for requests of one version, depth, and all with filters or all without.
+
+        sizes: what batches are padded to, rising; None: `self.sizes`. Returns for each request what `finish` takes:
+        int32 [k] answers (-1 = none) and their scores float32 [k].
+        """
+        first = prepared[0]
+        allowed = None if first.allowed is None else [each.allowed for each in prepared]
+        found = self._recommend(first.version, [each.history for each in prepared], first.depth, allowed, sizes)
+        return list(zip(*found, strict=True))
+
+    def finish(self, prepared: "Prepared", found: tuple[np.ndarray, np.ndarray]) -> Answer:
+        """The answer to a request, of what `search` found."""
+        best, scores = found
+        best = best[: prepared.request.k]
+        answer = self._answer(prepared.version, best, scores, "model", prepared.ignored)
+        return self._marked(prepared, answer)
+
+    def _marked(self, prepared: "Prepared", answer: Answer) -> Answer:
+        """The answer, with the texts marked that the user searched for before."""
+        for text in answer.texts or ():
+            text.own = normalised(text.text) in prepared.searched
+        return answer
 
     def _own(self, history: History, request: Request, version: Version) -> Answer:
         """The user's own searches that begin with the prefix; none that is blocked."""
@@ -349,14 +401,19 @@ class Retriever:
         return InlineHistories(version.row, self.behaviors, self.target_behaviors, self.latest, self.reads_queries)
 
     def _recommend(
-        self, version: Version, histories: list[History], depth: int, allowed: list[Allowed] | None
+        self,
+        version: Version,
+        histories: list[Any],
+        depth: int,
+        allowed: list[Allowed] | None,
+        sizes: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Calls the model, one call at a time; the model pads histories of one length to a batch."""
         if version.served is None:
             return self._rank_and_drop(version, histories, depth, allowed)
         with self._lock:
             return self.recommender.recommend(
-                histories, depth, allowed=allowed, served=version.served, sizes=self.sizes, space=version.texts
+                histories, depth, allowed=allowed, served=version.served, sizes=sizes or self.sizes, space=version.texts
             )
 
     def _rank_and_drop(
@@ -396,18 +453,20 @@ class Retriever:
         filters = (None, version.order.allowed()) if self.answers.filtered else (None,)
         calls = itertools.product(depths, sizes, lengths, filters)
         for depth, size, history, allowed in track(list(calls), "compile"):
-            self._recommend(version, [history] * size, depth, None if allowed is None else [allowed] * size)
+            self._recommend(version, [history] * size, depth, None if allowed is None else [allowed] * size, (size,))
         # Accelerators pad lists of blocked items as well; the rest of an answer is warm after the first one.
-        for history in lengths[:1] if self.answers.filtered else ():
+        for history, size in itertools.product(lengths[:1] if self.answers.filtered else (), sizes):
             for listed in itertools.takewhile(lambda count: count < len(version.popular), LIST_SIZES):
                 blocked = version.order.allowed(blocked=version.popular[:listed])
-                self._recommend(version, [history], depths[0], [blocked])
+                self._recommend(version, [history] * size, depths[0], [blocked] * size, (size,))
         for item in version.most_popular(1):
             asked = {"history": [{"item_id": version.items["item_id"][int(item)].as_py()}]}
             if self.required_text is not None:
                 asked[self.required_text] = "-"
             for more in ({}, {"exclude_history": True}) if self.answers.filtered else ({},):
-                self.answer([Request.model_validate(asked | more)])
+                prepared = self.prepare(Request.model_validate(asked | more), None, version)
+                if prepared.answer is None:
+                    self.finish(prepared, self.search([prepared], sizes)[0])
         self.ready = True
 
 

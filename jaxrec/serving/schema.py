@@ -31,6 +31,8 @@ MAX_TEXT = 10_000
 """The most characters of an id or a name."""
 MAX_QUERY = 10_000
 """The most characters of a query or a prefix; how much of it is read, the model decides."""
+MAX_TIMEOUT = 600_000
+"""The most milliseconds that a request may wait."""
 MAX_SENTENCE = 500
 """The most characters of an error, which may quote the request."""
 HALF = "holds half a character (a lone surrogate); give whole ones"
@@ -148,6 +150,16 @@ class Request(BaseModel):
     )
     mode: Literal["own"] | None = Field(
         None, description="own: the user's own searches that begin with the prefix, without the model."
+    )
+    timeout_ms: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_TIMEOUT,
+        strict=True,
+        description="Over HTTP: milliseconds after which the answer is of no use; a late one is status 504.",
+    )
+    priority: Literal["batch"] | None = Field(
+        None, description="Over HTTP: batch: after the requests of those who wait for a page."
     )
 
     @field_validator("filter")

@@ -181,6 +181,20 @@ class Reader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ReadHistory:
+    """A history as the model reads it, before its arrays are cut."""
+
+    history: History
+    """with the arrays of its texts, where the model reads texts"""
+    end: int
+    """the session before which events count"""
+    begin: dict[str, np.ndarray]
+    """the arrays of what texts have to begin with; none where they need not"""
+    shape: tuple[int, int]
+    """of its arrays, which histories of one batch share: length bucket, words of `begin`"""
+
+
 class GenerativeRecommender:
     """Recommends with a trained model. Histories are padded to few shapes: nothing recompiles after a warm-up."""
 
@@ -243,7 +257,7 @@ class GenerativeRecommender:
 
     def recommend(
         self,
-        histories: list[History],
+        histories: Sequence[History | ReadHistory],
         k: int,
         exclude_history: bool = False,
         *,
@@ -254,14 +268,16 @@ class GenerativeRecommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best answers to each history: int32 [B, k] (-1 = none) and their log-probabilities float32 [B, k].
 
-        `exclude_history` leaves out the answers that the history holds (items under a target behavior, or searched
-        texts), also of those that `allowed` names. Items that share an ID share its score, by descending popularity.
-        `allowed` says which answers each history may get, in the order of the trie of `served`, which is that of a
-        version of a live catalogue (`serve_version`) or by default of the trained one. Batches are padded to one of
+        Histories may have been read before (`read`). `exclude_history` leaves out the answers that the history holds
+        (items under a target behavior, or searched texts), also of those that `allowed` names. Items that share an ID
+        share its score, by descending popularity. `allowed` says which answers each history may get, in the order of
+        the trie of `served`, which is that of a version of a live catalogue (`serve_version`) or by default of the
+        trained one. Batches are padded to one of
         `sizes`, which rise; by default to `config.batch_size`, for which the fewest programs are compiled. `space` is
         that of the version's texts where their list changes.
         """
         served, space = self.served if served is None else served, space or self.space
+        readings, histories = histories, [_history_of(each) for each in histories]
         held = [space.held(history, self.assembly.wanted) for history in histories] if exclude_history else None
         if held and served.trie is not None:
             allowed = _unseen(held, allowed, self._order_of(served.trie))
@@ -270,7 +286,7 @@ class GenerativeRecommender:
         width = self.width(k)
 
         def searches():
-            for rows, arrays in self.batches(histories, sizes):
+            for rows, arrays in self.batches(readings, sizes):
                 few = None if allowed is None else _stack([allowed[row] for row in rows], _batch_size(arrays))
                 self._note(arrays, few, width, k)
                 yield rows, self._search(served, arrays, few, width, k)
@@ -345,25 +361,29 @@ class GenerativeRecommender:
         """The arrays of what texts have to begin with; none where they need not."""
         return self.space.begin(typed(typed_text(history))) if self.config.completing else {}
 
-    def batches(self, histories: list[History], sizes: Sequence[int] | None = None):
-        """Yields (rows, stacked features): histories of one length bucket, padded to the smallest of `sizes`.
+    def read(self, history: History) -> ReadHistory:
+        """Reads a history's texts and finds the shape of its arrays."""
+        if self.reads_queries:
+            history = self.assembly.read_texts(history)
+        end = int(history["session"][-1]) + 1 if len(history["session"]) else 0
+        begin = self._begin(history)
+        shape = self.feature_config.bucket_of(history, end), len(begin.get("typed", ()))
+        return ReadHistory(history, end, begin, shape)
+
+    def batches(self, histories: Sequence[History | ReadHistory], sizes: Sequence[int] | None = None):
+        """Yields (rows, stacked features): histories of one shape, padded to the smallest of `sizes`.
 
         Where there are more than the largest, all batches have that size.
         """
         sizes = sizes or (self.config.batch_size,)
-        if self.reads_queries:
-            histories = [self.assembly.read_texts(history) for history in histories]
-        ends = [int(history["session"][-1]) + 1 if len(history["session"]) else 0 for history in histories]
-        pairs = list(zip(histories, ends, strict=True))
-        buckets = np.array([self.feature_config.bucket_of(history, end) for history, end in pairs])
-        begins = [self._begin(history) for history in histories]
-        shapes = np.stack([buckets, [len(arrays.get("typed", ())) for arrays in begins]], axis=1)
-        for shape in np.unique(shapes, axis=0):
+        reads = [each if isinstance(each, ReadHistory) else self.read(each) for each in histories]
+        shapes = np.array([each.shape for each in reads])
+        for shape in np.unique(shapes, axis=0) if reads else ():
             group = np.flatnonzero((shapes == shape).all(1))
             size = next((size for size in sizes if size >= len(group)), sizes[-1])
             for start in range(0, len(group), size):
                 rows = group[start : start + size]
-                cuts = [self._cut(*pairs[row]) | begins[row] for row in rows]
+                cuts = [self._cut(reads[row].history, reads[row].end) | reads[row].begin for row in rows]
                 filled = [cuts[index % len(cuts)] for index in range(size)]
                 yield rows, {name: np.stack([arrays[name] for arrays in filled]) for name in cuts[0]}
 
@@ -481,6 +501,10 @@ def _without(
 def typed_text(history: History) -> str:
     """What was typed last, as a text; none if nothing was."""
     return history.get("prefix", history.get("query", ""))
+
+
+def _history_of(given: History | ReadHistory) -> History:
+    return given.history if isinstance(given, ReadHistory) else given
 
 
 def _batch_size(arrays: dict[str, jax.Array]) -> int:
