@@ -40,6 +40,7 @@ from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems import load_recommender, pretrained, train
 from jaxrec.systems.onesearch import queries as onesearch_queries
+from jaxrec.systems import stored_rows as of_stored
 from jaxrec.systems.onesearch import training as onesearch_training
 from jaxrec.systems.onesearch.config import (
     CO_OCCURRENCE,
@@ -57,7 +58,7 @@ from jaxrec.systems.onesearch.training import (
     check_searches,
     example,
     losses,
-    stages,
+    supervised_stages,
     training_batches,
     training_searches_of,
 )
@@ -72,25 +73,36 @@ from jaxrec.text.tokenizer import load_tokenizer
 from jaxrec.training import checkpoint, loop
 from jaxrec.training.stages import Task
 
-STAGES = (CONTENT, CO_OCCURRENCE, PERSONALISATION)
+STAGES = (CONTENT, CO_OCCURRENCE, PERSONALISATION, REWARD_MODEL, REORDERED, INTERACTIONS)
 EMPTY = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """Two runs of one configuration: one without a stop, one stopped in each of its three stages and run again."""
+    """Two runs of one configuration: one without a stop, one stopped in each of its six stages, and while the frozen
+    stage answers searches, and run again."""
     folder = tmp_path_factory.mktemp("onesearch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXREC_CACHE", str(folder / "cache"))
+        patch.setattr(of_stored, "AT_ONCE", 64)
         train(Run.open(folder / "whole", CONFIG), CONFIG)
         unmade = shutil.ignore_patterns("stages", "eval*", "*.jsonl")
         shutil.copytree(folder / "whole", folder / "stopped", ignore=unmade)
-        stops = ["step:20", "step:14", "step:30"]
+        stops, files, save = ["step:20", "step:14", "step:30", "step:18", "step:12", "step:10"], [], of_stored.save_rows
+
+        def save_and_stop(path: Path, found: dict) -> None:
+            save(path, found)
+            files.append(path)
+            if len(files) == 2:
+                raise StoppedError
+
         patch.setattr(loop, "fault_point", stopping(stops))
+        patch.setattr(of_stored, "save_rows", save_and_stop)
         while stops:
             with pytest.raises(StoppedError):
                 train(Run.open(folder / "stopped", CONFIG), CONFIG)
         train(Run.open(folder / "stopped", CONFIG), CONFIG)
+        assert len(files) == len(set(files)) > 6
     return folder / "whole", folder / "stopped"
 
 
@@ -124,8 +136,9 @@ def test_stopped_in_every_stage_it_ends_in_the_same_bits(runs):
 def test_it_finds_what_was_searched_for(path):
     """A random item has a recall@10 of .08, and what is most popular .14."""
     rows = read_json(path / "evaluation.json")
-    (recall,) = (row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all")
-    assert recall > 0.8
+    found = {row["model"]: row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all"}
+    assert set(found) == {"onesearch", "onesearch before rewards", "onesearch_rm"}
+    assert min(found.values()) > 0.8
 
 
 def test_the_loss_of_every_task_is_logged(path):
@@ -373,7 +386,7 @@ def test_a_stage_without_tasks_is_left_out(path, monkeypatch, tmp_path):
         dataclasses.replace(CONFIG, **parts)
         for parts in ({"content": none[0]}, {"co_occurrence": none[1]}, {"content": none[0], "co_occurrence": none[1]})
     )
-    order = [[(stage.name, stage.start) for stage in stages(Run(path), each)] for each in (second, first, neither)]
+    order = [[(stage.name, stage.start) for stage in supervised_stages(Run(path), each)] for each in (second, first, neither)]
     assert order == [
         [(CO_OCCURRENCE, ""), (PERSONALISATION, CO_OCCURRENCE)],
         [(CONTENT, ""), (PERSONALISATION, CONTENT)],
@@ -383,7 +396,7 @@ def test_a_stage_without_tasks_is_left_out(path, monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(onesearch_training, "train_model", lambda *_, init: made.append(init(0, None)))
     monkeypatch.setattr(pretrained, "with_pretrained", lambda variables, folder, seed: folder)
-    (last,) = stages(Run(path), dataclasses.replace(neither, pretrained="bart"))
+    (last,) = supervised_stages(Run(path), dataclasses.replace(neither, pretrained="bart"))
     monkeypatch.setattr(onesearch_training, "fitted", lambda config, space: config)
     monkeypatch.setattr(onesearch_training, "training_batches", lambda *_: None)
     monkeypatch.setattr(onesearch_training, "assemble", lambda *_: SimpleNamespace(init=lambda *_: "fresh", space=None))
