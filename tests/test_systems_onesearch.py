@@ -110,7 +110,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
             with pytest.raises(StoppedError):
                 train(Run.open(folder / "stopped", CONFIG), CONFIG)
         train(Run.open(folder / "stopped", CONFIG), CONFIG)
-        assert len(files) == len(set(files)) > 6
+        assert len(files) == len(set(files)) > 4
     return folder / "whole", folder / "stopped"
 
 
@@ -677,31 +677,32 @@ def test_examples_of_phase_two_are_the_same_in_every_epoch_and_never_reject_what
     assert seen == {0, 1, 2, 3, 4, 5}
 
 
-def test_the_stored_reference_is_the_frozen_stage_in_both_phases(path, assembly, frozen, reordered):
-    config = of_phase(assembly, INTERACTIONS)
-    for name, examples in ((REORDERED, reordered), (INTERACTIONS, interaction_examples(Run(path), assembly, config))):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(of_stored, "AT_ONCE", 64)
-            patch.setattr(of_stored, "computed_rows", None)
-            folder = path / "stages" / name / REFERENCE
-            rows = onesearch_stages.stored_reference(folder, examples, frozen[PERSONALISATION])
-        batch = next(of_stored.WithStored(examples.batches(), rows))
-        plain = target_scores(assembly, assembly.catalogue, frozen[PERSONALISATION], batch)
-        np.testing.assert_allclose(batch["reference"], plain, atol=1e-4)
-        assert np.abs(plain).max() > 0.1
+def test_the_stored_reference_is_the_frozen_stage(path, assembly, frozen, reordered):
+    """Phase one sees its examples more than once; phase two does not, and scores those of each step."""
+    assert (path / "stages" / REORDERED / REFERENCE).is_dir()
+    assert not (path / "stages" / INTERACTIONS / REFERENCE).exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_stored, "AT_ONCE", 64)
+        patch.setattr(of_stored, "computed_rows", None)
+        folder = path / "stages" / REORDERED / REFERENCE
+        rows = onesearch_stages.stored_reference(folder, reordered, frozen[PERSONALISATION])
+    batch = next(of_stored.WithStored(reordered.batches(), rows))
+    plain = target_scores(assembly, assembly.catalogue, frozen[PERSONALISATION], batch)
+    np.testing.assert_allclose(batch["reference"], plain, atol=1e-4)
+    assert np.abs(plain).max() > 0.1
 
 
 def test_preferences_are_learned_and_pairs_left_out_are_counted(path):
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     for stage in (REORDERED, INTERACTIONS):
         mine = [line for line in lines if line["stage"] == stage]
-        assert mine[-1]["loss"] < mine[0]["loss"] and mine[-1]["pairs_ordered"] > 0.6
+        assert min(line["loss"] for line in mine[1:]) < mine[0]["loss"] and mine[-1]["pairs_ordered"] > 0.6
         assert all(0 <= line["pairs_left_out"] < 0.2 for line in mine)
 
 
 def test_answers_are_served_in_the_order_of_the_reward(path, model, assembly):
     ordered = onesearch_stages.recommender(assembly, model.variables, dataclasses.replace(CONFIG, reorder=8))
-    assert isinstance(model, RewardedRecommender) and not model.reorder and ordered.reorder == 8
+    assert isinstance(model, RewardedRecommender) and model.reorder is None and ordered.reorder == 8
     histories = [EMPTY | {"query": text} for text in assembly.queries.texts[:3]]
     plain, _ = model.recommend(histories, 8)
     rewards = ordered.rewards_of(histories, plain, (4,))

@@ -186,9 +186,9 @@ class OneSearchConfig(GenerativeRunConfig):
     """The loss of the third stage, whose optimiser and length are `optim` and `training`."""
     rewards: SearchRewardsConfig | None = None
     """The adaptive reward system behind the third stage (§3.4.2); None: there is none."""
-    reorder: int = 0
-    """Answers of the beam search that are ordered by the reward (OneSearch_RM), where at least so many are found; 0:
-    none. It needs no new training, but `rewards`."""
+    reorder: int | None = None
+    """First answers of the beam search that are served in the order of the reward (OneSearch_RM); None: none are. It
+    needs `rewards`, but no new training."""
 
     of_phases: ClassVar[tuple[str, ...]] = (
         *GenerativeRunConfig.of_phases,
@@ -202,7 +202,8 @@ class OneSearchConfig(GenerativeRunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_least(self, "", reorder=0)
+        if self.reorder is not None:
+            check_least(self, "", reorder=1)
         if self.prior and not self.model.restrict:
             raise UserError("configuration key 'prior': it is of a level's codes alone; set model.restrict as well")
         if self.prompt.copying and not self.features.candidates:
@@ -215,14 +216,14 @@ class OneSearchConfig(GenerativeRunConfig):
     def evaluation_inputs(self) -> dict[str, Any]:
         """As of every system; what a run does without is left out, as in runs from before it could be configured."""
         values = super().evaluation_inputs()
-        return {name: value for name, value in values.items() if name != "reorder" or value}
+        return {name: value for name, value in values.items() if name != "reorder" or value is not None}
 
     def check(self) -> None:
         """As of every system, of the first two stages, and of the rewards."""
         super().check()
         if self.rewards is not None:
             self.rewards.check(tuple(self.data.behaviors))
-        elif self.reorder:
+        elif self.reorder is not None:
             raise UserError(
                 f"configuration key 'reorder' is {self.reorder}, but there is no reward model to order answers by; "
                 "give 'rewards', or leave it out"

@@ -201,7 +201,7 @@ def interaction_examples(run: Run, assembly: OneSearchAssembly, config: OneSearc
     Raises:
       UserError: no search has an item of the first three levels.
     """
-    log = search_log(run, assembly, config)
+    log = search_log(run, assembly, config, config.rewards.interactions.searches)
     kept = [
         row for row, (at, place) in enumerate(log.cuts) if (log.levels.of(log.records[at], place)[1] < POSITIVES).any()
     ]

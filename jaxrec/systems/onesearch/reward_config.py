@@ -82,6 +82,8 @@ class ReorderedConfig:
 class InteractionsConfig:
     """Phase two: what users did with the items of their searches."""
 
+    searches: int = 0
+    """searches of training that are looked through, drawn by the seed; 0: all of them"""
     chosen: int = 2
     """chosen items of a search, of the levels purchased, elsewhere and clicked; of more, so many are drawn"""
     exposed: int = 6
@@ -98,7 +100,7 @@ class InteractionsConfig:
     """Length of training, logging, checkpoints, evaluation on the validation split."""
 
     def __post_init__(self):
-        check_least(self, "rewards.interactions", chosen=1, exposed=0, unshown=0, other=0, batch_size=1)
+        check_least(self, "rewards.interactions", searches=0, chosen=1, exposed=0, unshown=0, other=0, batch_size=1)
         if not self.rejected:
             raise UserError(
                 "configuration keys 'rewards.interactions.exposed', 'unshown' and 'other' are all 0: there is nothing "

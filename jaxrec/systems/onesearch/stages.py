@@ -118,7 +118,7 @@ def stored_reference(folder: Any, examples: SearchLog, variables: dict) -> dict[
 class RewardedRecommender(GenerativeRecommender):
     """The trained model of a run with rewards; with `reorder`, its answers are in the order of the reward (Eq. 10)."""
 
-    def __init__(self, assembly: OneSearchAssembly, variables: dict, config: OneSearchConfig, reorder: int):
+    def __init__(self, assembly: OneSearchAssembly, variables: dict, config: OneSearchConfig, reorder: int | None):
         super().__init__(assembly, variables, assembly.features, config.decoding)
         self.run_config, self.reorder = config, reorder
         self._rewards = jax.jit(lambda state, arrays, items: self.reward.scores(state, arrays, items))
@@ -146,8 +146,8 @@ class RewardedRecommender(GenerativeRecommender):
         forms = {
             f"{system} before rewards": GenerativeRecommender(self.assembly, before, self.feature_config, self.config)
         }
-        if self.reorder:
-            forms[f"{system} without reordering"] = RewardedRecommender(self.assembly, self.variables, config, 0)
+        if self.reorder is not None:
+            forms[f"{system} without reordering"] = RewardedRecommender(self.assembly, self.variables, config, None)
         else:
             count = max(config.decoding.beam_width, max(config.evaluation.cutoffs))
             forms[f"{system}_rm"] = RewardedRecommender(self.assembly, self.variables, config, count)
@@ -169,10 +169,10 @@ class RewardedRecommender(GenerativeRecommender):
         Scores stay the log-probabilities of the IDs, and then don't fall. An answer without a finite reward keeps its
         place: an item that came after the training, which the reward model does not know.
         """
-        count = max(k, self.reorder)
+        count = k if self.reorder is None else max(k, self.reorder)
         options = {"allowed": allowed, "served": served, "sizes": sizes, "space": space}
-        answers, scores = super().recommend(histories, count if self.reorder else k, exclude_history, **options)
-        if not self.reorder:
+        answers, scores = super().recommend(histories, count, exclude_history, **options)
+        if self.reorder is None:
             return answers, scores
         rewards = self.rewards_of(histories, answers, sizes or (self.config.batch_size,))
         order = rewarded_order(rewards, answers >= 0)[:, :k]
