@@ -639,7 +639,7 @@ def test_answers_are_those_of_the_frozen_stage_with_their_rewards(path, assembly
     batch = {name: np.stack([some(some.records[at], place, None)[name] for at, place in some.cuts[:8]]) for name in
              some(some.records[some.cuts[0][0]], some.cuts[0][1], None)}  # fmt: skip
     target = {"target": kept["answers"], "where": np.ones(8, bool)}
-    plain = target_scores(assembly, assembly.catalogue, frozen[PERSONALISATION], batch | target)
+    plain = jax.jit(partial(target_scores, assembly))(assembly.catalogue, frozen[PERSONALISATION], batch | target)
     assert (np.diff(plain, axis=1) < 1e-4).all()  # the beam's order
 
 
@@ -687,7 +687,7 @@ def test_the_stored_reference_is_the_frozen_stage(path, assembly, frozen, reorde
         folder = path / "stages" / REORDERED / REFERENCE
         rows = onesearch_stages.stored_reference(folder, reordered, frozen[PERSONALISATION])
     batch = next(of_stored.WithStored(reordered.batches(), rows))
-    plain = target_scores(assembly, assembly.catalogue, frozen[PERSONALISATION], batch)
+    plain = jax.jit(partial(target_scores, assembly))(assembly.catalogue, frozen[PERSONALISATION], batch)
     np.testing.assert_allclose(batch["reference"], plain, atol=1e-4)
     assert np.abs(plain).max() > 0.1
 
@@ -751,13 +751,13 @@ def test_a_reward_that_is_not_there_or_no_number_is_refused(
     monkeypatch.setattr("jaxrec.systems.onesearch.reward_model.assemble_ranker", lambda *_: ranker)
     with pytest.raises(UserError, match=r"'rewards\.weights\.relevance' is 10\.0, but the embeddings of the items"):
         make_search_reward(Run(path), CONFIG, frozen[REWARD_MODEL])
-    search_log = onesearch_preference.search_log
+    search_examples = onesearch_preference.search_examples
 
     def nothing(*arguments):
-        log = search_log(*arguments)
+        log = search_examples(*arguments)
         return dataclasses.replace(log, cuts=log.cuts[:0], lengths=[])
 
-    monkeypatch.setattr(onesearch_preference, "search_log", nothing)
+    monkeypatch.setattr(onesearch_preference, "search_examples", nothing)
     with pytest.raises(UserError, match=r"events\.parquet: no search of training led to a click or a purchase"):
         interaction_examples(Run(path), assembly, of_phase(assembly, INTERACTIONS))
 

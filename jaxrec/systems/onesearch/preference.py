@@ -116,7 +116,7 @@ def pair_rewards(batch: dict, base: tuple[float, ...]) -> jax.Array:
 
 
 @dataclass(frozen=True, eq=False)
-class SearchLog:
+class SearchExamples:
     """The searches of training with what tells of their items."""
 
     records: Records
@@ -149,7 +149,7 @@ class SearchLog:
         return context_batches(self.records, self.cuts, self, self.config, self.lengths)
 
 
-def search_log(run: Run, assembly: OneSearchAssembly, config: OneSearchConfig, most: int = 0) -> SearchLog:
+def search_examples(run: Run, assembly: OneSearchAssembly, config: OneSearchConfig, most: int = 0) -> SearchExamples:
     """The training searches of a run, those that led to nothing too; `most` of them, drawn by the seed, or 0 for all.
 
     Raises:
@@ -166,11 +166,13 @@ def search_log(run: Run, assembly: OneSearchAssembly, config: OneSearchConfig, m
     counts = read_recent_counts(
         run.tables, tuple(config.data.behaviors), levels.labels, config.rewards.levels.recent_days
     )
-    return SearchLog(records, cuts, bucket_lengths(assembly, config, records, cuts), assembly, config, levels, counts)
+    return SearchExamples(
+        records, cuts, bucket_lengths(assembly, config, records, cuts), assembly, config, levels, counts
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class InteractionExamples(SearchLog):
+class InteractionExamples(SearchExamples):
     """Phase two: searches with chosen items of the first three levels and rejected ones of the last three."""
 
     def __call__(self, record: Record, place: int, rng: np.random.Generator) -> Features:
@@ -201,7 +203,7 @@ def interaction_examples(run: Run, assembly: OneSearchAssembly, config: OneSearc
     Raises:
       UserError: no search has an item of the first three levels.
     """
-    log = search_log(run, assembly, config, config.rewards.interactions.searches)
+    log = search_examples(run, assembly, config, config.rewards.interactions.searches)
     kept = [
         row for row, (at, place) in enumerate(log.cuts) if (log.levels.of(log.records[at], place)[1] < POSITIVES).any()
     ]

@@ -22,7 +22,7 @@ from jaxrec.data.pipeline import Features
 from jaxrec.run import Run
 from jaxrec.systems.onesearch.config import PERSONALISATION, OneSearchConfig
 from jaxrec.systems.onesearch.model import OneSearchAssembly
-from jaxrec.systems.onesearch.preference import SearchLog, packed_pairs, same_id, search_log
+from jaxrec.systems.onesearch.preference import SearchExamples, packed_pairs, same_id, search_examples
 from jaxrec.systems.onesearch.reward_config import REWARD_MODEL
 from jaxrec.systems.onesearch.reward_model import SearchReward, make_search_reward, rewarded_order
 from jaxrec.systems.recommender import DecodingConfig, GenerativeRecommender
@@ -44,7 +44,7 @@ class Preferred(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class AnsweredSearches(SearchLog):
+class AnsweredSearches(SearchExamples):
     """Searches as the frozen stage and the reward model read them."""
 
     reward: SearchReward
@@ -56,7 +56,7 @@ class AnsweredSearches(SearchLog):
 
 
 @dataclass(frozen=True, eq=False)
-class ReorderedExamples(SearchLog):
+class ReorderedExamples(SearchExamples):
     """Phase one: searches whose order of answers the reward model changes."""
 
     preferred: dict[tuple[int, int], Preferred]
@@ -84,7 +84,7 @@ def reordered_examples(
       UserError: the reward model changes the order of no search.
     """
     settings = config.rewards.reordered
-    log = search_log(run, assembly, config, settings.searches)
+    log = search_examples(run, assembly, config, settings.searches)
     reward = make_search_reward(run, config, frozen[REWARD_MODEL])
     answered = answered_searches(AnsweredSearches(**vars(log), reward=reward), frozen[PERSONALISATION], folder)
     preferred, kept = {}, []
@@ -125,7 +125,7 @@ def answered_searches(examples: AnsweredSearches, variables: dict, folder: Path)
 
 
 def preferred_of(
-    log: SearchLog, record: Record, place: int, answers: np.ndarray, scores: np.ndarray, rejected: int
+    log: SearchExamples, record: Record, place: int, answers: np.ndarray, scores: np.ndarray, rejected: int
 ) -> Preferred | None:
     """The chosen answer of a search and at most `rejected` rejected ones; None where the reward changes nothing.
 

@@ -21,7 +21,7 @@ from jaxrec.systems.onesearch import model as onesearch_model
 from jaxrec.systems.onesearch.config import CO_OCCURRENCE, CONTENT, PERSONALISATION, OneSearchConfig
 from jaxrec.systems.onesearch.model import OneSearchAssembly, assemble, fitted
 from jaxrec.systems.onesearch.preference import (
-    SearchLog,
+    SearchExamples,
     interaction_examples,
     preference_loss,
     referring_loss,
@@ -95,7 +95,7 @@ def behind(config: OneSearchConfig, name: str) -> OneSearchConfig:
     return replace(config, rewards=rewards, batch_size=own.batch_size, optim=own.optim, training=own.training)
 
 
-def stores_reference(examples: SearchLog) -> bool:
+def stores_reference(examples: SearchExamples) -> bool:
     """Whether the reference's scores are computed before the first step: where examples are seen more than once.
 
     Of several processes each has its own part of every batch, and computes the scores of it in every step.
@@ -105,7 +105,7 @@ def stores_reference(examples: SearchLog) -> bool:
     return config.rewards.stored_reference and seen > len(examples.cuts) and jax.process_count() == 1
 
 
-def stored_reference(folder: Any, examples: SearchLog, variables: dict) -> dict[str, np.ndarray]:
+def stored_reference(folder: Any, examples: SearchExamples, variables: dict) -> dict[str, np.ndarray]:
     """reference float32 [n, L]: the log-likelihoods of all examples under the frozen stage; made where missing."""
     score = jax.jit(functools.partial(target_scores, examples.assembly))
     catalogue = examples.assembly.catalogue
