@@ -164,7 +164,7 @@ class RewardedRecommender(GenerativeRecommender):
         sizes: Sequence[int] | None = None,
         space: TargetSpace | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `GenerativeRecommender.recommend`; with `reorder`, the first max(k, reorder) answers by their reward.
+        """As `GenerativeRecommender.recommend`; with `reorder`, the first so many answers by their reward.
 
         Scores stay the log-probabilities of the IDs, and then don't fall. An answer without a finite reward keeps its
         place: an item that came after the training, which the reward model does not know.
@@ -174,7 +174,9 @@ class RewardedRecommender(GenerativeRecommender):
         answers, scores = super().recommend(histories, count, exclude_history, **options)
         if self.reorder is None:
             return answers, scores
-        rewards = self.rewards_of(histories, answers, sizes or (self.config.batch_size,))
+        first = answers[:, : self.reorder]  # of any k, so that one answer does not depend on how many are asked for
+        rewards = np.full(answers.shape, np.nan, np.float32)
+        rewards[:, : self.reorder] = self.rewards_of(histories, first, sizes or (self.config.batch_size,))
         order = rewarded_order(rewards, answers >= 0)[:, :k]
         return tuple(np.take_along_axis(each, order, axis=1) for each in (answers, scores))
 
