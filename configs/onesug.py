@@ -14,6 +14,7 @@ from jaxrec.data.prepare import PrepareConfig
 from jaxrec.data.sources import CompleteJourney
 from jaxrec.data.suggestion_features import SuggestionFeatureConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
+from jaxrec.semantic_ids.related_queries import RelatedQueriesConfig
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.onesug.config import LikelihoodObjective, OneSugConfig, PreferenceConfig
 from jaxrec.systems.recommender import DecodingConfig
@@ -29,11 +30,12 @@ config = OneSugConfig(
     batch_size=128,
     tokenizer=TokenizerConfig(vocabulary=1000),
     texts=TextSpaceConfig(max_length=14),
-    features=SuggestionFeatureConfig((32, 64), related=0, earlier=8, words=6, own=24, popular=32),
+    features=SuggestionFeatureConfig((32, 64), related=4, earlier=8, words=6, own=24, popular=32, near=8),
+    related=RelatedQueriesConfig(),
     model=EncoderDecoderConfig(
         width=128, heads=4, head_dim=32, hidden=256, encoder_layers=2, layers=2, dropout=0.1, scale_head=False
     ),
-    objective=LikelihoodObjective(recut=0.3),
+    objective=LikelihoodObjective(targets=1, recut=0.3),
     optim=OptimConfig(learning_rate=2e-3, warmup=50),
     training=LoopConfig(steps=600, log_every=50, checkpoint_every=200, evaluate_every=200, monitor="mrr@10"),
     preference=PreferenceConfig(

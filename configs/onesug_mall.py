@@ -9,6 +9,7 @@ Figures: not measured.
 from jaxrec.data.sources import SyntheticMall
 from jaxrec.data.suggestion_features import SuggestionFeatureConfig
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
+from jaxrec.semantic_ids.related_queries import RelatedQueriesConfig
 from jaxrec.systems.comparison import EvaluationConfig
 from jaxrec.systems.onesug.config import OneSugConfig, PreferenceConfig
 from jaxrec.systems.recommender import DecodingConfig
@@ -22,7 +23,8 @@ config = OneSugConfig(
     batch_size=64,
     tokenizer=TokenizerConfig(vocabulary=400),
     texts=TextSpaceConfig(max_length=8),
-    features=SuggestionFeatureConfig((16, 32, 64), related=0, words=8, own=8, popular=16),
+    features=SuggestionFeatureConfig((16, 32, 64), related=4, words=8, own=8, popular=16, near=8),
+    related=RelatedQueriesConfig(),
     model=EncoderDecoderConfig(
         width=96, heads=4, head_dim=24, hidden=192, encoder_layers=2, layers=2, dropout=0.1, scale_head=False
     ),

@@ -49,6 +49,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item.path.stem not in turns]
 
 
+# Tracing makes many small objects, and a test process keeps many: by default a tenth of the time is spent on looking
+# for cycles among them.
+gc.set_threshold(200_000, 50, 100)
+
 MOST_MAPS = 20_000
 """Memory maps of this process beyond which compiled programs are dropped. Each program has dozens, and a process that
 has Linux's most, 65,530, crashes; what is dropped and asked for again comes from the cache."""

@@ -1,60 +1,58 @@
-"""Reinforcement learning end to end on a tiny mall, as real processes: behind a trained run, killed, resumed, shown.
+"""Reinforcement learning end to end on a tiny mall: behind a trained run, stopped, resumed, shown.
 
-`whole` is trained at once. `killed` is trained without reinforcement, killed on the way, and then goes on with it,
-killed again between two refreshes of the sampler.
+`whole` is trained at once. `killed` is trained without reinforcement, stopped on the way, and then goes on with it,
+stopped again between two refreshes of the sampler.
 """
 
+import dataclasses
+import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from mall_reinforcement import config as CONFIG
+from stopping import StoppedError, stopping
 
 from jaxrec.config import UserError
 from jaxrec.data.sources import SequenceText
 from jaxrec.evaluation.proxies import courses
 from jaxrec.run import Run
-from jaxrec.systems import load_recommender
-from jaxrec.systems.onemall.config import OneMallConfig, ReinforcementConfig
-from jaxrec.training import checkpoint
+from jaxrec.systems import load_recommender, train
+from jaxrec.systems.onemall.config import OneMallConfig, ReinforcementConfig, RewardWeights
+from jaxrec.training import checkpoint, loop
 from jaxrec.training.log import TIMING_FIELDS
 
-ROOT = Path(__file__).parent.parent
 STAGES = ("train", "reinforcement")
 PARTS = ("step", "params", "opt_state", "extra")
 # The learned reward is the larger, the cheaper an item is, whoever buys.
-GREEDY = [f"--reinforcement.weights.{name}={value}" for name, value in
-          (("ctr", 0), ("ctcvr", 0), ("egpm", 0), ("price", -1))] + ["--reinforcement.stop=True"]  # fmt: skip
+GREEDY = dataclasses.replace(CONFIG.reinforcement, weights=RewardWeights(ctr=0, ctcvr=0, egpm=0, price=-1), stop=True)
 
 
-def train(run: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "train.py", "tests/mall_reinforcement.py", "--run", str(run), *args]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), **environment}
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-
-
-def done(process: subprocess.CompletedProcess) -> str:
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
+def trained(path: Path, config: OneMallConfig, stop: str = "") -> str:
+    """What a training prints; it is stopped at a fault point."""
+    stops, said = [stop] if stop else [], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(loop, "fault_point", stopping(stops))
+        with pytest.raises(StoppedError) if stop else nullcontext():
+            train(Run.open(path, config), config)
+    assert not stops
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("reinforcement")
-    (folder / "whole.txt").write_text(done(train(folder / "whole")))
-    for extra, point in ((("--reinforcement", "None"), "step:45"), ((), "step:13")):
-        assert train(folder / "killed", *extra, JAXREC_KILL_AT=point).returncode == -signal.SIGKILL
-        if extra:
-            done(train(folder / "killed", *extra))
-            shutil.copytree(folder / "killed", folder / "greedy")
-    (folder / "killed.txt").write_text(done(train(folder / "killed")))
-    (folder / "greedy.txt").write_text(done(train(folder / "greedy", *GREEDY)))
+    folder, supervised = tmp_path_factory.mktemp("reinforcement"), dataclasses.replace(CONFIG, reinforcement=None)
+    (folder / "whole.txt").write_text(trained(folder / "whole", CONFIG))
+    trained(folder / "killed", supervised, "step:45")
+    trained(folder / "killed", supervised)
+    shutil.copytree(folder / "killed", folder / "greedy")
+    trained(folder / "killed", CONFIG, "step:13")
+    (folder / "killed.txt").write_text(trained(folder / "killed", CONFIG))
+    (folder / "greedy.txt").write_text(trained(folder / "greedy", dataclasses.replace(CONFIG, reinforcement=GREEDY)))
     return folder
 
 
@@ -122,9 +120,9 @@ def test_a_run_that_raises_the_proxy_and_lowers_the_truth_says_so_and_stops(fold
 
 
 def test_reinforcement_without_what_it_needs_is_refused(tmp_path):
-    found = train(tmp_path / "new", "--only", "reinforcement")
-    assert found.returncode == 2 and "Traceback" not in found.stderr
-    assert "the stage train, which it is trained from, is not trained with this configuration" in found.stderr
+    missing = "the stage train, which it is trained from, is not trained with this configuration"
+    with pytest.raises(UserError, match=missing):
+        train(Run.open(tmp_path / "new", CONFIG), CONFIG, only="reinforcement")
     config = OneMallConfig(data=SequenceText(path="nowhere"), reinforcement=ReinforcementConfig(reward="environment"))
     with pytest.raises(UserError, match="'environment', but SequenceText does not know the true rates of its items"):
         config.check()

@@ -15,7 +15,7 @@ def make(rng, queries, sizes, width=16):
     return codes, vectors, rng.integers(1, 5, queries)
 
 
-def by_hand(codes, vectors, counts, code, vector, screen, without=-1):
+def by_hand(codes, vectors, counts, code, vector, screen, without=()):
     """All queries, sorted by shared codes, cosine and count, taken one by one."""
     length = np.linalg.norm(vector)
     shared = [next((m for m, (a, b) in enumerate(zip(row, code)) if a != b), len(code)) for row in codes]
@@ -24,7 +24,7 @@ def by_hand(codes, vectors, counts, code, vector, screen, without=-1):
         inside = [row for row in range(len(codes)) if shared[row] >= level]
         inside = sorted(inside, key=lambda row: (-counts[row], row))[: screen.candidates]
         cosine = {row: round(float(vectors[row] @ vector / length), 5) if length else 0.0 for row in inside}
-        inside = [row for row in inside if shared[row] == level and row != without]
+        inside = [row for row in inside if shared[row] == level and row not in without]
         for row in sorted(inside, key=lambda row: (-cosine[row], -counts[row], row)):
             near = [round(float(vectors[row] @ vectors[other]), 5) for other in taken]
             if cosine[row] >= screen.min_cosine and max(near, default=-1) <= screen.max_cosine:
@@ -53,7 +53,7 @@ def test_the_look_up_is_that_of_a_loop(sizes, screen):
     found = rng.choice([-1.0, -0.5, 0.5, 1.0], (40, 16)).astype(np.float32)
     found[::3] = vectors[: len(found[::3])] * 2
     found[5] = 0
-    without = np.where(rng.random(40) < 0.5, rng.integers(0, 90, 40), -1)
+    without = np.where(rng.random((40, 2)) < 0.5, rng.integers(0, 90, (40, 2)), -1)
     expected = [by_hand(codes, vectors, counts, *each, screen, row) for *each, row in zip(asked, found, without)]
     ours = index.search(asked, found, screen, without)
     assert ours.dtype == np.int32 and (ours >= 0).any()

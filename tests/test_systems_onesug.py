@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from jaxrec.config import UserError
 from jaxrec.data.completions import completions_of, training_queries
 from jaxrec.data.examples import Records
 from jaxrec.data.popularity import PopularityConfig
+from jaxrec.data.suggestion_features import SuggestionFeatureConfig
 from jaxrec.data.suggestion_targets import asked_rows, typed_prefix
 from jaxrec.data.tables import CHOSEN, FEEDBACK
 from jaxrec.data.vetted_queries import VettedQueriesConfig
@@ -186,9 +188,8 @@ def test_the_chosen_queries_of_a_prefix_are_targets_of_one_context(assembly, rec
     assembly = dataclasses.replace(assembly, examples=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxrec.systems.onesug.examples.Records", lambda *_: [record])
-        batch = next(likelihood_batches(assembly, fitted(assembly, batch_size=1)))
-        while batch["real"].any(-1).sum() < 2:
-            batch = next(likelihood_batches(assembly, fitted(assembly, batch_size=1, seed=1)))
+        drawn = islice(likelihood_batches(assembly, fitted(assembly, batch_size=1)), 1000)
+        batch = next(batch for batch in drawn if batch["real"].any(-1).sum() == 2)
     written = assembly.tokenizer.decode(
         [row[real] for row, real in zip(batch["target"][0], batch["real"][0]) if real.any()]
     )
@@ -207,18 +208,18 @@ def served_without(path, assembly, record, session, config):
 
 
 def test_a_training_example_is_what_a_server_sees_whose_log_lacks_the_session(path, assembly, records):
-    """All of the prompt and the candidates, but how near these are to the past, which has tests of its own."""
+    """All of the prompt and the candidates, without related queries and nearness to the past: these have own tests."""
     config = dataclasses.replace(CONFIG.completions, recent=PopularityConfig(1, 20.0, 0.0))
     texts, log = training_queries(path / "tables")
     columns = (log[name].to_numpy() for name in ("query", "timestamp"))
     known = dataclasses.replace(assembly.known, completions=completions_of(texts, *columns, config), neighbours=None)
-    assembly, seen = dataclasses.replace(assembly, known=known), 0
+    assembly, seen = dataclasses.replace(assembly, known=known, related=None), 0
     for at in range(0, len(records), 9):
         record = records[at]
         for row in asked_rows(record)[::3]:
             asked = typed_prefix(record, row)
             found = cut(
-                assembly, assembly.read_texts(history_of(assembly, record, asked), *seen_of(assembly, record, asked))
+                assembly, assembly.read_texts(history_of(assembly, record, asked), seen_of(assembly, record, asked))
             )
             server = served_without(path, assembly, record, asked.session, config)
             history = history_of(assembly, record, asked)
@@ -231,6 +232,26 @@ def test_a_training_example_is_what_a_server_sees_whose_log_lacks_the_session(pa
                 np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
             seen += 1
     assert seen > 20
+
+
+def test_related_queries_are_read_and_may_be_copied_but_not_those_of_the_own_session(assembly, records):
+    """OneSug §3.2: related queries stand beside what is typed, without an answer that its session alone knew."""
+    related, shown, once = assembly.related.found, 0, 0
+    for record in records:
+        for row in asked_rows(record):
+            asked = typed_prefix(record, row)
+            history, seen = history_of(assembly, record, asked), seen_of(assembly, record, asked)
+            read = assembly.read_texts(history, seen)
+            rows = [at for at in related.related([history["prefix"]], [seen.answer])[0].tolist() if at >= 0]
+            texts = [assembly.known.completions.texts[at] for at in read["near"]]
+            rare = [at for at in seen.session if assembly.known.completions.count[at] == 1]
+            assert not set(rare) & set(read["near"].tolist())
+            if not rare:
+                assert texts == [related.texts[at] for at in rows]
+            wanted = [assembly.known.read[at].tolist() for at in read["near"][: assembly.features.related]]
+            assert [tokens.tolist() for tokens in read["related"]] == wanted
+            shown, once = shown + len(rows), once + len(rare)
+    assert shown > 100
 
 
 def answer_ranks(assembly, histories, answers) -> np.ndarray:
@@ -252,7 +273,7 @@ def test_the_answer_stands_among_the_candidates_of_training_as_in_those_of_valid
         for row in asked_rows(record):
             asked = typed_prefix(record, row)
             history = history_of(assembly, record, asked)
-            trained.append(assembly.read_texts(history, *seen_of(assembly, record, asked)))
+            trained.append(assembly.read_texts(history, seen_of(assembly, record, asked)))
             leaking.append(assembly.read_texts(history))
             chosen = record["suggestion_feedback"][asked.rows] < len(CHOSEN)
             answers.append(assembly.queries[record["suggestion_query"][asked.rows[chosen][0]]])
@@ -466,11 +487,14 @@ def texts_of(answer) -> list[str]:
 
 
 def test_the_own_history_and_what_is_typed_decide(model):
-    histories = [EMPTY | {"prefix": typed} | make_searches(texts) for typed, texts in
-                 (("garden", []), ("phone", []), ("", ["phone cases"] * 3), ("", []))]  # fmt: skip
-    best = [model.space.show(row[:3]) for row in model.recommend(histories, 5)[0]]
-    assert best[0][0].startswith("garden") and best[1][0].startswith("phone")
-    assert "phone cases" in best[2] and best[2] != best[3]
+    def best(prefix: str, searched: list[str]) -> list[str]:
+        rows, _ = model.recommend([EMPTY | {"prefix": prefix} | make_searches(searched)], 5)
+        return model.space.show(rows[0])
+
+    assert best("garden", [])[0].startswith("garden") and best("phone", [])[0].startswith("phone")
+    usual = best("", [])
+    rare = min(set(model.space.texts) - set(usual))
+    assert rare in best("", [rare] * 3)
 
 
 PREFIXES = ("{known}", "{start}", "", "   ", "zzz qqq", "кросс 跑步鞋 👟", "عربي", "a " * 5000)
@@ -542,13 +566,18 @@ def test_the_second_stage_can_be_left_out(path):
     ("changes", "message"),
     [
         ({"objective": LikelihoodObjective(smoothing=0.1)}, r"'objective\.smoothing' is 0\.1 and 'copying' is on"),
-        ({"features": dataclasses.replace(CONFIG.features, own=0, popular=0)}, r"'copying': there is nothing to copy"),
+        ({"features": SuggestionFeatureConfig((16, 32), own=0, popular=0)}, r"'copying': there is nothing to copy"),
     ],
 )
 def test_what_contradicts_itself_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(CONFIG, **changes)
     dataclasses.replace(CONFIG, copying=False, **changes)
+
+
+def test_related_queries_are_copied_only_where_there_are_some():
+    with pytest.raises(UserError, match=r"'features\.near' is 2, but there are no related queries: give 'related'"):
+        dataclasses.replace(CONFIG, related=None)
 
 
 def test_numbers_without_a_meaning_are_refused():

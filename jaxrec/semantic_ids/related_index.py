@@ -61,9 +61,9 @@ class QueryIndex:
           codes: int32 [P, M], the IDs of the prefixes.
           vectors: f32 [P, D], their embeddings of any length; that of a zero vector is 0 to every query.
           screen: limits.
-          without: int [P], a query that is no candidate, -1 for none.
+          without: int [P, A], queries that are no candidates, padded with -1.
         """
-        without = np.full(len(codes), -1) if without is None else without
+        without = np.full((len(codes), 0), -1) if without is None else without
         length = np.linalg.norm(vectors, axis=1, keepdims=True)
         unit = vectors / np.where(length > 0, length, 1)
         parts = [np.zeros((0, screen.count), np.int32)]
@@ -81,7 +81,7 @@ class QueryIndex:
             if not len(active):
                 continue
             rows = self._candidates(level, group_of[active, level], screen.candidates)
-            there = (rows >= 0) & (rows != without[active, None])
+            there = (rows >= 0) & (rows[:, :, None] != without[active, None, :]).all(-1)
             if level < len(self.sizes):  # those that share one code more were candidates of that level
                 there &= self.codes[rows, level] != codes[active, level, None]
             _take(self.vectors, rows, there, unit[active], screen, taken, filled, active)

@@ -121,14 +121,22 @@ class RelatedQueries:
         limits = self.config
         self._screen = Screen(limits.related, limits.candidates, limits.min_cosine, limits.max_cosine)
 
-    def related(self, prefixes: Sequence[str], without: Sequence[str] | None = None) -> np.ndarray:
+    def related(
+        self,
+        prefixes: Sequence[str],
+        without: Sequence[str] | None = None,
+        sessions: Sequence[Sequence[str]] | None = None,
+    ) -> np.ndarray:
         """The related queries of prefixes, best first, int32 [P, m], rows of `texts`, padded with -1.
+
+        Of a training example, what its session alone told is left out, since no server knows it: a query of the session
+        is no related query if fewer than `min_sessions` other sessions knew it.
 
         Args:
           prefixes: as they were typed.
-          without: the answer of each prefix's training example, "" for none: what its session alone told is left out,
-            since no server knows it. The answer counts once less among the completions (Eq. 2), and is no related query
-            if fewer than `min_sessions` other sessions knew it.
+          without: the answer of each prefix's training example, "" for none. It is one of the session's queries, and
+            counts once less among the completions (Eq. 2).
+          sessions: further queries of each example's session.
         """
         asked = [normalised(prefix) for prefix in prefixes]
         rows = np.array([self._prefix_rows.get(text, -1) for text in asked], np.int64)
@@ -136,19 +144,32 @@ class RelatedQueries:
         if without is not None:
             answers = np.array([self._query_rows.get(normalised(text), -1) for text in without], np.int64)
         completions, same = self._completions(rows, answers)
-        hidden = np.where((answers >= 0) & (self.sessions[answers] <= self.config.min_sessions), answers, -1)
-        # Most answers change nothing: then their examples share one look-up.
-        own = np.where(same & (hidden < 0), -1, answers)
-        first: dict[tuple[str, int], int] = {}
-        place = np.array([first.setdefault(key, at) for at, key in enumerate(zip(asked, own.tolist()))], np.int64)
+        hidden = self._known_once(answers, sessions)
+        # Most sessions change nothing: then their examples share one look-up.
+        own = np.where(same, -1, answers).tolist()
+        keys = list(zip(asked, own, map(tuple, hidden.tolist())))
+        usual = [mine < 0 and max(told, default=-1) < 0 for _, mine, told in keys]
+        first: dict[tuple, int] = {}
+        place = np.array([first.setdefault(key, at) for at, key in enumerate(keys)], np.int64)
         found = np.full((len(asked), self.config.related), -1, np.int32)
-        missing = [at for (text, _), at in first.items() if text and not self._recall(text, own[at], found[at])]
+        missing = [at for (text, *_), at in first.items() if text and not (usual[at] and self._recall(text, found[at]))]
         for start in range(0, len(missing), ROWS_AT_ONCE):
             some = missing[start : start + ROWS_AT_ONCE]
             codes, vectors = self._quantized([asked[at] for at in some], rows[some], completions[some], same[some])
             found[some] = self.index.search(codes, vectors, self._screen, hidden[some])
-        self._remember((asked[at], found[at]) for at in missing if own[at] < 0)
+        self._remember((asked[at], found[at]) for at in missing if usual[at])
         return found[place]
+
+    def _known_once(self, answers: np.ndarray, sessions: Sequence[Sequence[str]] | None) -> np.ndarray:
+        """The queries of each example's session that too few others knew, int [P, A], padded with -1."""
+        told = [{answer} for answer in answers.tolist()]
+        for mine, texts in zip(told, sessions or (), strict=bool(sessions)):
+            mine.update(self._query_rows.get(normalised(text), -1) for text in texts)
+        rare = [sorted(at for at in mine if at >= 0 and self.sessions[at] <= self.config.min_sessions) for mine in told]
+        hidden = np.full((len(rare), max(map(len, rare), default=0)), -1)
+        for row, mine in zip(hidden, rare, strict=True):
+            row[: len(mine)] = mine
+        return hidden
 
     def codes(self, prefixes: Sequence[str]) -> np.ndarray:
         """The IDs of prefixes, int32 [P, M]; zeros for an empty one."""
@@ -196,10 +217,8 @@ class RelatedQueries:
             codes[other] = quantize(self.codebooks, vectors[other])
         return codes, vectors
 
-    def _recall(self, text: str, own: int, into: np.ndarray) -> bool:
+    def _recall(self, text: str, into: np.ndarray) -> bool:
         """Copies remembered related queries of a prefix, if there are any."""
-        if own >= 0:
-            return False
         with self._lock:
             if (kept := self._remembered.get(text)) is None:
                 return False

@@ -19,6 +19,7 @@ from jaxrec.losses.rewards import BASE_WEIGHTS
 from jaxrec.models.backbone import BackboneConfig
 from jaxrec.models.copying import check_labels
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
+from jaxrec.semantic_ids.related_queries import RelatedQueriesConfig
 from jaxrec.systems.config import RunConfig
 from jaxrec.systems.recommender import DecodingConfig
 from jaxrec.systems.validation import MONITORED
@@ -96,6 +97,9 @@ class OneSugConfig(RunConfig):
     """Which queries of training are listed, and may be suggested where the search is restricted to the list."""
     completions: CompletionsConfig = field(default_factory=CompletionsConfig)
     """What is counted of the queries of training."""
+    related: RelatedQueriesConfig | None = None
+    """Related queries of what is typed (§3.2), by the IDs of `text`'s embeddings, aligned where `align` is a
+    SuggestionFinetuneConfig; None: the prompt has none."""
     neighbours: NeighbourConfig = field(default_factory=lambda: NeighbourConfig(kept=200))
     """How near queries are to the user's past, by who searched for both."""
     profile: tuple[str, ...] = ()
@@ -125,6 +129,7 @@ class OneSugConfig(RunConfig):
         "tokenizer",
         "texts",
         "vetted",
+        "related",
         "neighbours",
         "profile",
         "pretrained",
@@ -141,6 +146,11 @@ class OneSugConfig(RunConfig):
             raise UserError(
                 "configuration key 'copying': there is nothing to copy; raise features.own or features.popular, or set "
                 "copying to False"
+            )
+        if self.related is None and self.features.near:
+            raise UserError(
+                f"configuration key 'features.near' is {self.features.near}, but there are no related queries: give "
+                "'related' a RelatedQueriesConfig, or set features.near to 0"
             )
         check_labels(self.copying, "copying", self.objective.smoothing)
 

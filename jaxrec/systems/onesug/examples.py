@@ -13,15 +13,19 @@ from jaxrec.data.tables import CHOSEN
 from jaxrec.evaluation.cases import question_of
 from jaxrec.systems.onesug.config import OneSugConfig
 from jaxrec.systems.onesug.model import OneSugAssembly
+from jaxrec.systems.onesug.queries import Seen
 
 
 def training_prefixes(assembly: OneSugAssembly, config: OneSugConfig) -> tuple[Records, np.ndarray, list[int]]:
     """The training records; int64 [n, 2] of (record, row of `asked_rows`); the bucket of each prompt."""
     records, cuts, lengths = Records(assembly.examples, "train"), [], []
+    if assembly.related is not None:
+        assembly.related.remember(assembly.prefixes)
     for at, record in enumerate(records):
         for row in asked_rows(record):
             cuts.append((at, row))
-            read = assembly.read_prompt(history_of(assembly, record, typed_prefix(record, row)))
+            asked = typed_prefix(record, row)
+            read = assembly.read_prompt(history_of(assembly, record, asked), seen_of(assembly, record, asked))
             lengths.append(config.features.bucket_of(read, 0))
     return records, np.array(cuts, np.int64).reshape(-1, 2), lengths
 
@@ -32,17 +36,17 @@ def history_of(assembly: OneSugAssembly, record: Record, asked: TypedPrefix) -> 
     return history | question_of(record, history, asked.moment) | {"prefix": assembly.prefixes[asked.prefix]}
 
 
-def seen_of(assembly: OneSugAssembly, record: Record, asked: TypedPrefix) -> tuple[np.ndarray, np.ndarray]:
-    """What the counts of the log hold of a training example: the queries of its session, and all from then on."""
+def seen_of(assembly: OneSugAssembly, record: Record, asked: TypedPrefix) -> Seen:
+    """What the log holds of a training example."""
     name = "search" if "search_query" in record else "suggestion"
     queries, times, sessions = (record[f"{name}_{field}"] for field in ("query", "timestamp", "session"))
     if name == "suggestion":
         chosen = record["suggestion_feedback"] < len(CHOSEN)
         queries, times, sessions = queries[chosen], times[chosen], sessions[chosen]
     numbers = assembly.known.of_row[queries]
-    return tuple(
-        np.unique(numbers[where & (numbers >= 0)]) for where in (sessions == asked.session, times >= asked.moment)
-    )
+    told = (np.unique(numbers[where & (numbers >= 0)]) for where in (sessions == asked.session, times >= asked.moment))
+    best = asked.rows[np.argmin(record["suggestion_feedback"][asked.rows])]
+    return Seen(*told, assembly.queries[record["suggestion_query"][best]])
 
 
 def cut(assembly: OneSugAssembly, read: Record, size: int | None = None) -> Features:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrec.catalogue.version import Version
-from jaxrec.data.completions import UNKNOWN, completions
+from jaxrec.data.completions import UNKNOWN, Completions, completions
 from jaxrec.data.examples import Records
 from jaxrec.data.item_neighbours import load_neighbours
 from jaxrec.data.popularity import DAY
@@ -21,8 +21,18 @@ from jaxrec.data.words import normalised, typed
 from jaxrec.evaluation.cases import Cases, History, prefix_cases, text_cases
 from jaxrec.models.suggestion import SuggestionContext, SuggestionInputs, SuggestionModel, SuggestionVocabulary
 from jaxrec.run import Run
+from jaxrec.semantic_ids.related_queries import load_related
 from jaxrec.systems.onesug.config import OneSugConfig
-from jaxrec.systems.onesug.queries import NEIGHBOURS, KnownTexts, QueriesOfUser, query_rows
+from jaxrec.systems.onesug.queries import (
+    NEIGHBOURS,
+    UNSEEN,
+    KnownTexts,
+    QueriesOfUser,
+    RelatedOfPrefixes,
+    Seen,
+    query_rows,
+)
+from jaxrec.systems.phases import RELATED
 from jaxrec.systems.pretrained import backbone_of
 from jaxrec.systems.profiles import Profiles, load_profiles
 from jaxrec.systems.recommender import GenerativeRecommender, Served, typed_text
@@ -51,6 +61,8 @@ class OneSugAssembly:
     """object [rows]: the texts of queries.parquet"""
     prefixes: np.ndarray
     """object [rows]: the texts of prefixes.parquet"""
+    related: RelatedOfPrefixes | None = None
+    """the related queries of prefixes; None: they are not read"""
     profiles: Profiles | None = None
     """what is known of users; None: it is not read"""
     examples: Any = None
@@ -90,16 +102,14 @@ class OneSugAssembly:
 
     # ---- texts -------------------------------------------------------------------------------------------------------
 
-    def read_texts(self, history: History, without: Sequence[int] = (), ahead: Sequence[int] = ()) -> History:
+    def read_texts(self, history: History, seen: Seen = UNSEEN) -> History:
         """The history with what `SuggestionFeatureConfig.cut` reads of its texts.
 
-        Searches are texts, or rows of queries.parquet as in a record; what is typed is a text. Of training examples,
-        `without` are the numbers of the session's queries, which are left out of what is counted of the log, and
-        `ahead` those that the user searches for from then on.
+        Searches are texts, or rows of queries.parquet as in a record; what is typed is a text.
         """
         known, begins = self.known.completions, typed(typed_text(history))
         numbers, more = self._numbered(history)
-        read = {**history, **self._prompt(history, begins, numbers, more)}
+        read = self._prompt(history, begins, numbers, more, seen)
         if not self.features.candidates:
             return read
         span, times = known.of(begins), history.get("search_timestamp", np.zeros(0, np.int64))
@@ -114,20 +124,23 @@ class OneSugAssembly:
         past = np.unique(numbers[(numbers >= 0) & (numbers < len(known))])
         return read | {
             "own": own,
-            "top": known.top(begins, self.features.popular, now // DAY, without),
+            "top": known.top(begins, self.features.popular, now // DAY, seen.session),
             "span": (span.start, span.stop),
             "characters": len(begins),
-            "texts": QueriesOfUser(self.known, more, past, np.asarray(ahead, np.int64)),
+            "texts": QueriesOfUser(self.known, more, past, seen.ahead),
             "now": now,
         }
 
-    def read_prompt(self, history: History) -> History:
+    def read_prompt(self, history: History, seen: Seen = UNSEEN) -> History:
         """As `read_texts`, with the prompt alone."""
-        return {**history, **self._prompt(history, typed(typed_text(history)), *self._numbered(history))}
+        return self._prompt(history, typed(typed_text(history)), *self._numbered(history), seen)
 
-    def _prompt(self, history: History, begins: str, numbers: np.ndarray, more: Sequence[str]) -> dict:
-        return {
+    def _prompt(self, history: History, begins: str, numbers: np.ndarray, more: Sequence[str], seen: Seen) -> History:
+        related = np.zeros(0, np.int64) if self.related is None else self.related.of(begins, self.known, seen)
+        return history | {
             "typed_tokens": self.known.encoded(begins) if begins else NO_TOKENS,
+            "near": related,
+            "related": [self.known.read[number] for number in related[: self.features.related]],
             "earlier": self._earlier(numbers, more),
             "profile_tokens": NO_TOKENS if self.profiles is None else self.profiles.tokens_of(history),
         }
@@ -198,9 +211,16 @@ def assemble(run: Run, config: OneSugConfig) -> OneSugAssembly:
         known=texts,
         queries=table_texts(run.tables, "queries"),
         prefixes=table_texts(run.tables, "prefixes"),
+        related=related_queries(run, config, known) if config.related else None,
         profiles=load_profiles(run.tables, config.profile, space.tokenizer) if config.profile else None,
         examples=run.examples,
     )
+
+
+def related_queries(run: Run, config: OneSugConfig, known: Completions) -> RelatedOfPrefixes:
+    """Those of a run's phase `related`. What `known` doesn't know is related to nothing."""
+    found = load_related(run.place(RELATED), config.text)
+    return RelatedOfPrefixes(found, known.rows(found.texts))
 
 
 def recommender(assembly: OneSugAssembly, variables: dict, config: OneSugConfig) -> GenerativeRecommender:

@@ -112,7 +112,7 @@ class PreferenceExamples:
         reward = np.array(settings.base, np.float32)[feedback]
         reward *= np.exp(self.shares.of(self.prefix_of_row[asked.prefix], query, feedback))
         assembly, count = self.assembly, settings.chosen + settings.rejected
-        read = assembly.read_texts(history_of(assembly, record, asked), *seen_of(assembly, record, asked))
+        read = assembly.read_texts(history_of(assembly, record, asked), seen_of(assembly, record, asked))
         return {
             **cut(assembly, read),
             **packed(assembly, [self.texts[at] for at in query], count),

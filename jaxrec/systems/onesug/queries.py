@@ -7,6 +7,7 @@ same users search for. Texts are compared after `jaxrec.data.words.normalised`.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,12 +16,46 @@ from jaxrec.data.item_neighbours import ItemNeighbours
 from jaxrec.data.padding import padded
 from jaxrec.data.queries import table_texts
 from jaxrec.data.suggestion_features import NONE
-from jaxrec.data.words import normalised
+from jaxrec.data.words import normalised, typed
+from jaxrec.semantic_ids.related_queries import RelatedQueries
 from jaxrec.text.tokenizer import TextTokenizer
 
 NEIGHBOURS = "query_neighbours"
 REMEMBERED, REMEMBERED_LENGTH = 1 << 16, 200
 """texts outside the log that are remembered, and the longest of them in characters"""
+
+
+class Seen(NamedTuple):
+    """What a log tells of a training example, and must not tell the model."""
+
+    session: np.ndarray = np.zeros(0, np.int64)
+    """numbers of the queries of its session"""
+    ahead: np.ndarray = np.zeros(0, np.int64)
+    """numbers of the queries that the user searches for from then on"""
+    answer: str = ""
+    """the query that was chosen for exactly what is typed; empty: none"""
+
+
+UNSEEN = Seen()
+
+
+@dataclass(frozen=True, eq=False)
+class RelatedOfPrefixes:
+    """The related queries of prefixes (OneSug §3.2), as numbers."""
+
+    found: RelatedQueries
+    numbers: np.ndarray
+    """int64 [rows of `found.texts`]: their numbers as in `Completions`"""
+
+    def of(self, prefix: str, known: "KnownTexts", seen: Seen) -> np.ndarray:
+        """int64 [n]: the related queries of a prefix, best first, without what only its session told."""
+        texts = known.completions.texts
+        (rows,) = self.found.related([prefix], [seen.answer], [[texts[at] for at in seen.session]])
+        return self.numbers[rows[rows >= 0]]
+
+    def remember(self, prefixes: Sequence[str]) -> None:
+        """Looks many prefixes up at once, so that those of their examples are remembered."""
+        self.found.related(sorted({typed(prefix) for prefix in prefixes}))
 
 
 @dataclass(frozen=True, eq=False)

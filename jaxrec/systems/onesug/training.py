@@ -36,7 +36,7 @@ from jaxrec.systems.onesug.preference import (
     stores_reference,
 )
 from jaxrec.systems.onesug.queries import NEIGHBOURS
-from jaxrec.systems.phases import prepare_examples, prepare_tables
+from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_examples, prepare_related, prepare_tables
 from jaxrec.systems.pretrained import digests, initial, write_pretrained
 from jaxrec.systems.profiles import profile_texts
 from jaxrec.systems.stored_rows import WithStored
@@ -69,11 +69,13 @@ def stages(run: Run, config: OneSugConfig) -> tuple[Stage, ...]:
         batches = WithStored(examples.batches(), {"reference": scores})
         train_model(assembly, mine, preference_loss, batches, dataclasses.replace(task, frozen={}))
 
-    first = Stage(LIKELIHOOD, config.training_inputs("preference"), data, train_likelihood)
+    before = alignment(run, config, with_ids=False) if config.related else ()
+    needs = (ALIGNMENT,) if before else ()
+    first = Stage(LIKELIHOOD, config.training_inputs("preference"), data, train_likelihood, needs=needs)
     if config.preference is None:
-        return (first,)
+        return *before, first
     second = Stage(PREFERENCE, config.training_inputs(), data, train_preference, start=LIKELIHOOD, frozen=(LIKELIHOOD,))
-    return first, second
+    return *before, first, second
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -86,6 +88,8 @@ def prepare_suggestions(run: Run, config: OneSugConfig) -> tuple[str, ...]:
     vetted = config.vetted.fingerprint()
     made_of = fingerprint(tables, config.tokenizer, config.texts, vetted, config.profile, *weights)
     made = [run.phase(TARGETS, made_of, partial(make_targets, run, config)), prepare_examples(run, config, tables)]
+    if config.related:
+        made.append(prepare_related(run, config))
     if config.neighbours.kept:
         inputs = fingerprint(tables, config.neighbours)
         made.append(run.phase(NEIGHBOURS, inputs, partial(make_neighbours, run, config)))
@@ -152,14 +156,15 @@ def likelihood_batches(assembly: OneSugAssembly, config: OneSugConfig) -> Iterat
         asked = typed_prefix(record, row)
         chosen = asked.rows[record["suggestion_feedback"][asked.rows] < len(CHOSEN)]
         texts = sorted({normalised(text) for text in assembly.queries[record["suggestion_query"][chosen]]})
-        history = history_of(assembly, record, asked)
+        history, seen = history_of(assembly, record, asked), seen_of(assembly, record, asked)
         if rng.random() < objective.recut:
             history, texts = recut(history, texts, rng)
+            seen = seen._replace(answer="")
         if rng.random() < objective.without_past:
             history = {name: history[name] for name in ("prefix", "now")}
         if len(texts) > objective.targets:
             texts = [texts[at] for at in np.sort(rng.permutation(len(texts))[: objective.targets])]
-        read = assembly.read_texts(history, *seen_of(assembly, record, asked))
+        read = assembly.read_texts(history, seen)
         return cut(assembly, read, size) | packed(assembly, texts, objective.targets)
 
     return context_batches(records, cuts, example, config, lengths)
