@@ -130,6 +130,11 @@ def export_run(run_path: Path, to: Path, config: ExportConfig | None = None) -> 
             f"{run.path} is a run of {system}, which scores all items: only systems that generate "
             f"their answers are exported ({exported}); answer with serve.py instead"
         )
+    if getattr(recommender, "reorder", None) is not None:
+        raise UserError(
+            f"{run.path}: configuration key 'reorder' is {recommender.reorder}: answers are ordered by a reward model, "
+            "which an artefact does not hold; run train.py again with --reorder None, or answer with serve.py instead"
+        )
     item_ids = pq.read_table(run.tables / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
     # Items appended or published since are not in the artefact.
     version = trained_version(run.semantic_ids)

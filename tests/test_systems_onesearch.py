@@ -39,7 +39,10 @@ from jaxrec.semantic_ids.table.version_files import BOOKS
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems import load_recommender, pretrained, train
+from jaxrec.systems import stored_rows as of_stored
+from jaxrec.systems.onesearch import preference as onesearch_preference
 from jaxrec.systems.onesearch import queries as onesearch_queries
+from jaxrec.systems.onesearch import stages as onesearch_stages
 from jaxrec.systems.onesearch import training as onesearch_training
 from jaxrec.systems.onesearch.config import (
     CO_OCCURRENCE,
@@ -51,13 +54,18 @@ from jaxrec.systems.onesearch.config import (
     OneSearchConfig,
 )
 from jaxrec.systems.onesearch.model import assemble, fitted, level_centroids, recommender, run_centroids
+from jaxrec.systems.onesearch.preference import interaction_examples, target_scores
 from jaxrec.systems.onesearch.queries import make_tokenizer, trained_queries
+from jaxrec.systems.onesearch.reordered import ANSWERS, AnsweredSearches, answered_searches, reordered_examples
+from jaxrec.systems.onesearch.reward_config import INTERACTIONS, REORDERED, REWARD_MODEL
+from jaxrec.systems.onesearch.reward_model import levels_of, make_search_reward, rewarded_order
+from jaxrec.systems.onesearch.stages import REFERENCE, RewardedRecommender, behind
 from jaxrec.systems.onesearch.tasks import MOST_ROWS, SearchPairs, TaskTables, item_texts, read_tasks, task_rows
 from jaxrec.systems.onesearch.training import (
     check_searches,
     example,
     losses,
-    stages,
+    supervised_stages,
     training_batches,
     training_searches_of,
 )
@@ -68,29 +76,41 @@ from jaxrec.systems.pretrained import (
     with_pretrained,
     write_pretrained,
 )
+from jaxrec.systems.ranking.training import context_batches, context_cuts
 from jaxrec.text.tokenizer import load_tokenizer
 from jaxrec.training import checkpoint, loop
-from jaxrec.training.stages import Task
+from jaxrec.training.stages import Task, best_variables
 
-STAGES = (CONTENT, CO_OCCURRENCE, PERSONALISATION)
+STAGES = (CONTENT, CO_OCCURRENCE, PERSONALISATION, REWARD_MODEL, REORDERED, INTERACTIONS)
 EMPTY = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """Two runs of one configuration: one without a stop, one stopped in each of its three stages and run again."""
+    """Two runs of one configuration: one without a stop, one stopped in each of its six stages, and while the frozen
+    stage answers searches, and run again."""
     folder = tmp_path_factory.mktemp("onesearch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXREC_CACHE", str(folder / "cache"))
+        patch.setattr(of_stored, "AT_ONCE", 64)
         train(Run.open(folder / "whole", CONFIG), CONFIG)
         unmade = shutil.ignore_patterns("stages", "eval*", "*.jsonl")
         shutil.copytree(folder / "whole", folder / "stopped", ignore=unmade)
-        stops = ["step:20", "step:14", "step:30"]
+        stops, files, save = ["step:20", "step:14", "step:30", "step:18", "step:12", "step:10"], [], of_stored.save_rows
+
+        def save_and_stop(path: Path, found: dict) -> None:
+            save(path, found)
+            files.append(path)
+            if len(files) == 2:
+                raise StoppedError
+
         patch.setattr(loop, "fault_point", stopping(stops))
+        patch.setattr(of_stored, "save_rows", save_and_stop)
         while stops:
             with pytest.raises(StoppedError):
                 train(Run.open(folder / "stopped", CONFIG), CONFIG)
         train(Run.open(folder / "stopped", CONFIG), CONFIG)
+        assert len(files) == len(set(files)) > 4
     return folder / "whole", folder / "stopped"
 
 
@@ -124,8 +144,9 @@ def test_stopped_in_every_stage_it_ends_in_the_same_bits(runs):
 def test_it_finds_what_was_searched_for(path):
     """A random item has a recall@10 of .08, and what is most popular .14."""
     rows = read_json(path / "evaluation.json")
-    (recall,) = (row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all")
-    assert recall > 0.8
+    found = {row["model"]: row["value"] for row in rows if row["metric"] == "recall@10" and row["subset"] == "all"}
+    assert set(found) == {"onesearch", "onesearch before rewards", "onesearch_rm"}
+    assert min(found.values()) > 0.8
 
 
 def test_the_loss_of_every_task_is_logged(path):
@@ -373,7 +394,9 @@ def test_a_stage_without_tasks_is_left_out(path, monkeypatch, tmp_path):
         dataclasses.replace(CONFIG, **parts)
         for parts in ({"content": none[0]}, {"co_occurrence": none[1]}, {"content": none[0], "co_occurrence": none[1]})
     )
-    order = [[(stage.name, stage.start) for stage in stages(Run(path), each)] for each in (second, first, neither)]
+    order = [
+        [(stage.name, stage.start) for stage in supervised_stages(Run(path), each)] for each in (second, first, neither)
+    ]
     assert order == [
         [(CO_OCCURRENCE, ""), (PERSONALISATION, CO_OCCURRENCE)],
         [(CONTENT, ""), (PERSONALISATION, CONTENT)],
@@ -383,7 +406,7 @@ def test_a_stage_without_tasks_is_left_out(path, monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(onesearch_training, "train_model", lambda *_, init: made.append(init(0, None)))
     monkeypatch.setattr(pretrained, "with_pretrained", lambda variables, folder, seed: folder)
-    (last,) = stages(Run(path), dataclasses.replace(neither, pretrained="bart"))
+    (last,) = supervised_stages(Run(path), dataclasses.replace(neither, pretrained="bart"))
     monkeypatch.setattr(onesearch_training, "fitted", lambda config, space: config)
     monkeypatch.setattr(onesearch_training, "training_batches", lambda *_: None)
     monkeypatch.setattr(onesearch_training, "assemble", lambda *_: SimpleNamespace(init=lambda *_: "fresh", space=None))
@@ -539,6 +562,207 @@ def test_parts_can_be_left_out_and_what_contradicts_itself_is_refused():
     dataclasses.replace(CONFIG, objective=smooth, prompt=plain, prior=False)
     with pytest.raises(UserError, match=r"content\.training\.evaluate_every"):
         dataclasses.replace(CONFIG.content, training=dataclasses.replace(CONFIG.training, evaluate_every=2))
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frozen(path) -> dict[str, dict]:
+    """The variables of the stages that phase one reads."""
+    return {name: best_variables(path / "stages" / name) for name in (PERSONALISATION, REWARD_MODEL)}
+
+
+@pytest.fixture(scope="module")
+def reward(path, frozen):
+    return make_search_reward(Run(path), CONFIG, frozen[REWARD_MODEL])
+
+
+def of_phase(assembly, name: str) -> OneSearchConfig:
+    return fitted(behind(CONFIG, name), assembly.space)
+
+
+@pytest.fixture(scope="module")
+def reordered(path, assembly, frozen):
+    """Phase one's examples, of the answers that the run kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_stored, "AT_ONCE", 64)
+        patch.setattr(of_stored, "computed_rows", None)  # nothing is computed again
+        folder = path / "stages" / REORDERED / ANSWERS
+        return reordered_examples(Run(path), assembly, of_phase(assembly, REORDERED), frozen, folder)
+
+
+def test_samples_of_the_reward_model_are_of_the_search_and_of_what_followed_without_one(path, records, reward):
+    """A purchase has the labels (1, 1, 1), a click that is no purchase (1, 0, 0)."""
+    levels, ranker, ranking = levels_of(Run(path), CONFIG), reward.ranker, CONFIG.rewards.model
+    cuts, found = context_cuts(ranker, ranking, records), set()
+    some = np.array([cut for cut in cuts if levels.clicked_elsewhere(records[cut[0]], cut[1]).any()])[:16]
+    assert len(some) == 16
+    options = {"epochs": 1, "shuffle": False, "drop_remainder": False}
+    (batch,) = context_batches(ranker, ranking, records, some, 16, 0, levels.clicked_elsewhere, **options)
+    for row, (at, place) in enumerate(some[batch["cut"]]):
+        record, there = records[at], batch["candidate_where"][row]
+        where = levels.clicked_elsewhere(record, place)
+        assert set(levels.category[record["item"][where]]) <= set(levels.categories(record, place))
+        assert (record["search"][where] < 0).all()
+        events = np.flatnonzero(where | ((record["search"] == place) & (record["behavior"] >= 1)))
+        expected = {}
+        for event in events:
+            item, behavior = int(record["item"][event]), int(record["behavior"][event])
+            expected[item] = max(behavior, expected.get(item, 0))
+        given = dict(zip(*(batch[name][row][there].tolist() for name in ("candidate", "candidate_behavior"))))
+        assert given.items() <= expected.items() and len(given) == min(len(expected), 12)
+        found |= {expected[int(item)] for item in record["item"][where]}
+    assert {2, 4} & found
+
+
+def test_answers_are_those_of_the_frozen_stage_with_their_rewards(path, assembly, frozen, reward, reordered, tmp_path):
+    """As a server answers whose log lacks the search; Eq. 10 of each answer, in double precision."""
+    log = reordered.take(np.arange(8))
+    log.pop("preferred")
+    some = AnsweredSearches(**log, reward=reward)
+    kept = answered_searches(some, frozen[PERSONALISATION], tmp_path)
+    assert kept["answers"].shape == kept["scores"].shape == (8, 12)
+    whole = dict(np.load(path / "stages" / REORDERED / ANSWERS / "000000.npz"))
+    assert whole["answers"].shape == (64, 12)
+    for row, (at, place) in enumerate(some.cuts[:3]):
+        record = some.records[at]
+        history = reward.ranker.before_search(record, place)
+        arrays = {name: array[None] for name, array in reward.ranker.read(history, 24).items()}
+        predicted = reward.ranker.predict(reward.state["params"], arrays, kept["answers"][row][None])
+        items = np.asarray(reward.ranker.items.embeddings, np.float64)[kept["answers"][row]]
+        query = arrays["query_vector"][0].astype(np.float64)
+        cosine = items @ query / np.linalg.norm(items, axis=1) / np.linalg.norm(query)
+        expected = sum(predicted[name][0] for name in ("ctr", "cvr", "ctcvr")) + 10 * (1 + cosine) / 2
+        np.testing.assert_allclose(kept["scores"][row], expected, rtol=1e-4)
+        assert (kept["answers"][row] >= 0).all()
+    batch = {name: np.stack([some(some.records[at], place, None)[name] for at, place in some.cuts[:8]]) for name in
+             some(some.records[some.cuts[0][0]], some.cuts[0][1], None)}  # fmt: skip
+    target = {"target": kept["answers"], "where": np.ones(8, bool)}
+    plain = jax.jit(partial(target_scores, assembly))(assembly.catalogue, frozen[PERSONALISATION], batch | target)
+    assert (np.diff(plain, axis=1) < 1e-4).all()  # the beam's order
+
+
+def test_every_example_of_phase_one_has_a_chosen_answer_and_rejected_ones(reordered):
+    by_score = 0
+    for at, place in reordered.cuts:
+        found = reordered(reordered.records[at], place, None)
+        real, chosen, level = found["target"] >= 0, found["chosen"], found["level"]
+        assert chosen.tolist() == [True] + [False] * 6 and real[:2].all()
+        assert (level[real & ~chosen] >= 3).all() and len(set(found["target"][real])) == real.sum()
+        assert found["by_score"] == (level[0] >= 3)
+        by_score += int(found["by_score"])
+        codes = reordered.assembly.space.codes[found["target"][real]]
+        assert not (codes[1:] == codes[0]).all(1).any()
+    assert 0 < by_score < len(reordered.cuts) > 40
+
+
+def test_examples_of_phase_two_are_the_same_in_every_epoch_and_never_reject_what_was_taken(path, assembly):
+    examples = interaction_examples(Run(path), assembly, of_phase(assembly, INTERACTIONS))
+    levels, seen = examples.levels, set()
+    for at, place in examples.cuts[::9]:
+        record = examples.records[at]
+        found, again = (examples(record, place, np.random.default_rng(seed)) for seed in (0, 1))
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, again[name])
+        real, chosen = found["target"] >= 0, found["chosen"]
+        met = dict(zip(*(each.tolist() for each in levels.of(record, place)), strict=True))
+        for item, level, is_chosen in zip(found["target"][real], found["level"][real], chosen[real], strict=True):
+            assert is_chosen == (level < 3) and met.get(int(item), level) == level
+            assert (level == 4) == (int(item) not in met and levels.category[item] in levels.categories(record, place))
+            seen.add(int(level))
+        assert 1 <= chosen.sum() <= 2
+        day = record["search_timestamp"][place] // DAY
+        np.testing.assert_array_equal(found["counts"][real], examples.counts.before(found["target"][real], day))
+    assert seen == {0, 1, 2, 3, 4, 5}
+
+
+def test_the_stored_reference_is_the_frozen_stage(path, assembly, frozen, reordered):
+    """Phase one sees its examples more than once; phase two does not, and scores those of each step."""
+    assert (path / "stages" / REORDERED / REFERENCE).is_dir()
+    assert not (path / "stages" / INTERACTIONS / REFERENCE).exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_stored, "AT_ONCE", 64)
+        patch.setattr(of_stored, "computed_rows", None)
+        folder = path / "stages" / REORDERED / REFERENCE
+        rows = onesearch_stages.stored_reference(folder, reordered, frozen[PERSONALISATION])
+    batch = next(of_stored.WithStored(reordered.batches(), rows))
+    plain = jax.jit(partial(target_scores, assembly))(assembly.catalogue, frozen[PERSONALISATION], batch)
+    np.testing.assert_allclose(batch["reference"], plain, atol=1e-4)
+    assert np.abs(plain).max() > 0.1
+
+
+def test_preferences_are_learned_and_pairs_left_out_are_counted(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for stage in (REORDERED, INTERACTIONS):
+        mine = [line for line in lines if line["stage"] == stage]
+        assert min(line["loss"] for line in mine[1:]) < mine[0]["loss"] and mine[-1]["pairs_ordered"] > 0.6
+        assert all(0 <= line["pairs_left_out"] < 0.2 for line in mine)
+
+
+def test_answers_are_served_in_the_order_of_the_reward(path, model, assembly):
+    ordered = onesearch_stages.recommender(assembly, model.variables, dataclasses.replace(CONFIG, reorder=8))
+    assert isinstance(model, RewardedRecommender) and model.reorder is None and ordered.reorder == 8
+    histories = [EMPTY | {"query": text} for text in assembly.queries.texts[:3]]
+    plain, _ = model.recommend(histories, 8)
+    rewards = ordered.rewards_of(histories, plain, (4,))
+    items, scores = ordered.recommend(histories, 5)
+    order = rewarded_order(rewards, plain >= 0)
+    np.testing.assert_array_equal(items, np.take_along_axis(plain, order, 1)[:, :5])
+    assert np.isfinite(scores).all() and not np.array_equal(items, plain[:, :5])
+    # How many are asked for changes no place; what is behind the first ones stays behind them.
+    more = ordered.recommend(histories, 10)[0]
+    np.testing.assert_array_equal(more[:, :5], items)
+    np.testing.assert_array_equal(more[:, 8:], model.recommend(histories, 10)[0][:, 8:])
+    # What the reward model does not know keeps its place.
+    later = plain.copy()
+    later[:, 2] = assembly.space.codes.shape[0] + 3
+    assert np.isnan(ordered.rewards_of(histories, later, (1, 2))[:, 2]).all()
+    retriever = Retriever(path, ordered)
+    request = Request(history=[], query=assembly.queries.texts[0], k=5)
+    ids = pq.read_table(path / "tables" / "items.parquet")["item_id"].to_pylist()
+    expected = ordered.recommend([retriever.history(request)[0]], 5)[0][0]
+    assert [item.item_id for item in retriever.answer([request])[0].items] == [ids[item] for item in expected]
+    names = {True: ["onesearch before rewards", "onesearch without reordering"]}
+    names[False] = ["onesearch before rewards", "onesearch_rm"]
+    assert [list(each.variants) for each in (ordered, model)] == [names[True], names[False]]
+
+
+def test_an_export_of_answers_in_the_order_of_the_reward_is_refused(path, model, assembly, tmp_path, monkeypatch):
+    ordered = onesearch_stages.recommender(assembly, model.variables, dataclasses.replace(CONFIG, reorder=8))
+    monkeypatch.setattr(export, "load_recommender", lambda _: ordered)
+    with pytest.raises(UserError, match="'reorder' is 8: answers are ordered by a reward model, which an artefact"):
+        export.export_run(path, tmp_path / "out", export.ExportConfig(k=5, platforms=("cpu",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_is_not_there_or_no_number_is_refused(
+    path, model, assembly, frozen, reward, tmp_path, monkeypatch
+):
+    elsewhere = dataclasses.replace(assembly, folder=tmp_path)
+    ordered = onesearch_stages.recommender(elsewhere, model.variables, dataclasses.replace(CONFIG, reorder=8))
+    with pytest.raises(UserError, match="reward_model holds no trained reward model to order answers by; run train"):
+        ordered.recommend([EMPTY | {"query": "zzz"}], 5)
+    broken = {"params": jax.tree.map(lambda each: each * np.nan, frozen[REWARD_MODEL]["params"])}
+    few = of_phase(assembly, REORDERED)
+    few = dataclasses.replace(
+        few, rewards=dataclasses.replace(few.rewards, reordered=dataclasses.replace(few.rewards.reordered, searches=16))
+    )
+    with pytest.raises(UserError, match=r"0 of 16 .*; 192 of 192 rewards are no finite numbers.*train it longer"):
+        reordered_examples(Run(path), assembly, few, frozen | {REWARD_MODEL: broken}, tmp_path / "answers")
+    ranker = SimpleNamespace(queries=SimpleNamespace(ids=None))
+    monkeypatch.setattr("jaxrec.systems.onesearch.reward_model.assemble_ranker", lambda *_: ranker)
+    with pytest.raises(UserError, match=r"'rewards\.weights\.relevance' is 10\.0, but the embeddings of the items"):
+        make_search_reward(Run(path), CONFIG, frozen[REWARD_MODEL])
+    search_examples = onesearch_preference.search_examples
+
+    def nothing(*arguments):
+        log = search_examples(*arguments)
+        return dataclasses.replace(log, cuts=log.cuts[:0], lengths=[])
+
+    monkeypatch.setattr(onesearch_preference, "search_examples", nothing)
+    with pytest.raises(UserError, match=r"events\.parquet: no search of training led to a click or a purchase"):
+        interaction_examples(Run(path), assembly, of_phase(assembly, INTERACTIONS))
 
 
 # ---- pretrained weights ----------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from jaxrec.serving.batch import answer_file
 from jaxrec.serving.retriever import Retriever
 from jaxrec.serving.schema import Request
 from jaxrec.systems import load_recommender, train
-from jaxrec.systems.onesug import preference
+from jaxrec.systems import stored_rows as of_stored
 from jaxrec.systems.onesug.config import (
     LIKELIHOOD,
     PREFERENCE,
@@ -46,7 +46,6 @@ from jaxrec.systems.onesug.examples import cut, history_of, packed, seen_of
 from jaxrec.systems.onesug.model import assemble
 from jaxrec.systems.onesug.preference import (
     REFERENCE,
-    WithReference,
     preference_examples,
     preference_loss,
     referring_loss,
@@ -69,20 +68,20 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     are computed, and run again."""
     folder = tmp_path_factory.mktemp("onesug")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preference, "AT_ONCE", 200)
+        patch.setattr(of_stored, "AT_ONCE", 200)
         train(Run.open(folder / "whole", CONFIG), CONFIG)
         unmade = shutil.ignore_patterns("stages", "eval*", "metrics.jsonl")
         shutil.copytree(folder / "whole", folder / "stopped", ignore=unmade)
-        stops, files, save = ["step:30", "step:7", "step:20"], [], preference._save
+        stops, files, save = ["step:30", "step:7", "step:20"], [], of_stored.save_rows
 
-        def save_and_stop(path: Path, scores: np.ndarray) -> None:
+        def save_and_stop(path: Path, scores: dict) -> None:
             save(path, scores)
             files.append(path)
             if len(files) == 2:
                 raise StoppedError
 
         patch.setattr(loop, "fault_point", stopping(stops))
-        patch.setattr(preference, "_save", save_and_stop)
+        patch.setattr(of_stored, "save_rows", save_and_stop)
         for _ in range(4):
             with pytest.raises(StoppedError):
                 train(Run.open(folder / "stopped", CONFIG), CONFIG)
@@ -438,10 +437,10 @@ def test_stored_scores_are_those_of_the_frozen_stage(path, assembly, examples, t
     kept = path / "stages" / PREFERENCE / REFERENCE
     scores = np.zeros((len(examples.cuts), 8), np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preference, "AT_ONCE", 200)
-        patch.setattr(preference, "_scores", None)  # nothing is computed again
+        patch.setattr(of_stored, "AT_ONCE", 200)
+        patch.setattr(of_stored, "computed_rows", None)  # nothing is computed again
         scores = stored_scores(kept, examples, frozen)
-    batches = WithReference(examples.batches(), scores)
+    batches = of_stored.WithStored(examples.batches(), {"reference": scores})
     batch = on_device(next(batches))
     plain = target_scores(assembly, frozen, batch)
     np.testing.assert_allclose(batch["reference"], plain, atol=2e-5)

@@ -20,8 +20,8 @@ from jaxrec.serving.scheduler import Worker
 from jaxrec.serving.schema import Request
 
 ROUTES = ("recommend", "search", "suggest")
-TOGETHER_ON_CPU = 4
-"""Requests in a call on CPU, where padding costs time: each call computes as many."""
+TOGETHER_ON_CPU = 1
+"""Requests in a call on CPU by default: a call computes as many, and one that is alone would pay for it."""
 
 PROBED = 64
 """Users of whom a full call is made, to see whether they get the bits that each gets alone."""
@@ -101,7 +101,7 @@ class Lane:
 def call_sizes(retriever: Retriever, together: int | None = None, alone: bool = False) -> tuple[int, ...]:
     """The batch sizes that are compiled for a run.
 
-    together: requests in a call at most; None: 4 on CPU, elsewhere the run's `decoding.batch_size`. alone: whether a
+    together: requests in a call at most; None: 1 on CPU, elsewhere the run's `decoding.batch_size`. alone: whether a
     batch of one is compiled too. A model that pads by itself is asked for one request at a time.
     """
     if retriever.sizes is None:

@@ -27,7 +27,7 @@ from jaxrec.systems.onemall import stages as onemall_stages
 from jaxrec.systems.onemall.config import OneMallConfig
 from jaxrec.systems.onesearch import model as onesearch_model
 from jaxrec.systems.onesearch import reader as onesearch_reader
-from jaxrec.systems.onesearch import training as onesearch_training
+from jaxrec.systems.onesearch import stages as onesearch_stages
 from jaxrec.systems.onesearch.config import OneSearchConfig
 from jaxrec.systems.onesug import model as onesug_model
 from jaxrec.systems.onesug import training as onesug_training
@@ -83,8 +83,8 @@ SYSTEMS: dict[str, System] = {
     "onesearch": System(
         OneSearchConfig,
         onesearch_model.assemble,
-        onesearch_training.stages,
-        onesearch_model.recommender,
+        onesearch_stages.stages,
+        onesearch_stages.recommender,
         load_reader=onesearch_reader.load_reader,
     ),
     "onesug": System(OneSugConfig, onesug_model.assemble, onesug_training.stages, onesug_model.recommender),

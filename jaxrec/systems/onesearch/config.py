@@ -1,13 +1,14 @@
-"""OneSearch (Kuaishou 2025), but for its reward system (§3.4.2): a query and its user's past in, items' IDs out.
+"""OneSearch (Kuaishou 2025): a query and its user's past in, items' IDs out.
 
     source ─▶ tables ─▶ semantic IDs of items and queries ─▶ content ─▶ co_occurrence ─▶ personalisation ─▶ evaluation
 
 The three stages are those of Table 4; each has its own mixture of tasks, optimiser and length, and begins with the best
-state of the one before. A stage whose tasks all have the weight 0 is left out.
+state of the one before. A stage whose tasks all have the weight 0 is left out. Those of the reward system (§3.4.2)
+follow where `rewards` is given (`jaxrec.systems.onesearch.reward_config`).
 """
 
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxrec.config import UserError, check_least, check_shares
 from jaxrec.data.item_neighbours import NeighbourConfig
@@ -18,6 +19,7 @@ from jaxrec.models.copying import check_labels
 from jaxrec.models.encoder_decoder import EncoderDecoderConfig
 from jaxrec.models.personal_search import PromptConfig
 from jaxrec.systems.generative import GenerativeRunConfig
+from jaxrec.systems.onesearch.reward_config import SearchRewardsConfig
 from jaxrec.text.tokenizer import TokenizerConfig
 from jaxrec.training.loop import LoopConfig
 from jaxrec.training.optim import OptimConfig
@@ -182,6 +184,11 @@ class OneSearchConfig(GenerativeRunConfig):
     """The second stage."""
     objective: PersonalisationObjective = field(default_factory=PersonalisationObjective)
     """The loss of the third stage, whose optimiser and length are `optim` and `training`."""
+    rewards: SearchRewardsConfig | None = None
+    """The adaptive reward system behind the third stage (§3.4.2); None: there is none."""
+    reorder: int | None = None
+    """First answers of the beam search that are served in the order of the reward (OneSearch_RM); None: none are. It
+    needs `rewards`, but no new training."""
 
     of_phases: ClassVar[tuple[str, ...]] = (
         *GenerativeRunConfig.of_phases,
@@ -190,10 +197,13 @@ class OneSearchConfig(GenerativeRunConfig):
         "profile",
         "pretrained",
     )
+    of_evaluation: ClassVar[tuple[str, ...]] = (*GenerativeRunConfig.of_evaluation, "reorder")
     query_ids: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
+        if self.reorder is not None:
+            check_least(self, "", reorder=1)
         if self.prior and not self.model.restrict:
             raise UserError("configuration key 'prior': it is of a level's codes alone; set model.restrict as well")
         if self.prompt.copying and not self.features.candidates:
@@ -203,9 +213,21 @@ class OneSearchConfig(GenerativeRunConfig):
             )
         check_labels(self.prompt.copying, "prompt.copying", self.objective.smoothing)
 
+    def evaluation_inputs(self) -> dict[str, Any]:
+        """As of every system; what a run does without is left out, as in runs from before it could be configured."""
+        values = super().evaluation_inputs()
+        return {name: value for name, value in values.items() if name != "reorder" or value is not None}
+
     def check(self) -> None:
-        """As of every system, and of the first two stages."""
+        """As of every system, of the first two stages, and of the rewards."""
         super().check()
+        if self.rewards is not None:
+            self.rewards.check(tuple(self.data.behaviors))
+        elif self.reorder is not None:
+            raise UserError(
+                f"configuration key 'reorder' is {self.reorder}, but there is no reward model to order answers by; "
+                "give 'rewards', or leave it out"
+            )
         for of_stage in (self.content, self.co_occurrence):
             if of_stage.weights:
                 of_stage.optim.check_steps(of_stage.training.steps, f"{of_stage.stage}.optim")

@@ -74,6 +74,8 @@ class OneSearchAssembly:
     """the popularity of IDs, if it is added to the decoder's logits"""
     examples: Any = None
     """folder of the example records"""
+    folder: Any = None
+    """the run directory"""
 
     required_text: ClassVar[str] = "query"
 
@@ -254,6 +256,7 @@ def assemble(run: Run, config: OneSearchConfig) -> OneSearchAssembly:
         centroids=run_centroids(run, space, item_ids),
         prior=popularity_prior(space.codes, counts, space.codebook_sizes) if config.prior else None,
         examples=run.examples,
+        folder=run.path,
     )
 
 

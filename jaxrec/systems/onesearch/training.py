@@ -44,8 +44,11 @@ from jaxrec.systems.pretrained import digests, initial, write_pretrained
 from jaxrec.systems.profiles import profile_texts
 from jaxrec.training.stages import Stage, Task, minimise
 
+REWARDS = "rewards"
+"""The field of the configuration that decides later stages alone."""
 
-def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
+
+def supervised_stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
     """Three stages, each from the best state of the one before; the text encoder's first, where it is fine-tuned.
 
     One of the first two without a task of a weight is left out: what comes behind it begins with the stage before it
@@ -69,7 +72,7 @@ def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
         init = partial(initial, assembly, config.pretrained, task)
         train_model(assembly, mine, mean_loss, training_batches(assembly, mine), task, init=init)
 
-    last = ("optim", "training", "validation", "objective")
+    last = ("optim", "training", "validation", "objective", REWARDS)
     of_tasks, start = [], ""
     for name, other in ((CONTENT, CO_OCCURRENCE), (CO_OCCURRENCE, CONTENT)):
         of_stage = getattr(config, name)
@@ -77,7 +80,7 @@ def stages(run: Run, config: OneSearchConfig) -> tuple[Stage, ...]:
             inputs, train = config.training_inputs(*last, other), partial(train_tasks, of_stage)
             of_tasks.append(Stage(name, inputs, data, train, start=start, needs=needs))
             start = name
-    inputs = config.training_inputs(CONTENT, CO_OCCURRENCE)
+    inputs = config.training_inputs(CONTENT, CO_OCCURRENCE, REWARDS)
     return *before, *of_tasks, Stage(PERSONALISATION, inputs, data, train_searches, start=start, needs=needs)
 
 
@@ -190,8 +193,7 @@ def training_batches(assembly: OneSearchAssembly, config: OneSearchConfig) -> It
     """Batches of searches with the items that they led to, without end, in an order that the seed decides."""
     records = Records(assembly.examples, "train")
     cuts = training_searches_of(records, assembly.wanted)
-    features = config.features
-    lengths = [features.bucket_of({"tokens": _tokens(assembly, records[at], place)}, 0) for at, place in cuts]
+    lengths = bucket_lengths(assembly, config, records, cuts)
     return context_batches(records, cuts, partial(example, assembly, config), config, lengths)
 
 
@@ -213,13 +215,7 @@ def example(
     The short sequences of some samples are cut (the sliding window), and the past of some is left out.
     """
     objective, wanted = config.objective, assembly.wanted
-    items = led_to(record, place, wanted[record["behavior"]])
-    history = before_search(record, place)
-    history |= question_of(record, history, record["search_timestamp"][place]) | {
-        "query": record["search_query"][place]
-    }
-    later = record["item"][(record["search_timestamp"][place] <= record["timestamp"]) & wanted[record["behavior"]]]
-    read = assembly.read_texts(history, without=items, ahead=later)
+    items, read = led_to(record, place, wanted[record["behavior"]]), read_search(assembly, record, place)
     if objective.window and rng.random() < objective.windowed:
         shown = int(rng.integers(0, objective.window + 1))
         read |= {"shown": shown, "recent_codes": read["recent_codes"][max(len(read["recent_codes"]) - shown, 0) :]}
@@ -230,6 +226,22 @@ def example(
     if len(items) > objective.targets:
         items = np.sort(rng.permutation(items)[: objective.targets])
     return cut | {"target": padded(items, objective.targets, -1)}
+
+
+def read_search(assembly: OneSearchAssembly, record: Record, place: int) -> Record:
+    """The history of a training search as a server reads it whose log lacks the search."""
+    wanted = assembly.wanted
+    history = before_search(record, place)
+    history |= question_of(record, history, record["search_timestamp"][place]) | {
+        "query": record["search_query"][place]
+    }
+    later = record["item"][(record["search_timestamp"][place] <= record["timestamp"]) & wanted[record["behavior"]]]
+    return assembly.read_texts(history, without=led_to(record, place, wanted[record["behavior"]]), ahead=later)
+
+
+def bucket_lengths(assembly: OneSearchAssembly, config: OneSearchConfig, records: Records, cuts: np.ndarray) -> list:
+    """Which bucket of `features` the query of each (record, search) is padded to, [n]."""
+    return [config.features.bucket_of({"tokens": _tokens(assembly, records[at], place)}, 0) for at, place in cuts]
 
 
 def _tokens(assembly: OneSearchAssembly, record: Record, place: int) -> np.ndarray:

@@ -1,11 +1,10 @@
 """The preference stage of OneSug (§3.4): chosen queries against rejected ones, weighted by the gap of their rewards.
 
 The reference is the stage before it, frozen. Where an example is seen more than once, its scores of all examples are
-computed once, before the first step, and kept beside the stage's checkpoints in files of `AT_ONCE` examples each, so
-that a stopped stage goes on with the next file. Else each step computes those of its own examples.
+computed once, before the first step, and kept beside the stage's checkpoints (`jaxrec.systems.stored_rows`). Else each
+step computes those of its own examples.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.console import track
 from jaxrec.data.examples import Record, Records
 from jaxrec.data.padding import padded
-from jaxrec.data.pipeline import Features, batches
+from jaxrec.data.pipeline import Features
 from jaxrec.data.suggestion_targets import FeedbackShares, strongest, training_shares, typed_prefix
 from jaxrec.data.tables import CHOSEN
 from jaxrec.data.words import distinct
@@ -30,12 +28,10 @@ from jaxrec.systems.generative import context_batches
 from jaxrec.systems.onesug.config import LIKELIHOOD, OneSugConfig
 from jaxrec.systems.onesug.examples import cut, history_of, packed, seen_of, training_prefixes
 from jaxrec.systems.onesug.model import OneSugAssembly
-from jaxrec.training.prefetch import BatchIterator
+from jaxrec.systems.stored_rows import stored_rows
 
 REFERENCE = "reference"
 """The folder of the reference's scores inside the stage's."""
-AT_ONCE = 4096
-"""examples in a file of scores"""
 
 
 def preference_loss(
@@ -154,55 +150,6 @@ def stores_reference(examples: PreferenceExamples) -> bool:
 
 def stored_scores(folder: Path, examples: PreferenceExamples, variables: dict) -> np.ndarray:
     """The reference's log-likelihoods of all examples, float32 [n, L], a row for each of `cuts`; made where missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    buckets = np.searchsorted(examples.config.features.buckets, examples.lengths)
-    order = np.argsort(buckets, kind="stable")  # few shapes in a file
     score = jax.jit(partial(target_scores, examples.assembly))
-    settings = examples.config.preference
-    found = np.zeros((len(order), settings.chosen + settings.rejected), np.float32)
-    for start in track(range(0, len(order), AT_ONCE), "reference"):
-        rows, path = order[start : start + AT_ONCE], folder / f"{start // AT_ONCE:06d}.npy"
-        if not path.is_file():
-            _save(path, _scores(score, variables, examples, rows, buckets[rows]))
-        found[rows] = np.load(path)
-    return found
-
-
-def _scores(score: Any, variables: dict, examples: PreferenceExamples, rows: np.ndarray, buckets: np.ndarray):
-    """Of some of the examples, in order: float32 [n, L]."""
-    size = examples.config.batch_size
-    options = {"batch_size": size, "buckets": buckets, "epochs": 1, "shuffle": False, "drop_remainder": False}
-    found = None
-    for batch in batches(examples.records, examples.cuts[rows], examples, **options):
-        of_batch = np.asarray(score(variables, batch))
-        found = np.zeros((len(rows), of_batch.shape[1]), np.float32) if found is None else found
-        found[batch["cut"][batch["where"]]] = of_batch[batch["where"]]
-    return found
-
-
-def _save(path: Path, scores: np.ndarray) -> None:
-    partial_path = path.with_suffix(".partial")
-    with partial_path.open("wb") as file:
-        np.save(file, scores)
-        file.flush()
-        os.fsync(file.fileno())
-    partial_path.rename(path)
-
-
-class WithReference:
-    """Batches with `reference` float32 [B, L], of `scores` [n, L] of all cuts; a `BatchIterator`."""
-
-    def __init__(self, iterator: BatchIterator, scores: np.ndarray):
-        self.iterator, self.scores = iterator, scores
-
-    def __next__(self) -> Features:
-        batch = next(self.iterator)
-        return batch | {"reference": self.scores[batch["cut"]]}
-
-    def get_state(self) -> dict[str, Any]:
-        """As `jaxrec.training.prefetch.BatchIterator`."""
-        return self.iterator.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """As `jaxrec.training.prefetch.BatchIterator`."""
-        self.iterator.set_state(state)
+    found = stored_rows(folder, examples, lambda batch: {"reference": score(variables, batch)}, "reference")
+    return found["reference"]

@@ -29,7 +29,6 @@ from jaxrec.systems.onesug.examples import cut, history_of, packed, seen_of, tra
 from jaxrec.systems.onesug.model import NEIGHBOURS_FILE, OneSugAssembly, assemble
 from jaxrec.systems.onesug.preference import (
     REFERENCE,
-    WithReference,
     preference_examples,
     preference_loss,
     referring_loss,
@@ -40,6 +39,7 @@ from jaxrec.systems.onesug.queries import NEIGHBOURS
 from jaxrec.systems.phases import ALIGNMENT, alignment, prepare_examples, prepare_related, prepare_tables
 from jaxrec.systems.pretrained import digests, initial, write_pretrained
 from jaxrec.systems.profiles import profile_texts
+from jaxrec.systems.stored_rows import WithStored
 from jaxrec.targets import text_space
 from jaxrec.targets.texts import TARGETS
 from jaxrec.text.tokenizer import train_tokenizer
@@ -66,7 +66,7 @@ def stages(run: Run, config: OneSugConfig) -> tuple[Stage, ...]:
             train_model(assembly, mine, referring_loss, examples.batches(), task)
             return
         scores = stored_scores(task.folder / REFERENCE, examples, task.frozen[LIKELIHOOD])
-        batches = WithReference(examples.batches(), scores)
+        batches = WithStored(examples.batches(), {"reference": scores})
         train_model(assembly, mine, preference_loss, batches, dataclasses.replace(task, frozen={}))
 
     before = alignment(run, config, with_ids=False) if config.related else ()

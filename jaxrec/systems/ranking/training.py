@@ -38,6 +38,7 @@ def ranking_stage(
     data: Callable[[], Sequence[Any]],
     name: str = RANKING,
     needs: tuple[str, ...] = (),
+    further: Callable[[], "Further"] | None = None,
 ) -> Stage:
     """The training of a ranking model as a stage of a system.
 
@@ -46,6 +47,8 @@ def ranking_stage(
       data: runs the phases that make tables, semantic IDs and examples, as the system's other stages do.
       name: of the stage; its best variables are those of a `Task`'s `frozen[name]`.
       needs: as for `Stage`.
+      further: makes, when the training begins, what names further candidates of training contexts. What decides it is
+        the caller's to put into the stage's settings.
     """
     settings = (of_stage, config.seed, config.mesh, config.validation)
 
@@ -55,7 +58,7 @@ def ranking_stage(
         evaluate = None
         if of_stage.training.evaluate_every:
             evaluate = make_validation(ranker, of_stage, config.validation.max_users, config.validation.seed)
-        batches = training_batches(ranker, of_stage, config.seed)
+        batches = training_batches(ranker, of_stage, config.seed, further and further())
         minimise(bound_loss(ranker, of_stage.objective), ranker.init, batches, mine, task, evaluate=evaluate)
 
     return Stage(name, settings, data, train, needs=needs)
@@ -127,7 +130,14 @@ def outcomes(ranker: Ranker, behavior: Any) -> tuple[Any, Any]:
 # ---- examples --------------------------------------------------------------------------------------------------------
 
 
-def training_batches(ranker: Ranker, ranking: RankingStageConfig, seed: int) -> Iterator[Features]:
+Further = Callable[[Record, int], np.ndarray]
+"""(record, place of a context) -> bool [T]: events whose items are candidates of the context too, as if it had shown
+them"""
+
+
+def training_batches(
+    ranker: Ranker, ranking: RankingStageConfig, seed: int, further: Further | None = None
+) -> Iterator[Features]:
     """Batches of contexts with their candidates, without end, in an order that the seed decides.
 
     Raises:
@@ -146,7 +156,7 @@ def training_batches(ranker: Ranker, ranking: RankingStageConfig, seed: int) -> 
             f"count as shown and not taken ({why}): probabilities are relative to that sample",
             markup=False,
         )
-    return context_batches(ranker, ranking, records, cuts, ranking.batch_size, seed)
+    return context_batches(ranker, ranking, records, cuts, ranking.batch_size, seed, further)
 
 
 def context_cuts(ranker: Ranker, ranking: RankingConfig, records: Records, most: int = 0) -> np.ndarray:
@@ -173,6 +183,7 @@ def context_batches(
     cuts: np.ndarray,
     batch_size: int,
     seed: int,
+    further: Further | None = None,
     **options: Any,
 ) -> Iterator[Features]:
     """Batches of contexts with candidates; options as for `jaxrec.data.pipeline.batches`."""
@@ -182,6 +193,8 @@ def context_batches(
 
     def example(record: Record, place: int, rng: np.random.Generator) -> Features:
         where = record["search" if searches else "session"] == place
+        if further is not None:
+            where |= further(record, place)
         drawn = draw(rng, ranker.labels.sampled)
         impressions = ranker.labels.impressions(record, where)
         return ranker.read(before(record, place)) | ranker.labels.example(*impressions, drawn, rng)
