@@ -406,7 +406,7 @@ def test_names_of_runs():
 
 def test_sizes_of_calls():
     run = fake("a", "recommend")
-    assert call_sizes(run) == (4,) and call_sizes(run, 16) == (16,), "on CPU"
+    assert call_sizes(run) == (1,) and call_sizes(run, 16) == (16,), "on CPU"
     assert call_sizes(run, 16, alone=True) == (1, 16) and call_sizes(run, 1, alone=True) == (1,)
     run.sizes = None
     assert call_sizes(run, 16) == (1,)
