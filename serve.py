@@ -38,7 +38,7 @@ class Arguments:
     """with --requests: throw OUT.partial away and begin again"""
     batch_size: int | None = None
     """requests that are decoded together; default with --requests: decoding.batch_size of the run; with --http the
-    same, on CPU 4 at most"""
+    same, on CPU 1"""
     window: int | None = None
     """with --requests: lines that are sorted into batches together; default: 4096"""
     http: str | None = None
