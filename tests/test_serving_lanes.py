@@ -56,7 +56,8 @@ class Asking:
     """Clients of an application in one event loop; nothing is called but by `step`."""
 
     def __init__(self, served, limits: Limits | None = None):
-        self.app = create_app(served, limits)
+        lanes = make_lanes([served], together=4) if isinstance(served, Retriever) else served
+        self.app = create_app(lanes, limits)
         self.front = self.app.state.front
         self.front.scheduler.threaded = False
 
@@ -149,7 +150,7 @@ async def test_a_late_answer_is_an_error_and_its_work_is_dropped(retriever, _):
 
 @asyncio_test
 async def test_a_lane_that_is_full_turns_away_and_others_do_not(retriever, searcher):
-    lanes = make_lanes([retriever, searcher])
+    lanes = make_lanes([retriever, searcher], together=4)
     async with Asking(lanes, Limits(waiting=2)) as asking:
         asked = [asking.post(user_id="u1") for _ in range(2)]
         await asking.waits(2)
@@ -332,7 +333,7 @@ def test_a_model_whose_scores_depend_on_the_others_is_told_of(retriever, monkeyp
     said = []
     monkeypatch.setattr("jaxrec.serving.lanes.console.print", said.append)
     retriever.user_index |= {f"u{number}": 0 for number in range(4, 9)}  # as u1
-    (lane,) = make_lanes([retriever])
+    (lane,) = make_lanes([retriever], together=4)
     lane.warm_up()
     assert not said
     recommend = retriever.recommender.recommend

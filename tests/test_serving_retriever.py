@@ -175,7 +175,7 @@ def test_a_folder_that_is_no_run_and_a_run_without_tables(tmp_path):
         (
             '{"user_id": "1", "topk": 3}',
             "unknown field topk; known are user_id, history, query, prefix, profile, k, exclude_history, filter, "
-            "blocked, allowed, now, searches, mode",
+            "blocked, allowed, now, searches, mode, timeout_ms, priority",
         ),
         (
             '{"history": [{"item": "a"}]}',

@@ -277,7 +277,7 @@ class GenerativeRecommender:
         that of the version's texts where their list changes.
         """
         served, space = self.served if served is None else served, space or self.space
-        readings, histories = histories, [_history_of(each) for each in histories]
+        readings, histories = histories, [as_history(each) for each in histories]
         held = [space.held(history, self.assembly.wanted) for history in histories] if exclude_history else None
         if held and served.trie is not None:
             allowed = _unseen(held, allowed, self._order_of(served.trie))
@@ -503,7 +503,8 @@ def typed_text(history: History) -> str:
     return history.get("prefix", history.get("query", ""))
 
 
-def _history_of(given: History | ReadHistory) -> History:
+def as_history(given: History | ReadHistory) -> History:
+    """A history as it was given, or with its texts read."""
     return given.history if isinstance(given, ReadHistory) else given
 
 

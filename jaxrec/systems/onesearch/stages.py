@@ -33,7 +33,7 @@ from jaxrec.systems.onesearch.reward_model import SearchReward, make_search_rewa
 from jaxrec.systems.onesearch.training import prepare_searches, supervised_stages
 from jaxrec.systems.phases import ALIGNMENT
 from jaxrec.systems.ranking.model import stack
-from jaxrec.systems.recommender import GenerativeRecommender, Served
+from jaxrec.systems.recommender import GenerativeRecommender, ReadHistory, Served, as_history
 from jaxrec.systems.stored_rows import WithStored, stored_rows
 from jaxrec.targets import TargetSpace
 from jaxrec.training.stages import Stage, Task, best_variables
@@ -155,7 +155,7 @@ class RewardedRecommender(GenerativeRecommender):
 
     def recommend(
         self,
-        histories: list[History],
+        histories: Sequence[History | ReadHistory],
         k: int,
         exclude_history: bool = False,
         *,
@@ -180,7 +180,9 @@ class RewardedRecommender(GenerativeRecommender):
         order = rewarded_order(rewards, answers >= 0)[:, :k]
         return tuple(np.take_along_axis(each, order, axis=1) for each in (answers, scores))
 
-    def rewards_of(self, histories: list[History], answers: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    def rewards_of(
+        self, histories: Sequence[History | ReadHistory], answers: np.ndarray, sizes: Sequence[int]
+    ) -> np.ndarray:
         """Rscore float32 [n, k] of answers int32 [n, k] to n searches, NaN for none and for items it doesn't know.
 
         sizes: rising; searches are scored in batches of the smallest of them that holds them all, or of the largest.
@@ -190,7 +192,7 @@ class RewardedRecommender(GenerativeRecommender):
         found = np.full(answers.shape, np.nan, np.float32)
         for start in range(0, len(histories), size):
             rows = np.arange(start, min(start + size, len(histories)))
-            read, filled = [reward.read(histories[row]) for row in rows], np.resize(rows, size)
+            read, filled = [reward.read(as_history(histories[row])) for row in rows], np.resize(rows, size)
             arrays = stack([read[at % len(rows)] for at in range(size)])
             items = np.where(known[filled], answers[filled], 0)
             found[rows] = np.asarray(self._rewards(reward.state, arrays, items))[: len(rows)]
