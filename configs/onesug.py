@@ -28,8 +28,8 @@ config = OneSugConfig(
     data=CompleteJourney(queries="product_type", exposures_per_session=0),
     prepare=PrepareConfig(suggestions=PrefixCutConfig(last_sessions=8)),
     batch_size=128,
-    tokenizer=TokenizerConfig(vocabulary=1000),
-    texts=TextSpaceConfig(max_length=14),
+    tokenizer=TokenizerConfig(vocabulary=2000),
+    texts=TextSpaceConfig(max_length=16),
     features=SuggestionFeatureConfig((32, 64), related=4, earlier=8, words=6, own=24, popular=32, near=8),
     related=RelatedQueriesConfig(),
     model=EncoderDecoderConfig(

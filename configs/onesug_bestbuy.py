@@ -29,8 +29,8 @@ config = OneSugConfig(
     data=ClickLog(Path("clicks.tsv"), time="query_time", event_time="click_time", item="sku"),
     prepare=PrepareConfig(suggestions=PrefixCutConfig()),
     batch_size=128,
-    tokenizer=TokenizerConfig(vocabulary=1000),
-    texts=TextSpaceConfig(max_length=14),
+    tokenizer=TokenizerConfig(vocabulary=2000),
+    texts=TextSpaceConfig(max_length=20),
     features=SuggestionFeatureConfig((16, 32), related=4, earlier=2, words=8, own=4, popular=32, near=8),
     related=RelatedQueriesConfig(),
     model=EncoderDecoderConfig(

@@ -30,8 +30,8 @@ config = OneSugConfig(
     data=SearchLog(Path("searches.tsv")),
     prepare=PrepareConfig(suggestions=PrefixCutConfig()),
     batch_size=128,
-    tokenizer=TokenizerConfig(vocabulary=1000),
-    texts=TextSpaceConfig(max_length=14),
+    tokenizer=TokenizerConfig(vocabulary=2000),
+    texts=TextSpaceConfig(max_length=20),
     features=SuggestionFeatureConfig((32, 64), related=4, earlier=8, words=8, own=16, popular=32, near=8),
     related=RelatedQueriesConfig(),
     model=EncoderDecoderConfig(
