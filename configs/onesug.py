@@ -2,8 +2,8 @@
 
     python train.py configs/onesug.py --run runs/suggest
 
-Time:    not measured.
-Figures: not measured.
+Time:    the likelihood takes 5 to 10 minutes on two cores, beside other work.
+Figures: after 400 steps of the likelihood alone, MRR@16 .907 of 2,000 test prefixes (own searches, then recent: .896).
 
 Nobody typed these queries: a search is the name of one of 1,013 product types that are in the basket, and a prefix is
 cut from it at random. The last basket of each household is held out.
