@@ -64,7 +64,7 @@ def main() -> None:
     args = command.parse_args()
     keep_compiled_programs()
     retriever = Retriever(args.run)
-    if retriever.required_text != "prefix":
+    if retriever.catalogue.current.texts is None:
         raise UserError(f"--run {args.run}: this is no run of a system that suggests queries")
     retriever.warm_up()
     requests = typed_requests(args.run, 60 if args.quick else 1000)
