@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
-from serving import server
+from serving import command_of, server
 from shared.beams import random_ids, same, search
 from shared.peer_process import PeerProcess
 from shared.t5 import make_contexts, make_t5
@@ -83,10 +83,10 @@ def typed_requests(run: Path, count: int) -> list[dict]:
     """Users and prefixes: queries of the test split in a seeded order, each typed letter by letter."""
     log = pq.read_table(run / "tables" / "suggestions.parquet", columns=["user", "query", "split"])
     log = log.take(np.random.default_rng(0).permutation(np.flatnonzero(log["split"].to_numpy() == "test")))
-    users, texts = (pq.read_table(run / "tables" / f"{name}.parquet") for name in ("users", "queries"))
+    users = pq.read_table(run / "tables" / "users.parquet", columns=["user_id"])["user_id"]
     found: list[dict] = []
     for user, query in zip(log["user"].to_pylist(), log["query"].to_pylist(), strict=True):
-        text, user_id = normalised(texts["query"][query].as_py()), users["user_id"][user].as_py()
+        text, user_id = normalised(query), users[user].as_py()
         found += [{"user_id": user_id, "prefix": text[:end]} for end in range(1, len(text) + 1)]
         if len(found) >= count:
             return found[:count]
@@ -98,7 +98,7 @@ def measure_keystrokes(run: Path, retriever: Retriever, requests: list[dict]) ->
     asked = [Request.model_validate(request | {"k": SHOWN}) for request in requests]
     searches = [prepared(retriever, request) for request in asked]
     alone, whole, over_http = [], [], []
-    with server(run) as (port, _):
+    with server(command_of(run)) as (port, _):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         for request, search_alone, given in zip(asked, searches, requests, strict=True):
             alone.append(seconds_of(search_alone))
