@@ -54,6 +54,8 @@ from jaxrec.targets.text_list import text_space
 SHOWN, BEAMS = 16, 32
 REJECTED, PROMPTS = 16, 32
 LONGEST_WORDS = 4
+NOTHING = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
+"""The history of somebody unknown."""
 
 
 def main() -> None:
@@ -154,8 +156,7 @@ def measure_list(model: GenerativeRecommender, requests: list[dict], many: int, 
 
 def one_search(model: GenerativeRecommender, prefix: str) -> Callable[[], object]:
     """The compiled search of somebody unknown who typed a prefix."""
-    empty = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
-    ((_, arrays),) = model.batches([empty | {"prefix": prefix}], (1,))
+    ((_, arrays),) = model.batches([NOTHING | {"prefix": prefix}], (1,))
     return lambda: jax.device_get(model._search(model.served, arrays, None, model.width(SHOWN), SHOWN))
 
 
@@ -212,11 +213,10 @@ def measure_packed(model: GenerativeRecommender, repeats: int) -> None:
 def made_batch(model: GenerativeRecommender) -> dict[str, jax.Array]:
     """PROMPTS prompts of the run's longest bucket with a chosen and REJECTED other listed queries as targets."""
     rng, assembly = np.random.default_rng(0), model.assembly
-    empty = {name: np.zeros(0, np.int32) for name in ("item", "behavior", "timestamp", "session")}
     rows = []
     for _ in range(PROMPTS):
         texts = [assembly.space.texts[at] for at in rng.permutation(len(assembly.space.texts))[: 1 + REJECTED]]
-        history = empty | {
+        history = NOTHING | {
             "prefix": texts[0][:3],
             "search_query": np.array(texts, object),
             "search_timestamp": np.arange(len(texts)),

@@ -163,7 +163,7 @@ class RelatedQueries:
     def _known_once(self, answers: np.ndarray, sessions: Sequence[Sequence[str]] | None) -> np.ndarray:
         """The queries of each example's session that too few others knew, int [P, A], padded with -1."""
         told = [{answer} for answer in answers.tolist()]
-        for mine, texts in zip(told, sessions or (), strict=bool(sessions)):
+        for mine, texts in zip(told, sessions or [()] * len(told), strict=True):
             mine.update(self._query_rows.get(normalised(text), -1) for text in texts)
         rare = [sorted(at for at in mine if at >= 0 and self.sessions[at] <= self.config.min_sessions) for mine in told]
         hidden = np.full((len(rare), max(map(len, rare), default=0)), -1)

@@ -41,6 +41,14 @@ Compute = Callable[[Features], Mapping[str, Any]]
 """a batch -> {name: array [B, ...]}"""
 
 
+def seen_again(examples: FixedExamples, steps: int) -> bool:
+    """Whether a training of so many steps sees examples more than once, so that it pays to store what is said of them.
+
+    Of several processes each has its own part of every batch, and would have to compute all rows: never.
+    """
+    return steps * examples.config.batch_size > len(examples.cuts) and jax.process_count() == 1
+
+
 def stored_rows(folder: Path, examples: FixedExamples, compute: Compute, name: str) -> dict[str, np.ndarray]:
     """What `compute` says of all examples, {name: [n, ...]}, a row for each of `cuts`; made where missing.
 

@@ -34,7 +34,7 @@ from jaxrec.systems.onesearch.training import prepare_searches, supervised_stage
 from jaxrec.systems.phases import ALIGNMENT
 from jaxrec.systems.ranking.model import stack
 from jaxrec.systems.recommender import GenerativeRecommender, ReadHistory, Served, as_history
-from jaxrec.systems.stored_rows import WithStored, stored_rows
+from jaxrec.systems.stored_rows import WithStored, seen_again, stored_rows
 from jaxrec.targets import TargetSpace
 from jaxrec.training.stages import Stage, Task, best_variables
 
@@ -96,13 +96,9 @@ def behind(config: OneSearchConfig, name: str) -> OneSearchConfig:
 
 
 def stores_reference(examples: SearchExamples) -> bool:
-    """Whether the reference's scores are computed before the first step: where examples are seen more than once.
-
-    Of several processes each has its own part of every batch, and computes the scores of it in every step.
-    """
+    """Whether the reference's scores are computed before the first step; else every step computes those of its own."""
     config = examples.config
-    seen = config.training.steps * config.batch_size
-    return config.rewards.stored_reference and seen > len(examples.cuts) and jax.process_count() == 1
+    return config.rewards.stored_reference and seen_again(examples, config.training.steps)
 
 
 def stored_reference(folder: Any, examples: SearchExamples, variables: dict) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ from jaxrec.systems.generative import context_batches
 from jaxrec.systems.onesug.config import LIKELIHOOD, OneSugConfig
 from jaxrec.systems.onesug.examples import cut, history_of, packed, seen_of, training_prefixes
 from jaxrec.systems.onesug.model import OneSugAssembly
-from jaxrec.systems.stored_rows import stored_rows
+from jaxrec.systems.stored_rows import seen_again, stored_rows
 
 REFERENCE = "reference"
 """The folder of the reference's scores inside the stage's."""
@@ -139,13 +139,9 @@ def preference_examples(tables: Path, assembly: OneSugAssembly, config: OneSugCo
 
 
 def stores_reference(examples: PreferenceExamples) -> bool:
-    """Whether the reference's scores are computed before the first step: where examples are seen more than once.
-
-    Of several processes each has its own part of every batch, and computes the scores of it in every step.
-    """
-    config = examples.config
-    seen = config.preference.training.steps * config.batch_size
-    return config.preference.stored_reference and seen > len(examples.cuts) and jax.process_count() == 1
+    """Whether the reference's scores are computed before the first step; else every step computes those of its own."""
+    settings = examples.config.preference
+    return settings.stored_reference and seen_again(examples, settings.training.steps)
 
 
 def stored_scores(folder: Path, examples: PreferenceExamples, variables: dict) -> np.ndarray:
